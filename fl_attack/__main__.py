@@ -1,0 +1,71 @@
+"""The command `fl-attack`: Hydra's overrides in, results and one table out."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fl_attack import launcher
+from fl_attack.errors import InputError, RunError
+from fl_attack.overrides import conf_folder, explain, opened
+
+TRACEBACK = "HYDRA_FULL_ERROR"
+
+
+def task(config: DictConfig) -> None:
+    """One run; a multirun goes through `launcher`."""
+    from fl_attack.config import settings_from  # takes seconds to import, with torch; help is told before
+
+    settings = settings_from(OmegaConf.to_container(config, resolve=True))
+    from fl_attack import experiment, results  # and so do Ray and Flower; bad input is told before
+
+    print(results.table(experiment.run(settings)))
+    print(f"results in {settings.out}")
+
+
+def main() -> None:
+    """Run the command line; exits 0, 2 for bad input, 1 for a run that broke off, 130 after Ctrl-C."""
+    wants_traceback = os.environ.get(TRACEBACK, "0") not in ("", "0")
+    sys.argv[1:] = opened(sys.argv[1:])
+    launcher.register()
+    os.environ[TRACEBACK] = "1"  # Hydra then hands its errors on instead of printing several lines itself
+
+    def guarded(config: DictConfig) -> None:
+        # SystemExit passes through Hydra, which would add lines of its own to any other exception of a job
+        with _one_line(wants_traceback):
+            task(config)
+
+    with _one_line(wants_traceback):
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(guarded)()
+
+
+@contextmanager
+def _one_line(wants_traceback: bool) -> Iterator[None]:
+    """Turns what users may run into into one line and an exit code."""
+    try:
+        yield
+    except (InputError, RunError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        _exit(explain(error), 1 if isinstance(error, RunError) else 2)
+    except Exception as error:
+        if wants_traceback:
+            raise
+        _exit(f"{type(error).__name__}: {explain(error)} ({TRACEBACK}=1 shows where)", 1)
+    except KeyboardInterrupt:
+        _exit("interrupted; what was done is in the output folder", 130)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    print(f"fl-attack: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The typed border of Hydra: settings that are checked once and trusted from there on.
+
+The defaults stand in `conf/`, one commented YAML file a group; here stands what is allowed.
+"""
+
+import re
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fl_attack import __version__
+from fl_attack.aggregate import RULES
+from fl_attack.attack import ATTACKS, Goal, Knowledge, Rounding, Scope, Selection
+from fl_attack.errors import InputError
+from fl_attack.overrides import conf_folder, explain, opened
+from fl_attack.protocol import Optimizer
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """Settings that can't change and know all their keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Clients(Strict):
+    """How many clients there are, and how many of them attack."""
+
+    honest: Annotated[int, Field(ge=0)]
+    malicious: Annotated[int, Field(ge=0)]
+    total: Count
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: dict[str, Any]) -> dict[str, Any]:
+        honest, malicious, total = (given.get(key) for key in ("honest", "malicious", "total"))
+        if not all(isinstance(number, int | None) for number in (honest, malicious, total)) or malicious is None:
+            return given  # the types are refused below
+        if total is not None and malicious > total:
+            raise ValueError(f"malicious={malicious} is more than total={total} clients")
+        if honest is None:
+            honest = 7 if total is None else total - malicious
+        if total not in (None, honest + malicious):
+            raise ValueError(f"honest={honest} and malicious={malicious} don't add up to total={total}; leave one out")
+        if honest + malicious < 1:
+            raise ValueError("honest=0 and malicious=0 leave no client; use at least one")
+        return given | {"honest": honest, "total": honest + malicious}
+
+
+class DatasetSettings(Strict):
+    """Where the images come from; see `data.load`."""
+
+    loader: str
+    root: str = "data"
+    path: str | None = None
+    classes: tuple[int | str, ...] | None = None
+    scale: Positive | None = None
+
+
+class PartitionSettings(Strict):
+    """How the samples are dealt to the clients; see `data.partition`."""
+
+    name: Literal["iid", "dirichlet", "shards"]
+    alpha: Positive | None = None
+    s: Count | None = None
+    malicious_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class ModelSettings(Strict):
+    """What is trained."""
+
+    name: Literal["logistic"] = "logistic"
+
+
+class AttackSettings(Strict):
+    """What the malicious clients do; see `attack`."""
+
+    name: str
+    goal: Goal = "untargeted"
+    budget: Share = 0.0
+    selection: Selection = "gain"
+    scope: Scope = "pooled"
+    rounding: Rounding = "floor"
+    knowledge: Knowledge = "full"
+    every: Count = 1
+    start: Count = 1
+    stop: Count | None = None
+    target_path: str | None = None
+
+    @property
+    def exact_budget(self) -> Fraction:
+        """The budget as it was typed: 0.29 of 100 labels are 29, although 0.29 * 100 < 29 in floating point."""
+        return Fraction(repr(self.budget))
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if self.name not in ("none", *ATTACKS):
+            raise ValueError(f"name={self.name} is not an attack; known: {', '.join(('none', *ATTACKS))}")
+        if self.stop is not None and self.stop < self.start:
+            raise ValueError(f"stop={self.stop} is before start={self.start}; use start or later, or null for no end")
+        if self.goal == "targeted" and self.knowledge != "full":
+            raise ValueError(
+                f"knowledge={self.knowledge} has no meaning with goal=targeted, whose direction is target - theta and "
+                "needs no gradient; use knowledge=full"
+            )
+        if self.goal == "untargeted" and self.target_path is not None:
+            raise ValueError("target_path has no meaning with goal=untargeted; use goal=targeted or leave it out")
+        return self
+
+
+class StrategySettings(Strict):
+    """How the server combines the clients' answers: a rule of ours, or any strategy of Flower's."""
+
+    name: str
+    path: str | None = None
+    args: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.name not in ("flower", *RULES):
+            raise ValueError(f"name={self.name} is not a strategy; known: {', '.join((*RULES, 'flower'))}")
+        if self.name == "flower" and not self.path:
+            raise ValueError(
+                "path is missing; give the import path of a Flower strategy, as in "
+                "strategy.path=flwr.serverapp.strategy.FedMedian"
+            )
+        return self
+
+
+class EngineSettings(Strict):
+    """What the rounds run on."""
+
+    name: Literal["flower", "batched"]
+    grid: Literal["block", "stock"] = "block"
+    actors: Count | None = None
+    ray_address: str | None = None
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    memory_gb: Positive = 2.0
+
+
+class Settings(Strict):
+    """One experiment."""
+
+    dataset: DatasetSettings
+    partition: PartitionSettings
+    model: ModelSettings
+    attack: AttackSettings
+    strategy: StrategySettings
+    engine: EngineSettings
+    clients: Clients
+    rounds: Count
+    eval_every: Count
+    baseline: bool
+    batch_size: Count | Literal["full"]
+    local_steps: Count
+    lr: Positive
+    server_optimizer: Optimizer
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    dtype: Literal["float32", "float64"]
+    launcher: Literal["auto", "local", "ray"] = "auto"
+    out: Annotated[str, Field(min_length=1)]
+    overwrite: bool
+    verbose: bool
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The precision of the clients' arithmetic; the server keeps theta in float64."""
+        return torch.float32 if self.dtype == "float32" else torch.float64
+
+    @property
+    def attacked(self) -> bool:
+        """Whether anybody may flip a label."""
+        return self.attack.name != "none" and self.clients.malicious > 0
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if self.strategy.name == "flower" and self.server_optimizer != "sgd":
+            raise ValueError(
+                f"server_optimizer={self.server_optimizer} is not applied by strategy=flower, which has its own; use "
+                "server_optimizer=sgd, or a strategy such as flwr.serverapp.strategy.FedAdam"
+            )
+        if self.attacked and self.attack.knowledge == "honest" and self.clients.honest == 0:
+            raise ValueError("attack.knowledge=honest needs honest clients, but clients.honest=0; use full or own")
+        share, malicious, honest = self.partition.malicious_share, self.clients.malicious, self.clients.honest
+        if share is not None and 0 in (malicious, honest):
+            raise ValueError(
+                f"partition.malicious_share={share} needs a malicious and an honest client, but "
+                f"clients.malicious={malicious} and clients.honest={honest}"
+            )
+        return self
+
+
+def compose(*overrides: str) -> Settings:
+    """The settings that a command line of these overrides gives; InputError where it gives none."""
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            config = hydra_compose("config", overrides=opened(overrides))
+        plain = OmegaConf.to_container(config, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(explain(error)) from None
+    return settings_from(plain)
+
+
+def settings_from(given: Any) -> Settings:
+    """Checked settings from nested plain values; InputError says in one line what is wrong with the first."""
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        raise InputError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first mistake, with every alternative that would be allowed in its place."""
+    mistakes = sorted(error.errors(), key=lambda mistake: mistake["input"] is None)
+    key = _key(mistakes[0]["loc"])
+    kind, given = mistakes[0]["type"], mistakes[0]["input"]
+    said = dict.fromkeys(mistake["msg"] for mistake in mistakes if _key(mistake["loc"]) == key)
+    if kind == "value_error":  # a check of ours on a group, which names its keys itself
+        return ".".join(part for part in (key, next(iter(said)).removeprefix("Value error, ")) if part)
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "extra_forbidden":
+        return f"{key} is not a known key"
+    allowed = " or ".join(message.removeprefix("Input should be ") for message in said)
+    for long, short in {"greater than or equal to": "at least", "less than or equal to": "at most"}.items():
+        allowed = allowed.replace(long, short)
+    return f"{key}={given} is not allowed: it must be {allowed}"
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    # pydantic names the alternatives of a union as if they were keys: int, constrained-int, literal['full']
+    return ".".join(str(part) for part in loc if not re.search(r"^(int|str|float)$|[\[-]", str(part)))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import version
+
+    return {"fl_attack": __version__} | {name: version(name) for name in ("flwr", "ray", "torch", "numpy")}
+
+
+def to_yaml(settings: Settings) -> str:
+    """Settings as the YAML that a run leaves behind."""
+    return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))

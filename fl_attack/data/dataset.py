@@ -1,0 +1,171 @@
+"""Datasets: checked, classes picked, cached, and turned into features.
+
+Shapes: n samples of p raw numbers each; features are (n, p + 1), the last a constant 1 for the bias.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fl_attack.data import cache
+from fl_attack.data.sources import SOURCES, Raw, reading
+from fl_attack.errors import InputError
+
+CACHE_FORMAT = 1  # of what is stored; another number leaves old entries aside
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images as loaded, classes picked: n training samples of p numbers each. The arrays are read-only."""
+
+    x_train: np.ndarray  # (n, p) memory-mapped uint8, float32 or float64, in the order of the stored array
+    y_train: np.ndarray  # (n,) int64, 0 .. C-1
+    x_test: np.ndarray
+    y_test: np.ndarray
+    classes: tuple[str, ...]  # name of each label
+    scale: float  # raw values are divided by this
+    fingerprint: str  # hash of all of the above
+
+
+def load(
+    loader: str,
+    *,
+    root: str | Path = "data",
+    path: str | Path | None = None,
+    classes: Sequence[int | str] | None = None,
+    scale: float | None = None,
+    verify: bool = True,
+) -> Dataset:
+    """A dataset of `SOURCES`, from the cache where it was loaded before. Samples keep their order.
+
+    `classes` picks by label or name, in that order: label 1 is `classes[1]`. `scale=None` is 255 for
+    integers, 1 for floats, 16 for digits. `verify=False` skips the checksums, for workers whose parent has
+    loaded. InputError names what is missing, damaged or unknown.
+    """
+    if loader not in SOURCES:
+        raise InputError(f"dataset.loader={loader} is unknown; use one of {', '.join(SOURCES)}")
+    if scale is not None and not 0 < scale < math.inf:
+        raise InputError(f"dataset.scale={scale} must be above 0")
+    source = SOURCES[loader]
+    located = {"root": root, "path": path, None: "."}[source.setting]
+    if located is None:
+        raise InputError(f"dataset={loader} needs dataset.path, the place of its data")
+    place = Path(located).expanduser().resolve()
+    wanted = None if classes is None else list(classes)
+    key = cache.digest([CACHE_FORMAT, [_stamp(file) for file in source.files(place)], wanted])
+
+    def build() -> tuple[cache.Arrays, cache.Facts]:
+        where = str(place) if source.setting else loader
+        raw = source.read(place)
+        usual = source.scale or (1.0 if raw.x_train.dtype.kind == "f" else 255.0)
+        arrays, names = _picked(_checked(raw, where), wanted, where)
+        return arrays, {"classes": names, "scale": usual}
+
+    entry = cache.entry(f"{loader}-{key}", build, verify=verify)
+    scale = float(scale or entry.facts["scale"])
+    return Dataset(
+        **entry.arrays,
+        classes=tuple(entry.facts["classes"]),
+        scale=scale,
+        fingerprint=cache.digest([entry.fingerprint, scale]),
+    )
+
+
+def features(raw: np.ndarray, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """Raw values (n, p) divided by the scale, and a constant 1 last: (n, p + 1)."""
+    X = torch.empty(len(raw), raw.shape[1] + 1, dtype=dtype)
+    view = X.numpy()  # numpy converts and copies in one pass, from read-only memory too
+    view[:, :-1] = raw
+    view[:, -1] = scale
+    view /= scale  # numpy again: for a minibatch, waking torch's threads costs more than the division
+    return X
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    """What tells one state of a file from another, without reading it."""
+    with reading(file):
+        state = file.stat()
+    return str(file), state.st_size, state.st_mtime_ns
+
+
+def _checked(raw: Raw, where: str) -> Raw:
+    """The same with flat pixels of one type and int64 labels; InputError says what stands in the way."""
+    x_train = _numbers(raw.x_train, f"{where}: x_train")
+    x_test = _numbers(raw.x_test, f"{where}: x_test")
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise InputError(f"{where}: samples are {x_train.shape[1:]} in x_train, {x_test.shape[1:]} in x_test")
+    if (x_train.dtype.kind == "f") != (x_test.dtype.kind == "f"):
+        raise InputError(f"{where}: x_train is {x_train.dtype}, x_test {x_test.dtype}; store both alike")
+    kind = np.result_type(_compact_type(x_train), _compact_type(x_test))
+    x_train, x_test = (np.ascontiguousarray(x.reshape(len(x), -1), kind) for x in (x_train, x_test))
+    y_train = _labels(raw.y_train, len(x_train), f"{where}: y_train")
+    y_test = _labels(raw.y_test, len(x_test), f"{where}: y_test")
+    return Raw(x_train, y_train, x_test, y_test, raw.names)
+
+
+def _numbers(x: np.ndarray, name: str) -> np.ndarray:
+    if x.dtype.kind not in "uif":
+        raise InputError(f"{name} holds {x.dtype}; images are integers or floats")
+    if not x.ndim or not x.size:
+        raise InputError(f"{name} is empty: its shape is {x.shape}")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise InputError(f"{name} holds NaN or infinity; images are finite")
+    return x
+
+
+def _compact_type(x: np.ndarray) -> type[np.generic]:
+    """The type to store numbers as: bytes where all are, single precision unless they come in double."""
+    if x.dtype.kind == "f":
+        return np.float64 if x.dtype.itemsize > 4 else np.float32
+    return np.uint8 if x.dtype == np.uint8 or (x.min() >= 0 and x.max() <= 255) else np.float32
+
+
+def _labels(y: np.ndarray, count: int, name: str) -> np.ndarray:
+    if y.shape != (count,):
+        raise InputError(f"{name} has shape {y.shape}; with a label per image it is ({count},)")
+    if y.dtype.kind not in "buif":
+        raise InputError(f"{name} holds {y.dtype}; labels are integers")
+    with np.errstate(invalid="ignore"):
+        whole = y.astype(np.int64)
+    if (odd := y[whole != y]).size:
+        raise InputError(f"{name} holds {odd[0]}; labels are integers")
+    return whole
+
+
+def _picked(raw: Raw, wanted: list[int | str] | None, where: str) -> tuple[cache.Arrays, tuple[str, ...]]:
+    """Samples of the wanted classes, renumbered in the order wanted, and the names of these classes."""
+    labels = np.unique(raw.y_train).tolist()
+    names = [raw.names[label] if raw.names else str(label) for label in labels]
+    chosen = range(len(labels)) if wanted is None else _places(wanted, labels, names)
+    picked = tuple(names[place] for place in chosen)
+    if len(picked) < 2:
+        raise InputError(f"{where}: a classifier needs 2 classes or more; known: {', '.join(names)}")
+    new_train, new_test = np.full(len(raw.y_train), -1), np.full(len(raw.y_test), -1)
+    for new, place in enumerate(chosen):
+        new_train[raw.y_train == labels[place]] = new
+        new_test[raw.y_test == labels[place]] = new
+    train, test = new_train >= 0, new_test >= 0
+    if wanted is None and not test.all():
+        raise InputError(f"{where}: y_test holds {raw.y_test[~test][0]}, y_train only {', '.join(names)}")
+    if not test.any():
+        raise InputError(f"{where}: no test image is of the classes {', '.join(picked)}")
+    x_train, x_test = raw.x_train[train], raw.x_test[test]
+    arrays = {"x_train": x_train, "y_train": new_train[train], "x_test": x_test, "y_test": new_test[test]}
+    return arrays, picked
+
+
+def _places(wanted: list[int | str], labels: list[int], names: list[str]) -> list[int]:
+    """Where each wanted class stands among the labels or, if it's a word, the names."""
+    places: list[int] = []
+    for item in wanted:
+        known: list[int] | list[str] = names if isinstance(item, str) else labels
+        if item not in known:
+            raise InputError(f"dataset.classes={item} is unknown; known: {', '.join(names)}")
+        places.append(known.index(item))  # type: ignore[arg-type]
+        if places[-1] in places[:-1]:
+            raise InputError(f"dataset.classes={item} is there twice; known: {', '.join(names)}")
+    return places

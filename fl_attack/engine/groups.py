@@ -1,0 +1,87 @@
+"""Which experiments can be run together: those that see the same minibatch of the same samples in every round."""
+
+import hashlib
+from collections.abc import Hashable, Iterable, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fl_attack import scenario
+from fl_attack.aggregate import RULES
+from fl_attack.config import Settings
+from fl_attack.errors import InputError
+from fl_attack.scenario import Scenario
+
+BATCHED = ("mean",)  # the rules that this engine knows
+
+
+def check(chosen: Scenario) -> None:
+    """InputError where this engine can't run the experiment, or not on this machine."""
+    device = chosen.settings.engine.device
+    if torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise InputError(f"engine.device={device} is not there: {torch.cuda.device_count()} CUDA devices; use cpu")
+    name = chosen.settings.strategy.name
+    if name not in BATCHED:
+        known = "engine=flower" if name in RULES or name == "flower" else f"one of {', '.join(BATCHED)}"
+        raise InputError(f"strategy={name} is not known to engine=batched; use {known}, or strategy=mean")
+
+
+def group_key(chosen: Scenario) -> Hashable:
+    """What the experiments of one call must have in common; all else may differ between them."""
+    settings = chosen.settings
+    return (
+        chosen.dataset.fingerprint,
+        _digest(_Same(chosen.dataset.y_train)),
+        _digest(_Same(chosen.partition.client)),
+        settings.clients.total,
+        settings.seed,
+        settings.batch_size,
+        settings.local_steps,
+        settings.rounds,
+        settings.eval_every,
+        settings.dtype,
+        settings.server_optimizer,
+        settings.strategy.model_dump_json(),
+    )
+
+
+def group(scenarios: Sequence[Scenario]) -> list[list[int]]:
+    """Positions of the scenarios that can run together, in the order in which each group first appears."""
+    members: dict[Hashable, list[int]] = {}
+    for i, chosen in enumerate(scenarios):
+        members.setdefault(group_key(chosen), []).append(i)
+    return list(members.values())
+
+
+def make_scenarios(many: Iterable[Settings], verify: bool = True) -> list[Scenario]:
+    """`scenario.make` of each; data, partition and schedule are made once for all that have them in common."""
+    made: dict[str, Scenario] = {}
+    kept = {"dataset", "partition", "clients", "seed", "batch_size", "local_steps"}
+    scenarios = []
+    for settings in many:
+        key = settings.model_dump_json(include=kept)
+        if key not in made:
+            made[key] = scenario.make(settings, verify)
+        like = made[key]
+        scenarios.append(Scenario(settings, like.dataset, like.partition, like.schedule))
+    return scenarios
+
+
+class _Same:
+    """An array as a key: equal only to itself."""
+
+    def __init__(self, array: NDArray[np.int64]) -> None:
+        self.array = array
+
+    def __hash__(self) -> int:
+        return id(self.array)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.array is self.array
+
+
+@lru_cache(maxsize=1024)
+def _digest(same: _Same) -> str:
+    return hashlib.sha256(np.ascontiguousarray(same.array).tobytes()).hexdigest()

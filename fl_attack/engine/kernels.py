@@ -1,0 +1,172 @@
+"""The arithmetic of a round over many cells, in place on buffers that are made once.
+
+Shapes: M cells, n columns (samples of the minibatch), C outputs, d features. theta is (M C, d), residuals (M C, n).
+Two classes (C = 1) are signed as in `batches`: there the residual is a sigmoid and relabelling a sample gains
+the signed score.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack import protocol
+
+SORTED_BY_A_THREAD = 2**14  # numbers that it has to be worth to wake another
+
+
+class Room:
+    """Buffers that are used again and again; what a step leaves in them the next one overwrites."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._like = torch.empty(0, device=device, dtype=dtype)
+        self._whole: dict[str, Tensor] = {}
+        self._views: dict[tuple[str | int, ...], Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The buffer of this name in this shape, contiguous, with anything in it."""
+        view = self._views.get((name, *shape))
+        if view is None:
+            size = math.prod(shape)
+            if name not in self._whole or self._whole[name].numel() < size:
+                self._whole[name] = self._like.new_empty(size)
+                self._views = {key: view for key, view in self._views.items() if key[0] != name}
+            view = self._views[name, *shape] = self._whole[name][:size].view(shape)
+        return view
+
+
+def residuals_(Z: Tensor, C: int, encoded: Tensor) -> Tensor:
+    """Turns logits (M C, n) into what the gradient multiplies with the features."""
+    if C == 1:
+        return Z.sigmoid_()
+    by_class = Z.view(-1, C, Z.shape[-1])
+    torch.softmax(by_class, 1, out=by_class)
+    by_class.sub_(encoded)
+    return Z
+
+
+class Pick(NamedTuple):
+    """Which of each row's priorities, once sorted, is the smallest taken; made once for budgets that stay."""
+
+    allowed: NDArray[np.int64]  # (M,)
+    taken: NDArray[np.int64]  # (M,) if so many reach the floor
+    last: NDArray[np.int64]  # (M,) its place among all rows'
+    cut: NDArray[np.int64]  # rows of which some are taken and some left
+    before: NDArray[np.int64]  # by row of `cut`: the place of the largest left
+    bound: NDArray[np.float64]  # (M,) below which nothing is taken: infinite where nothing may be
+
+
+def pick(allowed: NDArray[np.int64], n: int, floor: float, dtype: torch.dtype) -> Pick:
+    """For rows of n priorities, of which `allowed` (M,) are taken if they reach the floor."""
+    taken = allowed.clip(0, n)
+    last = np.arange(1, len(allowed) + 1) * n - taken.clip(1)
+    (cut,) = np.nonzero((taken > 0) & (taken < n))
+    bound = np.where(taken > 0, floor, np.inf).astype(torch.empty(0, dtype=dtype).numpy().dtype)
+    return Pick(allowed, taken, last, cut, last[cut] - 1, bound)
+
+
+def take_largest_(priority: Tensor, chosen: Pick, scratch: Tensor, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Turns priorities (M, n) into 1 for the largest `allowed` of each row that reach the floor, else 0; how many.
+
+    Ties go to the lower sample. `scratch` is as large and contiguous; what is in it is lost.
+    """
+    scratch.copy_(priority)
+    if scratch.is_cuda:
+        ranked = scratch.sort(-1).values.view(-1)
+        last, before = (ranked[torch.from_numpy(at)].cpu().numpy() for at in (chosen.last, chosen.before))
+    else:  # numpy's sort is vectorised, many times as fast as torch's
+        ordered = scratch.numpy()
+        sort_rows_(ordered)
+        last, before = ordered.take(chosen.last), ordered.take(chosen.before)
+    threshold = np.maximum(last, chosen.bound)
+    enough = last >= chosen.bound
+    alike = before == (threshold if len(before) == len(last) else threshold[chosen.cut])
+    exact = None
+    if alike.any():
+        rows = torch.from_numpy(chosen.cut[alike]).to(priority.device)
+        exact = rows, _exact(priority[rows], chosen.allowed[chosen.cut[alike]], samples)
+    priority.ge_(torch.from_numpy(threshold).to(priority.device).unsqueeze(1))
+    if exact is not None:
+        priority[exact[0]] = exact[1]
+    if enough.all():
+        return chosen.taken
+    counted: NDArray[np.int64] = priority.sum(1).cpu().numpy().astype(np.int64)
+    return counted
+
+
+def sort_rows_(rows: NDArray[np.float64]) -> None:
+    """Sorts each row, ascending, on as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), rows.size // SORTED_BY_A_THREAD)
+    if threads < 2:
+        rows.sort(axis=-1)
+    else:
+        list(_sorters(threads).map(lambda part: part.sort(axis=-1), np.array_split(rows, threads)))
+
+
+@lru_cache(maxsize=1)
+def _sorters(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def _exact(priority: Tensor, allowed: NDArray[np.int64], samples: NDArray[np.int64]) -> Tensor:
+    by_sample = torch.from_numpy(samples.argsort()).to(priority.device)
+    order = by_sample[priority[:, by_sample].argsort(dim=-1, descending=True, stable=True)]
+    within = torch.arange(priority.shape[1]) < torch.from_numpy(allowed)[:, None]
+    return torch.zeros_like(priority).scatter_(-1, order, within.to(priority))
+
+
+class Server:
+    """The server's optimizer for many cells, in place; see `protocol.server_step`."""
+
+    def __init__(self, optimizer: protocol.Optimizer, theta: Tensor, lr: Tensor) -> None:
+        """`lr` (M C, 1)."""
+        self.optimizer, self.theta, self.lr = optimizer, theta, lr
+        self.one_lr = lr[0].item() if (lr == lr[0]).all() else None
+        self.first = torch.zeros_like(theta) if optimizer != "sgd" else None
+        self.second = torch.zeros_like(theta) if optimizer == "adam" else None
+        self.step = 0
+
+    def descend(self, R: Tensor, X: Tensor, room: Room) -> None:
+        """Take the gradient `R X / n`; R is lost."""
+        n = X.shape[0]
+        if self.optimizer == "sgd":
+            if self.one_lr is None:
+                self.theta.addmm_(R.mul_(self.lr), X, alpha=-1 / n)
+            else:
+                self.theta.addmm_(R, X, alpha=-self.one_lr / n)
+            self.step += 1
+        elif self.optimizer == "momentum":
+            assert self.first is not None
+            self.first.addmm_(R, X, beta=protocol.MOMENTUM, alpha=1 / n)
+            self._follow(self.first)
+            self.step += 1
+        else:
+            self.take(torch.mm(R, X, out=room.take("gradient", *self.theta.shape)).div_(n))
+
+    def take(self, gradient: Tensor) -> None:
+        """Take an aggregated gradient (M C, d), which is lost."""
+        self.step += 1
+        if self.optimizer == "sgd":
+            self._follow(gradient)
+            return
+        assert self.first is not None
+        if self.optimizer == "momentum":
+            self._follow(self.first.mul_(protocol.MOMENTUM).add_(gradient))
+            return
+        assert self.second is not None
+        beta1, beta2 = protocol.ADAM_BETAS
+        self.first.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = torch.div(self.second, 1 - beta2**self.step, out=gradient).sqrt_().add_(protocol.ADAM_EPS)
+        self._follow(torch.div(self.first, scale, out=gradient).div_(1 - beta1**self.step))
+
+    def _follow(self, way: Tensor) -> None:
+        if self.one_lr is None:
+            self.theta.addcmul_(way, self.lr, value=-1)
+        else:
+            self.theta.add_(way, alpha=-self.one_lr)

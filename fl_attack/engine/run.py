@@ -1,0 +1,238 @@
+"""Many experiments at once: chunks of cells that fit in memory, in tiles that fit in the processor's cache."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack.engine import groups
+from fl_attack.engine.attackers import kind_of
+from fl_attack.engine.batches import Batch, Batches
+from fl_attack.engine.kernels import Room
+from fl_attack.engine.log import Log
+from fl_attack.engine.measure import TestSet
+from fl_attack.engine.outcome import Outcome, run_alone
+from fl_attack.engine.tile import Shared, Tile
+from fl_attack.errors import InputError
+from fl_attack.scenario import Scenario
+
+Progress = Callable[[int], None]
+CACHE = 2**23  # bytes of parameters in a tile
+TARGETS_KEPT = 64  # rows of targets of which the logits of all samples are worked out once
+WORTH_THREADS = 2e7  # multiplications of a product
+FEWEST = 64  # cells a tile, where there are as many, before another set of attackers gets its own
+
+
+def run_cells(
+    scenarios: Sequence[Scenario],
+    *,
+    device: str = "cpu",
+    memory_gb: float = 2.0,
+    progress: Progress = lambda rounds: None,
+    keep_flips: bool = True,
+    keep_theta: bool = True,
+    full_rows: bool = True,
+) -> list[Outcome]:
+    """Run experiments of one `group_key` together; gives what each leaves, in their order.
+
+    `progress` is told how many rounds of one cell are done since it was last told. `memory_gb` bounds what is held at
+    a time, except flips that are kept. Without `full_rows` the columns `cosine` and `repeated`, which cost extra
+    products, are NaN. A cell whose parameters are not finite any more ends there, with an error, and disturbs no
+    other. InputError where the experiments can't run together, or not here.
+    """
+    if not scenarios:
+        return []
+    for cell in scenarios:
+        groups.check(cell)
+    if len({groups.group_key(cell) for cell in scenarios}) > 1:
+        raise InputError("these experiments differ in what cells of one batch share; see fl_attack.engine.group")
+    with _threads(scenarios):
+        work = _Work(scenarios, torch.device(device), memory_gb * 2**30, keep_flips, keep_theta, full_rows)
+        outcomes: dict[int, Outcome] = {}
+        for chunk in work.chunks():
+            outcomes |= zip(chunk, work.run(chunk, progress), strict=True)
+    return [outcomes[i] for i in range(len(scenarios))]
+
+
+@contextmanager
+def _threads(scenarios: Sequence[Scenario]) -> Iterator[None]:
+    """One thread where a round is too small to be worth waking others, which takes milliseconds on a busy machine."""
+    C, d = scenarios[0].theta_shape
+    multiplications = len(scenarios) * C * d * int(scenarios[0].schedule.sizes.sum())
+    before = torch.get_num_threads()
+    try:
+        if multiplications < WORTH_THREADS:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Targets(NamedTuple):
+    theta: Tensor  # (T C, d)
+    number: NDArray[np.int64]  # by cell
+
+
+class _Work:
+    """The cells of one call, and what all of them share."""
+
+    def __init__(
+        self,
+        cells: Sequence[Scenario],
+        device: torch.device,
+        memory: float,
+        keep_flips: bool,
+        keep_theta: bool,
+        full_rows: bool,
+    ) -> None:
+        self.cells, self.device, self.memory = cells, device, memory
+        self.keep_flips, self.keep_theta, self.full_rows = keep_flips, keep_theta, full_rows
+        self.settings = cells[0].settings
+        total = self.settings.clients.total
+        often = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
+        clients = np.argsort(-np.asarray(often), kind="stable")
+        self.batches = Batches(cells[0], clients, device, memory / 2)
+        self.test_set = TestSet(self.batches)
+        self.targets = self._targets()
+        self._target_logits: Tensor | None = None
+
+    def chunks(self) -> Iterator[list[int]]:
+        """The cells in the order in which they are run, as many at a time as fit in memory."""
+        numbers = self.targets.number
+
+        def likeness(i: int) -> tuple[object, ...]:
+            cell = self.cells[i]
+            threat, malicious = cell.settings.attack, cell.partition.malicious
+            return kind_of(cell), len(malicious), malicious.tolist(), numbers[i], cell.settings.lr, threat.budget
+
+        order = sorted(range(len(self.cells)), key=likeness)
+        C, d = self.cells[0].theta_shape
+        held = self.batches.bytes + self.test_set.X.nbytes
+        held += len(self.cells) * C * d * self.batches.dtype.itemsize * self.keep_theta
+        copies = {"sgd": 1, "momentum": 2, "adam": 3}[self.settings.server_optimizer]
+        each = C * self.batches.d * self.batches.dtype.itemsize * copies
+        each += 8 * len(self._evaluated()) * 9 + 200
+        size = max(1, int((self.memory - held) / each))
+        pieces = -(-len(order) // size)
+        for piece in np.array_split(np.array(order), pieces):
+            yield piece.tolist()
+
+    def run(self, chunk: list[int], progress: Progress) -> list[Outcome]:
+        """All rounds of some cells."""
+        began = time.perf_counter()
+        cells = [self.cells[i] for i in chunk]
+        C, d = cells[0].theta_shape[0], self.batches.d
+        theta = torch.zeros(len(cells) * C, d, dtype=self.batches.dtype, device=self.device)
+        tiles = [
+            (start, Tile(cells[start:end], self.batches, theta[start * C : end * C], self._target_of(chunk[start:end])))
+            for start, end in self._cuts(cells)
+        ]
+        log = Log(len(cells), len(self.batches.y), self.keep_flips, self.full_rows)
+        attackers = [tile.attackers for _, tile in tiles]
+        log.measure(0, self.test_set.quality(theta[:C]).repeat(len(cells), 0))  # all start alike
+        evaluated, room = self._evaluated(), Room(self.device, self.batches.dtype)
+        for round_ in range(1, self.settings.rounds + 1):
+            shared = self._shared(round_, tiles, room)
+            told = round_ in evaluated
+            measured = self.full_rows and told
+            watched = self.keep_flips or measured or (self.full_rows and round_ + 1 in evaluated)
+            for start, tile in tiles:
+                report = tile.step(shared, room, watched, measured)
+                if report is not None:
+                    log.watch(round_, start, tile.attackers, shared.batch, report)
+            if told:
+                log.measure(round_, self.test_set.quality(theta), attackers)
+            progress(len(cells))
+        return self._outcomes(cells, theta, tiles, log, time.perf_counter() - began)
+
+    def _outcomes(
+        self, cells: list[Scenario], theta: Tensor, tiles: list[tuple[int, Tile]], log: Log, seconds: float
+    ) -> list[Outcome]:
+        finite = theta.view(len(cells), -1).isfinite().all(1).tolist()
+        flips = np.concatenate([tile.attackers.flips for _, tile in tiles])
+        shape, seen = cells[0].theta_shape, self.batches.seen
+        outcomes = []
+        for i, cell in enumerate(cells):
+            if not finite[i]:
+                outcome = run_alone(cell)
+            else:
+                whole = None
+                if self.keep_theta:
+                    whole = torch.zeros(shape, dtype=theta.dtype)
+                    whole[:, seen] = theta[i * shape[0] : (i + 1) * shape[0]].cpu()
+                outcome = Outcome(log.table(i), int(flips[i]), whole, log.flips(i))
+            outcome.seconds = seconds / len(cells)
+            outcomes.append(outcome)
+        return outcomes
+
+    def _evaluated(self) -> set[int]:
+        rounds, every = self.settings.rounds, self.settings.eval_every
+        return {0, *range(every, rounds + 1, every), rounds}
+
+    def _cuts(self, cells: list[Scenario]) -> list[tuple[int, int]]:
+        """Where tiles begin and end: at another kind of attack, at other attackers once there are enough, when full."""
+        C, itemsize = cells[0].theta_shape[0], self.batches.dtype.itemsize
+        fits = max(FEWEST, CACHE // (C * self.batches.d * itemsize)) if self.device.type == "cpu" else len(cells)
+        cuts: list[tuple[int, int]] = []
+        start = 0
+        for end in range(1, len(cells) + 1):
+            if end < len(cells) and kind_of(cells[end]) == kind_of(cells[start]):
+                same = np.array_equal(cells[end].partition.malicious, cells[end - 1].partition.malicious)
+                if same or end - start < FEWEST:
+                    continue
+            pieces = -(-(end - start) // fits)
+            edges = [start + (end - start) * piece // pieces for piece in range(pieces + 1)]
+            cuts += itertools.pairwise(edges)
+            start = end
+        return cuts
+
+    def _shared(self, round_: int, tiles: list[tuple[int, Tile]], room: Room) -> Shared:
+        batch = self.batches.at(round_, room)
+        reach = {goal: [t for _, t in tiles if t.attackers.kind.goal == goal] for goal in ("untargeted", "targeted")}
+        gram = steered = None
+        if aware := reach["untargeted"]:
+            n, rows = max(tile.attackers.n for tile in aware), sum(tile.M * tile.C for tile in aware)
+            if self._gram_pays(batch, n, rows):
+                gram = torch.mm(batch.X, batch.X[:n].mT, out=room.take("gram", len(batch.X), n))
+        if aimed := reach["targeted"]:
+            n, C = max(tile.attackers.n for tile in aimed), aimed[0].C
+            steered = self._steered(batch, n).view(-1, C, n)
+        return Shared(round_, batch, gram, steered)
+
+    def _steered(self, batch: Batch, n: int) -> Tensor:
+        """Logits of the targets on the first n columns, (T C, n)."""
+        if self.batches.resident is None or len(self.targets.theta) > TARGETS_KEPT:
+            return torch.mm(self.targets.theta, batch.X[:n].mT)
+        if self._target_logits is None:  # those of all samples, once
+            self._target_logits = torch.mm(self.targets.theta, self.batches.resident.mT)
+        return self._target_logits.index_select(1, batch.at[:n].to(self.device))
+
+    def _gram_pays(self, batch: Batch, n: int, rows: int) -> bool:
+        # multiplications: once for the matrix and once for each row, or there and back through the features
+        size, d = batch.X.shape
+        return size * n * (d + rows) < rows * d * (size + n)
+
+    def _targets(self) -> _Targets:
+        found: dict[object, int] = {}
+        thetas, number = [], []
+        for cell in self.cells:
+            key = None
+            if kind_of(cell).goal == "targeted":
+                key = cell.settings.attack.target_path, cell.settings.lr
+                if key not in found:
+                    thetas.append(cell.target[:, self.batches.seen])
+                    found[key] = len(found)
+            number.append(-1 if key is None else found[key])
+        empty = torch.empty(0, self.batches.d)
+        theta = torch.cat([empty, *thetas]).to(self.device, self.batches.dtype)
+        return _Targets(theta, np.array(number))
+
+    def _target_of(self, chunk: list[int]) -> Tensor | None:
+        number = torch.from_numpy(self.targets.number[chunk]).to(self.device)
+        return None if len(self.targets.theta) == self.cells[0].theta_shape[0] else number

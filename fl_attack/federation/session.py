@@ -1,0 +1,127 @@
+"""Running federations: the Ray session, and the two grids over it."""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import ray
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fl_attack.config import Settings
+from fl_attack.errors import InputError, RunError
+from fl_attack.federation.client import client_app
+from fl_attack.federation.grid import BlockGrid
+from fl_attack.federation.strategy import make_strategy, start
+from fl_attack.history import Recorder
+from fl_attack.scenario import Scenario
+
+Federate = Callable[[Recorder], None]
+Drive = Callable[[Federate], None]  # uses what runs one federation, as often as it likes
+Runner = Callable[[Drive, Settings], None]
+JOINING = 20.0  # seconds that Flower's nodes have to come up
+OBJECT_STORE = 200 * 2**20  # bytes; only messages pass through it
+
+
+def check(scenario: Scenario) -> None:
+    """Raise InputError where the settings name no usable strategy; cheap, to be called before Ray starts."""
+    if not scenario.settings.verbose:
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    make_strategy(scenario)
+
+
+def run(drive: Drive, settings: Settings, app: ClientApp = client_app) -> None:
+    """Start Ray and a grid of clients, and let `drive` run one federation after the other on it."""
+    engine, clients = settings.engine, settings.clients.total
+    with ray_session(engine.ray_address, settings.verbose):
+        cpus = ray.cluster_resources().get("CPU", 1.0)
+        actors = min(engine.actors or max(1, int(cpus)), clients)
+        cpus_each = int(min(1.0, cpus / actors) * 1e4) / 1e4  # Ray counts resources in ten-thousandths
+        if engine.grid == "stock":
+            simulate(lambda grid: drive(partial(start, grid)), clients, cpus_each, app)
+        else:
+            with BlockGrid(app, clients, actors, cpus_each) as grid:
+                drive(partial(start, grid))
+
+
+def serve(main: Callable[[dict[str, Any], Runner], None]) -> ServerApp:
+    """A server app for `flwr run`: main gets the run's configuration, and what runs federations on its grid."""
+    server_app = ServerApp()
+
+    @server_app.main()
+    def on_grid(grid: Grid, context: Context) -> None:
+        def runner(drive: Drive, settings: Settings) -> None:
+            wait_for(grid, settings.clients.total)
+            drive(partial(start, grid))
+
+        main(dict(context.run_config), runner)
+
+    return server_app
+
+
+def wait_for(grid: Grid, clients: int) -> None:
+    """Return once the grid has as many nodes as there are clients; RunError where it ends up with another number."""
+    deadline = time.monotonic() + JOINING
+    while (nodes := len(list(grid.get_node_ids()))) < clients and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if nodes != clients:
+        raise RunError(
+            f"the federation has {nodes} nodes, but the experiment {clients} clients; start it with "
+            f"--federation-config 'num-supernodes={clients}' or change clients.total"
+        )
+
+
+@contextmanager
+def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
+    """Ray, started here or joined at `address`, and left as it was found."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray about GPUs
+    ours = not ray.is_initialized()
+    if ours:
+        _refuse_unreachable(address)
+        # without "local", Ray would join whatever cluster was last started on this machine
+        local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+        level = logging.INFO if verbose else logging.CRITICAL
+        try:
+            ray.init(**({"address": address} if address else local), logging_level=level, log_to_driver=verbose)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"engine.ray_address={address} can't be joined" if address else "Ray can't be started"
+            raise RunError(f"{where}: {' '.join(str(error).split())}") from None
+    try:
+        yield
+    finally:
+        if ours and ray.is_initialized():
+            ray.shutdown()
+
+
+def _refuse_unreachable(address: str | None) -> None:
+    # Ray itself tries for minutes
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise InputError(
+            f"engine.ray_address={address} can't be joined ({error}); give the host:port of a running Ray cluster, "
+            "or auto for the one on this machine"
+        ) from None
+
+
+def simulate(drive: Callable[[Grid], None], clients: int, cpus_each: float, app: ClientApp) -> None:
+    """Flower's own simulation engine, unchanged."""
+    from flwr.simulation import run_simulation  # marked deprecated: this is the only place that calls it
+
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        drive(grid)
+
+    config: Any = {"client_resources": {"num_cpus": cpus_each, "num_gpus": 0.0}}
+    run_simulation(server_app, app, clients, backend_config=config)

@@ -1,0 +1,175 @@
+"""The server: the mean as a Flower strategy, and what is kept of every round whatever the strategy."""
+
+import importlib
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+from numpy import concatenate, int64
+
+from fl_attack import protocol
+from fl_attack.aggregate import RULES
+from fl_attack.errors import InputError, RunError
+from fl_attack.federation import wire
+from fl_attack.history import Recorder
+from fl_attack.scenario import NO_FLIPS, Flips, Scenario
+
+
+class RuleStrategy(FedAvg):
+    """FedAvg with one of our aggregation rules in place of its average, and our server optimizers."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        super().__init__(**everybody(scenario))
+        self.settings = scenario.settings
+        self.rule = RULES[self.settings.strategy.name]
+        self.aggregate = scenario.start()  # the aggregated gradient of the last round
+        self._theta = scenario.start()
+        self._state = protocol.initial_state(self._theta)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The parameters after the server's step on the aggregate of the clients' updates."""
+        answers = [wire.read_answer(reply.content) for reply in replies]
+        moved = torch.stack([answer.theta for answer in answers])
+        weights = torch.tensor([answer.weight for answer in answers])
+        lr = self.settings.lr
+        self.aggregate = self.rule((self._theta - moved) / lr, weights)
+        self._theta, self._state = protocol.server_step(
+            self.settings.server_optimizer, self._theta, self.aggregate, lr, self._state
+        )
+        return wire.pack(self._theta, raw=True), None
+
+
+class WatchedStrategy(Strategy):
+    """Any strategy, its replies checked and put in the order of the clients, its rounds recorded.
+
+    Flower averages over whoever answered; here a round counts only if every client asked answered once.
+    """
+
+    def __init__(self, strategy: Strategy, recorder: Recorder) -> None:
+        self.strategy = strategy
+        self.recorder = recorder
+        self._asked = 0
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the strategy does."""
+        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        self._asked = len(messages)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """As the strategy does, on replies that are complete and in order; RunError where they are not."""
+        ordered = complete(list(replies), self._asked, server_round)
+        arrays, metrics = self.strategy.aggregate_train(server_round, ordered)
+        if arrays is None:
+            raise RunError(
+                f"{type(self.strategy).__name__} gave no parameters in round {server_round}: it has its own minimum of "
+                f"replies, and {len(ordered)} came"
+            )
+        theta = wire.unpack(arrays)
+        aggregate = getattr(self.strategy, "aggregate", None)
+        if aggregate is None:  # a strategy of Flower's: the step it took
+            aggregate = (self.recorder.history.theta - theta) / self.recorder.scenario.settings.lr
+        self.recorder.record(server_round, theta, aggregate, all_flips(ordered))
+        return arrays, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: the server evaluates."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing: the server evaluates."""
+        return None
+
+    def summary(self) -> None:
+        """As the strategy does."""
+        self.strategy.summary()
+
+
+def complete(replies: list[Message], asked: int, round_: int) -> list[Message]:
+    """The replies by client; RunError unless there is a proper one from each client asked."""
+    for reply in replies:
+        if reply.has_error():
+            reason = (reply.error.reason or "").rsplit("Message: ", 1)[-1].strip().removesuffix("'>")
+            raise RunError(f"round {round_} failed: {reason or 'a client gave no reason'}")
+    ordered = sorted(replies, key=lambda reply: wire.client_of(reply.content))
+    clients = {wire.client_of(reply.content) for reply in ordered}
+    if len(clients) != asked or len(ordered) != asked:
+        raise RunError(f"round {round_} failed: {asked} clients were asked, {len(clients)} answered")
+    return ordered
+
+
+def all_flips(replies: Iterable[Message]) -> Flips:
+    """What all clients flipped in a round, by ascending sample."""
+    parts = [flips for reply in replies if (flips := wire.flips_of(reply.content)) is not None]
+    if not parts:
+        return NO_FLIPS
+    samples = concatenate([part.samples for part in parts]).astype(int64)
+    labels = concatenate([part.labels for part in parts]).astype(int64)
+    order = samples.argsort(kind="stable")
+    return Flips(samples[order], labels[order], max(part.allowed for part in parts))
+
+
+def make_strategy(scenario: Scenario) -> Strategy:
+    """The strategy of the settings; InputError where a path or its arguments don't give one."""
+    settings = scenario.settings.strategy
+    if settings.path is None or settings.name != "flower":
+        return RuleStrategy(scenario)
+    module, _, name = settings.path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"strategy.path={settings.path} can't be imported ({error}); give the import path of a Flower strategy, "
+            "as in flwr.serverapp.strategy.FedMedian"
+        ) from None
+    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
+        raise InputError(f"strategy.path={settings.path} is not a subclass of flwr.serverapp.strategy.Strategy")
+    try:
+        return kind(**(everybody(scenario) | settings.args))
+    except Exception as error:
+        raise InputError(
+            f"strategy.path={settings.path} does not take strategy.args={settings.args}: {error}"
+        ) from None
+
+
+def everybody(scenario: Scenario) -> dict[str, Any]:
+    """Flower's settings for asking every client in every round; by default it waits for two."""
+    clients = scenario.settings.clients.total
+    return {
+        "fraction_train": 1.0,
+        "fraction_evaluate": 0.0,
+        "min_train_nodes": clients,
+        "min_available_nodes": clients,
+        "weighted_by_key": wire.WEIGHT,
+        "arrayrecord_key": wire.ARRAYS,
+        "configrecord_key": wire.CONFIG,
+    }
+
+
+def start(grid: Grid, recorder: Recorder) -> None:
+    """Run all rounds of the recorder's scenario over a grid."""
+    scenario, history = recorder.scenario, recorder.history
+    strategy = make_strategy(scenario)
+    started = time.perf_counter()
+    recorder.record(0, history.theta)
+    try:
+        WatchedStrategy(strategy, recorder).start(
+            grid,
+            wire.pack(history.theta, raw=isinstance(strategy, RuleStrategy)),
+            num_rounds=scenario.settings.rounds,
+            train_config=ConfigRecord({wire.SETTINGS: scenario.settings.model_dump_json()}),
+        )
+    finally:
+        history.seconds = time.perf_counter() - started

@@ -1,0 +1,99 @@
+"""What travels in Flower's messages.
+
+To clients: the parameters, the round and the settings of the experiment as JSON. Back: the client's parameters, its
+id, the number of samples it used, and the labels it flipped.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fl_attack.scenario import Flips
+
+ARRAYS, CONFIG, METRICS, FLIPS = "arrays", "config", "metrics", "flips"
+SETTINGS, ROUND = "settings", "server-round"  # the round is put in by Flower's strategies themselves
+WEIGHT, CLIENT = "num-examples", "client"
+# The bytes of the array alone: Flower's own format parses a numpy file header in every message, a quarter of a small
+# client's time. Its strategies know only their own, so clients answer in the format they were asked in.
+RAW = "fl_attack.raw"
+
+
+class Request(NamedTuple):
+    """What a client is asked."""
+
+    theta: Tensor  # (C, d) float64
+    raw: bool  # how to answer
+    round_: int
+    settings: str  # JSON
+
+
+class Answer(NamedTuple):
+    """What a client says."""
+
+    theta: Tensor  # (C, d) float64
+    client: int
+    weight: int  # samples used
+    flips: Flips | None  # None: not a client that flips
+
+
+def pack(theta: Tensor, raw: bool) -> ArrayRecord:
+    """Parameters (C, d) as Flower's record; `raw` ones only our own strategy understands."""
+    values = theta.numpy()
+    arrays = ArrayRecord()
+    arrays["theta"] = Array(str(values.dtype), values.shape, RAW, values.tobytes()) if raw else Array(values)
+    return arrays
+
+
+def unpack(arrays: ArrayRecord) -> Tensor:
+    """Parameters (C, d) in float64."""
+    array = arrays["theta"]
+    if array.stype == RAW:
+        return torch.frombuffer(bytearray(array.data), dtype=torch.float64).view(array.shape)
+    return torch.from_numpy(array.numpy().astype(np.float64))
+
+
+def read_request(content: Any) -> Request:
+    """What a message to a client asks."""
+    array, config = content[ARRAYS]["theta"], content[CONFIG]
+    raw = array.stype == RAW
+    theta = _broadcast(array.data, array.shape) if raw else unpack(content[ARRAYS])
+    return Request(theta, raw, int(config[ROUND]), config[SETTINGS])
+
+
+@lru_cache(maxsize=1)
+def _broadcast(data: bytes, shape: tuple[int, ...]) -> Tensor:
+    # the clients of a block are sent the same bytes
+    return torch.frombuffer(bytearray(data), dtype=torch.float64).view(shape)
+
+
+def answer(answer: Answer, raw: bool) -> RecordDict:
+    """A client's reply. Exactly one array and one metric record, as Flower's strategies demand."""
+    metrics = MetricRecord({WEIGHT: answer.weight, CLIENT: answer.client})
+    content = RecordDict({ARRAYS: pack(answer.theta, raw), METRICS: metrics})
+    if answer.flips is not None:
+        samples, labels, allowed = answer.flips
+        content[FLIPS] = ConfigRecord({"samples": samples.tobytes(), "labels": labels.tobytes(), "allowed": allowed})
+    return content
+
+
+def client_of(content: Any) -> int:
+    """The client that a reply is from."""
+    return int(content[METRICS][CLIENT])
+
+
+def flips_of(content: Any) -> Flips | None:
+    """The flips in a reply, where it is from a client that flips."""
+    if FLIPS not in content:
+        return None
+    record = content[FLIPS]
+    samples, labels = (np.frombuffer(record[key], np.int64) for key in ("samples", "labels"))
+    return Flips(samples, labels, record["allowed"])
+
+
+def read_answer(content: Any) -> Answer:
+    """What a reply says."""
+    return Answer(unpack(content[ARRAYS]), client_of(content), content[METRICS][WEIGHT], flips_of(content))

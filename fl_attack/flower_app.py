@@ -1,0 +1,28 @@
+"""The apps of `flwr run .`: the same clients and strategy, on the grid and with the run configuration of Flower."""
+
+from typing import Any
+
+from fl_attack import experiment, federation, results
+from fl_attack.config import compose
+from fl_attack.errors import InputError, RunError
+from fl_attack.overrides import explain
+
+__all__ = ["client_app", "server_app"]
+
+client_app = federation.client_app
+
+
+def main(run_config: dict[str, Any], runner: federation.Runner) -> None:
+    """Run the experiment of a run configuration: `overrides` as for `fl-attack`, and keys of their own."""
+    given = {key: value for key, value in run_config.items() if value != ""}
+    overrides = [*str(given.pop("overrides", "")).split(), *(f"{key}={value}" for key, value in given.items())]
+    try:
+        settings = compose(*overrides)
+        print(results.table(experiment.run(settings, runner)), flush=True)
+        print(f"results in {settings.out}", flush=True)
+    except (InputError, RunError) as error:
+        print(f"fl-attack: {explain(error)}", flush=True)  # Flower adds a traceback and exits with 0 all the same
+        raise SystemExit(1) from None
+
+
+server_app = federation.serve(main)

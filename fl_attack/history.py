@@ -1,0 +1,106 @@
+"""What one run was like, round by round."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack import model
+from fl_attack.errors import RunError
+from fl_attack.scenario import NO_FLIPS, Flips, Scenario
+
+COLUMNS = (
+    "round",
+    "test_accuracy",
+    "test_f1",
+    "test_loss",
+    "flips",
+    "allowed",  # flips that the budget allowed in this round
+    "budget_used",  # flips / allowed
+    "cosine",  # between the aggregated gradient and the clean one
+    "repeated",  # share of this round's flipped samples that were flipped in the round before too
+)
+Row = dict[str, Any]
+OnRound = Callable[[int, Row], None]  # gets the round and the row last measured
+
+
+@dataclass
+class History:
+    """The rows of a run, its flips and its parameters so far."""
+
+    theta: Tensor
+    rows: list[Row] = field(default_factory=list)
+    flips: list[tuple[int, Flips]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def flip_count(self) -> int:
+        """Flips in all rounds."""
+        return sum(len(flips.samples) for _, flips in self.flips)
+
+    def flip_table(self) -> dict[str, NDArray[np.int64]]:
+        """Every flip made: its round, its sample and the label written."""
+        rounds = [np.full(len(flips.samples), round_) for round_, flips in self.flips]
+        empty = np.empty(0, np.int64)
+        return {
+            "round": np.concatenate([empty, *rounds]),
+            "sample": np.concatenate([empty, *(flips.samples for _, flips in self.flips)]),
+            "label": np.concatenate([empty, *(flips.labels for _, flips in self.flips)]),
+        }
+
+
+class Recorder:
+    """Turns what happens in a run into its history; an engine calls `record` after every round."""
+
+    def __init__(self, scenario: Scenario, on_round: OnRound = lambda round_, row: None) -> None:
+        self.scenario = scenario
+        self.on_round = on_round
+        self.history = History(scenario.start())
+        self._test_set = scenario.test_set()
+        self._last = NO_FLIPS
+        self._row: Row = {}
+
+    def record(self, round_: int, theta: Tensor, aggregate: Tensor | None = None, flips: Flips = NO_FLIPS) -> None:
+        """Note the parameters (C, d) after a round, the gradient that led to them and the labels flipped.
+
+        RunError where they are not finite any more; the history then ends with the round before.
+        """
+        settings = self.scenario.settings
+        if not theta.isfinite().all():
+            raise RunError(
+                f"the run diverged: theta is not finite after round {round_} of {settings.rounds} "
+                f"(lr={settings.lr:g}); a smaller lr keeps it finite"
+            )
+        before, self.history.theta = self.history.theta, theta
+        if len(flips.samples):
+            self.history.flips.append((round_, flips))
+        if round_ % settings.eval_every == 0 or round_ == settings.rounds:
+            self._row = self._measure(round_, before, aggregate, flips)
+            self.history.rows.append(self._row)
+        self._last = flips
+        self.on_round(round_, self._row)
+
+    def _measure(self, round_: int, before: Tensor, aggregate: Tensor | None, flips: Flips) -> Row:
+        X, y = self._test_set
+        quality = model.quality(self.history.theta.to(X.dtype), X, y)
+        cosine = math.nan
+        if aggregate is not None:
+            clean = self.scenario.gradient(before, range(self.scenario.settings.clients.total), round_)
+            norms = (aggregate.norm() * clean.norm()).item()
+            cosine = (aggregate * clean).sum().item() / norms if norms > 0 else math.nan
+        again = np.isin(flips.samples, self._last.samples, assume_unique=True)
+        count = len(flips.samples)
+        values = (
+            round_,
+            *quality,
+            count,
+            flips.allowed,
+            count / flips.allowed if flips.allowed else 0.0,
+            cosine,
+            again.mean().item() if count else 0.0,
+        )
+        return dict(zip(COLUMNS, values, strict=True))

@@ -1,0 +1,127 @@
+"""The program's own Hydra sweeper and launcher: a multirun (-m) becomes one sweep.
+
+Hydra's sweeper expands the command line, or `hydra.sweeper.params` of a file, into jobs; the launcher gets them all at
+once. Hydra would compose every job anew, a twentieth of a second each: here jobs that choose the same groups are
+composed once, and their values set.
+"""
+
+import copy
+import importlib
+import sys
+import types
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from fl_attack.errors import InputError
+
+Plugins.instance()  # loads Hydra's own plugins anew, so that only now their classes are the ones it will know
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # noqa: E402
+
+NAME = "fl_attack"
+
+
+class AllAtOnce(BasicSweeper):
+    """Hydra's sweeper, which neither composes every job before the launcher does nor leaves a file of its own."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Expand the command line and `hydra.sweeper.params` into jobs, and launch them all."""
+        assert self.hydra_context is not None
+        assert self.launcher is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        (jobs,) = self.split_arguments(overrides, None)
+        return [self.launcher.launch(jobs, initial_job_idx=0)]
+
+
+class SweepLauncher(Launcher):
+    """Runs all jobs as one sweep."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra hands over."""
+        self.hydra_context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs; the results are in the folder that they name."""
+        from fl_attack import sweep  # slow to import; bad input is told before
+        from fl_attack.config import settings_from
+
+        constant = [set(overrides) for overrides in job_overrides]
+        shared = set.intersection(*constant) if len(constant) > 1 else set()
+        cells = []
+        for overrides in job_overrides:
+            told = [override for override in overrides if override not in shared or _key(override) == "seed"]
+            settings = settings_from(self._composed(overrides))
+            cells.append(sweep.Cell({_key(one): one.partition("=")[2] for one in told}, settings))
+        print(f"results in {sweep.run(cells)}")
+        return [JobReturn(overrides=one, status=JobStatus.COMPLETED, _return_value=None) for one in job_overrides]
+
+    def _composed(self, overrides: Sequence[str]) -> dict[str, Any]:
+        groups = tuple(one for one in overrides if not self._is_value(one))
+        plain = copy.deepcopy(self._base(groups))
+        for one in overrides:
+            if self._is_value(one):
+                _set(plain, *_value(one))
+        return plain
+
+    def _is_value(self, override: str) -> bool:
+        # what adds or deletes, refers to other keys, or chooses a file is left to Hydra
+        key = _key(override)
+        plain = override[0].isalpha() and "${" not in override and not key.startswith("hydra.")
+        return plain and "@" not in key and "/" not in key and not self._is_group(key)
+
+    @cache  # noqa: B019 - there is one launcher in a process
+    def _is_group(self, key: str) -> bool:
+        return key in self.hydra_context.config_loader.list_groups("")
+
+    @cache  # noqa: B019
+    def _base(self, groups: tuple[str, ...]) -> dict[str, Any]:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(groups))
+        with open_dict(config):
+            del config["hydra"]
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+@lru_cache(maxsize=4096)
+def _value(override: str) -> tuple[str, Any]:
+    parsed = OverridesParser.create().parse_override(override)
+    return parsed.key_or_group, parsed.value()
+
+
+def _set(plain: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        plain = plain.get(part) if isinstance(plain, dict) else None  # type: ignore[assignment]
+    if not isinstance(plain, dict) or last not in plain:
+        raise InputError(f"{key} is not a known key here; fl-attack --help lists them")
+    plain[last] = value
+
+
+def register() -> None:
+    """Make both known to Hydra, under the names that conf/hydra/ gives them."""
+    _appear_in_hydra_plugins()
+    for part in (AllAtOnce, SweepLauncher):
+        part.__module__ = f"hydra_plugins.{NAME}"
+        Plugins.instance().register(part)
+
+
+def _appear_in_hydra_plugins() -> None:
+    # Hydra takes plugins from a package of that name only, where others may have put theirs
+    try:
+        package = importlib.import_module("hydra_plugins")
+    except ImportError:
+        package = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
+        package.__path__ = []
+    sys.modules[f"hydra_plugins.{NAME}"] = sys.modules[__name__]
+    setattr(package, NAME, sys.modules[__name__])

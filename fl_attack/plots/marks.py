@@ -1,0 +1,98 @@
+"""What is put on axes that others made: heat maps, lines of equal products, legends and captions."""
+
+import textwrap
+from typing import Any
+
+import numpy as np
+
+from fl_attack.plots.table import Floats
+
+PRINTED = 12  # rows or columns of the largest map whose values are printed
+
+
+def heat(axes: Any, xs: Floats, ys: Floats, grid: Floats, signed: bool, **scale: Any) -> Any:
+    """A cell for each value of grid (len(ys), len(xs)), equal in size however xs and ys are spaced; a cross for NaN."""
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_facecolor("0.85")
+    image = axes.pcolormesh(grid, edgecolors="face", linewidth=0.2, **scale)
+    for set_ticks, marks in ((axes.set_xticks, xs), (axes.set_yticks, ys)):
+        step = -(-len(marks) // PRINTED)
+        set_ticks(np.arange(len(marks))[::step] + 0.5, [f"{mark:.3g}" for mark in marks[::step]])
+    axes.tick_params(length=0)
+    equal_products(axes, xs, ys)
+    large = max(len(xs), len(ys)) > PRINTED
+    for (row, column), value in np.ndenumerate(grid):
+        ground = image.cmap(image.norm(value))
+        if np.isnan(value):
+            text, ground, ink = "\N{MULTIPLICATION SIGN}", "0.85", "0.4"
+        else:
+            ink = "black" if np.dot(ground[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
+            text = f"{value:+.1f}".replace("-", "\N{MINUS SIGN}") if signed else f"{value:.1f}"
+            if large:  # of the values only the sign, which a print in grey does not show
+                text = "\N{MINUS SIGN}" if signed and value < 0 else ""
+        box = {"facecolor": ground, "edgecolor": "none", "pad": 0.6} if not large else None  # keeps lines off figures
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6.5, color=ink, bbox=box)
+    return image
+
+
+def equal_products(axes: Any, xs: Floats, ys: Floats) -> None:
+    """Lines of equal x·y over a map of equal cells, labelled on its right edge."""
+    x_values, x_places = _stretched(xs)
+    y_values, y_places = _stretched(ys)
+    x = np.linspace(max(x_values[0], x_values[-1] / 1000), x_values[-1], 2000)
+    below = -1.0  # where the last label is
+    for product in products(xs, ys):
+        inside = (product / x >= y_values[0]) & (product / x <= y_values[-1])
+        if not inside[-1]:
+            continue
+        across, up = np.interp(x[inside], x_values, x_places), np.interp(product / x[inside], y_values, y_places)
+        if up[-1] - below < 0.05 * len(ys):
+            continue
+        below = up[-1]
+        axes.plot(across, up, color="white", linewidth=2.2)
+        axes.plot(across, up, color="black", linewidth=0.9)
+        place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+        axes.annotate(f"k·b = {product:.3g}", (len(xs), below), **place)
+    axes.set(xlim=(0, len(xs)), ylim=(0, len(ys)))
+
+
+def products(xs: Floats, ys: Floats) -> list[float]:
+    """A few products spread over those of a grid, rising; where possible such that several of its cells share."""
+    every = np.round(np.outer(xs, ys).ravel(), 9)
+    every = every[(every > 0) & (every >= xs[-1] * ys[0])]  # whose lines reach the right edge
+    if not len(every):
+        return []
+    values, count = np.unique(every, return_counts=True)
+    shared = values[count > 1]
+    wanted = np.quantile(every, (0.15, 0.4, 0.65, 0.85))
+    chosen = [
+        shared[np.abs(np.log(shared / one)).argmin()] if len(shared) > 3 else float(f"{one:.1g}") for one in wanted
+    ]
+    return sorted({float(one) for one in chosen})
+
+
+def legend(figure: Any, panels: dict[str, Any], title: str = "") -> None:
+    """The names of all lines, once, beside the panels; nothing where a single line has none."""
+    lines = {
+        label: line for axes in panels.values() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if lines and list(lines) != [""]:
+        figure.legend(
+            lines.values(), lines, loc="outside right center", frameon=False, fontsize="small", title=title or None
+        )
+
+
+def caption(figure: Any, title: str, note: str) -> None:
+    """A title above the panels and what one must know to read them below, both broken to the figure's width."""
+    width = int(figure.get_figwidth() * 11)
+    if title:
+        figure.suptitle(textwrap.fill(title, width), x=0.01, ha="left", fontsize="medium", fontweight="bold")
+    figure.supxlabel(textwrap.fill(note, int(width * 1.2)), x=0.01, ha="left", fontsize="small", color="0.25")
+
+
+def _stretched(values: Floats) -> tuple[Floats, Floats]:
+    """Values at the edges and centres of a row of cells, and their places."""
+    first, last = (values[1] - values[0]) / 2, (values[-1] - values[-2]) / 2
+    places = np.concatenate([[0], np.arange(len(values)) + 0.5, [len(values)]])
+    return np.concatenate([[values[0] - first], values, [values[-1] + last]]), places

@@ -1,0 +1,142 @@
+"""One round of the federation, as pure functions; engines only decide where and when they run.
+
+Indices are positions in the training set. A client's minibatches are a function of (seed, client, round) alone, so
+that any process can work out any client's part, and do it again.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack import model
+from fl_attack.errors import InputError
+
+Optimizer = Literal["sgd", "momentum", "adam"]
+MOMENTUM = 0.9
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+BATCHES = 1  # names the random stream of the minibatches among those of one seed
+
+
+def batch_sizes(shard_sizes: NDArray[np.int64], batch_size: int | None) -> NDArray[np.int64]:
+    """Samples that each client takes a step, proportional to its shard, at least one; None takes the whole shard.
+
+    The sizes add up to `batch_size` (largest remainders first), so that a step sees every sample equally often.
+    Raises InputError where that is not possible.
+    """
+    clients, total = len(shard_sizes), int(shard_sizes.sum())
+    if batch_size is None:
+        return shard_sizes.copy()
+    if batch_size > total:
+        raise InputError(
+            f"batch_size={batch_size} is more than the {total} training samples; use at most {total} or full"
+        )
+    if batch_size < clients:
+        raise InputError(
+            f"batch_size={batch_size} leaves some of {clients} clients without a sample; use at least {clients}"
+        )
+    small = np.zeros(clients, bool)  # those whose fair part is below one sample get that one
+    while True:
+        rest, pool = batch_size - int(small.sum()), int(shard_sizes[~small].sum())
+        smaller = small | (shard_sizes * rest < pool)
+        if (smaller == small).all():
+            break
+        small = smaller
+    sizes, remainders = np.divmod(shard_sizes * rest, pool)
+    sizes[small], remainders[small] = 1, 0
+    sizes[np.argsort(-remainders, kind="stable")[: batch_size - sizes.sum()]] += 1
+    return sizes
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who trains on what, when."""
+
+    shards: tuple[NDArray[np.int64], ...]  # each client's samples, ascending
+    sizes: NDArray[np.int64]  # samples a local step, by client
+    local_steps: int
+    seed: int
+
+    @property
+    def used(self) -> NDArray[np.int64]:
+        """Different samples that each client uses in a round; the same number in every round."""
+        lengths = np.array([len(shard) for shard in self.shards])
+        return np.minimum(self.local_steps, lengths // self.sizes) * self.sizes
+
+    def steps(self, client: int, round_: int) -> NDArray[np.int64]:
+        """Samples of a client's local steps in a round, (local_steps, size); those of a step differ.
+
+        A pass over the shard, in a new order, is cut into whole rounds; what is left over sits that pass out. Where
+        one pass is too short for a round, each round takes what fits and visits it in a new order until it is done.
+        """
+        shard, size = self.shards[client], int(self.sizes[client])
+        if size == len(shard):
+            return np.broadcast_to(shard, (self.local_steps, size))
+        used = min(self.local_steps, len(shard) // size) * size
+        rounds_a_pass = len(shard) // used
+        pass_, turn = divmod(round_ - 1, rounds_a_pass)
+        drawn = shard[_order(len(shard), self.seed, client, pass_)[turn * used : (turn + 1) * used]]
+        missing = self.local_steps * size - used
+        again = [drawn[_order(used, self.seed, client, pass_, i)] for i in range(-(-missing // used))]
+        return np.concatenate([drawn, *again])[: self.local_steps * size].reshape(self.local_steps, size)
+
+    def samples(self, clients: Iterable[int], round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The samples that clients use in a round, ascending, and how often each."""
+        drawn = [self.steps(client, round_).ravel() for client in clients]
+        return np.unique(np.concatenate(drawn), return_counts=True)
+
+
+@lru_cache(maxsize=256)
+def _order(size: int, seed: int, *key: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, BATCHES, *key]).permutation(size)
+
+
+def local_update(theta: Tensor, X: Tensor, y: Tensor, lr: float) -> Tensor:
+    """Parameters (C, d) after one SGD step on each minibatch of X (steps, size, d), y (steps, size).
+
+    theta keeps its own precision; gradients are computed in that of X.
+    """
+    for X_step, y_step in zip(X, y, strict=True):
+        theta = theta - lr * model.gradient(theta.to(X.dtype), X_step, y_step).to(theta.dtype)
+    return theta
+
+
+class ServerState(NamedTuple):
+    """What the server's optimizer remembers between rounds."""
+
+    step: int
+    first: Tensor
+    second: Tensor
+
+
+def initial_state(theta: Tensor) -> ServerState:
+    """The state before the first round."""
+    return ServerState(0, torch.zeros_like(theta), torch.zeros_like(theta))
+
+
+def server_step(
+    optimizer: Optimizer, theta: Tensor, gradient: Tensor, lr: float | Tensor, state: ServerState
+) -> tuple[Tensor, ServerState]:
+    """Parameters and state after the server has taken the aggregated gradient.
+
+    sgd `theta - lr g`; momentum (0.9, not dampened) as in Polyak 1964; adam as in Kingma and Ba 2015 with
+    betas 0.9, 0.999 and eps 1e-8.
+    """
+    step = state.step + 1
+    if optimizer == "sgd":
+        return theta - lr * gradient, state._replace(step=step)
+    if optimizer == "momentum":
+        first = MOMENTUM * state.first + gradient
+        return theta - lr * first, state._replace(step=step, first=first)
+    beta1, beta2 = ADAM_BETAS
+    first = beta1 * state.first + (1 - beta1) * gradient
+    second = beta2 * state.second + (1 - beta2) * gradient**2
+    unbiased = first / (1 - beta1**step)
+    scale = (second / (1 - beta2**step)).sqrt() + ADAM_EPS
+    return theta - lr * unbiased / scale, ServerState(step, first, second)

@@ -1,0 +1,232 @@
+"""What the rounds of one experiment share: its data, who holds what, and what the attacker can work out.
+
+A scenario is a pure function of the settings, so every process makes its own from them; the images themselves are
+memory-mapped and shared.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack import __version__, attack, data, model, protocol
+from fl_attack.config import Settings, settings_from
+from fl_attack.data import cache
+from fl_attack.errors import InputError
+
+Progress = Callable[[int], None]
+
+
+class Flips(NamedTuple):
+    """The labels that attackers write in a round, and how many they were allowed to."""
+
+    samples: NDArray[np.int64]  # ascending
+    labels: NDArray[np.int64]
+    allowed: int
+
+
+NO_FLIPS = Flips(np.empty(0, np.int64), np.empty(0, np.int64), 0)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """An experiment, ready to run."""
+
+    settings: Settings
+    dataset: data.Dataset
+    partition: data.Partition
+    schedule: protocol.Schedule
+
+    @property
+    def classes(self) -> int:
+        """Number of labels."""
+        return len(self.dataset.classes)
+
+    @property
+    def theta_shape(self) -> tuple[int, int]:
+        """Outputs C and features d, the constant included."""
+        return model.output_count(self.classes), self.dataset.x_train.shape[1] + 1
+
+    @property
+    def write_access(self) -> float:
+        """Share k of the samples that malicious clients hold."""
+        return int(np.isin(self.partition.client, self.partition.malicious).sum()) / len(self.partition.client)
+
+    def start(self) -> Tensor:
+        """The parameters before the first round: zero."""
+        return torch.zeros(self.theta_shape, dtype=torch.float64)
+
+    def features(self, samples: NDArray[np.int64]) -> Tensor:
+        """Features of training samples, (n, d)."""
+        x = np.asarray(self.dataset.x_train)  # indexing the bare array is quicker than the memory map
+        raw = x if len(samples) == len(x) and (np.diff(samples) == 1).all() else x[samples]
+        return data.features(raw, self.dataset.scale, self.settings.torch_dtype)
+
+    def test_set(self) -> tuple[Tensor, Tensor]:
+        """Features and labels that the server measures the model on."""
+        X = data.features(self.dataset.x_test, self.dataset.scale, self.settings.torch_dtype)
+        return X, torch.tensor(self.dataset.y_test)
+
+    def gradient(self, theta: Tensor, clients: Iterable[int], round_: int) -> Tensor:
+        """Clean gradient of the clients' samples in a round, (C, d), in the precision of theta."""
+        samples, counts = self.schedule.samples(clients, round_)
+        X, y = self.features(samples), torch.from_numpy(self.dataset.y_train[samples])
+        return model.gradient(theta.to(X.dtype), X, y, torch.from_numpy(counts).to(X.dtype)).to(theta.dtype)
+
+    def flips(self, theta: Tensor, round_: int) -> Flips:
+        """The labels that all malicious clients together write in a round, given the broadcast theta."""
+        threat, malicious = self.settings.attack, self.partition.malicious
+        before = attack.attacked_before(round_, threat.every, threat.start, threat.stop)
+        if not self.settings.attacked or before is None:
+            return NO_FLIPS
+        writable = self.schedule.used[malicious]
+        pooled = threat.scope == "pooled"
+        budgets = [
+            attack.flip_allowance(threat.exact_budget, before * int(n), int(n), threat.rounding)
+            for n in ([writable.sum()] if pooled else writable)
+        ]
+        if not any(budgets):
+            return NO_FLIPS
+        samples, counts = self.schedule.samples(malicious, round_)
+        X, y = self.features(samples), torch.from_numpy(self.dataset.y_train[samples])
+        v = self.direction(theta, round_)
+        view = attack.View(y, model.scores(v.to(X.dtype), X), torch.from_numpy(counts), threat.selection)
+        proposal = attack.ATTACKS[threat.name](view)
+        owner = np.searchsorted(malicious, self.partition.client[samples])
+        group = torch.zeros(len(y), dtype=torch.int64) if pooled else torch.from_numpy(owner)
+        chosen = attack.select(proposal.priority, group, torch.tensor(budgets)) & (proposal.labels != y)
+        return Flips(samples[chosen.numpy()], proposal.labels[chosen].numpy(), sum(budgets))
+
+    def direction(self, theta: Tensor, round_: int) -> Tensor:
+        """The direction v that the attacker pushes the gradient against, from what it knows."""
+        threat, malicious = self.settings.attack, self.partition.malicious
+        if threat.goal == "targeted":
+            return attack.direction(threat.goal, theta, None, self.target)
+        everyone = np.arange(self.settings.clients.total)
+        known = {"full": everyone, "honest": np.setdiff1d(everyone, malicious), "own": malicious}[threat.knowledge]
+        return attack.direction(threat.goal, theta, self.gradient(theta, known, round_), None)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The parameters that a targeted attacker steers to, (C, d)."""
+        return load_target(self)
+
+    def relabelled(self, y_train: NDArray[np.int64]) -> "Scenario":
+        """The same experiment with other training labels."""
+        dataset = self.dataset.__class__(**{**vars(self.dataset), "y_train": y_train})
+        return Scenario(self.settings, dataset, self.partition, self.schedule)
+
+
+def make(settings: Settings, verify: bool = True) -> Scenario:
+    """The scenario of settings. InputError where the data can't be had or can't be split as asked."""
+    dataset = data.load(**settings.dataset.model_dump(), verify=verify)
+    settings = _spelled_out(settings, dataset.scale)
+    partition = data.partition(
+        dataset.y_train,
+        honest=settings.clients.honest,
+        malicious=settings.clients.malicious,
+        seed=settings.seed,
+        **settings.partition.model_dump(),
+    )
+    shards = tuple(partition.shards)
+    batch_size = None if settings.batch_size == "full" else settings.batch_size
+    sizes = protocol.batch_sizes(np.array([len(shard) for shard in shards]), batch_size)
+    return Scenario(settings, dataset, partition, protocol.Schedule(shards, sizes, settings.local_steps, settings.seed))
+
+
+def _spelled_out(settings: Settings, scale: float) -> Settings:
+    # clients may live in another folder, and whoever replays a run needs the divisor of its pixels
+    here = {
+        "root": os.path.abspath(settings.dataset.root),
+        "path": settings.dataset.path and os.path.abspath(settings.dataset.path),
+        "scale": scale,
+    }
+    target = settings.attack.target_path
+    return settings.model_copy(
+        update={
+            "dataset": settings.dataset.model_copy(update=here),
+            "attack": settings.attack.model_copy(update={"target_path": target and os.path.abspath(target)}),
+        }
+    )
+
+
+@lru_cache(maxsize=4)
+def from_json(text: str) -> Scenario:
+    """The scenario of settings as they travel to clients; a process makes each once."""
+    return make(settings_from(json.loads(text)), verify=False)
+
+
+def train(scenario: Scenario, progress: Progress = lambda round_: None) -> Tensor:
+    """Parameters (C, d) after all rounds without any attack under the mean, in this process."""
+    settings, everyone = scenario.settings, range(scenario.settings.clients.total)
+    theta = scenario.start()
+    state = protocol.initial_state(theta)
+    for round_ in range(1, settings.rounds + 1):
+        if settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
+            aggregate = scenario.gradient(theta, everyone, round_)
+        else:
+            weights = scenario.schedule.sizes / scenario.schedule.sizes.sum()
+            moved = sum(
+                w * client_update(scenario, c, theta, round_, NO_FLIPS)[0]
+                for c, w in zip(everyone, weights, strict=True)
+            )
+            aggregate = (theta - moved) / settings.lr
+        theta, state = protocol.server_step(settings.server_optimizer, theta, aggregate, settings.lr, state)
+        progress(round_)
+    return theta
+
+
+def client_update(scenario: Scenario, client: int, theta: Tensor, round_: int, flips: Flips) -> tuple[Tensor, int]:
+    """A client's parameters (C, d) after its local steps on labels with flips, and the samples it used."""
+    steps = scenario.schedule.steps(client, round_)
+    X = scenario.features(steps.ravel()).view(*steps.shape, -1)
+    y = scenario.dataset.y_train[steps]
+    if len(flips.samples):
+        place = np.searchsorted(flips.samples, steps).clip(max=len(flips.samples) - 1)
+        y = np.where(flips.samples[place] == steps, flips.labels[place], y)
+    return protocol.local_update(theta, X, torch.from_numpy(y), scenario.settings.lr), steps.size
+
+
+def load_target(scenario: Scenario, progress: Progress = lambda round_: None) -> Tensor:
+    """theta_target: the file of `attack.target_path`, or trained as the run would be, honestly, on flipped labels.
+
+    What was trained is cached under a key of everything that it depends on.
+    """
+    settings, path = scenario.settings, scenario.settings.attack.target_path
+    if path is not None:
+        return _read_target(Path(path), scenario.theta_shape)
+    kept = {"rounds", "batch_size", "local_steps", "lr", "server_optimizer", "seed", "dtype"}
+    recipe = hashlib.sha256(scenario.partition.client.tobytes())
+    recipe.update((settings.model_dump_json(include=kept) + scenario.dataset.fingerprint + __version__).encode())
+    file = cache.folder() / "targets" / f"{recipe.hexdigest()[:24]}.npz"
+    if file.exists():
+        try:
+            return _read_target(file, scenario.theta_shape)
+        except InputError:
+            pass  # damaged: trained anew below
+    flipped = attack.flipped_target(torch.tensor(scenario.dataset.y_train), scenario.classes).numpy()
+    target = train(scenario.relabelled(flipped), progress)
+    cache.write_whole(file, lambda stream: np.savez(stream, theta=target.numpy()))
+    return target
+
+
+def _read_target(file: Path, shape: tuple[int, int]) -> Tensor:
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            theta = np.asarray(stored["theta"], np.float64)
+    except Exception as error:
+        raise InputError(
+            f"{file} can't be read as a target (an .npz file with theta of shape {shape}): {error}"
+        ) from None
+    if theta.shape != shape or not np.isfinite(theta).all():
+        raise InputError(f"theta in {file} has shape {theta.shape}; a finite array of shape {shape} is needed")
+    return torch.from_numpy(theta)

@@ -1,0 +1,117 @@
+"""Flower's own engine and a cluster of several Ray nodes give what one process gives."""
+
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import ray
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fl_attack import federation, scenario
+from fl_attack.config import Settings
+from fl_attack.errors import InputError, RunError
+from fl_attack.federation.client import client_app
+from fl_attack.federation.grid import BlockGrid
+from fl_attack.federation.session import ray_session
+from fl_attack.history import Recorder
+
+Compose = Callable[..., Settings]
+Small = Callable[..., list[str]]
+COMMON = ["rounds=5", "clients.honest=4", "clients.malicious=3", "attack.budget=0.4", "lr=0.5", "batch_size=40"]
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers can't import this file
+
+
+@pytest.fixture(autouse=True)
+def no_ray_left() -> Iterator[None]:
+    """Every test here starts and ends its own."""
+    yield
+    ray.shutdown()
+
+
+def run(recorders: list[Recorder], app: ClientApp = client_app) -> None:
+    """All recorders over the grid of the first one's settings."""
+    settings = recorders[0].scenario.settings
+
+    def drive(federate: federation.Federate) -> None:
+        for recorder in recorders:
+            federate(recorder)
+
+    federation.run(drive, settings, app)
+
+
+def same(a: Recorder, b: Recorder) -> bool:
+    """Whether two runs ended in the same bits, flips included."""
+    tables = a.history.flip_table(), b.history.flip_table()
+    return torch.equal(a.history.theta, b.history.theta) and all(
+        (tables[0][k] == tables[1][k]).all() for k in tables[0]
+    )
+
+
+def test_stock_and_block_end_in_the_same_bits(settings: Compose, small_data: Small) -> None:
+    cases = [
+        ["server_optimizer=momentum", "attack.goal=targeted"],
+        ["server_optimizer=adam", "partition=dirichlet", "dtype=float64"],
+        ["local_steps=2", "batch_size=30"],
+    ]
+    by_grid = [
+        [Recorder(scenario.make(settings(*small_data(3), *COMMON, *case, f"engine.grid={grid}"))) for case in cases]
+        for grid in ("block", "stock")
+    ]
+    for recorders in by_grid:
+        run(recorders)
+    assert all(same(block, stock) for block, stock in zip(*by_grid, strict=True))
+    assert all(recorder.history.flip_count for recorder in by_grid[0])
+
+
+def failing_app() -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        raise ValueError("no more disk")
+
+    return app
+
+
+def test_a_client_that_raises_stops_flowers_engine_too(settings: Compose, small_data: Small) -> None:
+    recorder = Recorder(scenario.make(settings(*small_data(3), *COMMON, "engine.grid=stock")))
+    with pytest.raises(RunError, match="round 1 failed: no more disk"):
+        run([recorder], failing_app())
+
+
+@pytest.mark.slow
+def test_two_ray_nodes_both_get_clients(settings: Compose, small_data: Small) -> None:
+    from ray.cluster_utils import Cluster
+
+    here = Recorder(scenario.make(settings(*small_data(3), *COMMON)))
+    run([here])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    try:
+        there = Recorder(scenario.make(settings(*small_data(3), *COMMON, f"engine.ray_address={cluster.address}")))
+        run([there])
+        assert not ray.is_initialized()  # the cluster was left, as it was found
+        assert same(here, there)
+        ray.init(address=cluster.address, log_to_driver=False)
+        with BlockGrid(client_app, 7, actors=2, cpus_each=1.0) as grid:
+            assert len({ray.get(actor.place.remote())[0] for actor in grid.actors}) == 2
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_an_address_without_a_cluster_is_told_in_one_line(settings: Compose, small_data: Small) -> None:
+    recorder = Recorder(scenario.make(settings(*small_data(3), *COMMON, "engine.ray_address=127.0.0.1:1")))
+    with pytest.raises(InputError, match=r"engine\.ray_address=127\.0\.0\.1:1 can't be joined"):
+        run([recorder])
+
+
+def test_without_an_address_ray_is_started_here_whatever_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    with ray_session(None, verbose=False):
+        pass
+    assert asked["address"] == "local"

@@ -1,0 +1,271 @@
+"""The federation on Ray: the same trajectory on every grid, whatever happens to its processes."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fl_attack import federation, scenario
+from fl_attack.config import Settings
+from fl_attack.errors import InputError, RunError
+from fl_attack.federation.client import HonestClient, MaliciousClient, OmniscientHook, client_app
+from fl_attack.federation.grid import BlockGrid
+from fl_attack.federation.session import ray_session
+from fl_attack.federation.strategy import start
+from fl_attack.history import History, Recorder
+
+Small = Callable[..., list[str]]
+Compose = Callable[..., Settings]
+
+# the apps of this file are made in a module that Ray's workers can't import
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[BlockGrid]:
+    """One Ray and one grid of seven clients for the module: clients keep nothing from one run to the next."""
+    with ray_session(None, verbose=False), BlockGrid(client_app, 7, actors=2, cpus_each=0.5) as grid:
+        yield grid
+
+
+def federate(settings: Settings, grid: Grid) -> History:
+    recorder = Recorder(scenario.make(settings))
+    start(grid, recorder)
+    return recorder.history
+
+
+def alone(settings: Settings) -> tuple[torch.Tensor, list[list[int]]]:
+    """The same rounds in this process, client after client."""
+    made = scenario.make(settings)
+    hook = OmniscientHook(made)
+    theta, flipped = made.start(), []
+    weights = made.schedule.sizes / made.schedule.sizes.sum()
+    assert settings.server_optimizer == "sgd"
+    for round_ in range(1, settings.rounds + 1):
+        clients = [
+            MaliciousClient(made, i, hook) if i in made.partition.malicious else HonestClient(made, i)
+            for i in range(settings.clients.total)
+        ]
+        moved = [client.train(theta, round_)[0] for client in clients]
+        flipped.append(hook.flips(theta, round_).samples.tolist() if settings.attacked else [])
+        theta = sum((w * one for w, one in zip(weights, moved, strict=True)), torch.zeros_like(theta))
+    return theta, flipped
+
+
+def flips_by_round(history: History, rounds: int) -> list[list[int]]:
+    table = history.flip_table()
+    return [table["sample"][table["round"] == r].tolist() for r in range(1, rounds + 1)]
+
+
+COMMON = ["rounds=6", "clients.honest=4", "clients.malicious=3", "attack.budget=0.4", "lr=0.5", "dtype=float64"]
+CASES = {
+    "binary": (2, ["batch_size=40"]),
+    "classes": (3, ["batch_size=40", "attack.goal=targeted"]),
+    "steps": (3, ["local_steps=3", "batch_size=30", "attack.rounding=carry", "attack.scope=per_client"]),
+    "uneven": (2, ["partition=dirichlet", "batch_size=full", "attack.knowledge=own", "attack.selection=literal"]),
+    "one": (
+        3,
+        [
+            "partition=shards",
+            "partition.malicious_share=0.3",
+            "clients.malicious=1",
+            "attack.every=2",
+            "clients.honest=6",
+            "batch_size=40",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_of_clients_on_ray_go_the_way_of_clients_one_by_one(
+    settings: Compose, small_data: Small, grid: BlockGrid, case: str
+) -> None:
+    classes, overrides = CASES[case]
+    chosen = settings(*small_data(classes), *COMMON, *overrides)
+    history = federate(chosen, grid)
+    theta, flips = alone(chosen)
+    torch.testing.assert_close(history.theta, theta, rtol=0, atol=1e-12)
+    assert flips_by_round(history, 6) == flips
+    assert any(flips)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_servers_optimizer_works_on_the_clients_mean_gradient(
+    settings: Compose, small_data: Small, grid: BlockGrid, optimizer: str, steps: int
+) -> None:
+    common = [*(key for key in COMMON if "attack" not in key), "attack=none", "batch_size=20"]
+    chosen = settings(*small_data(3), *common, f"local_steps={steps}", f"server_optimizer={optimizer}")
+    torch.testing.assert_close(federate(chosen, grid).theta, scenario.train(scenario.make(chosen)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("goal", ["untargeted", "targeted"])
+def test_the_number_of_actors_changes_no_bit(settings: Compose, small_data: Small, grid: BlockGrid, goal: str) -> None:
+    chosen = settings(*small_data(3), *COMMON[:-1], "batch_size=40", f"attack.goal={goal}")
+    two = federate(chosen, grid)
+    with BlockGrid(client_app, 7, actors=3, cpus_each=0.3) as other:
+        three = federate(chosen, other)
+    assert torch.equal(two.theta, three.theta)
+    assert flips_by_round(two, 6) == flips_by_round(three, 6)
+
+
+def test_an_actor_that_is_killed_is_replaced_and_the_run_ends_the_same(
+    settings: Compose, small_data: Small, grid: BlockGrid
+) -> None:
+    chosen = settings(*small_data(3), *COMMON, "batch_size=40")
+    undisturbed = federate(chosen, grid)
+    before = [ray.get(actor.place.remote())[1] for actor in grid.actors]
+
+    def kill(round_: int, row: object) -> None:
+        if round_ == 3:
+            os.kill(before[0], signal.SIGKILL)
+
+    recorder = Recorder(scenario.make(chosen), kill)
+    start(grid, recorder)
+    after = [ray.get(actor.place.remote())[1] for actor in grid.actors]
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+    assert torch.equal(recorder.history.theta, undisturbed.theta)
+    assert flips_by_round(recorder.history, 6) == flips_by_round(undisturbed, 6)
+
+
+def failing_app() -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 2 and int(message.content["config"]["server-round"]) == 3:
+            raise ValueError("no more disk")
+        from fl_attack.federation.client import train
+
+        return train(message, context)
+
+    return app
+
+
+def test_a_client_that_raises_stops_the_run_with_its_message(
+    settings: Compose, small_data: Small, grid: BlockGrid
+) -> None:
+    chosen = settings(*small_data(3), *COMMON, "batch_size=40")
+    with BlockGrid(failing_app(), 7, actors=2, cpus_each=0.1) as failing:
+        with pytest.raises(RunError, match="round 3 failed: no more disk"):
+            federate(chosen, failing)
+        check_promises(failing)
+
+
+def test_a_client_says_who_it_is_when_it_fails(settings: Compose, small_data: Small, grid: BlockGrid) -> None:
+    chosen = settings(*small_data(3), *COMMON, "batch_size=40")
+    Path(chosen.dataset.path).write_bytes(b"damaged")
+    made = scenario.make(chosen.model_copy(update={"dataset": settings().dataset}))
+    object.__setattr__(made, "settings", chosen)  # the server has its data, the clients find theirs damaged
+    with pytest.raises(RunError, match=r"round 1 failed: client \d: InputError: .*npz"):
+        start(grid, Recorder(made))
+
+
+class Forgetful:
+    """A grid that loses the reply of one client, or gives one twice."""
+
+    def __init__(self, grid: BlockGrid, twice: bool) -> None:
+        self.grid, self.twice = grid, twice
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.grid.get_node_ids()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        replies = list(self.grid.send_and_receive(messages, timeout=timeout))
+        return replies[1:] + (replies[1:2] if self.twice else [])
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_round_that_misses_a_client_is_not_averaged_over(
+    settings: Compose, small_data: Small, grid: BlockGrid, twice: bool
+) -> None:
+    chosen = settings(*small_data(3), *COMMON, "batch_size=40")
+    with pytest.raises(RunError, match="round 1 failed: 7 clients were asked, 6 answered"):
+        federate(chosen, Forgetful(grid, twice))  # type: ignore[arg-type]
+
+
+def test_a_diverging_run_stops_and_keeps_its_rounds(settings: Compose, small_data: Small, grid: BlockGrid) -> None:
+    recorder = Recorder(
+        scenario.make(settings(*small_data(3), *COMMON, "batch_size=full", "lr=1e308", "dataset.scale=0.001"))
+    )
+    with pytest.raises(RunError, match=r"diverged: theta is not finite after round \d.*smaller lr"):
+        start(grid, recorder)
+    assert recorder.history.rows
+    assert recorder.history.theta.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("path", "args"),
+    [("FedMedian", "{}"), ("FedTrimmedAvg", "{beta: 0.3}"), ("FedAvg", "{}"), ("FedAdam", "{eta: 0.05}")],
+)
+def test_any_strategy_of_flowers_runs_by_its_import_path(
+    settings: Compose, small_data: Small, grid: BlockGrid, path: str, args: str
+) -> None:
+    flower = ["strategy=flower", f"strategy.path=flwr.serverapp.strategy.{path}", f"strategy.args={args}"]
+    history = federate(settings(*small_data(3), *COMMON, "batch_size=40", *flower), grid)
+    assert len(history.rows) == 7
+    assert history.flip_count > 0
+    mean = federate(settings(*small_data(3), *COMMON, "batch_size=40"), grid)
+    same = torch.allclose(history.theta, mean.theta, atol=1e-12)
+    assert same == (path == "FedAvg")  # Flower's average is our mean; the others are not
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("flwr.serverapp.strategy.FedMedain", "can't be imported"),
+        ("nowhere.FedAvg", "can't be imported"),
+        ("FedAvg", "can't be imported"),
+        ("collections.OrderedDict", "not a subclass"),
+        ("flwr.serverapp.strategy.FedTrimmedAvg", "does not take strategy.args"),
+    ],
+)
+def test_a_strategy_that_is_none_is_refused_before_anything_starts(
+    settings: Compose, small_data: Small, path: str, message: str
+) -> None:
+    flower = ["strategy=flower", f"strategy.path={path}", "strategy.args={unknown: 1}"]
+    with pytest.raises(InputError, match=message):
+        federation.check(scenario.make(settings(*small_data(3), "batch_size=40", *flower)))
+
+
+def check_promises(grid: BlockGrid) -> None:
+    """What Flower's abstract grid promises beside `send_and_receive`."""
+    assert list(grid.send_and_receive([])) == []
+    assert len(list(grid.get_node_ids())) == len({node.node_id for node in grid.get_nodes()}) == 7
+    content = RecordDict({"config": ConfigRecord({"server-round": 3})})
+    asked = [grid.create_message(content, "train", node, "1") for node in grid.get_node_ids()]
+    pushed = list(grid.push_messages(asked))
+    assert len(set(pushed)) == 7
+    replies = list(grid.pull_messages(pushed))
+    assert [reply.metadata.reply_to_message_id for reply in replies] == pushed
+    assert all(reply.has_error() for reply in replies)  # there are no settings in this message
+    assert list(grid.pull_messages(pushed)) == []
+
+
+def test_flips_of_f_attackers_stay_within_those_of_more(settings: Compose, small_data: Small) -> None:
+    few, many = (
+        scenario.make(settings(*small_data(3), "clients.total=8", f"clients.malicious={f}", "batch_size=40"))
+        for f in (2, 3)
+    )
+    assert set(few.partition.malicious) < set(many.partition.malicious)
+    assert (few.partition.client == many.partition.client).all()
+
+
+def test_the_flips_of_all_clients_together_are_those_agreed_on(settings: Compose, small_data: Small) -> None:
+    made = scenario.make(settings(*small_data(3), *COMMON, "batch_size=40"))
+    theta = torch.ones(made.theta_shape, dtype=torch.float64)
+    agreed = OmniscientHook(made).flips(theta, 2)
+    parts = [MaliciousClient(made, int(i), OmniscientHook(made)).flips(theta, 2) for i in made.partition.malicious]
+    assert sorted(np.concatenate([part.samples for part in parts]).tolist()) == agreed.samples.tolist()
+    assert HonestClient(made, 0).flips(theta, 2) is None

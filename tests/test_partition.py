@@ -1,0 +1,192 @@
+"""Partitions: everyone holds something, shares are exact, the malicious clients are nested."""
+
+import inspect
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fl_attack.data import PARTITIONERS, Partition, partition
+from fl_attack.errors import InputError
+
+CONF = Path(__file__).resolve().parent.parent / "conf" / "partition"
+MILD = {"iid": {}, "dirichlet": {"alpha": 50.0}, "shards": {"s": 2}}  # settings that can be met
+
+names = st.sampled_from(sorted(PARTITIONERS))
+seeds = st.integers(0, 2**32)
+some_labels = st.builds(
+    lambda n, classes, seed: np.random.default_rng(seed).integers(0, classes, n),
+    st.integers(100, 300),
+    st.integers(2, 5),
+    seeds,
+)
+
+
+def dealt(labels, name, **settings) -> Partition:
+    return partition(labels, name=name, **MILD[name], **settings)
+
+
+@given(some_labels, names, st.integers(0, 4), st.integers(0, 4), seeds)
+def test_every_sample_has_one_client_and_every_client_a_sample(labels, name, honest, malicious, seed):
+    assume(honest + malicious)
+    parts = dealt(labels, name, honest=honest, malicious=malicious, seed=seed)
+    assert parts.client.dtype == np.int64 and parts.client.shape == labels.shape
+    assert len(parts.shards) == honest + malicious
+    for client, shard in enumerate(parts.shards):
+        np.testing.assert_array_equal(shard, np.flatnonzero(parts.client == client))
+        assert len(shard)
+    assert len(parts.malicious) == malicious
+    assert (np.diff(parts.malicious) > 0).all() and set(parts.malicious) <= set(range(honest + malicious))
+
+
+@given(some_labels, names, st.integers(1, 6), seeds)
+def test_malicious_clients_are_nested_in_one_partition(labels, name, total, seed):
+    parts = [dealt(labels, name, honest=total - f, malicious=f, seed=seed) for f in range(total + 1)]
+    for fewer, more in pairwise(parts):
+        np.testing.assert_array_equal(fewer.client, more.client)
+        assert set(fewer.malicious) < set(more.malicious)
+
+
+@pytest.mark.parametrize("name", PARTITIONERS)
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_the_seed_decides_all(name, share):
+    labels = np.arange(200) % 4
+    one, same, other = (
+        dealt(labels, name, honest=5, malicious=5, seed=seed, malicious_share=share) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one.client, same.client)
+    np.testing.assert_array_equal(one.malicious, same.malicious)
+    assert (one.client != other.client).any() and (one.malicious != other.malicious).any()
+
+
+def test_every_client_is_malicious_for_some_seed():
+    labels = np.arange(40)
+    drawn = {int(partition(labels, honest=4, malicious=1, seed=seed).malicious[0]) for seed in range(60)}
+    assert drawn == set(range(5))
+
+
+@given(some_labels, st.integers(1, 9), seeds)
+def test_iid_shards_differ_by_at_most_one(labels, clients, seed):
+    sizes = [len(shard) for shard in partition(labels, honest=clients, malicious=0, seed=seed).shards]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_iid_shards_hold_every_class_alike():
+    labels = np.repeat([0, 1], 500)
+    ones = [labels[shard].sum() for shard in partition(labels, honest=10, malicious=0, seed=0).shards]
+    assert 25 < min(ones) < 50 < max(ones) < 75  # about 50 of 100, but not dealt class by class
+
+
+@given(some_labels, names, st.integers(1, 3), st.integers(1, 3), st.floats(0.2, 0.8), seeds)
+def test_the_malicious_share_is_exact(labels, name, honest, malicious, share, seed):
+    parts = dealt(labels, name, honest=honest, malicious=malicious, seed=seed, malicious_share=share)
+    assert np.isin(parts.client, parts.malicious).sum() == round(share * len(labels))
+    assert np.bincount(parts.client, minlength=honest + malicious).min() > 0
+    if name == "iid":
+        sizes = np.bincount(parts.client)
+        for group in (parts.malicious, np.setdiff1d(np.arange(honest + malicious), parts.malicious)):
+            assert np.ptp(sizes[group]) <= 1
+
+
+def test_the_malicious_share_is_drawn_at_random():
+    labels = np.repeat([0, 1], 500)
+    parts = partition(labels, honest=3, malicious=2, seed=0, malicious_share=0.4)
+    assert 150 < labels[np.isin(parts.client, parts.malicious)].sum() < 250
+
+
+def largest_class_share(labels, alpha):
+    parts = partition(labels, honest=10, malicious=0, seed=0, name="dirichlet", alpha=alpha)
+    return np.mean([np.bincount(labels[shard]).max() / len(shard) for shard in parts.shards])
+
+
+def test_a_smaller_alpha_gives_more_skewed_clients():
+    labels = np.arange(5000) % 10
+    skew = [largest_class_share(labels, alpha) for alpha in (0.1, 1.0, 1e5)]
+    assert skew[0] > 0.5 > skew[1] > 0.2 > skew[2]
+
+
+def test_a_huge_alpha_gives_each_client_its_part_of_each_class():
+    labels = np.arange(5000) % 10
+    parts = partition(labels, honest=10, malicious=0, seed=0, name="dirichlet", alpha=1e7)
+    for shard in parts.shards:
+        np.testing.assert_allclose(np.bincount(labels[shard], minlength=10), 50, atol=2)
+
+
+def test_classes_get_proportions_of_their_own():
+    labels = np.arange(5000) % 2
+    parts = partition(labels, honest=2, malicious=0, seed=0, name="dirichlet", alpha=1.0)
+    first, second = np.bincount(labels[parts.shards[0]], minlength=2)
+    assert abs(first - second) > 100
+
+
+def test_dirichlet_parts_of_a_class_are_drawn_at_random():
+    parts = partition(np.zeros(1000, int), honest=2, malicious=0, seed=0, name="dirichlet", alpha=100.0)
+    assert 400 < np.count_nonzero(np.diff(parts.client)) < 600  # not the first half and the second
+
+
+def test_an_empty_dirichlet_client_is_drawn_anew():
+    labels = np.zeros(30, int)
+    for seed in range(20):
+        shards = partition(labels, honest=5, malicious=0, seed=seed, name="dirichlet", alpha=0.5).shards
+        assert len(shards) == 5 and min(map(len, shards)) > 0
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5), seeds)
+def test_shards_hold_s_equal_pieces_of_sorted_labels(clients, s, size, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(clients * s), size))
+    parts = partition(labels, honest=clients, malicious=0, seed=seed, name="shards", s=s)
+    for shard in parts.shards:
+        assert np.unique(labels[shard], return_counts=True)[1].tolist() == [size] * s
+
+
+def test_pieces_are_dealt_at_random():
+    labels = np.repeat(np.arange(20), 3)
+    parts = partition(labels, honest=10, malicious=0, seed=0, name="shards", s=2)
+    gaps = [np.ptp(labels[shard]) for shard in parts.shards]
+    assert len(set(gaps)) > 3
+
+
+@pytest.mark.parametrize(
+    ("word", "settings"),
+    [
+        ("10 samples are too few for 11 clients", {"honest": 11}),
+        ("clients.honest=0, clients.malicious=0", {"honest": 0}),
+        ("clients.honest=-1", {"honest": -1, "malicious": 3}),
+        ("iid, dirichlet, shards", {"name": "idd"}),
+        ("partition.alpha=None", {"name": "dirichlet"}),
+        ("partition.alpha=0", {"name": "dirichlet", "alpha": 0.0}),
+        ("partition.alpha=nan", {"name": "dirichlet", "alpha": float("nan")}),
+        ("raise alpha or use fewer clients", {"name": "dirichlet", "alpha": 1e-4, "honest": 8}),
+        ("partition.s=None", {"name": "shards"}),
+        ("partition.s=0", {"name": "shards", "s": 0}),
+        ("use at most s=2", {"name": "shards", "s": 3}),
+        ("with 0 malicious", {"malicious_share": 0.5}),
+        ("0 honest", {"malicious_share": 0.5, "honest": 0, "malicious": 2}),
+        ("partition.malicious_share=1.0", {"malicious_share": 1.0, "malicious": 2}),
+        ("partition.malicious_share=0.0", {"malicious_share": 0.0, "malicious": 2}),
+        ("1 samples are too few for 2 malicious clients", {"malicious_share": 0.1, "malicious": 2}),
+        ("1 samples are too few for 4 honest clients", {"malicious_share": 0.9, "malicious": 2}),
+    ],
+)
+def test_what_cannot_be_met_is_refused_in_one_line(word, settings):
+    with pytest.raises(InputError) as caught:
+        partition(np.arange(10) % 2, **{"honest": 4, "malicious": 0, "seed": 0} | settings)
+    assert word in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_labels_are_not_changed():
+    labels = np.arange(50) % 3
+    for name in PARTITIONERS:
+        dealt(labels, name, honest=3, malicious=2, seed=0, malicious_share=0.4)
+    np.testing.assert_array_equal(labels, np.arange(50) % 3)
+
+
+@pytest.mark.parametrize("name", PARTITIONERS)
+def test_every_partitioner_has_a_yaml_that_works(name):
+    content = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    assert content["name"] == name and set(content) <= set(inspect.signature(partition).parameters)
+    assert len(partition(np.arange(100) % 4, honest=3, malicious=1, seed=0, **content).shards) == 4

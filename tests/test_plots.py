@@ -1,0 +1,378 @@
+"""Figures of sweeps: the numbers behind them equal those worked out by hand, and every kind leaves whole files."""
+
+import csv
+import itertools
+import os
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fl_attack import plots
+from fl_attack.errors import InputError
+from fl_attack.plots import marks, table
+
+RESULTS = [*table.NUMBERS, "seed", "error"]
+GOALS = ("untargeted", "targeted")
+OF_SWEEPS = ("heatmap", "budget", "difference", "spread")
+
+
+def accuracy(malicious, budget, goal="untargeted", seed=0, **_):
+    return 0.9 - 0.04 * malicious * budget - (0.1 if goal == "targeted" else 0) + 0.01 * seed * malicious
+
+
+def sweep(folder, *, broken=(), value=accuracy, wobble=0.0, drop=(), **swept):
+    """A sweep of ten clients over the product of these overrides; k wobbles with the seed as a deal of samples does."""
+    names = {"malicious": "clients.malicious", "budget": "attack.budget", "goal": "attack.goal"}
+    swept = {"malicious": [3], "budget": [0.5]} | swept
+    header = ["cell", *(names.get(name, name) for name in swept if name != "seed"), *RESULTS]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "sweep.csv").open("w", newline="") as lines:
+        out = csv.DictWriter(lines, [name for name in header if name not in drop], extrasaction="ignore")
+        out.writeheader()
+        for cell, values in enumerate(itertools.product(*swept.values())):
+            given = dict(zip(swept, values, strict=True))
+            k = given["malicious"] / 10 + wobble * (given.get("seed", 0) - 1)
+            found = value(**given)
+            row = dict.fromkeys(RESULTS, found) | {"cell": cell, "seed": given.get("seed", 0), "rounds": 200}
+            row |= {"write_access": k, "budget": given["budget"], "global_budget": k * given["budget"], "error": ""}
+            if cell in broken:
+                row |= {"error": "diverged in round 3", "final_accuracy": "nan"}
+            out.writerow({names.get(name, name): value for name, value in given.items()} | row)
+    return folder
+
+
+def full(folder, **more):
+    return sweep(folder, malicious=[1, 2, 4], budget=[0.25, 0.5, 1.0], goal=GOALS, seed=range(3), **more)
+
+
+def is_whole(file):
+    content = file.read_bytes()
+    if file.suffix == ".pdf":
+        return content.startswith(b"%PDF-") and content.rstrip().endswith(b"%%EOF")
+    place, kinds = 8, []
+    while place < len(content):
+        size = int.from_bytes(content[place : place + 4])
+        kind, body = content[place + 4 : place + 8], content[place + 4 : place + 8 + size]
+        assert zlib.crc32(body) == int.from_bytes(content[place + 8 + size : place + 12 + size])
+        kinds.append(kind)
+        place += 12 + size
+    return content.startswith(b"\x89PNG\r\n\x1a\n") and kinds[0] == b"IHDR" and kinds[-1] == b"IEND"
+
+
+def drawn(monkeypatch):
+    """The figures that are saved from here on."""
+    figures, save = [], plots._save
+
+    def keep(figure, *rest):
+        figures.append(figure)
+        return save(figure, *rest)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return figures
+
+
+# --- numbers ---------------------------------------------------------------------------------------
+
+
+def test_means_on_a_grid_have_x_along_columns_and_nan_where_no_cell_is():
+    x, y = np.array([0.1, 0.1, 0.2, 0.1]), np.array([1.0, 1.0, 1.0, 2.0])
+    grid = table.means_on_grid(x, y, np.array([4.0, 6.0, 7.0, 9.0]), np.array([0.1, 0.2]), np.array([1.0, 2.0]))
+    np.testing.assert_array_equal(grid, [[5, 7], [9, np.nan]])
+
+
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_confidence_is_student_s_interval(level):
+    values = np.random.default_rng(0).normal(3, 2, 5)
+    mean, half = table.confidence(values, level)
+    low, high = stats.t.interval(level, 4, loc=values.mean(), scale=stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def test_confidence_of_three_values_by_hand():
+    assert table.confidence(np.array([1.0, 2.0, 3.0])) == pytest.approx((2, 4.302653 / 3**0.5))
+
+
+def test_one_value_has_a_mean_and_no_interval():
+    mean, half = table.confidence(np.array([7.0]))
+    assert mean == 7 and np.isnan(half)
+
+
+def test_pooled_deviation_knows_no_difference_between_groups():
+    one, other = np.array([0.0, 2.0]), np.array([100.0, 101.0, 102.0])
+    assert table.pooled_deviation([one, other, np.array([55.0])]) == pytest.approx(((2 + 2) / 3) ** 0.5)
+    assert table.pooled_deviation([one]) == pytest.approx(one.std(ddof=1))
+    assert np.isnan(table.pooled_deviation([np.array([5.0])]))
+
+
+def test_split_orders_numbers_as_numbers():
+    parts = table.split(4, np.array([10.0, 9.0, 10.0, 1.0]))
+    assert {key: cells.tolist() for key, cells in parts.items()} == {(1.0,): [3], (9.0,): [1], (10.0,): [0, 2]}
+    assert list(parts) == [(1.0,), (9.0,), (10.0,)]
+    assert table.split(3)[()].tolist() == [0, 1, 2]
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def test_a_deal_that_moves_with_the_seed_makes_one_k_of_each_number_of_clients(tmp_path):
+    found = table.read_sweep(full(tmp_path, wobble=0.004))
+    assert sorted(set(found.column("write_access"))) == [0.1, 0.2, 0.4]
+    np.testing.assert_allclose(found.column("global_budget"), found.column("write_access") * found.column("budget"))
+    assert found.factors == ["attack.goal"] and sorted(set(found.repeat)) == [0, 1, 2]
+
+
+def test_accuracies_are_read_in_percent_and_text_stays_text(tmp_path):
+    found = table.read_sweep(sweep(tmp_path, goal=GOALS))
+    np.testing.assert_allclose(found.column("final_accuracy"), [100 * accuracy(3, 0.5, goal) for goal in GOALS])
+    assert found.column("attack.goal").tolist() == list(GOALS)
+
+
+def test_cells_that_broke_off_are_left_out_and_counted(tmp_path):
+    found = table.read_sweep(full(tmp_path, broken=(0, 7)))
+    assert found.cells == 54 and len(found.repeat) == 52
+    assert np.isfinite(found.column("final_accuracy")).all()
+    assert "2 of 54 cells" in found.note("x.")
+    assert table.read_sweep(full(tmp_path)).note("x.") == "x."
+
+
+def test_the_goal_comes_first_and_too_many_factors_are_averaged_over(tmp_path):
+    found = table.read_sweep(sweep(tmp_path, lr=[0.1, 1.0, 2.0, 3.0], goal=GOALS))
+    label, hidden = found.facets()
+    assert sorted(set(label)) == ["targeted", "untargeted"] and hidden == ["lr"]
+    label, hidden = found.facets("attack.goal")
+    assert sorted(set(label)) == ["lr = 0.1", "lr = 1", "lr = 2", "lr = 3"] and hidden == []
+    assert found.over(["lr"]) == "mean over lr, one seed"
+
+
+def test_two_factors_name_a_part_together(tmp_path):
+    found = table.read_sweep(sweep(tmp_path, strategy=["mean", "median"], goal=GOALS))
+    assert found.facets()[0][0] == "untargeted, strategy = mean"
+
+
+def test_an_average_over_factors_weighs_seeds_alike(tmp_path):
+    def value(*, seed, lr, **_):
+        return 0.1 * seed + lr
+
+    found = table.read_sweep(sweep(tmp_path, seed=[0, 1], lr=[0.1, 0.3], broken=(3,), value=value))
+    np.testing.assert_allclose(found.seed_means(np.arange(3)), [20, 20])
+
+
+def test_the_difference_is_that_of_pairs_only(tmp_path):
+    found = table.read_sweep(full(tmp_path, broken=(0,)))
+    cells, values = table.goal_differences(found)
+    assert len(cells) == 26
+    np.testing.assert_allclose(values, 10)
+
+
+def test_deviations_are_over_seeds_and_not_over_budgets(tmp_path):
+    found = table.read_sweep(full(tmp_path))
+    deviations = table.deviations(found, found.facets()[0])
+    assert deviations == pytest.approx({(goal, m / 10): m for goal in GOALS for m in (1, 2, 4)})
+
+
+# --- figures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OF_SWEEPS)
+def test_a_kind_leaves_a_whole_png_and_pdf_the_same_each_time(kind, tmp_path):
+    full(tmp_path, broken=(0, 1, 2))
+    files = plots.PLOTS[kind](tmp_path)
+    assert [file.name for file in files] == [f"{kind}.png", f"{kind}.pdf"]
+    assert all(map(is_whole, files))
+    before = [file.read_bytes() for file in files]
+    assert not any(b"CreationDate" in content for content in before)
+    assert [file.read_bytes() for file in plots.PLOTS[kind](tmp_path)] == before
+
+
+def test_a_heat_map_shows_the_means_on_one_scale(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plots.heatmap(full(tmp_path, wobble=0.004))
+    *panels, bar = figures[0].axes
+    assert [axes.get_title("left") for axes in panels] == ["targeted", "untargeted"]
+    for axes, goal in zip(panels, reversed(GOALS), strict=True):
+        image = axes.collections[0]
+        expected = [[100 * accuracy(m, b, goal, seed=1) for m in (1, 2, 4)] for b in (0.25, 0.5, 1.0)]
+        np.testing.assert_allclose(image.get_array(), expected)
+        told = [text.get_text() for text in axes.texts if not text.get_text().startswith("k·b")]
+        assert told == [f"{value:.1f}" for row in expected for value in row]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "0.2", "0.4"]
+    assert panels[0].collections[0].get_clim() == panels[1].collections[0].get_clim()
+    assert bar.get_ylabel() == "final test accuracy (%)"
+
+
+def test_lines_of_equal_product_pass_through_cells_of_that_product(tmp_path, monkeypatch):
+    ks, bs = np.array([0.1, 0.2, 0.4, 0.8]), np.array([0.125, 0.25, 0.5, 1.0])
+    figures = drawn(monkeypatch)
+    plots.heatmap(sweep(tmp_path, malicious=[1, 2, 4, 8], budget=bs.tolist()))
+    axes = figures[0].axes[0]
+    told = [text.get_text() for text in axes.texts if text.get_text().startswith("k·b")]
+    chosen = marks.products(ks, bs)
+    assert told == [f"k·b = {product:.3g}" for product in chosen]
+    for product, line in zip(chosen, axes.lines[1::2], strict=True):
+        for (row, column), value in np.ndenumerate(np.outer(bs, ks)):
+            if value == pytest.approx(product):  # the line goes through its centre
+                distance = np.abs(line.get_xydata() - (column + 0.5, row + 0.5)).max(1).min()
+                assert distance < 0.01
+
+
+def test_products_are_those_that_cells_share_and_never_zero():
+    tenths = np.arange(0, 11) / 10
+    shared = marks.products(tenths, tenths)
+    every = np.round(np.outer(tenths, tenths), 9)
+    assert len(shared) >= 3 and min(shared) > 0 and all((every == product).sum() > 1 for product in shared)
+    assert marks.products(np.array([0.0, 0.0]), np.array([0.0, 1.0])) == []
+
+
+def test_large_maps_print_no_values(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plots.heatmap(sweep(tmp_path, malicious=[1, 2], budget=[i / 13 for i in range(1, 14)]))
+    assert not [text for text in figures[0].axes[0].texts if text.get_text() and "k·b" not in text.get_text()]
+
+
+def test_the_difference_is_centred_at_zero(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plots.difference(full(tmp_path))
+    image = figures[0].axes[0].collections[0]
+    np.testing.assert_allclose(image.get_array(), 10)
+    assert image.get_clim() == pytest.approx((-10, 10))
+
+
+def test_the_budget_plot_has_a_line_for_each_k_and_bands_over_seeds(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plots.budget(full(tmp_path))
+    targeted, untargeted = figures[0].axes
+    assert [line.get_label() for line in untargeted.lines] == ["k = 0.1", "k = 0.2", "k = 0.4"]
+    for axes, goal in ((untargeted, "untargeted"), (targeted, "targeted")):
+        for line, band, m in zip(axes.lines, axes.collections, (1, 2, 4), strict=True):
+            bs = np.array([0.25, 0.5, 1.0])
+            expected = 100 * accuracy(m, bs, goal, seed=1)
+            np.testing.assert_allclose(line.get_xydata(), np.transpose([m / 10 * bs, expected]))
+            half = stats.t.ppf(0.975, 2) * m / 3**0.5
+            heights = band.get_paths()[0].vertices
+            for x, mean in zip(m / 10 * bs, expected, strict=True):
+                at = heights[np.isclose(heights[:, 0], x), 1]
+                assert (at.min(), at.max()) == pytest.approx((mean - half, mean + half))
+        low, high = axes.get_ylim()
+        assert all(low <= line.get_ydata().min() and line.get_ydata().max() <= high for line in axes.lines)
+
+
+def test_with_one_k_the_budget_plot_has_a_line_for_each_goal(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plots.budget(sweep(tmp_path, budget=[0.1, 0.5], goal=GOALS))
+    (axes,) = figures[0].axes
+    assert [line.get_label() for line in axes.lines] == ["targeted", "untargeted"]
+    assert "no bands" in figures[0]._supxlabel.get_text()
+
+
+def test_columns_draw_means_and_intervals_of_the_rest(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    files = plots.columns(full(tmp_path), "clients.malicious", "minimum_accuracy", "attack.goal")
+    assert [file.name for file in files] == [
+        f"columns_clients.malicious_minimum_accuracy_attack.goal.{kind}" for kind in ("png", "pdf")
+    ]
+    assert all(map(is_whole, files))
+    (axes,) = figures[0].axes
+    (line, _, (bars,)), _ = axes.containers
+    cells = [100 * accuracy(2, b, "targeted", seed) for b in (0.25, 0.5, 1.0) for seed in range(3)]
+    mean, half = np.mean(cells), stats.t.ppf(0.975, 8) * stats.sem(cells)
+    assert tuple(line.get_xydata()[1]) == pytest.approx((2, mean))
+    assert bars.get_segments()[1][:, 1] == pytest.approx([mean - half, mean + half])
+    assert axes.get_ylabel() == "minimum test accuracy (%)" and axes.get_xlabel() == "clients.malicious"
+
+
+def test_a_column_of_text_is_an_axis_of_names(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plots.columns(sweep(tmp_path, strategy=["median", "mean"], seed=range(3)), "strategy", "final_accuracy")
+    assert [label.get_text() for label in figures[0].axes[0].get_xticklabels()] == ["mean", "median"]
+
+
+@pytest.mark.parametrize(
+    ("swept", "kinds"),
+    [
+        ({"seed": range(3)}, set()),
+        ({"budget": [0.1, 0.5]}, {"budget"}),
+        ({"malicious": [1, 2], "seed": range(2)}, {"budget", "spread"}),
+        ({"malicious": [1, 2], "budget": [0.1, 0.5]}, {"heatmap", "budget"}),
+        ({"malicious": [1, 2], "budget": [0.1, 0.5], "goal": GOALS}, {"heatmap", "budget", "difference"}),
+        ({"goal": GOALS}, {"columns_attack.goal_final_accuracy"}),
+        ({"lr": [0.1, 1.0], "goal": GOALS}, {"columns_lr_final_accuracy_attack.goal"}),
+    ],
+)
+def test_all_that_a_sweep_allows_is_drawn_and_nothing_else(swept, kinds, tmp_path):
+    files = plots.all_of_sweep(sweep(tmp_path, **swept))
+    assert {file.stem for file in files} == kinds
+    assert {file.name for file in files} == {file.name for file in tmp_path.iterdir()} - {"sweep.csv"}
+
+
+def test_a_sweep_that_broke_off_everywhere_draws_nothing(tmp_path):
+    assert plots.all_of_sweep(sweep(tmp_path, seed=[0, 1], broken=(0, 1))) == []
+    with pytest.raises(InputError, match="all 2 cells"):
+        plots.heatmap(tmp_path)
+
+
+# --- the border ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["heat"], "heat is not a kind of plot; known: curves, heatmap,"),
+        (["heatmap", "budget"], "usage:"),
+        (["columns", "budget"], "usage:"),
+        (["heatmap"], "a heat map needs several values of k; the sweep has only 0.3"),
+        (["difference"], "attack.goal=untargeted,targeted"),
+        (["spread"], "a plot by k needs several values of k"),
+        (["columns", "budget", "accuracy"], "no column accuracy; known: cell, clients.malicious,"),
+        (["columns", "budget", "strategy"], "strategy is a column of text"),
+        (["columns", "budget", "flips", "cell"], "cell has 14 values"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_in_one_line(arguments, told, tmp_path, capsys):
+    sweep(tmp_path, strategy=["mean", "median"], budget=[i / 7 for i in range(7)])
+    assert plots.main([str(tmp_path), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and told in err
+    assert [file.name for file in tmp_path.iterdir()] == ["sweep.csv"]
+
+
+def test_one_seed_has_no_spread(tmp_path):
+    with pytest.raises(InputError, match="two seeds"):
+        plots.spread(sweep(tmp_path, malicious=[1, 2]))
+
+
+def test_folders_and_tables_that_are_none_are_told(tmp_path, capsys):
+    for kind in ("heatmap", "all", "curves"):
+        assert plots.main([str(tmp_path), kind]) == 2
+        assert "No such file" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"sweep\.csv can't be read"):
+        plots.all_of_sweep(tmp_path)
+    (tmp_path / "sweep.csv").write_bytes(b"\xff\xfe\x00")
+    assert plots.main([str(tmp_path)]) == 2
+    sweep(tmp_path, drop=("final_loss",))
+    with pytest.raises(InputError, match="no column final_loss"):
+        plots.heatmap(tmp_path)
+    sweep(tmp_path, value=lambda **_: "good")
+    with pytest.raises(InputError, match="text in final_accuracy"):
+        plots.heatmap(tmp_path)
+    (tmp_path / "sweep.csv").write_text("cell,seed\n")
+    with pytest.raises(InputError, match="no rows"):
+        plots.heatmap(tmp_path)
+
+
+def test_curves_of_a_run_are_drawn_without_a_kind(tmp_path, capsys):
+    (tmp_path / "rounds.csv").write_text("round,test_accuracy,flips\n0,0.1,\n1,0.5,3\n")
+    assert plots.read_rounds(tmp_path)["round"] == [0, 1]
+    assert plots.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "curves.png") and is_whole(tmp_path / "curves.png")
+
+
+def test_the_command_draws_all_of_a_sweep_and_names_the_files(tmp_path):
+    sweep(tmp_path, budget=[0.1, 0.5])
+    command = [sys.executable, "-W", "error", "-m", "fl_attack.plots", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [str(tmp_path / f"budget.{end}") for end in ("png", "pdf")]

@@ -1,0 +1,188 @@
+"""What the attacker does over the rounds of an experiment: budgets, knowledge, targets."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from fl_attack import model, scenario
+from fl_attack.config import Settings
+from fl_attack.errors import InputError
+from fl_attack.scenario import Scenario
+
+Make = Callable[..., Scenario]
+
+
+@pytest.fixture
+def make(settings: Callable[..., Settings], small_data: Callable[..., list[str]]) -> Make:
+    """Makes a scenario on small data from overrides."""
+
+    def build(*overrides: str, classes: int = 3) -> Scenario:
+        common = ["clients.honest=4", "clients.malicious=3", "rounds=12", "batch_size=full", "dtype=float64"]
+        return scenario.make(settings(*small_data(classes), *common, *overrides))
+
+    return build
+
+
+def some_theta(made: Scenario, seed: int = 0) -> torch.Tensor:
+    return torch.randn(made.theta_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scope", ["pooled", "per_client"])
+@pytest.mark.parametrize("rounding", ["floor", "carry"])
+@pytest.mark.parametrize("batch", ["full", "17", "40"])
+def test_the_budget_holds_in_every_round_and_in_the_long_run(make: Make, scope: str, rounding: str, batch: str) -> None:
+    budget = 0.23
+    made = make(
+        f"attack.budget={budget}", f"attack.scope={scope}", f"attack.rounding={rounding}", f"batch_size={batch}"
+    )
+    malicious = made.partition.malicious
+    writable = made.schedule.used[malicious]
+    spent = np.zeros(len(malicious), int)
+    for round_ in range(1, 13):
+        flips = made.flips(some_theta(made, round_), round_)
+        owner = made.partition.client[flips.samples]
+        counts = np.array([(owner == client).sum() for client in malicious])
+        used = made.schedule.samples(malicious, round_)[0]
+        assert np.isin(flips.samples, used).all()
+        assert len(set(flips.samples)) == len(flips.samples) <= flips.allowed
+        assert (flips.labels != made.dataset.y_train[flips.samples]).all()
+        spent += counts
+        if rounding == "floor" and scope == "pooled":
+            assert counts.sum() <= math.floor(budget * writable.sum())
+        elif rounding == "floor":
+            assert (counts <= np.floor(budget * writable)).all()
+        elif scope == "pooled":
+            assert spent.sum() <= budget * writable.sum() * round_
+        else:
+            assert (spent <= budget * writable * round_).all()
+    if rounding == "carry" and batch == "17":
+        assert spent.sum() > 0  # where floor would give nothing to a client of two samples
+    assert spent.sum() == 0 or spent.sum() > 0.5 * budget * writable.sum() * 12 or rounding == "floor"
+
+
+def test_a_budget_below_one_flip_never_writes_under_floor_and_does_now_and_then_under_carry(make: Make) -> None:
+    def rounds_with_flips(rounding: str) -> int:
+        made = make("attack.budget=0.1", f"attack.rounding={rounding}", "batch_size=14")  # 6 of the attackers
+        return sum(len(made.flips(some_theta(made), r).samples) > 0 for r in range(1, 11))
+
+    assert rounds_with_flips("floor") == 0
+    assert rounds_with_flips("carry") == 6
+
+
+@pytest.mark.parametrize("overrides", [["attack.budget=0"], ["attack=none"], ["clients.malicious=0"]])
+def test_without_budget_attack_or_attackers_nothing_is_flipped(make: Make, overrides: list[str]) -> None:
+    made = make(*overrides)
+    assert len(made.flips(some_theta(made), 1).samples) == 0
+
+
+def test_an_attacker_with_everything_flips_every_label_that_helps(make: Make) -> None:
+    made = make("clients.honest=0", "attack.budget=1")
+    theta = some_theta(made)
+    flips = made.flips(theta, 1)
+    X, y = made.features(np.arange(120)), made.dataset.y_train
+    v = made.gradient(theta, range(3), 1)
+    assert made.write_access == 1
+    labels = model.scores(v, X).argmax(-1).numpy()
+    assert flips.samples.tolist() == np.flatnonzero(labels != y).tolist()
+    assert (flips.labels == labels[flips.samples]).all()
+
+
+def test_only_attacked_rounds_are_written_to(make: Make) -> None:
+    made = make("attack.every=3", "attack.start=2", "attack.stop=9", "attack.budget=0.5")
+    written = [r for r in range(1, 13) if len(made.flips(some_theta(made), r).samples)]
+    assert written == [2, 5, 8]
+
+
+@pytest.mark.parametrize(("knowledge", "who"), [("full", range(7)), ("honest", None), ("own", None)])
+def test_the_direction_is_the_clean_gradient_of_what_is_known(make: Make, knowledge: str, who: range | None) -> None:
+    made = make(f"attack.knowledge={knowledge}")
+    malicious = set(made.partition.malicious.tolist())
+    clients = {"honest": set(range(7)) - malicious, "own": malicious}.get(knowledge, set(range(7)))
+    samples = np.flatnonzero(np.isin(made.partition.client, list(clients)))
+    theta, X = some_theta(made), made.features(samples)
+    expected = model.gradient(theta, X, torch.tensor(made.dataset.y_train[samples]))
+    torch.testing.assert_close(made.direction(theta, 1), expected)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_an_untargeted_attack_turns_the_union_gradient_away_and_a_targeted_one_towards_its_target(
+    make: Make, classes: int
+) -> None:
+    for goal in ("untargeted", "targeted"):
+        made = make(f"attack.goal={goal}", "attack.budget=0.6", classes=classes)
+        theta = some_theta(made)
+        flips = made.flips(theta, 1)
+        y = made.dataset.y_train.copy()
+        y[flips.samples] = flips.labels
+        X, v = made.features(np.arange(120)), made.direction(theta, 1)
+        honest, attacked = (
+            (model.gradient(theta, X, torch.tensor(labels)) * v).sum().item() for labels in (made.dataset.y_train, y)
+        )
+        assert attacked < honest
+
+
+def test_data_and_labels_are_never_changed(make: Make) -> None:
+    made = make("attack.budget=1", "local_steps=3", "batch_size=60")
+    before = made.dataset.x_train.copy(), made.dataset.y_train.copy()
+    for client in range(7):
+        flips = made.flips(some_theta(made), 2)
+        scenario.client_update(made, client, some_theta(made), 2, flips)
+    assert (made.dataset.x_train == before[0]).all()
+    assert (made.dataset.y_train == before[1]).all()
+
+
+def test_flips_reach_the_gradient_of_their_owner_alone(make: Make) -> None:
+    made = make("attack.budget=0.5")
+    theta = some_theta(made)
+    flips = made.flips(theta, 1)
+    for client in range(7):
+        clean, _ = scenario.client_update(made, client, theta, 1, scenario.NO_FLIPS)
+        dirty, _ = scenario.client_update(made, client, theta, 1, flips)
+        touched = (made.partition.client[flips.samples] == client).any()
+        assert torch.equal(clean, dirty) != touched
+        assert not touched or client in made.partition.malicious
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_target_is_trained_on_fully_flipped_labels_with_the_runs_own_settings(make: Make, classes: int) -> None:
+    made = make("attack.goal=targeted", "rounds=9", "lr=0.4", "server_optimizer=momentum", classes=classes)
+    X, y = made.features(np.arange(120)), torch.tensor((made.dataset.y_train + 1) % classes)
+    theta = torch.zeros(made.theta_shape, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([theta], lr=0.4, momentum=0.9)
+    for _ in range(9):
+        optimizer.zero_grad()
+        model.losses(model.logits(theta, X), y).mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(made.target, theta.detach())
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_target_is_trained_once_and_a_damaged_one_again(
+    make: Make, steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setenv("FL_ATTACK_CACHE", str(tmp_path))
+    overrides = ("attack.goal=targeted", f"local_steps={steps}", "batch_size=50")
+    first = make(*overrides).target
+    (file,) = scenario.cache.folder().glob("targets/*.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(scenario, "train", lambda *_: pytest.fail("trained again"))
+        assert torch.equal(make(*overrides).target, first)
+    file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(make(*overrides).target, first)
+    make(*overrides, "lr=0.01").target  # noqa: B018
+    assert len(list(scenario.cache.folder().glob("targets/*.npz"))) == 2
+
+
+def test_a_target_of_ones_own_is_taken_or_refused(make: Make, tmp_path: object) -> None:
+    file = f"{tmp_path}/mine.npz"
+    overrides = ("attack.goal=targeted", f"attack.target_path={file}")
+    with pytest.raises(InputError, match=r"mine\.npz can't be read as a target"):
+        make(*overrides).target  # noqa: B018
+    np.savez(file, theta=np.ones((2, 2)))
+    with pytest.raises(InputError, match=r"shape \(2, 2\).*\(3, 7\)"):
+        make(*overrides).target  # noqa: B018
+    np.savez(file, theta=np.ones((3, 7)))
+    assert (make(*overrides).target == 1).all()

@@ -1,0 +1,239 @@
+"""A multirun is its cells run alone, in one folder, and can be taken up again wherever it stopped."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from fl_attack import experiment, sweep
+from fl_attack.config import compose
+
+Small = Callable[..., list[str]]
+Command = Callable[..., tuple[int, str]]
+GRID = ["clients.total=6", "clients.malicious=1,2", "attack.budget=0.5", "attack.goal=untargeted,targeted", "seed=0,1"]
+
+
+@pytest.fixture(autouse=True)
+def no_ray_left() -> Iterator[None]:
+    """Every test here starts and ends its own."""
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def command(command: Callable[..., tuple[int, str, str]]) -> Command:
+    """Runs `fl-attack` in this process: exit code and all that it said."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        code, printed, told = command(*arguments)
+        return code, printed + told
+
+    return run
+
+
+def small_sweep(small_data: Small, out: Path, *more: str) -> list[str]:
+    fixed = ["engine=batched", "rounds=12", "eval_every=5", "batch_size=30", "lr=0.5", f"out={out}"]
+    return ["-m", *small_data(3), *fixed, *GRID, *more]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_a_sweep_is_its_cells_run_alone(command: Command, small_data: Small, tmp_path: Path) -> None:
+    code, told = command(*small_sweep(small_data, tmp_path / "sweep"))
+    assert code == 0
+    assert "sweep: 100 % of 8 cells" in told
+    table = rows(tmp_path / "sweep")
+    assert {file.name for file in (tmp_path / "sweep").iterdir()} >= {"sweep.csv", "curves.npz", "config.yaml"}
+    assert not [file for file in (tmp_path / "sweep").iterdir() if file.is_dir()]
+    curves = np.load(tmp_path / "sweep" / "curves.npz")
+    assert curves["round"].tolist() == [0, 5, 10, 12]
+    assert [row["cell"] for row in table] == [str(i) for i in range(8)]
+    for row in table:
+        overrides = [f"{key}={row[key]}" for key in ("clients.malicious", "attack.goal", "seed")]
+        alone = compose(
+            *small_data(3),
+            *("engine=batched", "rounds=12", "eval_every=5", "batch_size=30", "lr=0.5", "attack.budget=0.5"),
+            *("clients.total=6", "baseline=false", f"out={tmp_path}/{row['cell']}", *overrides),
+        )
+        (summary,) = experiment.run(alone).values()
+        assert float(row["final_accuracy"]) == pytest.approx(summary["final_accuracy"])
+        assert float(row["minimum_accuracy"]) == pytest.approx(summary["minimum_accuracy"])
+        assert float(row["final_loss"]) == pytest.approx(summary["final_loss"], rel=1e-5)
+        assert float(row["write_access"]) == pytest.approx(summary["write_access"])
+        assert float(row["global_budget"]) == pytest.approx(summary["global_budget"])
+        assert int(row["flips"]) == summary["flips"]
+        with (tmp_path / row["cell"] / "rounds.csv").open() as lines:
+            best = min(csv.DictReader(lines), key=lambda measured: float(measured["test_loss"]))
+        assert float(row["early_stop_accuracy"]) == pytest.approx(float(best["test_accuracy"]))
+        assert curves["accuracy"][int(row["cell"])][-1] == pytest.approx(summary["final_accuracy"])
+
+
+def test_both_engines_fill_the_same_table(command: Command, small_data: Small, tmp_path: Path) -> None:
+    for name in ("batched", "flower"):
+        grid = [one for one in small_sweep(small_data, tmp_path / name, "dtype=float64") if one != "engine=batched"]
+        assert command(*grid, f"engine={name}")[0] == 0
+    batched, flower = rows(tmp_path / "batched"), rows(tmp_path / "flower")
+    for a, b in zip(batched, flower, strict=True):
+        for column, value in a.items():
+            try:
+                assert float(b[column]) == pytest.approx(float(value), rel=1e-6)
+            except ValueError:
+                assert b[column] == value
+
+
+class StoppedError(Exception):
+    """What stops a sweep in a test."""
+
+
+def test_what_is_done_is_kept_and_not_done_again(
+    command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(*small_sweep(small_data, tmp_path / "whole"))[0] == 0
+    computed: list[int] = []
+    original = sweep.batched_numbers
+
+    def counting(cells: list[object], progress: object = None) -> sweep.Numbers:
+        if len(computed) == 1 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise StoppedError
+        computed.append(len(cells))
+        return original(cells)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sweep, "batched_numbers", counting)
+    with pytest.raises(StoppedError):
+        command(*small_sweep(small_data, tmp_path / "parts"))
+    kept = list((tmp_path / "parts" / "units").iterdir())
+    assert len(kept) == 1
+    assert not (tmp_path / "parts" / "sweep.csv").exists()
+    assert command(*small_sweep(small_data, tmp_path / "parts"))[0] == 0
+    assert computed == [4, 4]  # two seeds of four cells, each once
+    for name in ("sweep.csv", "curves.npz"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert command(*small_sweep(small_data, tmp_path / "parts"))[0] == 2  # finished
+
+
+@pytest.mark.parametrize("change", ["lr=0.4", "rounds=13", "attack.budget=0.25", "attack.rounding=carry"])
+def test_a_changed_parameter_is_never_answered_with_an_old_result(small_data: Small, change: str) -> None:
+    base = [*small_data(3), "engine=batched", "rounds=12", "batch_size=30", "out=a"]
+    keys = [
+        sweep.units(sweep.engine.make_scenarios([compose(*base, *more)]))[0].key
+        for more in ([], [change], ["out=elsewhere", "overwrite=true"])
+    ]
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2]  # where it is written to changes no number
+
+
+def test_a_damaged_unit_is_computed_again(small_data: Small, tmp_path: Path) -> None:
+    file = tmp_path / "unit.npz"
+    assert sweep.read(file) is None
+    file.write_bytes(b"PK\x03\x04 damaged")
+    assert sweep.read(file) is None
+
+
+def test_a_cell_that_diverges_ends_in_a_row_with_its_error(command: Command, small_data: Small, tmp_path: Path) -> None:
+    data = [*small_data(3), "engine=batched", "rounds=6", "batch_size=full", f"out={tmp_path}/out"]
+    assert command("-m", *data, "lr=0.5,1e308")[0] == 0
+    fine, broken = rows(tmp_path / "out")
+    assert fine["error"] == ""
+    assert "diverged" in broken["error"]
+    assert int(broken["rounds"]) < 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["attack.budget=0.1,2"], "attack.budget=2.*at most 1"),
+        (["clients.malicious=1,9", "clients.total=6"], "malicious=9 is more than total=6"),
+        (["attack.budgte=0.1,0.2"], "attack.budgte is not a known key"),
+        (["attack=greedy,gredy"], "attack=gredy is not known; known: greedy, none"),
+        (
+            ["engine=batched", "strategy=flower", "strategy.path=flwr.serverapp.strategy.FedMedian", "seed=0,1"],
+            "engine",
+        ),
+    ],
+)
+def test_a_bad_cell_is_told_before_any_is_run(
+    command: Command, small_data: Small, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    import re
+
+    code, told = command("-m", "engine=batched", *small_data(3), "batch_size=30", f"out={tmp_path}/out", *overrides)
+    assert code == 2
+    assert told.count("\n") == 1
+    assert re.search(message, told)
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_and_ranges_of_hydra_are_swept(command: Command, small_data: Small, tmp_path: Path) -> None:
+    data = [*small_data(3), "engine=batched", "rounds=3", "batch_size=30", f"out={tmp_path}/out"]
+    grid = [
+        "attack=none,greedy",
+        "partition=iid,dirichlet",
+        "clients.malicious=range(1,3)",
+        "clients.honest=4",
+        "hydra.verbose=false",
+    ]
+    assert command("-m", *data, *grid, "hydra.verbose=false")[0] == 0
+    table = rows(tmp_path / "out")
+    assert len(table) == 8
+    assert {(row["attack"], row["partition"], row["clients.malicious"]) for row in table} == {
+        (a, p, m) for a in ("none", "greedy") for p in ("iid", "dirichlet") for m in ("1", "2")
+    }
+    assert all((int(row["flips"]) == 0) == (row["attack"] == "none") for row in table)
+
+
+def test_a_sweep_can_stand_in_a_file(
+    command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n      attack.budget: 0.1,0.5\n      seed: range(2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    data = [*small_data(3), "engine=batched", "rounds=3", "batch_size=30", f"out={tmp_path}/out"]
+    code, told = command("-m", "--config-dir", f"{tmp_path}/conf", "+experiment=mine", *data)
+    assert code == 0, told
+    assert [(row["attack.budget"], row["seed"]) for row in rows(tmp_path / "out")] == [
+        (b, s) for b in ("0.1", "0.5") for s in ("0", "1")
+    ]
+    assert not (tmp_path / "multirun.yaml").exists()
+
+
+def test_a_cluster_fills_the_same_table(command: Command, small_data: Small, tmp_path: Path) -> None:
+    assert command(*small_sweep(small_data, tmp_path / "here"))[0] == 0
+    assert command(*small_sweep(small_data, tmp_path / "ray", "launcher=ray"))[0] == 0
+    assert (tmp_path / "here" / "sweep.csv").read_bytes() == (tmp_path / "ray" / "sweep.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_bytes(
+    command: Command, small_data: Small, tmp_path: Path
+) -> None:
+    def grid(out: str) -> list[str]:
+        fixed = ["engine=batched", "rounds=1500", "eval_every=100", "batch_size=30", f"out={tmp_path}/{out}"]
+        return ["-m", *small_data(3), *fixed, "clients.malicious=1,2", "seed=range(8)"]
+
+    assert command(*grid("whole"))[0] == 0
+    process = subprocess.Popen([sys.executable, "-m", "fl_attack", *grid("killed")], stderr=subprocess.DEVNULL)
+    kept = tmp_path / "killed" / "units"
+    deadline = time.monotonic() + 120
+    while not (kept.exists() and len(list(kept.glob("*.npz"))) >= 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {file.name: file.stat().st_mtime_ns for file in kept.glob("*.npz")}
+    assert 2 <= len(before) < 8
+    assert not (tmp_path / "killed" / "sweep.csv").exists()
+    assert command(*grid("killed"))[0] == 0
+    assert (tmp_path / "killed" / "sweep.csv").read_bytes() == (tmp_path / "whole" / "sweep.csv").read_bytes()
