@@ -4,9 +4,12 @@ A rule takes updates (..., m, C, d), one a client and in the order of the client
 each used; it gives the aggregate (..., C, d).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
+
+Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def mean(updates: Tensor, weights: Tensor) -> Tensor:
@@ -16,3 +19,8 @@ def mean(updates: Tensor, weights: Tensor) -> Tensor:
 
 
 RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": mean}
+
+
+def make(name: str, *, f: int, m: int, args: Mapping[str, Any], pre: Sequence[Any], rule: str | None) -> Combine:
+    """Stub."""
+    return lambda updates, weights, lots: mean(updates, weights)

@@ -3,8 +3,10 @@
 The defaults stand in `conf/`, one commented YAML file a group; here stands what is allowed.
 """
 
+import math
 import re
 from fractions import Fraction
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -15,9 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_attack import __version__
+from fl_attack import __version__, attack
 from fl_attack.aggregate import RULES
-from fl_attack.attack import ATTACKS, Goal, Knowledge, Rounding, Scope, Selection
+from fl_attack.attack import Goal, Knowledge, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
 from fl_attack.overrides import conf_folder, explain, opened
 from fl_attack.protocol import Optimizer
@@ -39,6 +41,13 @@ class Clients(Strict):
     honest: Annotated[int, Field(ge=0)]
     malicious: Annotated[int, Field(ge=0)]
     total: Count
+    per_round: Count | Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if isinstance(self.per_round, int) and self.per_round > self.total:
+            raise ValueError(f"per_round={self.per_round} is more than the {self.total} clients")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -92,10 +101,18 @@ class AttackSettings(Strict):
     scope: Scope = "pooled"
     rounding: Rounding = "floor"
     knowledge: Knowledge = "full"
+    knowledge_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    refresh: Refresh = "step"
+    args: dict[str, Any] = {}
     every: Count = 1
     start: Count = 1
     stop: Count | None = None
     target_path: str | None = None
+
+    @cached_property
+    def writes(self) -> str:
+        """What the attack changes: labels or updates."""
+        return "labels" if self.name == "none" else attack.find(self.name).writes
 
     @property
     def exact_budget(self) -> Fraction:
@@ -104,8 +121,14 @@ class AttackSettings(Strict):
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
-        if self.name not in ("none", *ATTACKS):
-            raise ValueError(f"name={self.name} is not an attack; known: {', '.join(('none', *ATTACKS))}")
+        if self.name == "none":
+            return self
+        chosen = attack.find(self.name)
+        attack.check_args(self.name, self.args)
+        usual = {"goal": "untargeted", "knowledge": "full", "target_path": None, "selection": "gain"}
+        for key, value in usual.items():
+            if key not in chosen.uses and getattr(self, key) != value:
+                raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
         if self.stop is not None and self.stop < self.start:
             raise ValueError(f"stop={self.stop} is before start={self.start}; use start or later, or null for no end")
         if self.goal == "targeted" and self.knowledge != "full":
@@ -123,6 +146,9 @@ class StrategySettings(Strict):
 
     name: str
     path: str | None = None
+    f: Annotated[int, Field(ge=0)] | None = None
+    pre: tuple[str | dict[str, dict[str, Any]], ...] = ()
+    rule: str | None = None
     args: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -178,6 +204,22 @@ class Settings(Strict):
         return torch.float32 if self.dtype == "float32" else torch.float64
 
     @property
+    def per_round(self) -> int | None:
+        """Clients that take part in a round; None where all do."""
+        wanted, total = self.clients.per_round, self.clients.total
+        if isinstance(wanted, float):
+            wanted = max(1, round(wanted * total))
+        return None if wanted in (None, total) else wanted
+
+    @property
+    def tolerated(self) -> int:
+        """The malicious clients f that the server's rule reckons with in a round."""
+        if self.strategy.f is not None:
+            return self.strategy.f
+        share = 1.0 if self.per_round is None else self.per_round / self.clients.total
+        return math.ceil(self.clients.malicious * share)
+
+    @property
     def attacked(self) -> bool:
         """Whether anybody may flip a label."""
         return self.attack.name != "none" and self.clients.malicious > 0
@@ -189,8 +231,10 @@ class Settings(Strict):
                 f"server_optimizer={self.server_optimizer} is not applied by strategy=flower, which has its own; use "
                 "server_optimizer=sgd, or a strategy such as flwr.serverapp.strategy.FedAdam"
             )
-        if self.attacked and self.attack.knowledge == "honest" and self.clients.honest == 0:
-            raise ValueError("attack.knowledge=honest needs honest clients, but clients.honest=0; use full or own")
+        if self.attacked and self.attack.knowledge in ("honest", "noisy") and self.clients.honest == 0:
+            raise ValueError(
+                f"attack.knowledge={self.attack.knowledge} needs honest clients, but clients.honest=0; use full or own"
+            )
         share, malicious, honest = self.partition.malicious_share, self.clients.malicious, self.clients.honest
         if share is not None and 0 in (malicious, honest):
             raise ValueError(

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import model
+from fl_attack import detect, model
+from fl_attack.detect import MEASURES
 from fl_attack.errors import RunError
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
@@ -23,6 +25,8 @@ COLUMNS = (
     "budget_used",  # flips / allowed
     "cosine",  # between the aggregated gradient and the clean one
     "repeated",  # share of this round's flipped samples that were flipped in the round before too
+    "relabelled",  # share of them that were flipped to another label then
+    *MEASURES,  # of the updates that the clients sent
 )
 Row = dict[str, Any]
 OnRound = Callable[[int, Row], None]  # gets the round and the row last measured
@@ -64,8 +68,17 @@ class Recorder:
         self._last = NO_FLIPS
         self._row: Row = {}
 
-    def record(self, round_: int, theta: Tensor, aggregate: Tensor | None = None, flips: Flips = NO_FLIPS) -> None:
+    def record(
+        self,
+        round_: int,
+        theta: Tensor,
+        aggregate: Tensor | None = None,
+        flips: Flips = NO_FLIPS,
+        updates: Tensor | None = None,
+    ) -> None:
         """Note the parameters (C, d) after a round, the gradient that led to them and the labels flipped.
+
+        `updates` (m, C, d) are what the clients of the round sent, in their order.
 
         RunError where they are not finite any more; the history then ends with the round before.
         """
@@ -79,20 +92,23 @@ class Recorder:
         if len(flips.samples):
             self.history.flips.append((round_, flips))
         if round_ % settings.eval_every == 0 or round_ == settings.rounds:
-            self._row = self._measure(round_, before, aggregate, flips)
+            self._row = self._measure(round_, before, aggregate, flips, updates)
             self.history.rows.append(self._row)
         self._last = flips
         self.on_round(round_, self._row)
 
-    def _measure(self, round_: int, before: Tensor, aggregate: Tensor | None, flips: Flips) -> Row:
+    def _measure(
+        self, round_: int, before: Tensor, aggregate: Tensor | None, flips: Flips, updates: Tensor | None
+    ) -> Row:
         X, y = self._test_set
         quality = model.quality(self.history.theta.to(X.dtype), X, y)
         cosine = math.nan
         if aggregate is not None:
-            clean = self.scenario.gradient(before, range(self.scenario.settings.clients.total), round_)
+            clean = self.scenario.gradient(before, self.scenario.schedule.drawn(round_), round_)
             norms = (aggregate.norm() * clean.norm()).item()
             cosine = (aggregate * clean).sum().item() / norms if norms > 0 else math.nan
-        again = np.isin(flips.samples, self._last.samples, assume_unique=True)
+        _, here, there = np.intersect1d(flips.samples, self._last.samples, assume_unique=True, return_indices=True)
+        changed = flips.labels[here] != self._last.labels[there]
         count = len(flips.samples)
         values = (
             round_,
@@ -101,6 +117,16 @@ class Recorder:
             flips.allowed,
             count / flips.allowed if flips.allowed else 0.0,
             cosine,
-            again.mean().item() if count else 0.0,
+            len(here) / max(1, count),
+            int(changed.sum()) / max(1, count),
+            *self._detection(round_, updates),
         )
         return dict(zip(COLUMNS, values, strict=True))
+
+    def _detection(self, round_: int, updates: Tensor | None) -> list[float]:
+        made = self.scenario
+        if updates is None or not made.settings.attacked:
+            return [math.nan] * len(MEASURES)
+        malicious = np.isin(made.schedule.drawn(round_), made.partition.malicious)
+        found: list[float] = detect.measures(updates, torch.from_numpy(malicious)).tolist()
+        return found

@@ -6,7 +6,7 @@ that any process can work out any client's part, and do it again.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +21,8 @@ Optimizer = Literal["sgd", "momentum", "adam"]
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
-BATCHES = 1  # names the random stream of the minibatches among those of one seed
+# Names of random streams among those of one seed: the minibatches, who takes part, the order of a rule's lots.
+BATCHES, DRAWN, LOTS = 1, 2, 6
 
 
 def batch_sizes(shard_sizes: NDArray[np.int64], batch_size: int | None) -> NDArray[np.int64]:
@@ -62,8 +63,21 @@ class Schedule:
     sizes: NDArray[np.int64]  # samples a local step, by client
     local_steps: int
     seed: int
+    per_round: int | None = None  # clients that take part in a round; None: all
+
+    def drawn(self, round_: int) -> NDArray[np.int64]:
+        """The clients that take part in a round, ascending."""
+        if self.per_round is None:
+            return np.arange(len(self.shards))
+        rng = np.random.default_rng([self.seed, DRAWN, round_])
+        return np.sort(rng.choice(len(self.shards), self.per_round, replace=False))
 
     @property
+    def rounds_per_epoch(self) -> int:
+        """Rounds in which all clients together use as many samples as they hold, rounded up."""
+        return -(-sum(map(len, self.shards)) // int(self.sizes.sum() * self.local_steps))
+
+    @cached_property
     def used(self) -> NDArray[np.int64]:
         """Different samples that each client uses in a round; the same number in every round."""
         lengths = np.array([len(shard) for shard in self.shards])
@@ -78,23 +92,40 @@ class Schedule:
         shard, size = self.shards[client], int(self.sizes[client])
         if size == len(shard):
             return np.broadcast_to(shard, (self.local_steps, size))
-        used = min(self.local_steps, len(shard) // size) * size
-        rounds_a_pass = len(shard) // used
-        pass_, turn = divmod(round_ - 1, rounds_a_pass)
-        drawn = shard[_order(len(shard), self.seed, client, pass_)[turn * used : (turn + 1) * used]]
+        (drawn,) = self.turns(client, round_, 1)
+        used = len(drawn)
+        pass_ = (round_ - 1) // (len(shard) // used)
         missing = self.local_steps * size - used
         again = [drawn[_order(used, self.seed, client, pass_, i)] for i in range(-(-missing // used))]
         return np.concatenate([drawn, *again])[: self.local_steps * size].reshape(self.local_steps, size)
 
+    def turns(self, client: int, first: int, rounds: int) -> NDArray[np.int64]:
+        """The different samples that a client uses in each of `rounds` rounds from `first` on, (rounds, used)."""
+        shard, used = self.shards[client], int(self.used[client])
+        if used == len(shard) and self.local_steps == 1:
+            return np.broadcast_to(shard, (rounds, used))
+        per_pass = len(shard) // used
+        start, stop = first - 1, first - 1 + rounds
+        passes = range(start // per_pass, -(-stop // per_pass))
+        orders = [_order(len(shard), self.seed, client, pass_)[: per_pass * used] for pass_ in passes]
+        turns = np.concatenate([shard[order].reshape(per_pass, used) for order in orders])
+        skipped = start - passes[0] * per_pass
+        return turns[skipped : skipped + rounds]
+
     def samples(self, clients: Iterable[int], round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The samples that clients use in a round, ascending, and how often each."""
-        drawn = [self.steps(client, round_).ravel() for client in clients]
+        drawn = [np.empty(0, np.int64), *(self.steps(client, round_).ravel() for client in clients)]
         return np.unique(np.concatenate(drawn), return_counts=True)
 
 
 @lru_cache(maxsize=256)
 def _order(size: int, seed: int, *key: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, BATCHES, *key]).permutation(size)
+
+
+def shuffled(seed: int, round_: int, clients: int) -> NDArray[np.int64]:
+    """The random order of a round's clients, for rules that draw lots."""
+    return np.random.default_rng([seed, LOTS, round_]).permutation(clients)
 
 
 def local_update(theta: Tensor, X: Tensor, y: Tensor, lr: float) -> Tensor:

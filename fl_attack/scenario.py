@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import __version__, attack, data, model, protocol
+from fl_attack import __version__, aggregate, attack, data, model, plugins, protocol
 from fl_attack.config import Settings, settings_from
 from fl_attack.data import cache
 from fl_attack.errors import InputError
@@ -78,42 +78,33 @@ class Scenario:
 
     def gradient(self, theta: Tensor, clients: Iterable[int], round_: int) -> Tensor:
         """Clean gradient of the clients' samples in a round, (C, d), in the precision of theta."""
-        samples, counts = self.schedule.samples(clients, round_)
+        return self.gradient_of(theta, *self.schedule.samples(clients, round_))
+
+    def gradient_of(self, theta: Tensor, samples: NDArray[np.int64], counts: NDArray[np.int64]) -> Tensor:
+        """Clean gradient of samples that count so often, (C, d), in the precision of theta."""
         X, y = self.features(samples), torch.from_numpy(self.dataset.y_train[samples])
         return model.gradient(theta.to(X.dtype), X, y, torch.from_numpy(counts).to(X.dtype)).to(theta.dtype)
 
-    def flips(self, theta: Tensor, round_: int) -> Flips:
-        """The labels that all malicious clients together write in a round, given the broadcast theta."""
-        threat, malicious = self.settings.attack, self.partition.malicious
-        before = attack.attacked_before(round_, threat.every, threat.start, threat.stop)
-        if not self.settings.attacked or before is None:
-            return NO_FLIPS
-        writable = self.schedule.used[malicious]
-        pooled = threat.scope == "pooled"
-        budgets = [
-            attack.flip_allowance(threat.exact_budget, before * int(n), int(n), threat.rounding)
-            for n in ([writable.sum()] if pooled else writable)
-        ]
-        if not any(budgets):
-            return NO_FLIPS
-        samples, counts = self.schedule.samples(malicious, round_)
-        X, y = self.features(samples), torch.from_numpy(self.dataset.y_train[samples])
-        v = self.direction(theta, round_)
-        view = attack.View(y, model.scores(v.to(X.dtype), X), torch.from_numpy(counts), threat.selection)
-        proposal = attack.ATTACKS[threat.name](view)
-        owner = np.searchsorted(malicious, self.partition.client[samples])
-        group = torch.zeros(len(y), dtype=torch.int64) if pooled else torch.from_numpy(owner)
-        chosen = attack.select(proposal.priority, group, torch.tensor(budgets)) & (proposal.labels != y)
-        return Flips(samples[chosen.numpy()], proposal.labels[chosen].numpy(), sum(budgets))
+    def rule(self) -> aggregate.Combine:
+        """The server's rule: updates (..., m, C, d), weights (m,) and lots (m,) to the aggregate (..., C, d)."""
+        strategy, clients = self.settings.strategy, self.settings.per_round or self.settings.clients.total
+        return aggregate.make(
+            strategy.name,
+            f=self.settings.tolerated,
+            m=clients,
+            args=strategy.args,
+            pre=strategy.pre,
+            rule=strategy.rule,
+        )
 
-    def direction(self, theta: Tensor, round_: int) -> Tensor:
-        """The direction v that the attacker pushes the gradient against, from what it knows."""
-        threat, malicious = self.settings.attack, self.partition.malicious
-        if threat.goal == "targeted":
-            return attack.direction(threat.goal, theta, None, self.target)
-        everyone = np.arange(self.settings.clients.total)
-        known = {"full": everyone, "honest": np.setdiff1d(everyone, malicious), "own": malicious}[threat.knowledge]
-        return attack.direction(threat.goal, theta, self.gradient(theta, known, round_), None)
+    @cached_property
+    def takes_part(self) -> NDArray[np.bool_]:
+        """(rounds, clients): who takes part when."""
+        rounds, clients = self.settings.rounds, self.settings.clients.total
+        found = np.zeros((rounds, clients), bool)
+        for i in range(rounds):
+            found[i, self.schedule.drawn(i + 1)] = True
+        return found
 
     @cached_property
     def target(self) -> Tensor:
@@ -140,7 +131,8 @@ def make(settings: Settings, verify: bool = True) -> Scenario:
     shards = tuple(partition.shards)
     batch_size = None if settings.batch_size == "full" else settings.batch_size
     sizes = protocol.batch_sizes(np.array([len(shard) for shard in shards]), batch_size)
-    return Scenario(settings, dataset, partition, protocol.Schedule(shards, sizes, settings.local_steps, settings.seed))
+    schedule = protocol.Schedule(shards, sizes, settings.local_steps, settings.seed, settings.per_round)
+    return Scenario(settings, dataset, partition, schedule)
 
 
 def _spelled_out(settings: Settings, scale: float) -> Settings:
@@ -154,7 +146,12 @@ def _spelled_out(settings: Settings, scale: float) -> Settings:
     return settings.model_copy(
         update={
             "dataset": settings.dataset.model_copy(update=here),
-            "attack": settings.attack.model_copy(update={"target_path": target and os.path.abspath(target)}),
+            "attack": settings.attack.model_copy(
+                update={
+                    "name": plugins.spelled_out(settings.attack.name, os.getcwd()),
+                    "target_path": target and os.path.abspath(target),
+                }
+            ),
         }
     )
 
@@ -167,17 +164,18 @@ def from_json(text: str) -> Scenario:
 
 def train(scenario: Scenario, progress: Progress = lambda round_: None) -> Tensor:
     """Parameters (C, d) after all rounds without any attack under the mean, in this process."""
-    settings, everyone = scenario.settings, range(scenario.settings.clients.total)
+    settings, schedule = scenario.settings, scenario.schedule
     theta = scenario.start()
     state = protocol.initial_state(theta)
     for round_ in range(1, settings.rounds + 1):
+        clients = schedule.drawn(round_)
         if settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
-            aggregate = scenario.gradient(theta, everyone, round_)
+            aggregate = scenario.gradient(theta, clients, round_)
         else:
-            weights = scenario.schedule.sizes / scenario.schedule.sizes.sum()
+            weights = schedule.sizes[clients] / schedule.sizes[clients].sum()
             moved = sum(
-                w * client_update(scenario, c, theta, round_, NO_FLIPS)[0]
-                for c, w in zip(everyone, weights, strict=True)
+                w * client_update(scenario, int(c), theta, round_, NO_FLIPS)[0]
+                for c, w in zip(clients, weights, strict=True)
             )
             aggregate = (theta - moved) / settings.lr
         theta, state = protocol.server_step(settings.server_optimizer, theta, aggregate, settings.lr, state)
@@ -206,6 +204,7 @@ def load_target(scenario: Scenario, progress: Progress = lambda round_: None) ->
         return _read_target(Path(path), scenario.theta_shape)
     kept = {"rounds", "batch_size", "local_steps", "lr", "server_optimizer", "seed", "dtype"}
     recipe = hashlib.sha256(scenario.partition.client.tobytes())
+    recipe.update(f"{scenario.schedule.per_round}".encode())
     recipe.update((settings.model_dump_json(include=kept) + scenario.dataset.fingerprint + __version__).encode())
     file = cache.folder() / "targets" / f"{recipe.hexdigest()[:24]}.npz"
     if file.exists():

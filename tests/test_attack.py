@@ -2,8 +2,11 @@
 
 import itertools
 import math
+import statistics
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 
 from fl_attack import attack, model
 from fl_attack.attack import ATTACKS, Proposal, View
+from fl_attack.errors import InputError
 
 N, D = 6, 4
 SIZES = st.sampled_from([2, 3])
@@ -29,6 +33,13 @@ def world(classes: int, seed: int, ties: bool = False, n: int = N) -> tuple[torc
     return theta, v, X, torch.randint(classes, (n,), generator=rng)
 
 
+def view_of(y: torch.Tensor, scores: torch.Tensor, w: torch.Tensor | None = None, **how: Any) -> View:
+    noise = torch.rand(len(y), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return View(
+        y, torch.ones(len(y)) if w is None else w, **({"scores": scores, "logits": scores, "noise": noise} | how)
+    )
+
+
 def inner(theta: torch.Tensor, v: torch.Tensor, X: torch.Tensor, y: torch.Tensor) -> float:
     return (model.gradient(theta, X, y) * v).sum().item()
 
@@ -36,8 +47,7 @@ def inner(theta: torch.Tensor, v: torch.Tensor, X: torch.Tensor, y: torch.Tensor
 def flipped(
     v: torch.Tensor, X: torch.Tensor, y: torch.Tensor, group: torch.Tensor, budgets: torch.Tensor, selection: str
 ) -> torch.Tensor:
-    view = View(y, model.scores(v, X), torch.ones(len(y)), selection)  # type: ignore[arg-type]
-    proposal = ATTACKS["greedy"](view)
+    proposal = ATTACKS["greedy"].function(view_of(y, model.scores(v, X), selection=selection))
     chosen = attack.select(proposal.priority, group, budgets)
     return torch.where(chosen, proposal.labels, y)
 
@@ -129,7 +139,7 @@ def test_ties_go_to_the_lower_index() -> None:
 
 def test_a_sample_used_twice_counts_twice() -> None:
     scores = torch.tensor([[0.0, 3.0], [0.0, 2.0]])
-    proposal = attack.greedy(View(torch.tensor([0, 0]), scores, torch.tensor([1, 2]), "gain"))
+    proposal = ATTACKS["greedy"].function(view_of(torch.tensor([0, 0]), scores, torch.tensor([1, 2])))
     assert proposal.priority.tolist() == [3.0, 4.0]
 
 
@@ -171,17 +181,149 @@ def test_rounds_are_attacked_from_start_to_stop_every_so_many() -> None:
     assert attacked == [None, 0, None, None, 1, None, None, 2, None, None, None]
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+LABELS = [name for name, row in ATTACKS.items() if row.writes == "labels"]
+UPDATES = [name for name, row in ATTACKS.items() if row.writes == "updates"]
+
+
+@pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("classes", [2, 3])
-def test_every_attack_proposes_labels_and_leaves_its_view_alone(name: str, classes: int) -> None:
-    _, v, X, y = world(classes, seed=1)
-    view = View(y, model.scores(v, X), torch.ones(N), "gain")
-    before = [part.clone() for part in view[:3]]  # type: ignore[union-attr]
-    proposal = ATTACKS[name](view)
+def test_every_attack_on_labels_proposes_labels_and_leaves_its_view_alone(name: str, classes: int) -> None:
+    theta, v, X, y = world(classes, seed=1)
+    Z = model.logits(theta, X)
+    logits = torch.cat([torch.zeros_like(Z), Z], -1) if classes == 2 else Z
+    view = view_of(y, model.scores(v, X), logits=logits)
+    parts = view.y, view.w, view.scores, view.logits, view.noise
+    before = [part.clone() for part in parts]
+    proposal = ATTACKS[name].function(view)
     assert isinstance(proposal, Proposal)
     assert proposal.labels.shape == proposal.priority.shape == y.shape
     assert ((proposal.labels >= 0) & (proposal.labels < classes)).all()
-    assert all(torch.equal(a, b) for a, b in zip(before, view[:3], strict=True))  # type: ignore[arg-type]
+    assert ((proposal.labels != y) | (proposal.priority == -math.inf)).all()  # nothing is spent on no change
+    assert all(torch.equal(a, b) for a, b in zip(before, parts, strict=True))
+
+
+def test_random_flips_reach_every_other_label_and_no_sample_is_favoured() -> None:
+    y = torch.arange(4000) % 4
+    rng = torch.Generator().manual_seed(0)
+    proposal = ATTACKS["random_flip"].function(
+        view_of(y, torch.zeros(4000, 4), noise=torch.rand(4000, 2, generator=rng))
+    )
+    counts = torch.bincount(y * 4 + proposal.labels, minlength=16).view(4, 4)
+    assert (counts.diagonal() == 0).all()
+    assert (counts[~torch.eye(4, dtype=torch.bool)] > 280).all()  # 333 each, 4 standard deviations are 60
+    assert proposal.priority.argsort(descending=True)[:2000].float().mean() == pytest.approx(2000, abs=90)
+
+
+def test_static_flips_follow_their_map() -> None:
+    y = torch.tensor([0, 1, 2, 1])
+    static = ATTACKS["static_flip"].function
+    view = view_of(y, torch.zeros(4, 3))
+    assert static(view).labels.tolist() == [2, 1, 0, 1]
+    assert static(view).priority.isinf().tolist() == [False, True, False, True]  # the middle class stays
+    assert static(view, map="cyclic").labels.tolist() == [1, 2, 0, 2]
+    assert static(view, source=1, target=0).labels.tolist() == [0, 0, 2, 0]
+    assert static(view, source=1, target=0).priority.isinf().tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"source": 1}, "source and target go together"),
+        ({"source": 1, "target": 3}, "two different labels from 0 to 2"),
+        ({"source": 1, "target": 1}, "two different labels"),
+        ({"map": "odd"}, "map=odd is not known; use opposite or cyclic"),
+    ],
+)
+def test_a_map_that_is_none_is_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ATTACKS["static_flip"].function(view_of(torch.tensor([0, 1]), torch.zeros(2, 3)), **args)
+
+
+def test_confidence_flips_rank_by_the_margin_of_the_true_label() -> None:
+    logits = torch.tensor([[5.0, 1, 0], [0, 2, 1], [9, 8, 9.5]])
+    view = view_of(torch.tensor([0, 1, 2]), torch.zeros(3, 3), logits=logits)
+    confidence = ATTACKS["confidence_flip"].function
+    assert confidence(view).labels.tolist() == [1, 2, 0]
+    assert confidence(view).priority.tolist() == [4.0, 1.0, 0.5]
+    assert confidence(view, certain="least").priority.tolist() == [-4.0, -1.0, -0.5]
+
+
+def updates_of(seed: int, cells: int = 3, m: int = 7, f: int = 2) -> attack.Updates:
+    rng = torch.Generator().manual_seed(seed)
+    malicious = torch.stack([torch.randperm(m, generator=rng) < f for _ in range(cells)])
+    u, v, noise = (
+        torch.randn(*shape, 2, 3, dtype=torch.float64, generator=rng) for shape in ((cells, m), (cells,), (m,))
+    )
+    return attack.Updates(u, malicious, direction=lambda: v, noise=lambda: noise)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_attacks_on_gradients_do_not_mix_cells_and_leave_their_view_alone(name: str) -> None:
+    view = updates_of(0)
+    before = view.updates.clone()
+    sent = ATTACKS[name].function(view).expand(view.updates.shape)
+    assert sent.isfinite().all()
+    assert not torch.equal(sent, before)
+    for i in range(3):
+        alone = attack.Updates(
+            before[i], view.malicious[i], direction=lambda i=i: view.direction[i], noise=lambda: view.noise
+        )
+        torch.testing.assert_close(ATTACKS[name].function(alone).expand(before[i].shape), sent[i])
+    assert torch.equal(view.updates, before)
+
+
+@pytest.mark.parametrize("name", ["ipm", "alie", "mimic"])
+def test_attacks_that_imitate_look_at_honest_clients_only(name: str) -> None:
+    view = updates_of(1)
+    others = view.updates.clone()
+    others[view.malicious] = 1e6
+    changed = attack.Updates(others, view.malicious, direction=lambda: view.direction, noise=lambda: view.noise)
+    torch.testing.assert_close(ATTACKS[name].function(changed), ATTACKS[name].function(view))
+
+
+def test_attacks_on_gradients_follow_the_formulas_of_their_papers() -> None:
+    view = updates_of(2, cells=1, m=10, f=3)
+    u, malicious = view.updates[0].numpy(), view.malicious[0].numpy()
+    honest = u[~malicious]
+    made = {name: ATTACKS[name].function(view).expand(view.updates.shape)[0].numpy() for name in UPDATES}
+    np.testing.assert_allclose(made["sign_flip"], -u)
+    np.testing.assert_allclose(made["ipm"][0], -honest.mean(0))
+    # 6 of 10 are a majority, 3 supporters are needed: 4 of 7 honest ones stay away
+    z = statistics.NormalDist().inv_cdf((10 - 3 - 3) / (10 - 3))
+    np.testing.assert_allclose(made["alie"][0], honest.mean(0) - z * honest.std(0))
+    np.testing.assert_allclose(ATTACKS["alie"].function(view, z=1.5)[0, 0], honest.mean(0) - 1.5 * honest.std(0))
+    np.testing.assert_allclose(made["mimic"][0], honest[0])
+    np.testing.assert_allclose(ATTACKS["gaussian"].function(view), 200 * view.noise.numpy())
+    v = view.direction[0].numpy()
+    inner_products = (made["gradient_max"] * v).sum((1, 2))
+    norms = np.sqrt((u**2).sum((1, 2)))
+    np.testing.assert_allclose(np.sqrt((made["gradient_max"] ** 2).sum((1, 2))), norms)
+    np.testing.assert_allclose(
+        inner_products, -norms * np.sqrt((v**2).sum())
+    )  # Cauchy and Schwarz: no less is possible
+
+
+def test_without_honest_clients_attackers_imitate_each_other() -> None:
+    view = updates_of(3)
+    alone = attack.Updates(
+        view.updates, torch.ones_like(view.malicious), direction=lambda: view.direction, noise=lambda: view.noise
+    )
+    for name in UPDATES:
+        assert ATTACKS[name].function(alone).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gready", "name=gready is not an attack; known: none, greedy, random_flip.*or the import path of a function"),
+        ("there.is.none", "there.is.none can't be imported: ModuleNotFoundError"),
+        ("math:no_such", "there is no function no_such in math"),
+        ("a b:1", "a b:1 is not an import path; use module.function or path/to/file.py:function"),
+    ],
+)
+def test_unknown_attacks_are_told_with_what_is_known(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        attack.find(name)
 
 
 def test_the_target_is_the_fully_flipped_data() -> None:

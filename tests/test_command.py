@@ -248,7 +248,7 @@ def test_the_settings_left_behind_run_again(small_data: Small, with_ray: None, t
     settings = compose(*small_data(2), f"out={tmp_path}/out", "rounds=3", "batch_size=full", "clients.total=5")
     experiment.run(settings)
     left = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
-    assert left["clients"] == {"honest": 2, "malicious": 3, "total": 5}
+    assert left["clients"] == {"honest": 2, "malicious": 3, "total": 5, "per_round": None}
     assert left["dataset"]["scale"] == 1.0
     again = Settings.model_validate(left | {"out": f"{tmp_path}/again"})
     experiment.run(again)

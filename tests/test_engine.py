@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
-from fl_attack import attack, engine, protocol, scenario
+from fl_attack import adversary, attack, engine, protocol
 from fl_attack.config import AttackSettings, Settings, settings_from
+from fl_attack.detect import MEASURES
 from fl_attack.engine import attackers, batches, kernels, run
 from fl_attack.engine.budgets import Allowances
 from fl_attack.errors import InputError
@@ -37,17 +38,23 @@ def one_thread() -> Iterator[None]:
 def alone(cell: Scenario) -> History:
     """The rounds of one experiment, client after client, each by the functions that define it."""
     recorder, chosen = Recorder(cell), cell.settings
-    theta = cell.start()
+    theta = anchor = cell.start()
     state = protocol.initial_state(theta)
     recorder.record(0, theta)
-    weights = cell.schedule.sizes / cell.schedule.sizes.sum()
     for round_ in range(1, chosen.rounds + 1):
-        flips = cell.flips(theta, round_)
-        moved = [scenario.client_update(cell, i, theta, round_, flips)[0] for i in range(chosen.clients.total)]
-        mean = sum((w * one for w, one in zip(weights, moved, strict=True)), torch.zeros_like(theta))
-        aggregate = (theta - mean) / chosen.lr
+        anchor = theta if adversary.epoch_start(cell, round_) == round_ else anchor
+        flips = adversary.flips(cell, theta, round_, anchor)
+        clients = cell.schedule.drawn(round_)
+        updates = adversary.updates(cell, theta, round_, flips)
+        updates = adversary.crafted(cell, theta, round_, updates)
+        weights = torch.from_numpy(cell.schedule.sizes[clients])
+        if chosen.strategy.name == "mean" and not chosen.strategy.pre:
+            aggregate = torch.tensordot(weights / weights.sum().double(), updates, 1)
+        else:
+            lots = torch.from_numpy(protocol.shuffled(chosen.seed, round_, len(clients)))
+            aggregate = cell.rule()(updates, weights, lots)
         theta, state = protocol.server_step(chosen.server_optimizer, theta, aggregate, chosen.lr, state)
-        recorder.record(round_, theta, aggregate, flips)
+        recorder.record(round_, theta, aggregate, flips, updates)
     return recorder.history
 
 
@@ -99,6 +106,26 @@ CHANGES = {  # what may differ from cell to cell
     "late carry": ["attack.rounding=carry", "attack.budget=0.13", "attack.every=2", "attack.start=3"],
     "lr": ["lr=0.05"],
     "lr targeted": ["lr=0.05", "attack.goal=targeted"],
+    "noisy": ["attack.knowledge=noisy", "attack.knowledge_fraction=0.4"],
+    "epoch": ["attack.refresh=epoch"],
+    "epoch targeted": ["attack.refresh=epoch", "attack.goal=targeted", "attack.scope=per_client"],
+    "epoch carry": ["attack.refresh=epoch", "attack.rounding=carry", "attack.budget=0.03", "attack.every=2"],
+    "epoch literal": ["attack.refresh=epoch", "attack.selection=literal", "attack.knowledge=noisy"],
+    "epoch random": ["attack.refresh=epoch", "attack.name=random_flip"],
+    "random": ["attack.name=random_flip"],
+    "random per client": ["attack.name=random_flip", "attack.scope=per_client", "attack.rounding=carry"],
+    "static": ["attack.name=static_flip", "attack.args={map: cyclic}"],
+    "source": ["attack.name=static_flip", "attack.args={source: 1, target: 0}"],
+    "confidence": ["attack.name=confidence_flip"],
+    "least": ["attack.name=confidence_flip", "attack.args={certain: least}", "attack.budget=0.2"],
+    "sign": ["attack.name=sign_flip"],
+    "gaussian": ["attack.name=gaussian", "attack.args={sigma: 2}", "attack.every=2"],
+    "ipm": ["attack.name=ipm", "attack.args={epsilon: 0.5}", "attack.stop=5"],
+    "alie": ["attack.name=alie"],
+    "mimic": ["attack.name=mimic"],
+    "largest": ["attack.name=gradient_max"],
+    "largest targeted": ["attack.name=gradient_max", "attack.goal=targeted"],
+    "largest own": ["attack.name=gradient_max", "attack.knowledge=own"],
 }
 SHARED = {  # what is the same for all cells
     "binary": (2, ["batch_size=40"]),
@@ -111,6 +138,9 @@ SHARED = {  # what is the same for all cells
     "steps": (3, ["batch_size=30", "local_steps=3"]),
     "steps that repeat some": (3, ["batch_size=50", "local_steps=3"]),  # 14 of 17 samples, 7 of them twice
     "two classes repeated": (2, ["batch_size=50", "local_steps=3"]),
+    "some": (2, ["batch_size=40", "clients.per_round=4"]),
+    "some of several classes": (3, ["batch_size=40", "clients.per_round=0.3", "partition=dirichlet"]),
+    "some in steps": (3, ["batch_size=30", "local_steps=3", "clients.per_round=5"]),
     "steps again": (2, ["batch_size=100", "local_steps=3", "server_optimizer=momentum"]),
 }
 
@@ -120,7 +150,7 @@ def changed(base: Settings, change: Sequence[str]) -> Settings:
     values = base.model_dump()
     values["clients"]["honest"] = None
     for override in change:
-        key, value = override.split("=")
+        key, value = override.split("=", 1)
         *path, last = key.split(".")
         if override == "attack=none":
             values["attack"] = {"name": "none"}
@@ -140,7 +170,8 @@ def test_cells_of_one_batch_go_the_way_each_goes_alone(settings: Compose, small_
     classes, shared = SHARED[case]
     cells = cells_of(settings, small_data(classes), shared, [[], *CHANGES.values()])
     histories = check_together(cells)
-    assert sum(history.flip_count > 0 for history in histories) >= len(cells) - 4
+    flipping = [cell for cell in cells if cell.settings.attacked and cell.settings.attack.writes == "labels"]
+    assert sum(history.flip_count > 0 for history in histories) >= len(flipping) - 4
 
 
 @pytest.mark.parametrize("case", ["binary", "classes", "steps"])
@@ -213,14 +244,14 @@ def test_memory_and_tiles_change_no_result(
     assert len(told) > 3 * 7
     assert sum(told) == 7 * len(cells)
     for part, one in zip(parts, whole, strict=True):
-        check_same(part, one.history(), 1e-12)
+        check_same(part, one.history(), 1e-10)
 
 
 def test_less_is_kept_where_less_is_asked_for(settings: Compose, small_data: Small) -> None:
     cells = cells_of(settings, small_data(3), ["batch_size=40"], [[], ["attack.goal=targeted"]])
     whole = engine.run_cells(cells)
     lean = engine.run_cells(cells, keep_flips=False, keep_theta=False, full_rows=False)
-    costly = [COLUMNS.index(name) for name in ("cosine", "repeated")]
+    costly = [COLUMNS.index(name) for name in ("cosine", "repeated", "relabelled", *MEASURES)]
     for one, other in zip(whole, lean, strict=True):
         assert other.theta is None and not other.flips
         assert other.flip_count == one.flip_count > 0
@@ -278,14 +309,16 @@ def test_features_that_are_zero_everywhere_are_left_out_and_put_back(
         assert (outcome.theta[:, [1, 2, 3, 6, 7, 8, 9]] != 0).all()
 
 
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("classes", [2, 4])
 def test_equal_gains_go_to_the_lower_sample(settings: Compose, small_data: Small, classes: int) -> None:
-    data = small_data(classes)
+    data = small_data(classes, train=128)
     file = data[1].split("=", 1)[1]
     with np.load(file) as stored:
         arrays = dict(stored)
-    arrays["x_train"] = np.round(arrays["x_train"][np.arange(120) // 20 * 20])  # many alike: sums that are exact
-    arrays["y_train"] = arrays["y_train"][np.arange(120) // 20 * 20]
+    arrays["x_train"] = np.round(
+        arrays["x_train"][np.arange(128) // 16 * 16]
+    )  # many alike, and of sums of quarters over 128 that are exact in any order
+    arrays["y_train"] = arrays["y_train"][np.arange(128) // 16 * 16]
     np.savez(file, **arrays)
     changes = [["attack.scope=per_client"], ["attack.selection=literal"], ["clients.malicious=5"], []]
     cells = cells_of(settings, data, ["batch_size=full", "rounds=1"], changes)
@@ -332,9 +365,9 @@ def test_allowances_are_those_of_the_definition_in_every_round() -> None:
     ]
     threats = [AttackSettings(name="greedy", **kind) for kind in kinds]  # type: ignore[arg-type]
     writable = np.array([[7 + i, 3] for i in range(len(threats))])
-    allowances = Allowances(threats, writable, 60)
+    allowances = Allowances(threats, int(writable.max()), 60)
     for round_ in range(1, 61):
-        for threat, row, got in zip(threats, writable, allowances.at(round_), strict=True):
+        for threat, row, got in zip(threats, writable, allowances.at(round_, writable), strict=True):
             before = attack.attacked_before(round_, threat.every, threat.start, threat.stop)
             budget = Fraction(repr(threat.budget))
             for n, allowed in zip(row.tolist(), got, strict=True):
@@ -355,7 +388,7 @@ def test_columns_hold_what_the_schedule_gives_each_client(
     for round_ in (*range(1, 41), 7):
         batch = made.at(round_, room)
         for client in order:
-            columns = made.columns(client)
+            columns = batch.layout.columns(client)
             samples = batch.samples[columns]
             assert samples.tolist() == cell.schedule.steps(int(client), round_)[0].tolist()
             sign = torch.from_numpy(1 - 2 * cell.dataset.y_train[samples])[:, None]

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from fl_attack import federation, scenario
 from fl_attack.config import Settings
 from fl_attack.errors import InputError, RunError
-from fl_attack.federation.client import HonestClient, MaliciousClient, OmniscientHook, client_app
+from fl_attack.federation.client import Asked, HonestClient, MaliciousClient, OmniscientHook, client_app
 from fl_attack.federation.grid import BlockGrid
 from fl_attack.federation.session import ray_session
 from fl_attack.federation.strategy import start
@@ -55,8 +55,9 @@ def alone(settings: Settings) -> tuple[torch.Tensor, list[list[int]]]:
             MaliciousClient(made, i, hook) if i in made.partition.malicious else HonestClient(made, i)
             for i in range(settings.clients.total)
         ]
-        moved = [client.train(theta, round_)[0] for client in clients]
-        flipped.append(hook.flips(theta, round_).samples.tolist() if settings.attacked else [])
+        asked = Asked(theta, round_, None)
+        moved = [client.train(asked).theta for client in clients]
+        flipped.append(hook.flips(asked).samples.tolist() if settings.attacked else [])
         theta = sum((w * one for w, one in zip(weights, moved, strict=True)), torch.zeros_like(theta))
     return theta, flipped
 
@@ -264,8 +265,10 @@ def test_flips_of_f_attackers_stay_within_those_of_more(settings: Compose, small
 
 def test_the_flips_of_all_clients_together_are_those_agreed_on(settings: Compose, small_data: Small) -> None:
     made = scenario.make(settings(*small_data(3), *COMMON, "batch_size=40"))
-    theta = torch.ones(made.theta_shape, dtype=torch.float64)
-    agreed = OmniscientHook(made).flips(theta, 2)
-    parts = [MaliciousClient(made, int(i), OmniscientHook(made)).flips(theta, 2) for i in made.partition.malicious]
+    asked = Asked(torch.ones(made.theta_shape, dtype=torch.float64), 2, None)
+    agreed = OmniscientHook(made).flips(asked)
+    clients = [MaliciousClient(made, int(i), OmniscientHook(made)) for i in made.partition.malicious]
+    parts = [flips for client in clients if (flips := client.train(asked).flips) is not None]
+    assert len(parts) == 3
     assert sorted(np.concatenate([part.samples for part in parts]).tolist()) == agreed.samples.tolist()
-    assert HonestClient(made, 0).flips(theta, 2) is None
+    assert HonestClient(made, 0).train(asked).flips is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import model, scenario
+from fl_attack import adversary, model, scenario
 from fl_attack.config import Settings
 from fl_attack.errors import InputError
 from fl_attack.scenario import Scenario
@@ -42,7 +42,7 @@ def test_the_budget_holds_in_every_round_and_in_the_long_run(make: Make, scope: 
     writable = made.schedule.used[malicious]
     spent = np.zeros(len(malicious), int)
     for round_ in range(1, 13):
-        flips = made.flips(some_theta(made, round_), round_)
+        flips = adversary.flips(made, some_theta(made, round_), round_)
         owner = made.partition.client[flips.samples]
         counts = np.array([(owner == client).sum() for client in malicious])
         used = made.schedule.samples(malicious, round_)[0]
@@ -66,7 +66,7 @@ def test_the_budget_holds_in_every_round_and_in_the_long_run(make: Make, scope: 
 def test_a_budget_below_one_flip_never_writes_under_floor_and_does_now_and_then_under_carry(make: Make) -> None:
     def rounds_with_flips(rounding: str) -> int:
         made = make("attack.budget=0.1", f"attack.rounding={rounding}", "batch_size=14")  # 6 of the attackers
-        return sum(len(made.flips(some_theta(made), r).samples) > 0 for r in range(1, 11))
+        return sum(len(adversary.flips(made, some_theta(made), r).samples) > 0 for r in range(1, 11))
 
     assert rounds_with_flips("floor") == 0
     assert rounds_with_flips("carry") == 6
@@ -75,13 +75,13 @@ def test_a_budget_below_one_flip_never_writes_under_floor_and_does_now_and_then_
 @pytest.mark.parametrize("overrides", [["attack.budget=0"], ["attack=none"], ["clients.malicious=0"]])
 def test_without_budget_attack_or_attackers_nothing_is_flipped(make: Make, overrides: list[str]) -> None:
     made = make(*overrides)
-    assert len(made.flips(some_theta(made), 1).samples) == 0
+    assert len(adversary.flips(made, some_theta(made), 1).samples) == 0
 
 
 def test_an_attacker_with_everything_flips_every_label_that_helps(make: Make) -> None:
     made = make("clients.honest=0", "attack.budget=1")
     theta = some_theta(made)
-    flips = made.flips(theta, 1)
+    flips = adversary.flips(made, theta, 1)
     X, y = made.features(np.arange(120)), made.dataset.y_train
     v = made.gradient(theta, range(3), 1)
     assert made.write_access == 1
@@ -92,7 +92,7 @@ def test_an_attacker_with_everything_flips_every_label_that_helps(make: Make) ->
 
 def test_only_attacked_rounds_are_written_to(make: Make) -> None:
     made = make("attack.every=3", "attack.start=2", "attack.stop=9", "attack.budget=0.5")
-    written = [r for r in range(1, 13) if len(made.flips(some_theta(made), r).samples)]
+    written = [r for r in range(1, 13) if len(adversary.flips(made, some_theta(made), r).samples)]
     assert written == [2, 5, 8]
 
 
@@ -104,7 +104,7 @@ def test_the_direction_is_the_clean_gradient_of_what_is_known(make: Make, knowle
     samples = np.flatnonzero(np.isin(made.partition.client, list(clients)))
     theta, X = some_theta(made), made.features(samples)
     expected = model.gradient(theta, X, torch.tensor(made.dataset.y_train[samples]))
-    torch.testing.assert_close(made.direction(theta, 1), expected)
+    torch.testing.assert_close(adversary.direction(made, theta, 1), expected)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -114,10 +114,10 @@ def test_an_untargeted_attack_turns_the_union_gradient_away_and_a_targeted_one_t
     for goal in ("untargeted", "targeted"):
         made = make(f"attack.goal={goal}", "attack.budget=0.6", classes=classes)
         theta = some_theta(made)
-        flips = made.flips(theta, 1)
+        flips = adversary.flips(made, theta, 1)
         y = made.dataset.y_train.copy()
         y[flips.samples] = flips.labels
-        X, v = made.features(np.arange(120)), made.direction(theta, 1)
+        X, v = made.features(np.arange(120)), adversary.direction(made, theta, 1)
         honest, attacked = (
             (model.gradient(theta, X, torch.tensor(labels)) * v).sum().item() for labels in (made.dataset.y_train, y)
         )
@@ -128,7 +128,7 @@ def test_data_and_labels_are_never_changed(make: Make) -> None:
     made = make("attack.budget=1", "local_steps=3", "batch_size=60")
     before = made.dataset.x_train.copy(), made.dataset.y_train.copy()
     for client in range(7):
-        flips = made.flips(some_theta(made), 2)
+        flips = adversary.flips(made, some_theta(made), 2)
         scenario.client_update(made, client, some_theta(made), 2, flips)
     assert (made.dataset.x_train == before[0]).all()
     assert (made.dataset.y_train == before[1]).all()
@@ -137,7 +137,7 @@ def test_data_and_labels_are_never_changed(make: Make) -> None:
 def test_flips_reach_the_gradient_of_their_owner_alone(make: Make) -> None:
     made = make("attack.budget=0.5")
     theta = some_theta(made)
-    flips = made.flips(theta, 1)
+    flips = adversary.flips(made, theta, 1)
     for client in range(7):
         clean, _ = scenario.client_update(made, client, theta, 1, scenario.NO_FLIPS)
         dirty, _ = scenario.client_update(made, client, theta, 1, flips)

@@ -1,6 +1,7 @@
 """The attackers of cells that are stepped together: what they may write, what they know, what they choose."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,28 +9,49 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack.attack import Knowledge, Scope, Selection
+from fl_attack import adversary, attack
 from fl_attack.engine import kernels
-from fl_attack.engine.batches import Batch, Batches
-from fl_attack.engine.budgets import Allowances
+from fl_attack.engine.batches import Batch, Batches, Layout
+from fl_attack.engine.budgets import Allowances, Rounds
 from fl_attack.scenario import Scenario
 
 
 class Kind(NamedTuple):
-    """What the cells of a tile have in common."""
+    """What the attackers of the cells of a tile have in common."""
 
-    goal: str  # none where nobody attacks
-    selection: Selection
-    scope: Scope
-    knowledge: Knowledge
+    name: str  # none where nobody attacks
+    goal: str = ""
+    selection: str = ""
+    scope: str = ""
+    knowledge: str = ""
+    fraction: float = 0.0
+    refresh: str = ""
+    args: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether greedy flips are chosen in every round: the way that is made fast."""
+        return self.name == "greedy" and self.refresh == "step"
+
+
+NOBODY = Kind("none")
 
 
 def kind_of(cell: Scenario) -> Kind:
     """The kind of attack of a cell."""
     threat = cell.settings.attack
     if not cell.settings.attacked:
-        return Kind("none", "gain", "pooled", "full")
-    return Kind(threat.goal, threat.selection, threat.scope, threat.knowledge)
+        return NOBODY
+    return Kind(
+        threat.name,
+        threat.goal,
+        threat.selection,
+        threat.scope,
+        threat.knowledge,
+        threat.knowledge_fraction,
+        threat.refresh,
+        json.dumps(threat.args, sort_keys=True),
+    )
 
 
 class Change(NamedTuple):
@@ -40,105 +62,204 @@ class Change(NamedTuple):
     labels: Tensor
 
 
+def no_change(device: torch.device) -> Change:
+    """Nothing."""
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    return Change(none, none, none)
+
+
+class Turn(NamedTuple):
+    """What the attackers of a tile can do in a round. Only the first n columns are within reach."""
+
+    n: int
+    malicious: Tensor  # (M, m) bool, of the clients of the round in ascending order
+    barred: Tensor | None  # (M, n) -inf where a column is not the cell's to write; None: all are
+    known: Tensor | None  # (M, columns) 1 where the cell knows a sample's clean gradient; None: all
+    groups: list[slice]  # the columns that each budget is for
+    picks: list[kernels.Pick] | None  # what may be taken of each; None where nobody may flip
+    allowed: NDArray[np.int64]  # (M,) flips allowed
+
+
 class Attackers:
     """The attackers of a tile: what they may write, what they know, how much they may flip."""
 
-    def __init__(self, cells: Sequence[Scenario], batches: Batches) -> None:
+    def __init__(self, cells: Sequence[Scenario], batches: Batches, layout: Layout) -> None:
+        """`layout` is that of a round in which every client takes part."""
         self.M, self.C = len(cells), cells[0].theta_shape[0]
-        self.kind = kind_of(cells[0])
+        self.like, self.kind = cells[0], kind_of(cells[0])
         self.device, self.dtype = batches.device, batches.dtype
         self.tiny = float(np.nextafter(torch.zeros((), dtype=self.dtype).numpy()[()], 1))  # above 0, whatever is
+        self.floor = torch.finfo(self.dtype).min
         self.flips = np.zeros(self.M, np.int64)  # in all rounds
         self.last = self.flips.copy()  # in the last round
-        if self.kind.goal == "none":
-            self.n = 0
+        total = self.like.settings.clients.total
+        evil = [np.isin(np.arange(total), cell.partition.malicious) & cell.settings.attacked for cell in cells]
+        self._evil = np.array(evil)  # (M, clients)
+        self._layout: Layout | None = None
+        self._writable = np.zeros((self.M, 1), np.int64)
+        self._turn: Turn | None = None
+        if self.kind == NOBODY:
             return
-        used, total = cells[0].schedule.used, cells[0].settings.clients.total
-        evil = np.array([np.isin(np.arange(total), cell.partition.malicious) for cell in cells])  # (M, clients)
-        owner = np.repeat(batches.clients, used[batches.clients])  # the client of each column
-        writable = evil[:, owner]
-        self.n = int(np.flatnonzero(writable.any(0))[-1]) + 1
-        mine = torch.from_numpy(writable[:, : self.n]).to(self.device)
-        self.barred = None if bool(mine.all()) else torch.where(mine, 0.0, -torch.inf).to(self.dtype)
-        known = {"full": None, "honest": ~writable, "own": writable}[self.kind.knowledge]
-        self.known = None if known is None else torch.from_numpy(known).to(self.device, self.dtype)
-        if self.kind.scope == "pooled":
-            self.groups = [slice(0, self.n)]
-            reach = (evil * used).sum(1, keepdims=True)
-        else:
-            clients = [client for client in batches.clients if evil[:, client].any()]
-            self.groups = [batches.columns(int(client)) for client in clients]
-            reach = evil[:, clients] * used[clients]
-        self.allowances = Allowances([cell.settings.attack for cell in cells], reach, cells[0].settings.rounds)
-        self._allowed: NDArray[np.int64] | None = None
+        threats = [cell.settings.attack for cell in cells]
+        self.rounds = Rounds(threats, self.like.settings.rounds)
+        self.allowances = Allowances(threats, int(layout.ends[-1]), self.like.settings.rounds)
+        self._allowed = np.empty(0, np.int64)
         self._picks: list[kernels.Pick] | None = None
 
-    def allowed(self, round_: int) -> NDArray[np.int64]:
-        """Flips allowed in a round, (M,)."""
-        if not self.n:
-            return np.zeros(self.M, np.int64)
-        total: NDArray[np.int64] = self.allowances.at(round_).sum(1)
-        return total
+    def turn(self, round_: int, layout: Layout, lots_of: int | None = None) -> Turn | None:
+        """What can be done in a round; to be asked for one round after the other. None where nobody attacks at all.
 
-    def picks(self, round_: int) -> list[kernels.Pick] | None:
-        """What may be taken of each group of columns in a round; None where nobody may flip anything."""
-        if not self.n:
+        Whom they know where they know a part is drawn as for the round `lots_of`, by default this one.
+        """
+        if self.kind == NOBODY:
             return None
-        allowed = self.allowances.at(round_)
-        if allowed is not self._allowed and (self._allowed is None or (allowed != self._allowed).any()):
-            floor = self.tiny if self.kind.selection == "gain" else torch.finfo(self.dtype).min
-            self._picks = None
-            if allowed.any():
-                budgets = zip(self.groups, allowed.T, strict=True)
-                self._picks = [kernels.pick(b.copy(), part.stop - part.start, floor, self.dtype) for part, b in budgets]
+        same = self._turn is not None and layout is self._layout
+        if not same or self.kind.knowledge == "noisy":
+            self._turn = self._reach(lots_of or round_, layout)
+            self._layout = layout
+        assert self._turn is not None
+        allowed = self.allowances.at(round_, self._writable)
+        if not same or (allowed is not self._allowed and not np.array_equal(self._allowed, allowed)):
+            self._picks = self._picks_of(self._turn.groups, allowed)
         self._allowed = allowed
+        if self._picks is None or self._turn.picks is not self._picks:
+            self._turn = self._turn._replace(picks=self._picks, allowed=allowed.sum(1))
         if self._picks is None:
             self.last = np.zeros(self.M, np.int64)
-        return self._picks
+        return self._turn
 
-    def chosen(self, gains: Tensor, batch: Batch, picks: list[kernels.Pick], scratch: Tensor) -> Tensor:
-        """Two classes: 1 where a label is flipped, else 0, (M, n); in the place of the gains."""
+    def _reach(self, round_: int, layout: Layout) -> Turn:
+        clients, sizes = layout.clients, layout.sizes
+        evil = self._evil[:, clients]  # (M, m) in the order of the columns
+        writable = evil.repeat(sizes, 1)
+        any_ = np.flatnonzero(writable.any(0))
+        n = int(any_[-1]) + 1 if len(any_) else 0
+        mine = torch.from_numpy(writable[:, :n]).to(self.device)
+        barred = None if bool(mine.all()) else torch.where(mine, 0.0, -torch.inf).to(self.dtype)
+        if self.kind.scope == "pooled":
+            groups = [slice(0, n)]
+            self._writable = (evil * sizes).sum(1, keepdims=True)
+        else:
+            reached = np.flatnonzero(evil.any(0))
+            groups = [slice(int(layout.ends[i] - sizes[i]), int(layout.ends[i])) for i in reached]
+            # every client that any cell holds, so that budgets that carry over keep their places from round to round
+            of_all = np.zeros(self._evil.shape[1], np.int64)
+            of_all[clients] = sizes
+            self._writable = (self._evil * of_all)[:, self._evil.any(0)]
+        known = self._known(round_, clients, evil)
+        columns = None if known is None else torch.from_numpy(known.repeat(sizes, 1)).to(self.device, self.dtype)
+        malicious = torch.from_numpy(evil[:, clients.argsort()]).to(self.device)
+        return Turn(n, malicious, barred, columns, groups, None, np.zeros(self.M, np.int64))
+
+    def _known(self, round_: int, clients: NDArray[np.int64], evil: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+        """(M, m) whose clean gradient each cell knows; see `adversary.known`."""
+        knowledge = self.kind.knowledge
+        if knowledge == "full":
+            return None
+        if knowledge != "noisy":
+            return evil if knowledge == "own" else ~evil
+        by_rank = adversary.known_rank(self.like, round_)[clients].argsort()
+        honest = ~evil[:, by_rank]
+        many = np.array([adversary.part(self.kind.fraction, int(count)) for count in honest.sum(1)])
+        known = np.zeros_like(evil)
+        known[:, by_rank] = honest & (honest.cumsum(1) <= many[:, None])
+        return known
+
+    def _picks_of(self, groups: list[slice], allowed: NDArray[np.int64]) -> list[kernels.Pick] | None:
+        if not allowed.any():
+            return None
+        floor = self.tiny if self.kind.name == "greedy" and self.kind.selection == "gain" else self.floor
+        if self.kind.scope == "pooled":
+            budgets = [allowed[:, 0]]
+        else:  # those of the clients that there are in this round
+            assert self._layout is not None
+            everyone = np.flatnonzero(self._evil.any(0))
+            reached = self._layout.clients[np.isin(self._layout.clients, everyone)]
+            budgets = [allowed[:, int(np.flatnonzero(everyone == client)[0])] for client in reached]
+        return [
+            kernels.pick(budget.copy(), part.stop - part.start, floor, self.dtype)
+            for part, budget in zip(groups, budgets, strict=True)
+        ]
+
+    def chosen(self, gains: Tensor, batch: Batch, turn: Turn, scratch: Tensor) -> Tensor:
+        """Greedy, two classes: 1 where a label is flipped, else 0, (M, n); in the place of the gains."""
         literal = self.kind.selection == "literal"
         if literal:  # ranked by the score of label 1; flipped where the label with the better score isn't there
-            y = batch.y[: self.n]
+            y = batch.y[: turn.n]
             change = (gains > 0) | ((gains == 0) & (y == 1))
             gains.mul_(1 - 2 * y)
         elif batch.counts is not None:
-            gains.mul_(batch.counts[: self.n])
-        self.last = self._take_largest_(gains, batch, picks, scratch)
+            gains.mul_(batch.counts[: turn.n])
+        self.last = self.take_largest_(gains, batch.samples, turn, scratch)
         if literal:
             self.last = gains.mul_(change).sum(1).long().cpu().numpy()
         self.flips += self.last
         return gains
 
-    def changes(
-        self, scores: Tensor, batch: Batch, picks: list[kernels.Pick], priority: Tensor, scratch: Tensor
-    ) -> Change:
-        """Several classes: the labels that change, from the scores (M, C, n); see `attack.greedy`."""
-        y = batch.y[: self.n]
+    def changes(self, scores: Tensor, batch: Batch, turn: Turn, priority: Tensor, scratch: Tensor) -> Change:
+        """Greedy, several classes: the labels that change, from the scores (M, C, n); see `attack.labels.greedy`."""
+        y = batch.y[: turn.n]
         torch.amax(scores, 1, out=priority)
         if self.kind.selection == "gain":
-            priority.sub_(scores.gather(1, y.expand(self.M, 1, self.n))[:, 0])
+            priority.sub_(scores.gather(1, y.expand(self.M, 1, turn.n))[:, 0])
             if batch.counts is not None:
-                priority.mul_(batch.counts[: self.n])
-        self._take_largest_(priority, batch, picks, scratch)
+                priority.mul_(batch.counts[: turn.n])
+        self.take_largest_(priority, batch.samples, turn, scratch)
         cells, columns = priority.nonzero(as_tuple=True)
-        labels = scores[cells, :, columns].argmax(-1)
-        new = labels != y[columns]
-        change = Change(cells[new], columns[new], labels[new])
+        return self.count(Change(cells, columns, scores[cells, :, columns].argmax(-1)), batch)
+
+    def proposed(self, proposal: attack.Proposal, batch: Batch, turn: Turn, scratch: Tensor) -> Change:
+        """Any attack on labels: those that change."""
+        priority = proposal.priority.to(self.dtype).expand(self.M, turn.n).clone()
+        self.take_largest_(priority, batch.samples, turn, scratch)
+        cells, columns = priority.nonzero(as_tuple=True)
+        return self.count(Change(cells, columns, proposal.labels.expand(self.M, turn.n)[cells, columns]), batch)
+
+    def count(self, written: Change, batch: Batch) -> Change:
+        """Of what is written, the labels that are not the true ones; they are counted as this round's flips."""
+        new = written.labels != batch.y[written.columns]
+        change = Change(*(part[new] for part in written))
         self.last = torch.bincount(change.cells, minlength=self.M).cpu().numpy()
         self.flips += self.last
         return change
 
-    def _take_largest_(
-        self, priority: Tensor, batch: Batch, picks: list[kernels.Pick], scratch: Tensor
+    def view(self, batch: Batch, turn: Turn, scores: Callable[[], Tensor], Z: Tensor, round_: int) -> attack.View:
+        """What an attack on labels sees: from signed logits and scores (M C, n) of the columns within reach."""
+        n = turn.n
+        counts = batch.counts[:n] if batch.counts is not None else torch.ones(n, dtype=self.dtype, device=self.device)
+
+        def by_class(signed: Tensor) -> Tensor:  # (M, n, classes)
+            if self.C > 1:
+                return signed.view(self.M, self.C, n).mT
+            plain = signed * batch.sign[:n]
+            return torch.stack([torch.zeros_like(plain), plain], -1)
+
+        def noise() -> Tensor:
+            drawn = adversary.label_noise(self.like, round_, len(batch.samples))
+            return torch.from_numpy(drawn[batch.samples.argsort().argsort()[:n]]).to(self.device, self.dtype)
+
+        return attack.View(
+            batch.y[:n],
+            counts,
+            scores=lambda: by_class(scores()),
+            logits=lambda: by_class(Z),
+            noise=noise,
+            selection=self.like.settings.attack.selection,
+        )
+
+    def take_largest_(
+        self, priority: Tensor, samples: NDArray[np.int64], turn: Turn, scratch: Tensor
     ) -> NDArray[np.int64]:
-        if self.barred is not None:
-            priority.add_(self.barred)
-        if len(picks) == 1 and self.groups[0].stop - self.groups[0].start == self.n:
-            return kernels.take_largest_(priority, picks[0], scratch, batch.samples[: self.n])
-        taken = np.zeros(self.M, np.int64)
-        for part, pick in zip(self.groups, picks, strict=True):
+        """Turns priorities (M, n) of samples into 1 for those that come within the budgets, else 0; how many."""
+        assert turn.picks is not None
+        if turn.barred is not None:
+            priority.add_(turn.barred)
+        if len(turn.picks) == 1 and turn.groups[0].stop - turn.groups[0].start == turn.n:
+            return kernels.take_largest_(priority, turn.picks[0], scratch, samples[: turn.n])
+        taken, within = np.zeros(self.M, np.int64), torch.zeros_like(priority)
+        for part, pick in zip(turn.groups, turn.picks, strict=True):
             room = scratch.view(-1)[: self.M * (part.stop - part.start)].view(self.M, -1)
-            taken += kernels.take_largest_(priority[:, part], pick, room, batch.samples[part])
+            taken += kernels.take_largest_(priority[:, part], pick, room, samples[part])
+            within[:, part] = priority[:, part]
+        priority.copy_(within)  # between the groups there may be columns that are in none
         return taken

@@ -7,14 +7,16 @@ For two classes the samples of label 1 are stored negated: with `x~ = (1 - 2y) x
 times the features is `sigmoid(z~) x~` and a flip takes 1 from that sigmoid, whatever the label.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import data, model, protocol
+from fl_attack import data, model
 from fl_attack.engine.kernels import Room
 from fl_attack.scenario import Scenario
 
@@ -22,11 +24,35 @@ ROWS_AT_ONCE = 4096  # samples turned into features in one piece
 SAMPLES_AT_ONCE = 2**16  # of which it is worked out in one go when they are used
 
 
+class Layout(NamedTuple):
+    """Whose samples the columns are."""
+
+    clients: NDArray[np.int64]  # (m,) in the order of their columns
+    ends: NDArray[np.int64]  # (m,) the column after the last of each
+    kept: NDArray[np.int64] | None = None  # (n,) of all clients' columns those that there are; None: all
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(m,) columns of each client."""
+        return np.diff(self.ends, prepend=0)
+
+    @property
+    def rank(self) -> NDArray[np.int64]:
+        """(m,) the place of each among the clients in ascending order."""
+        return self.clients.argsort().argsort()
+
+    def columns(self, client: int) -> slice:
+        """Those of a client."""
+        place = int(np.flatnonzero(self.clients == client)[0])
+        return slice(int(self.ends[place - 1]) if place else 0, int(self.ends[place]))
+
+
 class Batch:
     """What the cells see of a round. n columns, C outputs, d features that are not zero everywhere."""
 
-    def __init__(self, at: Tensor, X: Tensor, y_train: Tensor, classes: int) -> None:
+    def __init__(self, at: Tensor, X: Tensor, y_train: Tensor, classes: int, layout: Layout) -> None:
         self.at, self.X = at, X  # (n,) sample of each column; (n, d) features, signed for two classes
+        self.layout = layout
         self._y_train, self._classes = y_train, classes
         self.counts: Tensor | None = None  # (n,) how often each sample is used, where that is not once
         self.steps: list[list[Tensor]] = []  # by client: the columns of each local step, where there are several
@@ -42,6 +68,11 @@ class Batch:
         return self._y_train[self.at].to(self.X.device)
 
     @cached_property
+    def sign(self) -> Tensor:
+        """(n,) by which features are multiplied for two classes."""
+        return (1 - 2 * self.y).to(self.X.dtype)
+
+    @cached_property
     def encoded(self) -> Tensor:
         """(C, n) of the labels; for two classes, which are signed instead, empty."""
         if self._classes == 2:
@@ -52,22 +83,33 @@ class Batch:
 class Batches:
     """The minibatches of a schedule, on a device."""
 
-    def __init__(self, like: Scenario, clients: NDArray[np.int64], device: torch.device, memory: float) -> None:
-        """`clients` are in the order of their columns; `memory` is what features may take, in bytes."""
-        self.like, self.clients, self.device = like, clients, device
+    def __init__(
+        self,
+        like: Scenario,
+        clients: NDArray[np.int64],
+        device: torch.device,
+        memory: float,
+        every_feature: bool = False,
+    ) -> None:
+        """`clients` are in the order of their columns; `memory` is what features may take, in bytes.
+
+        Features that are zero in every sample are left out unless `every_feature`.
+        """
+        self.like, self.device = like, device
         x, settings = like.dataset.x_train, like.settings
         self.classes, self.dtype = like.classes, settings.torch_dtype
-        self.seen = torch.from_numpy(np.append(_nonzero_columns(x), True))  # the constant last
+        nonzero = np.ones(x.shape[1], bool) if every_feature else _nonzero_columns(x)
+        self.seen = torch.from_numpy(np.append(nonzero, True))  # the constant last
         self.y = torch.tensor(like.dataset.y_train)
         self.sign = (1 - 2 * self.y).to(self.dtype)[:, None] if self.classes == 2 else None
         self.d, used = int(self.seen.sum()), like.schedule.used[clients]
-        self.ends = np.cumsum(used)
-        self.width = int(self.ends[-1])
+        self.all = Layout(clients, np.cumsum(used))
+        self.width = int(self.all.ends[-1])
         bytes_each = self.d * self.dtype.itemsize
         self.resident = self._all().to(device) if len(x) * bytes_each <= memory else None
         whole = (like.schedule.sizes == [len(shard) for shard in like.schedule.shards]).all()
         self._kept: Batch | None = None
-        self._keep = bool(whole)  # every round is the same
+        self._keep = bool(whole) and like.schedule.per_round is None  # every round is the same
         self._rounds = min(settings.rounds, max(1, SAMPLES_AT_ONCE // self.width))
         self._block, self._table = -1, np.empty((0, 0), np.int64)
 
@@ -76,33 +118,56 @@ class Batches:
         """Memory that features take."""
         return (self.resident.nbytes if self.resident is not None else 0) + 2 * self.width * self.d * 8
 
-    def columns(self, client: int) -> slice:
-        """The columns of a client's samples."""
-        place = int(np.flatnonzero(self.clients == client)[0])
-        end = int(self.ends[place])
-        return slice(end - int(self.like.schedule.used[client]), end)
-
     def at(self, round_: int, room: Room) -> Batch:
         """The minibatch of a round, counted from 1; its features are in a buffer."""
         if self._kept is not None:
             return self._kept
-        several = self.like.schedule.local_steps > 1
-        batch = self._several_steps(round_, room) if several else self._batch(self._samples(round_), room)
+        layout = self._layout(round_)
+        if self.like.schedule.local_steps > 1:
+            batch = self._several_steps(round_, layout, room)
+        else:
+            samples = self._samples(round_)
+            batch = self._batch(samples if layout.kept is None else samples[layout.kept], layout, room)
         self._kept = batch if self._keep else None
         return batch
 
-    def _batch(self, samples: NDArray[np.int64], room: Room) -> Batch:
-        at = torch.from_numpy(samples)
-        return Batch(at, self._features(at, room), self.y, self.classes)
+    @cached_property
+    def whole_samples(self) -> NDArray[np.int64]:
+        """All that the clients hold, client after client in the order of their columns."""
+        return np.concatenate([self.like.schedule.shards[client] for client in self.all.clients])
 
-    def _several_steps(self, round_: int, room: Room) -> Batch:
-        drawn = [self.like.schedule.steps(int(client), round_) for client in self.clients]
+    @cached_property
+    def whole_layout(self) -> Layout:
+        """Whose they are."""
+        sizes = [len(self.like.schedule.shards[client]) for client in self.all.clients]
+        return Layout(self.all.clients, np.cumsum(sizes))
+
+    def pieces(self, n: int, size: int) -> Iterator[tuple[Batch, slice]]:
+        """The first n of all columns, so many at a time."""
+        for start in range(0, n, max(1, size)):
+            part = slice(start, min(n, start + max(1, size)))
+            yield self._batch(self.whole_samples[part], self.whole_layout, Room(self.device, self.dtype)), part
+
+    def _layout(self, round_: int) -> Layout:
+        schedule, whole = self.like.schedule, self.all
+        if schedule.per_round is None:
+            return whole
+        drawn = np.isin(whole.clients, schedule.drawn(round_))
+        sizes = whole.sizes
+        return Layout(whole.clients[drawn], np.cumsum(sizes[drawn]), np.flatnonzero(np.repeat(drawn, sizes)))
+
+    def _batch(self, samples: NDArray[np.int64], layout: Layout, room: Room) -> Batch:
+        at = torch.from_numpy(samples)
+        return Batch(at, self._features(at, room), self.y, self.classes, layout)
+
+    def _several_steps(self, round_: int, layout: Layout, room: Room) -> Batch:
+        drawn = [self.like.schedule.steps(int(client), round_) for client in layout.clients]
         unique = [np.unique(step, return_counts=True) for step in drawn]
-        batch = self._batch(np.concatenate([found for found, _ in unique]), room)
+        batch = self._batch(np.concatenate([found for found, _ in unique]), layout, room)
         often = np.concatenate([count for _, count in unique])
         if (often != 1).any():
             batch.counts = torch.from_numpy(often).to(self.device, self.dtype)
-        starts = self.ends - [len(found) for found, _ in unique]
+        starts = layout.ends - layout.sizes
         batch.steps = [
             [torch.from_numpy(start + np.searchsorted(found, step)).to(self.device) for step in client]
             for start, (found, _), client in zip(starts, unique, drawn, strict=True)
@@ -114,26 +179,10 @@ class Batches:
         block, place = divmod(round_ - 1, self._rounds)
         if block != self._block:
             first = 1 + block * self._rounds
-            parts = [self._drawn(int(client), first, self._rounds) for client in self.clients]
+            parts = [self.like.schedule.turns(int(client), first, self._rounds) for client in self.all.clients]
             self._block, self._table = block, np.concatenate(parts, 1)
         samples: NDArray[np.int64] = self._table[place]
         return samples
-
-    def _drawn(self, client: int, first: int, rounds: int) -> NDArray[np.int64]:
-        """`Schedule.steps` of a client of one local step in the rounds from `first` on, (rounds, size)."""
-        schedule = self.like.schedule
-        shard, size = schedule.shards[client], int(schedule.sizes[client])
-        if size == len(shard):
-            return np.broadcast_to(shard, (rounds, size))
-        per_pass = len(shard) // size
-        start, stop = first - 1, first - 1 + rounds
-        passes = range(start // per_pass, -(-stop // per_pass))
-        orders = [
-            np.random.default_rng([schedule.seed, protocol.BATCHES, client, p]).permutation(len(shard)) for p in passes
-        ]
-        turns = np.concatenate([shard[order[: per_pass * size]].reshape(per_pass, size) for order in orders])
-        skipped = start - passes[0] * per_pass
-        return turns[skipped : skipped + rounds]
 
     def _features(self, at: Tensor, room: Room) -> Tensor:
         if self.resident is not None:

@@ -1,51 +1,67 @@
-"""How many labels each cell may flip in each round, for many cells at once."""
+"""In which rounds each cell is attacked, and how many labels it may flip then, for many cells at once."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_attack import attack
 from fl_attack.config import AttackSettings
 
+EXACT = 2**62  # above this, whole numbers of 64 bits are not enough
 
-@lru_cache(maxsize=4096)
-def _cycle(threat: AttackSettings, writable: int, attacked: int) -> NDArray[np.int64]:
-    """Flips allowed in the rounds attacked, until they repeat: `b n t` is whole after denominator(b) rounds."""
-    budget, rounding = threat.exact_budget, threat.rounding
-    length = 1 if rounding == "floor" else min(budget.denominator, attacked)
-    return np.array([attack.flip_allowance(budget, t * writable, writable, rounding) for t in range(max(1, length))])
+
+class Rounds:
+    """Which of M cells are attacked when; see `attack.attacked_before`."""
+
+    def __init__(self, threats: Sequence[AttackSettings], rounds: int) -> None:
+        self._every, self._first, self._stop = (
+            np.array(values)
+            for values in zip(*((t.every, t.start, rounds if t.stop is None else t.stop) for t in threats), strict=True)
+        )
+        self.always = bool((self._every == 1).all() and (self._first == 1).all() and (self._stop >= rounds).all())
+
+    def attacked(self, round_: int) -> NDArray[np.bool_]:
+        """(M,) whether a cell is attacked in a round."""
+        since = round_ - self._first
+        found: NDArray[np.bool_] = (since >= 0) & (round_ <= self._stop) & (since % self._every == 0)
+        return found
 
 
 class Allowances:
-    """Flips allowed by round, (M, G): M cells, each with G budgets of its own."""
+    """Flips allowed, (M, G): M cells, each with G budgets of its own; see `attack.flip_allowance`.
 
-    def __init__(self, threats: Sequence[AttackSettings], writable: NDArray[np.int64], rounds: int) -> None:
-        """`writable` (M, G): the samples of a round that each budget is for."""
-        plain = [  # what an allowance depends on, for the cache
-            AttackSettings(name="greedy", budget=threat.budget, rounding=threat.rounding) for threat in threats
-        ]
-        cycles = [[_cycle(threat, int(n), rounds) for n in row] for threat, row in zip(plain, writable, strict=True)]
-        lengths = np.array([[len(cycle) for cycle in row] for row in cycles])
-        self._flat = np.concatenate([cycle for row in cycles for cycle in row])
-        self._length = lengths
-        self._start = (lengths.cumsum() - lengths.ravel()).reshape(lengths.shape)
-        self._every, self._first, self._stop = (
-            np.array(values)[:, None]
-            for values in zip(*((t.every, t.start, rounds if t.stop is None else t.stop) for t in threats), strict=True)
-        )
-        steady = (self._every == 1).all() and (self._first == 1).all() and (self._stop >= rounds).all()
-        self._always: NDArray[np.int64] | None = None
-        if steady and (lengths == 1).all():
-            self._always = self._flat[self._start]
+    To be asked for one round after the other: what is carried over depends on the rounds before.
+    """
 
-    def at(self, round_: int) -> NDArray[np.int64]:
-        """Flips allowed in a round; the very same array where they are those of every round."""
-        if self._always is not None:
-            return self._always
-        since = round_ - self._first
-        attacked = (since >= 0) & (round_ <= self._stop) & (since % self._every == 0)
-        turn = np.where(attacked, since // self._every, 0)  # `attack.attacked_before`, for all cells
-        allowed: NDArray[np.int64] = np.where(attacked, self._flat[self._start + turn % self._length], 0)
+    def __init__(self, threats: Sequence[AttackSettings], most: int, rounds: int) -> None:
+        """`most` is the largest number of samples that a budget can be for in a round."""
+        exact = [threat.exact_budget for threat in threats]
+        small = all(max(b.numerator, b.denominator) * most * (rounds + 1) < EXACT for b in exact)
+        kind = np.int64 if small else object
+        self._over = np.array([b.numerator for b in exact], kind)[:, None]
+        self._under = np.array([b.denominator for b in exact], kind)[:, None]
+        self._carries = np.array([threat.rounding == "carry" for threat in threats])[:, None]
+        self.rounds = Rounds(threats, rounds)
+        self._past: NDArray[np.int64] | int = 0
+        self._steady: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+
+    def at(self, round_: int, writable: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For a round in which `writable` (M, G) samples are within reach.
+
+        The very same array as the round before where it has the same content for a reason that lasts.
+        """
+        if self._steady is not None and self._steady[0] is writable:
+            return self._steady[1]
+        now = np.where(self.rounds.attacked(round_)[:, None], writable, 0)
+        allowed = self._floor(now)
+        if self._carries.any():
+            carried = self._floor(self._past + now) - self._floor(self._past)
+            allowed = np.where(self._carries, carried, allowed)
+            self._past = self._past + now
+        elif self.rounds.always:
+            self._steady = writable, allowed
         return allowed
+
+    def _floor(self, samples: NDArray[np.int64] | int) -> NDArray[np.int64]:
+        whole: NDArray[np.int64] = (self._over * samples // self._under).astype(np.int64)
+        return whole

@@ -9,12 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from fl_attack import scenario
-from fl_attack.aggregate import RULES
 from fl_attack.config import Settings
 from fl_attack.errors import InputError
 from fl_attack.scenario import Scenario
-
-BATCHED = ("mean",)  # the rules that this engine knows
 
 
 def check(chosen: Scenario) -> None:
@@ -22,10 +19,9 @@ def check(chosen: Scenario) -> None:
     device = chosen.settings.engine.device
     if torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise InputError(f"engine.device={device} is not there: {torch.cuda.device_count()} CUDA devices; use cpu")
-    name = chosen.settings.strategy.name
-    if name not in BATCHED:
-        known = "engine=flower" if name in RULES or name == "flower" else f"one of {', '.join(BATCHED)}"
-        raise InputError(f"strategy={name} is not known to engine=batched; use {known}, or strategy=mean")
+    if chosen.settings.strategy.name == "flower":
+        raise InputError("strategy=flower is not known to engine=batched; use engine=flower, or a rule of ours")
+    chosen.rule()
 
 
 def group_key(chosen: Scenario) -> Hashable:
@@ -43,7 +39,7 @@ def group_key(chosen: Scenario) -> Hashable:
         settings.eval_every,
         settings.dtype,
         settings.server_optimizer,
-        settings.strategy.model_dump_json(),
+        settings.per_round,
     )
 
 

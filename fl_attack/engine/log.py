@@ -1,14 +1,14 @@
 """What is noted of a chunk's rounds: the labels flipped, and a row of measures for each evaluation."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_attack.engine.attackers import Attackers
+from fl_attack.detect import MEASURES
 from fl_attack.engine.batches import Batch
-from fl_attack.engine.tile import Report
+from fl_attack.engine.tile import Report, Tile
 from fl_attack.scenario import Flips
 
 
@@ -22,6 +22,7 @@ class Log:
         self._flips: list[list[tuple[int, Flips]]] = [[] for _ in range(M)]
         self._written: defaultdict[int, list[NDArray[np.int64]]] = defaultdict(list)  # by round: cell and sample in one
         self._cosine = np.full(M, np.nan)
+        self._detection = np.full((M, len(MEASURES)), np.nan)
 
     def table(self, cell: int) -> NDArray[np.float64]:
         """The rows of a cell."""
@@ -31,38 +32,45 @@ class Log:
         """The flips of a cell, where they are kept."""
         return self._flips[cell]
 
-    def watch(self, round_: int, start: int, attackers: Attackers, batch: Batch, report: Report) -> None:
+    def watch(self, round_: int, start: int, batch: Batch, report: Report) -> None:
         """Note what the cells from `start` on did in a round."""
         cells, columns, labels = (part.cpu().numpy() for part in report.change)
         samples = batch.samples[columns]
         order = np.lexsort((samples, cells))
         cells, samples, labels = cells[order], samples[order], labels[order]
         self._written.pop(round_ - 2, None)
-        self._written[round_].append((start + cells) * self.samples + samples)
+        self._written[round_].append(np.stack([(start + cells) * self.samples + samples, labels]))
+        here = slice(start, start + len(report.allowed))
         if report.cosine is not None:
-            self._cosine[start : start + attackers.M] = report.cosine.cpu().numpy()
+            self._cosine[here] = report.cosine.cpu().numpy()
+        self._detection[here] = np.nan if report.detection is None else report.detection.cpu().numpy()
         if not self.keep_flips:
             return
-        ends = np.searchsorted(cells, np.arange(attackers.M + 1))
-        allowed = attackers.allowed(round_)
+        ends = np.searchsorted(cells, np.arange(len(report.allowed) + 1))
         for i in np.flatnonzero(np.diff(ends)):
             part = slice(ends[i], ends[i + 1])
-            made = Flips(samples[part], labels[part], int(allowed[i]))
+            made = Flips(samples[part], labels[part], int(report.allowed[i]))
             self._flips[start + i].append((round_, made))
 
-    def measure(self, round_: int, quality: NDArray[np.float64], attackers: Iterable[Attackers] = ()) -> None:
+    def measure(self, round_: int, quality: NDArray[np.float64], tiles: Sequence[Tile] = ()) -> None:
         """A row for each cell: quality (M, 3) after a round, and what its attackers did in it."""
-        made, allowed, repeated = np.zeros(self.M), np.zeros(self.M), np.zeros(self.M)
-        if attackers:
-            made = np.concatenate([one.last for one in attackers])
-            allowed = np.concatenate([one.allowed(round_) for one in attackers])
+        made, allowed = np.zeros(self.M), np.zeros(self.M)
+        repeated, relabelled = np.zeros((2, self.M))
+        if tiles:
+            made = np.concatenate([tile.attackers.last for tile in tiles])
+            allowed = np.concatenate([tile.allowed for tile in tiles])
         if round_ and not self.full_rows:
-            repeated[:] = np.nan
+            repeated[:] = relabelled[:] = np.nan
         elif made.any():
-            empty = np.empty(0, np.int64)
-            now, before = (np.concatenate([empty, *self._written[r]]) for r in (round_, round_ - 1))
-            again = np.bincount(now[np.isin(now, before)] // self.samples, minlength=self.M)
-            repeated = again / made.clip(1)
-        cosine = self._cosine if round_ and self.full_rows else np.full(self.M, np.nan)
+            empty = np.empty((2, 0), np.int64)
+            now, before = (np.concatenate([empty, *self._written[r]], 1) for r in (round_, round_ - 1))
+            _, here, there = np.intersect1d(now[0], before[0], assume_unique=True, return_indices=True)
+            cells = now[0, here] // self.samples
+            repeated = np.bincount(cells, minlength=self.M) / made.clip(1)
+            other = cells[now[1, here] != before[1, there]]
+            relabelled = np.bincount(other, minlength=self.M) / made.clip(1)
+        full = bool(round_) and self.full_rows
+        cosine, detection = (part if full else np.full_like(part, np.nan) for part in (self._cosine, self._detection))
         used = made / allowed.clip(1)
-        self._rows.append(np.column_stack([np.full(self.M, round_), quality, made, allowed, used, cosine, repeated]))
+        parts = np.full(self.M, round_), quality, made, allowed, used, cosine, repeated, relabelled, detection
+        self._rows.append(np.column_stack(parts))

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import protocol
+from fl_attack import adversary, protocol
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, History, Recorder
-from fl_attack.scenario import Flips, Scenario, client_update
+from fl_attack.scenario import Flips, Scenario
 
 COUNTS = ("round", "flips", "allowed")  # the columns that are whole numbers
 
@@ -38,20 +39,22 @@ class Outcome:
 def run_alone(cell: Scenario) -> Outcome:
     """One experiment client by client: what is done again with a cell that diverged, to end where it did."""
     recorder, settings = Recorder(cell), cell.settings
-    theta = cell.start()
+    theta = anchor = cell.start()
     state = protocol.initial_state(theta)
-    weights = cell.schedule.sizes / cell.schedule.sizes.sum()
+    rule = cell.rule()
     error = None
     try:
         recorder.record(0, theta)
         for round_ in range(1, settings.rounds + 1):
-            flips = cell.flips(theta, round_)
-            moved = theta.new_zeros(theta.shape)
-            for client, weight in enumerate(weights):
-                moved += weight * client_update(cell, client, theta, round_, flips)[0]
-            aggregate = (theta - moved) / settings.lr
+            if adversary.epoch_start(cell, round_) == round_:
+                anchor = theta
+            flips = adversary.flips(cell, theta, round_, anchor)
+            updates = adversary.crafted(cell, theta, round_, adversary.updates(cell, theta, round_, flips))
+            clients = cell.schedule.drawn(round_)
+            order = torch.from_numpy(protocol.shuffled(settings.seed, round_, len(clients)))
+            aggregate = rule(updates, torch.from_numpy(cell.schedule.sizes[clients]), order)
             theta, state = protocol.server_step(settings.server_optimizer, theta, aggregate, settings.lr, state)
-            recorder.record(round_, theta, aggregate, flips)
+            recorder.record(round_, theta, aggregate, flips, updates)
     except RunError as failure:
         error = str(failure)
     history = recorder.history

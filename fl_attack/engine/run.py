@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack.engine import groups
-from fl_attack.engine.attackers import kind_of
+from fl_attack.engine.attackers import Kind, kind_of
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.kernels import Room
 from fl_attack.engine.log import Log
@@ -74,6 +74,11 @@ def _threads(scenarios: Sequence[Scenario]) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _alike(cell: Scenario) -> tuple[Kind, str, int]:
+    """What the cells of a tile have in common."""
+    return kind_of(cell), cell.settings.strategy.model_dump_json(), cell.settings.tolerated
+
+
 class _Targets(NamedTuple):
     theta: Tensor  # (T C, d)
     number: NDArray[np.int64]  # by cell
@@ -97,7 +102,8 @@ class _Work:
         total = self.settings.clients.total
         often = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
         clients = np.argsort(-np.asarray(often), kind="stable")
-        self.batches = Batches(cells[0], clients, device, memory / 2)
+        crafted = any(cell.settings.attacked and cell.settings.attack.writes == "updates" for cell in cells)
+        self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=crafted)
         self.test_set = TestSet(self.batches)
         self.targets = self._targets()
         self._target_logits: Tensor | None = None
@@ -109,7 +115,7 @@ class _Work:
         def likeness(i: int) -> tuple[object, ...]:
             cell = self.cells[i]
             threat, malicious = cell.settings.attack, cell.partition.malicious
-            return kind_of(cell), len(malicious), malicious.tolist(), numbers[i], cell.settings.lr, threat.budget
+            return *_alike(cell), len(malicious), malicious.tolist(), numbers[i], cell.settings.lr, threat.budget
 
         order = sorted(range(len(self.cells)), key=likeness)
         C, d = self.cells[0].theta_shape
@@ -134,7 +140,6 @@ class _Work:
             for start, end in self._cuts(cells)
         ]
         log = Log(len(cells), len(self.batches.y), self.keep_flips, self.full_rows)
-        attackers = [tile.attackers for _, tile in tiles]
         log.measure(0, self.test_set.quality(theta[:C]).repeat(len(cells), 0))  # all start alike
         evaluated, room = self._evaluated(), Room(self.device, self.batches.dtype)
         for round_ in range(1, self.settings.rounds + 1):
@@ -145,9 +150,9 @@ class _Work:
             for start, tile in tiles:
                 report = tile.step(shared, room, watched, measured)
                 if report is not None:
-                    log.watch(round_, start, tile.attackers, shared.batch, report)
+                    log.watch(round_, start, shared.batch, report)
             if told:
-                log.measure(round_, self.test_set.quality(theta), attackers)
+                log.measure(round_, self.test_set.quality(theta), [tile for _, tile in tiles])
             progress(len(cells))
         return self._outcomes(cells, theta, tiles, log, time.perf_counter() - began)
 
@@ -182,7 +187,7 @@ class _Work:
         cuts: list[tuple[int, int]] = []
         start = 0
         for end in range(1, len(cells) + 1):
-            if end < len(cells) and kind_of(cells[end]) == kind_of(cells[start]):
+            if end < len(cells) and _alike(cells[end]) == _alike(cells[start]):
                 same = np.array_equal(cells[end].partition.malicious, cells[end - 1].partition.malicious)
                 if same or end - start < FEWEST:
                     continue
@@ -194,16 +199,17 @@ class _Work:
 
     def _shared(self, round_: int, tiles: list[tuple[int, Tile]], room: Room) -> Shared:
         batch = self.batches.at(round_, room)
-        reach = {goal: [t for _, t in tiles if t.attackers.kind.goal == goal] for goal in ("untargeted", "targeted")}
+        for _, tile in tiles:
+            tile.prepare(round_, batch.layout)
         gram = steered = None
-        if aware := reach["untargeted"]:
-            n, rows = max(tile.attackers.n for tile in aware), sum(tile.M * tile.C for tile in aware)
+        if aware := [tile for _, tile in tiles if tile.reach("untargeted")]:
+            n, rows = max(tile.reach("untargeted") for tile in aware), sum(tile.M * tile.C for tile in aware)
             if self._gram_pays(batch, n, rows):
                 gram = torch.mm(batch.X, batch.X[:n].mT, out=room.take("gram", len(batch.X), n))
-        if aimed := reach["targeted"]:
-            n, C = max(tile.attackers.n for tile in aimed), aimed[0].C
+        if aimed := [tile for _, tile in tiles if tile.reach("targeted")]:
+            n, C = max(tile.reach("targeted") for tile in aimed), aimed[0].C
             steered = self._steered(batch, n).view(-1, C, n)
-        return Shared(round_, batch, gram, steered)
+        return Shared(round_, batch, gram, steered, self.targets.theta)
 
     def _steered(self, batch: Batch, n: int) -> Tensor:
         """Logits of the targets on the first n columns, (T C, n)."""

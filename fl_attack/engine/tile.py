@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack.engine import kernels
-from fl_attack.engine.attackers import Attackers, Change
-from fl_attack.engine.batches import Batch, Batches
+from fl_attack import adversary, attack
+from fl_attack.engine import kernels, sent
+from fl_attack.engine.attackers import Attackers, Change, Turn, no_change
+from fl_attack.engine.batches import Batch, Batches, Layout
+from fl_attack.engine.plan import Plan
 from fl_attack.scenario import Scenario
 
 
@@ -19,13 +23,16 @@ class Shared(NamedTuple):
     batch: Batch
     gram: Tensor | None  # (n, writable) inner products of the samples; None where a product with X is cheaper
     steered: Tensor | None  # (T, C, writable) logits of the targets
+    targets: Tensor  # (T C, d)
 
 
 class Report(NamedTuple):
     """What there is to say of a round in which a tile was watched."""
 
     change: Change
+    allowed: NDArray[np.int64]  # (M,)
     cosine: Tensor | None  # (M,) between the aggregate and the clean gradient, NaN where one of them is zero
+    detection: Tensor | None  # (M, detect.MEASURES)
 
 
 class Tile:
@@ -35,97 +42,175 @@ class Tile:
         """`theta` (M C, d) is changed in place; `target_of` (M,) is None where all have the same target or none."""
         self.M, self.C = len(cells), cells[0].theta_shape[0]
         self.theta, self.batches, self.target_of = theta, batches, target_of
-        self.attackers = Attackers(cells, batches)
+        self.attackers = Attackers(cells, batches, batches.all)
+        self.plan = Plan(cells, batches) if self.attackers.kind.refresh == "epoch" else None
         lr = torch.tensor([cell.settings.lr for cell in cells], dtype=theta.dtype, device=theta.device)
         self.lr = lr.repeat_interleave(self.C)[:, None]
-        self.server = kernels.Server(cells[0].settings.server_optimizer, theta, self.lr)
-        self.local = cells[0].settings.local_steps > 1
+        self.optimizer = kernels.Server(cells[0].settings.server_optimizer, theta, self.lr)
+        self.several_steps = cells[0].settings.local_steps > 1
+        self.server = sent.Server(cells, self.attackers)
+        self.turn: Turn | None = None
+        self.allowed = np.zeros(self.M, np.int64)  # flips in the last round
+
+    def prepare(self, round_: int, layout: Layout) -> None:
+        """Work out what the attackers can do in a round; before `step`, one round after the other."""
+        self.turn = self.attackers.turn(round_, layout)
+
+    def reach(self, goal: str) -> int:
+        """Columns of which greedy attackers of a goal need scores in this round."""
+        kind = self.attackers.kind
+        return self.turn.n if self.turn is not None and kind.exact and kind.goal == goal else 0
 
     def step(self, shared: Shared, room: kernels.Room, watched: bool, measured: bool) -> Report | None:
         """One round of all cells; a report where they are watched, with the cosine where they are measured."""
-        batch, M, C, n = shared.batch, self.M, self.C, self.attackers.n
-        Z = torch.mm(self.theta, batch.X.mT, out=room.take("Z", M * C, len(batch.X)))
-        picks = self.attackers.picks(shared.round_)
-        scores = room.take("scores", M, C, n)
-        targeted = picks is not None and self.attackers.kind.goal == "targeted"
-        if targeted:
-            assert shared.steered is not None
-            goal = shared.steered if self.target_of is None else shared.steered[self.target_of]
-            torch.sub(goal[:, :, :n], Z.view(M, C, -1)[:, :, :n], out=scores)
-        R = kernels.residuals_(Z, C, batch.encoded)
-        if picks is not None and not targeted:
-            self._along_the_clean_gradient(R, shared, room, scores)
+        batch, turn = shared.batch, self.turn
+        Z = torch.mm(self.theta, batch.X.mT, out=room.take("Z", self.M * self.C, len(batch.X)))
+        logits = Z[:, : turn.n].clone() if turn is not None and self._needs_logits else None
+        scores = self._towards_target(Z, shared, room) if self.reach("targeted") else None
+        R = kernels.residuals_(Z, self.C, batch.encoded)
+        if self.reach("untargeted") and turn is not None and turn.picks is not None:
+            scores = self._along_the_clean_gradient(R, shared, room)
         clean = self._clean_gradient(R, batch) if measured else None
-        change = self._relabel(R, batch, picks, scores, room, watched)
-        if self.local:
-            aggregate = self._aggregate(R, batch, room)
-            cosine = _cosine(aggregate, clean, M) if clean is not None else None
-            self.server.take(aggregate)
+        change = self._relabel(R, shared, scores, logits, room, watched)
+        detection = None
+        if self.server.needed or self.several_steps or (measured and turn is not None):
+            aggregate, detection = self._aggregate(R, batch, shared, measured)
+        cosine = None
+        if self.server.needed or self.several_steps:
+            cosine = _cosine(aggregate, clean, self.M) if clean is not None else None
+            self.optimizer.take(aggregate)
         else:
-            cosine = _cosine(R @ batch.X, clean, M) if clean is not None else None
-            self.server.descend(R, batch.X, room)
-        return Report(change, cosine) if watched and change is not None else None
+            cosine = _cosine(R @ batch.X, clean, self.M) if clean is not None else None
+            self.optimizer.descend(R, batch.X, room)
+        return Report(change, self.allowed, cosine, detection) if watched and change is not None else None
 
-    def _along_the_clean_gradient(self, R: Tensor, shared: Shared, room: kernels.Room, scores: Tensor) -> None:
-        """Scores along `v = R X`: `X v^T = (X X^T) R^T`. The scale of v changes nothing."""
-        batch, n, known = shared.batch, self.attackers.n, self.attackers.known
-        if known is not None:
-            R = (R.view(self.M, self.C, -1) * known[:, None]).view_as(R)
-        if batch.counts is not None:
-            R = R * batch.counts
+    @property
+    def _needs_logits(self) -> bool:
+        kind = self.attackers.kind
+        return not kind.exact and not self.server.crafts and kind.refresh == "step"
+
+    def _towards_target(self, Z: Tensor, shared: Shared, room: kernels.Room) -> Tensor:
+        """Scores along `target - theta`: logits of the target less those of theta, (M, C, n)."""
+        assert shared.steered is not None
+        assert self.turn is not None
+        n = self.turn.n
+        goal = shared.steered if self.target_of is None else shared.steered[self.target_of]
+        scores = room.take("scores", self.M, self.C, n)
+        return torch.sub(goal[:, :, :n], Z.view(self.M, self.C, -1)[:, :, :n], out=scores)
+
+    def _along_the_clean_gradient(self, R: Tensor, shared: Shared, room: kernels.Room) -> Tensor:
+        """Scores along `v = R X`: `X v^T = (X X^T) R^T`, (M, C, n). The scale of v changes nothing."""
+        batch = shared.batch
+        assert self.turn is not None
+        n = self.turn.n
+        scores = room.take("scores", self.M, self.C, n)
+        R = self._weighted(R, batch)
         if shared.gram is not None:
             torch.mm(R, shared.gram[:, :n], out=scores.view(-1, n))
         else:
             v = torch.mm(R, batch.X, out=room.take("gradient", *self.theta.shape))
             torch.mm(v, batch.X[:n].mT, out=scores.view(-1, n))
+        return scores
+
+    def _weighted(self, R: Tensor, batch: Batch) -> Tensor:
+        """The residuals of which the sum over the features is the gradient that each cell's attackers know."""
+        if self.turn is not None and self.turn.known is not None:
+            R = (R.view(self.M, self.C, -1) * self.turn.known[:, None]).view_as(R)
+        return R if batch.counts is None else R * batch.counts
 
     def _relabel(
-        self,
-        R: Tensor,
-        batch: Batch,
-        picks: list[kernels.Pick] | None,
-        scores: Tensor,
-        room: kernels.Room,
-        watched: bool,
+        self, R: Tensor, shared: Shared, scores: Tensor | None, logits: Tensor | None, room: kernels.Room, watched: bool
     ) -> Change | None:
         """Give the residuals the attackers' labels; what has changed where that is watched."""
-        attackers, M, C, n = self.attackers, self.M, self.C, self.attackers.n
-        if picks is None:
-            none = torch.empty(0, dtype=torch.int64, device=R.device)
-            return Change(none, none, none)
-        scratch = room.take("sorted", M, n)
-        if C == 1:
-            flipped = attackers.chosen(scores[:, 0], batch, picks, scratch)
-            R[:, :n].sub_(flipped)
-            if not watched:
-                return None
-            cells, columns = flipped.nonzero(as_tuple=True)
-            return Change(cells, columns, 1 - batch.y[columns])
-        change = attackers.changes(scores, batch, picks, room.take("priority", M, n), scratch)
-        by_class = R.view(M, C, -1)
-        by_class[change.cells, batch.y[change.columns], change.columns] += 1
-        by_class[change.cells, change.labels, change.columns] -= 1
+        attackers, turn, batch = self.attackers, self.turn, shared.batch
+        self.allowed = np.zeros(self.M, np.int64)
+        if turn is None or self.server.crafts:
+            return no_change(R.device)
+        if self.plan is not None:
+            change = self._planned(shared, turn)
+        elif turn.picks is None:
+            return no_change(R.device)
+        else:
+            self.allowed = turn.allowed
+            scratch = room.take("sorted", self.M, turn.n)
+            if not attackers.kind.exact:
+                assert logits is not None
+                view = self._view(R, shared, logits, turn)
+                threat = attackers.like.settings.attack
+                proposal = attack.find(threat.name).function(view, **threat.args)
+                change = attackers.proposed(proposal, batch, turn, scratch)
+            elif self.C == 1:
+                assert scores is not None
+                flipped = attackers.chosen(scores[:, 0], batch, turn, scratch)
+                R[:, : turn.n].sub_(flipped)
+                if not watched:
+                    return None
+                cells, columns = flipped.nonzero(as_tuple=True)
+                return Change(cells, columns, 1 - batch.y[columns])
+            else:
+                assert scores is not None
+                change = attackers.changes(scores, batch, turn, room.take("priority", self.M, turn.n), scratch)
+        if self.C == 1:
+            R[change.cells, change.columns] -= 1
+        else:
+            by_class = R.view(self.M, self.C, -1)
+            by_class[change.cells, batch.y[change.columns], change.columns] += 1
+            by_class[change.cells, change.labels, change.columns] -= 1
         return change
+
+    def _planned(self, shared: Shared, turn: Turn) -> Change:
+        assert self.plan is not None
+        if shared.round_ == adversary.epoch_start(self.attackers.like, shared.round_):
+            self.plan.renew(self.theta, self._targets(shared, slice(0, self.M)), shared.round_)
+        attacked = self.attackers.rounds.attacked(shared.round_)
+        if self.plan.turn is not None:
+            self.allowed = self.plan.turn.allowed * attacked * turn.malicious.any(1).cpu().numpy()
+        return self.attackers.count(self.plan.change(shared.batch, attacked, turn.n), shared.batch)
+
+    def _view(self, R: Tensor, shared: Shared, logits: Tensor, turn: Turn) -> attack.View:
+        batch, n = shared.batch, turn.n
+
+        def scores() -> Tensor:
+            # for any attack but the fast one, which is why nothing is saved here
+            targets = self._targets(shared, slice(0, self.M))
+            v = self._weighted(R, batch) @ batch.X if targets is None else targets - self.theta
+            return v @ batch.X[:n].mT
+
+        return self.attackers.view(batch, turn, scores, logits, shared.round_)
+
+    def _targets(self, shared: Shared, cells: slice) -> Tensor | None:
+        """(cells C, d) of targeted cells."""
+        if self.attackers.kind.goal != "targeted":
+            return None
+        by_target = shared.targets.view(-1, self.C, shared.targets.shape[-1])
+        number = torch.zeros(self.M, dtype=torch.int64) if self.target_of is None else self.target_of
+        return by_target[number[cells]].reshape(-1, by_target.shape[-1])
 
     def _clean_gradient(self, R: Tensor, batch: Batch) -> Tensor:
         return (R if batch.counts is None else R * batch.counts) @ batch.X
 
-    def _aggregate(self, R: Tensor, batch: Batch, room: kernels.Room) -> Tensor:
-        """The mean of the clients' updates after several local steps each, over lr."""
-        written = R - kernels.residuals_(
-            torch.mm(self.theta, batch.X.mT, out=room.take("clean", *R.shape)), self.C, batch.encoded
-        )
-        sizes = self.batches.like.schedule.sizes[self.batches.clients]
-        moved, total = room.take("moved", *self.theta.shape), room.take("total", *self.theta.shape).zero_()
-        for size, steps in zip(sizes, batch.steps, strict=True):
-            moved.copy_(self.theta)
-            for columns in steps:
-                X = batch.X[columns]
-                encoded = batch.encoded[:, columns] if self.C > 1 else batch.encoded
-                step = kernels.residuals_(moved @ X.mT, self.C, encoded).add_(written[:, columns])
-                moved.addmm_(step.mul_(self.lr), X, alpha=-1 / int(size))
-            total.add_(moved, alpha=float(size / sizes.sum()))
-        return torch.sub(self.theta, total, out=moved).div_(self.lr)
+    def _aggregate(self, R: Tensor, batch: Batch, shared: Shared, measured: bool) -> tuple[Tensor, Tensor | None]:
+        """What the server makes of the clients' updates, over lr."""
+        written = None
+        if self.several_steps:
+            clean = torch.mm(self.theta, batch.X.mT)
+            written = R - kernels.residuals_(clean, self.C, batch.encoded)
+        of = sent.Residuals(self.theta, R, written, self.lr)
+        if not self.server.needed and not measured:
+            return self.server.mean(of, batch), None
+
+        def v(cells: slice) -> Tensor:
+            targets = self._targets(shared, cells)
+            rows = slice(cells.start * self.C, cells.stop * self.C)
+            if targets is not None:
+                return (targets - self.theta[rows]).view(-1, self.C, self.theta.shape[1])
+            known = self.turn.known[cells, None] if self.turn is not None and self.turn.known is not None else 1
+            weighted = R[rows].view(-1, self.C, R.shape[1]) * known
+            if batch.counts is not None:
+                weighted = weighted * batch.counts
+            return weighted @ batch.X
+
+        return self.server.take(of, batch, self.turn, v, shared.round_, measured)
 
 
 def _cosine(aggregate: Tensor, clean: Tensor, M: int) -> Tensor:

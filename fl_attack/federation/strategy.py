@@ -2,17 +2,16 @@
 
 import importlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy import concatenate, int64
 
-from fl_attack import protocol
-from fl_attack.aggregate import RULES
+from fl_attack import adversary, protocol
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation import wire
 from fl_attack.history import Recorder
@@ -25,7 +24,7 @@ class RuleStrategy(FedAvg):
     def __init__(self, scenario: Scenario) -> None:
         super().__init__(**everybody(scenario))
         self.settings = scenario.settings
-        self.rule = RULES[self.settings.strategy.name]
+        self.scenario, self.rule = scenario, scenario.rule()
         self.aggregate = scenario.start()  # the aggregated gradient of the last round
         self._theta = scenario.start()
         self._state = protocol.initial_state(self._theta)
@@ -37,8 +36,9 @@ class RuleStrategy(FedAvg):
         answers = [wire.read_answer(reply.content) for reply in replies]
         moved = torch.stack([answer.theta for answer in answers])
         weights = torch.tensor([answer.weight for answer in answers])
+        lots = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(answers)))
         lr = self.settings.lr
-        self.aggregate = self.rule((self._theta - moved) / lr, weights)
+        self.aggregate = self.rule((self._theta - moved) / lr, weights, lots)
         self._theta, self._state = protocol.server_step(
             self.settings.server_optimizer, self._theta, self.aggregate, lr, self._state
         )
@@ -51,17 +51,29 @@ class WatchedStrategy(Strategy):
     Flower averages over whoever answered; here a round counts only if every client asked answered once.
     """
 
-    def __init__(self, strategy: Strategy, recorder: Recorder) -> None:
+    def __init__(self, strategy: Strategy, recorder: Recorder, client_of: Mapping[int, int] | None) -> None:
+        """`client_of` names the client behind each node, where some clients are drawn for each round."""
         self.strategy = strategy
         self.recorder = recorder
+        self.client_of = client_of
         self._asked = 0
+        self._anchor = wire.pack(recorder.history.theta, raw=True)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the strategy does."""
+        """As the strategy does, for the clients that are drawn in this round."""
+        made = self.recorder.scenario
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        if self.client_of is not None:
+            drawn = set(made.schedule.drawn(server_round).tolist())
+            messages = [message for message in messages if self.client_of[message.metadata.dst_node_id] in drawn]
         self._asked = len(messages)
+        if made.settings.attack.refresh == "epoch":
+            if adversary.epoch_start(made, server_round) == server_round:
+                self._anchor = wire.pack(self.recorder.history.theta, raw=True)
+            for message in messages:  # the strategy may have given the same content to all
+                message.content[wire.ANCHOR] = self._anchor
         return messages
 
     def aggregate_train(
@@ -69,6 +81,8 @@ class WatchedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """As the strategy does, on replies that are complete and in order; RunError where they are not."""
         ordered = complete(list(replies), self._asked, server_round)
+        # read first: strategies of Flower's take the arrays out of the replies
+        moved = torch.stack([wire.read_answer(reply.content).theta for reply in ordered])
         arrays, metrics = self.strategy.aggregate_train(server_round, ordered)
         if arrays is None:
             raise RunError(
@@ -79,7 +93,8 @@ class WatchedStrategy(Strategy):
         aggregate = getattr(self.strategy, "aggregate", None)
         if aggregate is None:  # a strategy of Flower's: the step it took
             aggregate = (self.recorder.history.theta - theta) / self.recorder.scenario.settings.lr
-        self.recorder.record(server_round, theta, aggregate, all_flips(ordered))
+        before, lr = self.recorder.history.theta, self.recorder.scenario.settings.lr
+        self.recorder.record(server_round, theta, aggregate, all_flips(ordered), (before - moved) / lr)
         return arrays, metrics
 
     def configure_evaluate(
@@ -158,6 +173,26 @@ def everybody(scenario: Scenario) -> dict[str, Any]:
     }
 
 
+def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
+    """The client behind each node, as they say; None where all take part in every round, so that it doesn't matter.
+
+    RunError unless there is each client once.
+    """
+    if scenario.schedule.per_round is None:
+        return None
+    clients = scenario.settings.clients.total
+    nodes = sorted(grid.get_node_ids())
+    questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    replies = [reply for reply in grid.send_and_receive(questions) if not reply.has_error()]
+    found = {reply.metadata.src_node_id: wire.client_of(reply.content) for reply in replies}
+    if sorted(found.values()) != list(range(clients)):
+        raise RunError(
+            f"the federation's {len(nodes)} nodes answered as clients {sorted(found.values())}, not as "
+            f"each of 0 to {clients - 1} once"
+        )
+    return found
+
+
 def start(grid: Grid, recorder: Recorder) -> None:
     """Run all rounds of the recorder's scenario over a grid."""
     scenario, history = recorder.scenario, recorder.history
@@ -165,7 +200,7 @@ def start(grid: Grid, recorder: Recorder) -> None:
     started = time.perf_counter()
     recorder.record(0, history.theta)
     try:
-        WatchedStrategy(strategy, recorder).start(
+        WatchedStrategy(strategy, recorder, introduced(grid, scenario)).start(
             grid,
             wire.pack(history.theta, raw=isinstance(strategy, RuleStrategy)),
             num_rounds=scenario.settings.rounds,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fl_attack.scenario import Flips
 
-ARRAYS, CONFIG, METRICS, FLIPS = "arrays", "config", "metrics", "flips"
+ARRAYS, CONFIG, METRICS, FLIPS, ANCHOR = "arrays", "config", "metrics", "flips", "anchor"
 SETTINGS, ROUND = "settings", "server-round"  # the round is put in by Flower's strategies themselves
 WEIGHT, CLIENT = "num-examples", "client"
 # The bytes of the array alone: Flower's own format parses a numpy file header in every message, a quarter of a small
@@ -29,6 +29,7 @@ class Request(NamedTuple):
     raw: bool  # how to answer
     round_: int
     settings: str  # JSON
+    anchor: Tensor | None  # theta at the start of the epoch, where attackers choose by epoch
 
 
 class Answer(NamedTuple):
@@ -61,7 +62,8 @@ def read_request(content: Any) -> Request:
     array, config = content[ARRAYS]["theta"], content[CONFIG]
     raw = array.stype == RAW
     theta = _broadcast(array.data, array.shape) if raw else unpack(content[ARRAYS])
-    return Request(theta, raw, int(config[ROUND]), config[SETTINGS])
+    anchor = unpack(content[ANCHOR]) if ANCHOR in content else None
+    return Request(theta, raw, int(config[ROUND]), config[SETTINGS], anchor)
 
 
 @lru_cache(maxsize=1)
@@ -78,6 +80,11 @@ def answer(answer: Answer, raw: bool) -> RecordDict:
         samples, labels, allowed = answer.flips
         content[FLIPS] = ConfigRecord({"samples": samples.tobytes(), "labels": labels.tobytes(), "allowed": allowed})
     return content
+
+
+def introduction(client: int) -> RecordDict:
+    """A client's reply to the question which one it is."""
+    return RecordDict({METRICS: MetricRecord({CLIENT: client})})
 
 
 def client_of(content: Any) -> int:

@@ -1,0 +1,212 @@
+"""What the malicious clients of an experiment do in a round: the labels they flip, or the updates they send.
+
+Everything is a function of the scenario, the round and the parameters that the server has broadcast, so that every
+process works out the same, and again.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack import attack, model
+from fl_attack.scenario import NO_FLIPS, Flips, Scenario, client_update
+
+LABEL_NOISE, UPDATE_NOISE, KNOWN = 3, 4, 5  # name random streams among those of one seed, as protocol.BATCHES does
+Clients = NDArray[np.int64]
+Counts = NDArray[np.int64]
+
+
+def epoch_start(scenario: Scenario, round_: int) -> int:
+    """The first round of the epoch that a round is in."""
+    per_epoch = scenario.schedule.rounds_per_epoch
+    return (round_ - 1) // per_epoch * per_epoch + 1
+
+
+def rounds_before(scenario: Scenario, round_: int) -> int | None:
+    """Rounds that were attacked before this one; None where this one isn't."""
+    threat = scenario.settings.attack
+    if not scenario.settings.attacked:
+        return None
+    return attack.attacked_before(round_, threat.every, threat.start, threat.stop)
+
+
+def present(scenario: Scenario, round_: int) -> Clients:
+    """The malicious clients that take part in a round, ascending."""
+    return np.intersect1d(scenario.partition.malicious, scenario.schedule.drawn(round_), assume_unique=True)
+
+
+def flips(scenario: Scenario, theta: Tensor, round_: int, anchor: Tensor | None = None) -> Flips:
+    """The labels that all malicious clients together write in a round, given the broadcast theta (C, d).
+
+    With `attack.refresh=epoch` what is flipped depends on `anchor`, the theta broadcast at the start of the epoch.
+    """
+    before = rounds_before(scenario, round_)
+    evil = present(scenario, round_)
+    if before is None or scenario.settings.attack.writes != "labels" or not len(evil):
+        return NO_FLIPS
+    if scenario.settings.attack.refresh == "step":
+        writable = scenario.schedule.used[evil]
+        return _chosen(scenario, theta, round_, evil, _writable_before(scenario, round_, before, evil), writable)
+    assert anchor is not None
+    return of_round(scenario, flips_of_epoch(scenario, anchor, epoch_start(scenario, round_)), round_)
+
+
+def of_round(scenario: Scenario, chosen: Flips, round_: int) -> Flips:
+    """The part of an epoch's flips that a round's minibatches meet."""
+    if rounds_before(scenario, round_) is None:
+        return NO_FLIPS
+    now = np.isin(chosen.samples, scenario.schedule.samples(present(scenario, round_), round_)[0])
+    return Flips(chosen.samples[now], chosen.labels[now], chosen.allowed)
+
+
+def flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
+    """What is flipped in an epoch, of all that the malicious clients hold, given theta at its first round."""
+    evil = scenario.partition.malicious
+    writable = np.array([len(scenario.schedule.shards[client]) for client in evil])
+    epochs = (first_round - 1) // scenario.schedule.rounds_per_epoch
+    return _chosen(scenario, theta, first_round, evil, epochs * writable, writable)
+
+
+def _writable_before(scenario: Scenario, round_: int, attacked: int, evil: Clients) -> NDArray[np.int64]:
+    """Samples of each of these clients that were within reach in the rounds attacked so far, for budgets that carry."""
+    schedule, threat = scenario.schedule, scenario.settings.attack
+    if schedule.per_round is None or threat.rounding == "floor":
+        return attacked * schedule.used[evil]
+    times = scenario.takes_part[threat.start - 1 : round_ - 1 : threat.every][:, scenario.partition.malicious].sum(0)
+    past = times * schedule.used[scenario.partition.malicious]
+    if threat.scope == "pooled":  # one budget, of them all
+        return np.array([past.sum(), *[0] * (len(evil) - 1)])
+    return np.asarray(past[np.isin(scenario.partition.malicious, evil)])
+
+
+def _chosen(
+    scenario: Scenario,
+    theta: Tensor,
+    round_: int,
+    evil: Clients,
+    before: Counts,
+    writable: Counts,
+) -> Flips:
+    """The flips of these clients, of the samples that they use: in a round, or (`refresh=epoch`) hold."""
+    threat, schedule = scenario.settings.attack, scenario.schedule
+    pooled = threat.scope == "pooled"
+    reach = [(before.sum(), writable.sum())] if pooled else zip(before, writable, strict=True)
+    budgets = [attack.flip_allowance(threat.exact_budget, int(b), int(n), threat.rounding) for b, n in reach]
+    if not any(budgets):
+        return NO_FLIPS
+    if threat.refresh == "step":
+        samples, counts = schedule.samples(evil, round_)
+        everyone = schedule.drawn(round_)
+    else:
+        samples, everyone = np.sort(np.concatenate([schedule.shards[c] for c in evil])), np.arange(len(schedule.shards))
+        counts = np.ones_like(samples)
+    X, y = scenario.features(samples), torch.from_numpy(scenario.dataset.y_train[samples])
+
+    def noise() -> Tensor:
+        if threat.refresh == "step":
+            pool, _ = schedule.samples(everyone, round_)
+        else:
+            pool = np.sort(np.concatenate(schedule.shards))
+        drawn = label_noise(scenario, round_, len(pool))[np.searchsorted(pool, samples)]
+        return torch.from_numpy(drawn).to(X.dtype)
+
+    def logits() -> Tensor:
+        Z = model.logits(theta.to(X.dtype), X)
+        return torch.cat([torch.zeros_like(Z), Z], -1) if Z.shape[-1] == 1 else Z
+
+    view = attack.View(
+        y,
+        torch.from_numpy(counts),
+        scores=lambda: model.scores(direction(scenario, theta, round_).to(X.dtype), X),
+        logits=logits,
+        noise=noise,
+        selection=threat.selection,
+    )
+    proposal = attack.find(threat.name).function(view, **threat.args)
+    owner = np.searchsorted(evil, scenario.partition.client[samples])
+    group = torch.zeros(len(y), dtype=torch.int64) if pooled else torch.from_numpy(owner)
+    chosen = attack.select(proposal.priority, group, torch.tensor(budgets)) & (proposal.labels != y)
+    return Flips(samples[chosen.numpy()], proposal.labels[chosen].numpy(), sum(budgets))
+
+
+def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:
+    """(samples, 2) uniform in [0, 1), for the samples of a round in ascending order."""
+    return np.random.default_rng([scenario.settings.seed, LABEL_NOISE, round_]).random((samples, 2))
+
+
+def update_noise(scenario: Scenario, round_: int) -> Tensor:
+    """(m, C, d) standard normal, for the clients of a round in ascending order."""
+    clients = scenario.schedule.per_round or scenario.settings.clients.total
+    rng = np.random.default_rng([scenario.settings.seed, UPDATE_NOISE, round_])
+    return torch.from_numpy(rng.standard_normal((clients, *scenario.theta_shape)))
+
+
+def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
+    """The direction v that the attackers push the gradient against, from what they know, (C, d)."""
+    threat, schedule = scenario.settings.attack, scenario.schedule
+    if threat.goal == "targeted":
+        return attack.direction(threat.goal, theta, None, scenario.target)
+    step = threat.refresh == "step" or threat.writes != "labels"
+    everyone = schedule.drawn(round_) if step else np.arange(len(schedule.shards))
+    clients = known(scenario, everyone, round_)
+    if not len(clients):
+        return torch.zeros_like(theta)
+    if step:
+        return attack.direction(threat.goal, theta, scenario.gradient(theta, clients, round_), None)
+    held = np.sort(np.concatenate([schedule.shards[client] for client in clients]))
+    return attack.direction(threat.goal, theta, scenario.gradient_of(theta, held, np.ones_like(held)), None)
+
+
+def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
+    """Those of these clients whose clean gradient the attackers know."""
+    threat = scenario.settings.attack
+    evil = np.isin(everyone, scenario.partition.malicious)
+    if threat.knowledge == "full":
+        return everyone
+    if threat.knowledge == "own":
+        return everyone[evil]
+    honest = everyone[~evil]
+    if threat.knowledge == "honest":
+        return honest
+    rank = known_rank(scenario, round_)[honest]
+    return np.sort(honest[rank.argsort()[: part(threat.knowledge_fraction, len(honest))]])
+
+
+def known_rank(scenario: Scenario, round_: int) -> NDArray[np.float64]:
+    """(clients,) who comes first, by the smallest number, where attackers know a part of the honest clients."""
+    return np.random.default_rng([scenario.settings.seed, KNOWN, round_]).random(scenario.settings.clients.total)
+
+
+def part(fraction: float, of: int) -> int:
+    """A fraction of a number of clients, rounded, at least one of them if there is any."""
+    return min(of, max(1, math.floor(fraction * of + 0.5)))
+
+
+def updates(scenario: Scenario, theta: Tensor, round_: int, flips: Flips = NO_FLIPS) -> Tensor:
+    """What the clients of a round would send with these flips: gradients, (m, C, d), in the order of the clients."""
+    sent = [
+        (theta - client_update(scenario, int(client), theta, round_, flips)[0]) / scenario.settings.lr
+        for client in scenario.schedule.drawn(round_)
+    ]
+    return torch.stack(sent)
+
+
+def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> Tensor:
+    """What the clients of a round send (m, C, d), given what all of them would send honestly."""
+    threat = scenario.settings.attack
+    if threat.writes != "updates" or rounds_before(scenario, round_) is None:
+        return honest
+    malicious = torch.from_numpy(np.isin(scenario.schedule.drawn(round_), scenario.partition.malicious))
+    if not malicious.any():
+        return honest
+    view = attack.Updates(
+        honest,
+        malicious,
+        direction=lambda: direction(scenario, theta, round_),
+        noise=lambda: update_noise(scenario, round_),
+    )
+    sent = attack.find(threat.name).function(view, **threat.args)
+    return torch.where(malicious[:, None, None], sent, honest)

@@ -1,0 +1,121 @@
+"""Attacks on labels: what each would write, and which samples it wants most.
+
+In one round the greedy attacker wants the gradient's inner product with a direction v as small as it can be made.
+That product is linear in the encoded labels, so relabelling sample n from y to c changes it by
+`(scores[n, y] - scores[n, c]) / |B|`, whatever else is flipped: the best class of each sample, and the samples with
+the largest gains, are the exact optimum (arXiv 2503.00140; the tests prove it by brute force).
+
+An attack is one function `View -> Proposal` and one row of `attack.ATTACKS`; budget, scope, rounding and schedule are
+applied to what it proposes. Shapes: n samples that the attacker may write, in ascending order of their index; leading
+axes broadcast.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Selection = Literal["gain", "literal"]
+Lazy = Tensor | Callable[[], Tensor]
+
+
+class View:
+    """What a label attack sees of a round. What takes work is worked out when it is first asked for."""
+
+    def __init__(
+        self, y: Tensor, w: Tensor, *, scores: Lazy, logits: Lazy, noise: Lazy, selection: Selection = "gain"
+    ) -> None:
+        self.y = y  # (n,) true labels
+        self.w = w  # (n,) how often the sample is used in this round
+        self.selection = selection
+        self._lazy = scores, logits, noise
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """(..., n, classes) of `model.scores` along the direction."""
+        return _worked_out(self._lazy[0])
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(..., n, classes) at the broadcast parameters; two classes: 0 and the one logit."""
+        return _worked_out(self._lazy[1])
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """(n, 2) uniform in [0, 1); a function of seed, round and sample."""
+        return _worked_out(self._lazy[2])
+
+
+def _worked_out(lazy: Lazy) -> Tensor:
+    return lazy if isinstance(lazy, Tensor) else lazy()
+
+
+class Proposal(NamedTuple):
+    """A label for each sample and how much the attacker wants it; -inf where it doesn't want it at all."""
+
+    labels: Tensor  # (..., n) int64
+    priority: Tensor  # (..., n)
+
+
+def greedy(view: View) -> Proposal:
+    """The class that lowers the objective most, wanted by how much it does.
+
+    `literal` ranks as the paper's algorithms are printed: by the score of the new label alone, whether or not the
+    sample already has it, so that part of the budget can go to flips that change nothing.
+    """
+    best, labels = view.scores.max(-1)
+    if view.selection == "literal":
+        binary = view.scores.shape[-1] == 2
+        return Proposal(labels, view.scores[..., 1] - view.scores[..., 0] if binary else best)
+    own = view.scores.gather(-1, view.y.expand(best.shape).unsqueeze(-1)).squeeze(-1)
+    gain = (best - own) * view.w
+    return Proposal(labels, gain.masked_fill(gain <= 0, -math.inf))
+
+
+def random_flip(view: View) -> Proposal:
+    """Samples at random, each to one of the other classes at random."""
+    classes = view.logits.shape[-1]
+    step = 1 + (view.noise[:, 1] * (classes - 1)).long().clamp(max=classes - 2)
+    return Proposal((view.y + step) % classes, view.noise[:, 0])
+
+
+def static_flip(
+    view: View,
+    *,
+    map: Literal["opposite", "cyclic"] = "opposite",
+    source: int | None = None,
+    target: int | None = None,
+) -> Proposal:
+    """Samples at random by a fixed map of labels: y to C - 1 - y (`opposite`), or to y + 1 modulo C (`cyclic`).
+
+    With `source` and `target` only samples of the one class are flipped, to the other. Fang et al.,
+    https://arxiv.org/abs/1911.11815 (opposite); Tolpegin et al., https://arxiv.org/abs/2007.08432 (source, target).
+    """
+    classes = view.logits.shape[-1]
+    if (source is None) != (target is None):
+        raise ValueError("source and target go together: give both or none")
+    if map not in ("opposite", "cyclic"):
+        raise ValueError(f"map={map} is not known; use opposite or cyclic")
+    if source is not None and target is not None:
+        if not (0 <= source < classes and 0 <= target < classes and source != target):
+            raise ValueError(f"source={source} target={target} must be two different labels from 0 to {classes - 1}")
+        labels = torch.where(view.y == source, target, view.y)
+    else:
+        labels = classes - 1 - view.y if map == "opposite" else (view.y + 1) % classes
+    return Proposal(labels, view.noise[:, 0].masked_fill(labels == view.y, -math.inf))
+
+
+def confidence_flip(view: View, *, certain: Literal["most", "least"] = "most") -> Proposal:
+    """The samples whose true label the model is most, or least, certain of, each to the likeliest other class.
+
+    Certainty is the margin: the logit of the true label above the largest other one.
+    """
+    if certain not in ("most", "least"):
+        raise ValueError(f"certain={certain} is not known; use most or least")
+    true = view.y.expand(view.logits.shape[:-1]).unsqueeze(-1)
+    others, labels = view.logits.scatter(-1, true, -math.inf).max(-1)
+    margin = view.logits.gather(-1, true).squeeze(-1) - others
+    return Proposal(labels, margin if certain == "most" else -margin)

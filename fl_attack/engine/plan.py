@@ -1,0 +1,99 @@
+"""Labels that attackers choose at the start of an epoch, over all that they hold, and keep for its minibatches."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack import adversary, attack
+from fl_attack.engine import kernels
+from fl_attack.engine.attackers import Attackers, Change, Turn, no_change
+from fl_attack.engine.batches import Batch, Batches
+from fl_attack.scenario import Scenario
+
+NUMBERS_AT_ONCE = 2**25  # logits, and features, of a piece
+
+
+class Plan:
+    """What the attackers of a tile have written into their data for the epoch."""
+
+    def __init__(self, cells: Sequence[Scenario], batches: Batches) -> None:
+        self.cells, self.batches = cells, batches
+        self.layout = batches.whole_layout
+        every_epoch = {"every": 1, "start": 1, "stop": None}
+        planners = [
+            Scenario(
+                cell.settings.model_copy(update={"attack": cell.settings.attack.model_copy(update=every_epoch)}),
+                *(cell.dataset, cell.partition, cell.schedule),
+            )
+            for cell in cells
+        ]
+        self.attackers = Attackers(planners, batches, self.layout)
+        self.place = torch.empty(len(batches.y), dtype=torch.int64)  # of each sample among all columns
+        self.place[torch.from_numpy(batches.whole_samples)] = torch.arange(len(batches.whole_samples))
+        self.written: Tensor | None = None  # (M, n) the label, or -1
+        self.turn: Turn | None = None
+
+    def renew(self, theta: Tensor, targets: Tensor | None, round_: int) -> None:
+        """Choose for the epoch that begins with a round, at theta (M C, d); `targets` (M C, d) for targeted goals."""
+        made, epoch = self.attackers, (round_ - 1) // self.cells[0].schedule.rounds_per_epoch + 1
+        turn = self.turn = made.turn(epoch, self.layout, round_)
+        self.written = None
+        if turn is None or turn.picks is None:
+            return
+        M, C, n = made.M, made.C, turn.n
+        aimed = "goal" in attack.find(made.kind.name).uses
+        v = self._direction(theta, targets, turn) if aimed else theta
+        labels = torch.empty(M, n, dtype=torch.int64, device=theta.device)
+        priority = torch.empty(M, n, dtype=theta.dtype, device=theta.device)
+        function, args = attack.find(made.kind.name).function, made.like.settings.attack.args
+        drawn = adversary.label_noise(made.like, round_, int(self.layout.ends[-1]))
+        noise = torch.from_numpy(drawn[self.batches.whole_samples.argsort().argsort()]).to(theta)
+        for batch, part in self.batches.pieces(n, NUMBERS_AT_ONCE // (M * C + self.batches.d)):
+            width = part.stop - part.start
+            view = attack.View(
+                batch.y,
+                torch.ones(width, dtype=theta.dtype, device=theta.device),
+                scores=lambda b=batch: self._by_class(v, b),  # type: ignore[misc]
+                logits=lambda b=batch: self._by_class(theta, b),  # type: ignore[misc]
+                noise=noise[part],
+                selection=made.like.settings.attack.selection,
+            )
+            proposal = function(view, **args)
+            labels[:, part], priority[:, part] = proposal.labels, proposal.priority.to(theta)
+        made.take_largest_(priority, self.batches.whole_samples[:n], turn, torch.empty_like(priority))
+        y = self.batches.y[torch.from_numpy(self.batches.whole_samples[:n])].to(theta.device)
+        self.written = labels.masked_fill_((priority == 0) | (labels == y), -1)
+
+    def _direction(self, theta: Tensor, targets: Tensor | None, turn: Turn) -> Tensor:
+        """(M C, d) up to a positive factor for each cell."""
+        if targets is not None:
+            return targets - theta
+        M, C = self.attackers.M, self.attackers.C
+        v = torch.zeros_like(theta)
+        for batch, part in self.batches.pieces(int(self.layout.ends[-1]), NUMBERS_AT_ONCE // (M * C + self.batches.d)):
+            R = kernels.residuals_(theta @ batch.X.mT, C, batch.encoded)
+            if turn.known is not None:
+                R = (R.view(M, C, -1) * turn.known[:, None, part]).view_as(R)
+            v.addmm_(R, batch.X)
+        return v
+
+    def _by_class(self, rows: Tensor, batch: Batch) -> Tensor:
+        """(M, n, classes) inner products with the plain features; two classes: 0 and the one."""
+        signed = rows @ batch.X.mT
+        if self.attackers.C > 1:
+            return signed.view(self.attackers.M, self.attackers.C, -1).mT
+        plain = signed * batch.sign
+        return torch.stack([torch.zeros_like(plain), plain], -1)
+
+    def change(self, batch: Batch, attacked: NDArray[np.bool_], n: int) -> Change:
+        """What the columns within reach of a minibatch have of it, in the cells that are attacked now."""
+        if self.written is None:
+            return no_change(batch.X.device)
+        columns = self.place[batch.at[:n]].to(self.written.device)
+        labels = self.written.index_select(1, columns.clamp(max=self.written.shape[1] - 1))
+        labels = labels.masked_fill((columns >= self.written.shape[1]) | ~torch.from_numpy(attacked)[:, None], -1)
+        cells, at = (labels >= 0).nonzero(as_tuple=True)
+        return Change(cells, at, labels[cells, at])

@@ -1,0 +1,115 @@
+"""What each client sends, for aggregation rules, attacks on gradients and measures that need to see it.
+
+The mean of label attacks never does: its gradients of all clients together are one matrix product.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_attack import adversary, attack, detect, protocol
+from fl_attack.engine import kernels
+from fl_attack.engine.attackers import NOBODY, Attackers, Turn
+from fl_attack.engine.batches import Batch
+from fl_attack.scenario import Scenario
+
+BYTES_AT_ONCE = 2**25  # of updates
+Direction = Callable[[slice], Tensor]
+
+
+class Residuals(NamedTuple):
+    """Where the updates of a round come from; of the cells of a tile, or of some of them."""
+
+    theta: Tensor  # (M C, d)
+    R: Tensor  # (M C, n) residuals with the labels as written
+    written: Tensor | None  # (M C, n) R less the clean ones, where clients take several steps
+    lr: Tensor  # (M C, 1)
+
+    def rows(self, part: slice) -> "Residuals":
+        """Some rows."""
+        written = None if self.written is None else self.written[part]
+        return Residuals(self.theta[part], self.R[part], written, self.lr[part])
+
+
+def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor]]:
+    """Each client's place among the clients of the round, and its update (M C, d): the gradient, over its steps."""
+    layout = batch.layout
+    starts = layout.ends - layout.sizes
+    for i, place in enumerate(layout.rank.tolist()):
+        columns = slice(int(starts[i]), int(layout.ends[i]))
+        if of.written is None:
+            yield place, (of.R[:, columns] @ batch.X[columns]).div_(columns.stop - columns.start)
+            continue
+        moved = of.theta.clone()
+        for step in batch.steps[i]:
+            X = batch.X[step]
+            encoded = batch.encoded[:, step] if C > 1 else batch.encoded
+            residuals = kernels.residuals_(moved @ X.mT, C, encoded).add_(of.written[:, step])
+            moved.addmm_(residuals.mul_(of.lr), X, alpha=-1 / len(step))
+        yield place, torch.sub(of.theta, moved, out=moved).div_(of.lr)
+
+
+class Server:
+    """What is made of the updates of a tile's clients."""
+
+    def __init__(self, cells: Sequence[Scenario], attackers: Attackers) -> None:
+        self.like, self.attackers = cells[0], attackers
+        self.M, self.C = attackers.M, attackers.C
+        self.crafts = attackers.kind != NOBODY and self.like.settings.attack.writes == "updates"
+        self.rule = self.like.rule()
+        plain = self.like.settings.strategy.name == "mean" and not self.like.settings.strategy.pre
+        self.needed = self.crafts or not plain  # else the mean of what clients send is one matrix product
+
+    def mean(self, of: Residuals, batch: Batch) -> Tensor:
+        """The mean of what clients send, (M C, d), where all are honest with their gradients."""
+        sizes = self.like.schedule.sizes[np.sort(batch.layout.clients)]
+        total = torch.zeros_like(of.theta)
+        for place, update in by_client(of, batch, self.C):
+            total.add_(update, alpha=float(sizes[place] / sizes.sum()))
+        return total
+
+    def take(
+        self, of: Residuals, batch: Batch, turn: Turn | None, v: Direction, round_: int, measured: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The aggregate (M C, d) of what clients send, and `detect.MEASURES` of it (M, measures) where measured.
+
+        `v` gives the direction (cells, C, d) of some cells, for attacks that have one.
+        """
+        d, layout = of.theta.shape[1], batch.layout
+        m = len(layout.clients)
+        weights = torch.from_numpy(self.like.schedule.sizes[np.sort(layout.clients)])
+        order = torch.from_numpy(protocol.shuffled(self.like.settings.seed, round_, m))
+        out, found = torch.empty_like(of.theta), []
+        at_once = max(1, BYTES_AT_ONCE // (m * self.C * d * out.element_size()))
+        for start in range(0, self.M, at_once):
+            cells = slice(start, min(self.M, start + at_once))
+            rows = slice(cells.start * self.C, cells.stop * self.C)
+            sent = out.new_empty(m, rows.stop - rows.start, d)
+            for place, update in by_client(of.rows(rows), batch, self.C):
+                sent[place] = update
+            updates = sent.view(m, -1, self.C, d).movedim(0, 1)
+            if self.crafts and turn is not None:
+                updates = self._crafted(updates, turn, cells, v, round_)
+            out[rows] = self.rule(updates, weights.to(out.device), order.to(out.device)).reshape(-1, d)
+            if measured and turn is not None:
+                found.append(detect.measures(updates, turn.malicious[cells]))
+        return out, torch.cat(found) if found else None
+
+    def _crafted(self, updates: Tensor, turn: Turn, cells: slice, v: Direction, round_: int) -> Tensor:
+        """See `adversary.crafted`."""
+        now = torch.from_numpy(self.attackers.rounds.attacked(round_)[cells]).to(updates.device)
+        malicious = turn.malicious[cells] & now[:, None]
+        if not malicious.any():
+            return updates
+        threat = self.like.settings.attack
+        view = attack.Updates(
+            updates,
+            turn.malicious[cells],
+            direction=lambda: v(cells),
+            noise=lambda: adversary.update_noise(self.like, round_).to(updates),
+        )
+        sent = attack.find(threat.name).function(view, **threat.args)
+        return torch.where(malicious[..., None, None], sent, updates)

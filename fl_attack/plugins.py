@@ -1,0 +1,77 @@
+"""Functions of users, by import path: `module.function`, `module:function` or `path/to/file.py:function`."""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fl_attack.errors import InputError
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is an import path rather than one of a table."""
+    return "." in name or ":" in name
+
+
+@cache
+def load(path: str) -> Callable[..., Any]:
+    """The function of an import path, looked for in the current directory too; InputError where there is none."""
+    module, function = _parts(path)
+    try:
+        found = getattr(_from_file(Path(module)) if module.endswith(".py") else _imported(module), function, None)
+    except Exception as error:  # whatever a user's module raises as it is imported
+        raise InputError(f"{path} can't be imported: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    if not callable(found):
+        raise InputError(f"{path}: there is no function {function} in {module}")
+    return found  # type: ignore[no-any-return]
+
+
+def spelled_out(name: str, folder: str) -> str:
+    """The same function for a process in another folder: a module that is a file of this folder by its full path."""
+    if not is_path(name):
+        return name
+    module, function = _parts(name)
+    file = Path(folder, module if module.endswith(".py") else module.replace(".", "/") + ".py")
+    return f"{file.resolve()}:{function}" if file.is_file() else name
+
+
+def source_digest(name: str) -> str:
+    """A hash of the file that a function is defined in; empty for one of a table."""
+    if not is_path(name):
+        return ""
+    file = sys.modules[load(name).__module__].__file__
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+
+def _parts(path: str) -> tuple[str, str]:
+    module, _, function = path.rpartition(":" if ":" in path else ".")
+    if not module or not function.isidentifier():
+        raise InputError(f"{path} is not an import path; use module.function or path/to/file.py:function")
+    return module, function
+
+
+def _imported(module: str) -> Any:
+    file = Path(module.replace(".", "/") + ".py")
+    return _from_file(file) if file.is_file() else importlib.import_module(module)
+
+
+def _from_file(file: Path) -> Any:
+    full = file.resolve()
+    name = f"fl_attack_plugin_{hashlib.sha256(str(full).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, full)
+    if spec is None or spec.loader is None or not full.is_file():
+        raise FileNotFoundError(f"there is no file {full}")
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made
+    try:
+        spec.loader.exec_module(made)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return made
