@@ -73,9 +73,7 @@ def test_a_sweep_is_its_cells_run_alone(command: Command, small_data: Small, tmp
         assert float(row["write_access"]) == pytest.approx(summary["write_access"])
         assert float(row["global_budget"]) == pytest.approx(summary["global_budget"])
         assert int(row["flips"]) == summary["flips"]
-        with (tmp_path / row["cell"] / "rounds.csv").open() as lines:
-            best = min(csv.DictReader(lines), key=lambda measured: float(measured["test_loss"]))
-        assert float(row["early_stop_accuracy"]) == pytest.approx(float(best["test_accuracy"]))
+        assert row["early_stop_accuracy"] == ""
         assert curves["accuracy"][int(row["cell"])][-1] == pytest.approx(summary["final_accuracy"])
 
 

@@ -23,13 +23,13 @@ class Log:
         self._written: defaultdict[int, list[NDArray[np.int64]]] = defaultdict(list)  # by round: cell and sample in one
         self._cosine = np.full(M, np.nan)
 
-    def table(self, cell: int) -> NDArray[np.float64]:
-        """The rows of a cell."""
-        return np.stack([rows[cell] for rows in self._rows])
+    def table(self, cell: int, last: int) -> NDArray[np.float64]:
+        """The rows of a cell up to its last round."""
+        return np.stack([rows[cell] for rows in self._rows if rows[cell, 0] <= last])
 
-    def flips(self, cell: int) -> list[tuple[int, Flips]]:
-        """The flips of a cell, where they are kept."""
-        return self._flips[cell]
+    def flips(self, cell: int, last: int) -> list[tuple[int, Flips]]:
+        """The flips of a cell up to its last round, where they are kept."""
+        return [(round_, made) for round_, made in self._flips[cell] if round_ <= last]
 
     def watch(self, round_: int, start: int, attackers: Attackers, batch: Batch, report: Report) -> None:
         """Note what the cells from `start` on did in a round."""
@@ -50,8 +50,14 @@ class Log:
             made = Flips(samples[part], labels[part], int(allowed[i]))
             self._flips[start + i].append((round_, made))
 
-    def measure(self, round_: int, quality: NDArray[np.float64], attackers: Iterable[Attackers] = ()) -> None:
-        """A row for each cell: quality (M, 3) after a round, and what its attackers did in it."""
+    def measure(
+        self,
+        round_: int,
+        quality: NDArray[np.float64],
+        validation_loss: NDArray[np.float64] | float,
+        attackers: Iterable[Attackers] = (),
+    ) -> None:
+        """A row for each cell: quality (M, 3) and loss (M,) after a round, and what its attackers did in it."""
         made, allowed, repeated = np.zeros(self.M), np.zeros(self.M), np.zeros(self.M)
         if attackers:
             made = np.concatenate([one.last for one in attackers])
@@ -65,4 +71,7 @@ class Log:
             repeated = again / made.clip(1)
         cosine = self._cosine if round_ and self.full_rows else np.full(self.M, np.nan)
         used = made / allowed.clip(1)
-        self._rows.append(np.column_stack([np.full(self.M, round_), quality, made, allowed, used, cosine, repeated]))
+        loss = np.broadcast_to(validation_loss, self.M)
+        self._rows.append(
+            np.column_stack([np.full(self.M, round_), quality, made, allowed, used, cosine, repeated, loss])
+        )

@@ -52,6 +52,8 @@ def run_alone(cell: Scenario) -> Outcome:
             aggregate = (theta - moved) / settings.lr
             theta, state = protocol.server_step(settings.server_optimizer, theta, aggregate, settings.lr, state)
             recorder.record(round_, theta, aggregate, flips)
+            if recorder.stopped:
+                break
     except RunError as failure:
         error = str(failure)
     history = recorder.history

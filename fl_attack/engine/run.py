@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack.engine import groups
-from fl_attack.engine.attackers import kind_of
+from fl_attack.engine.attackers import Attackers, kind_of
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.kernels import Room
 from fl_attack.engine.log import Log
-from fl_attack.engine.measure import TestSet
+from fl_attack.engine.measure import Samples
 from fl_attack.engine.outcome import Outcome, run_alone
+from fl_attack.engine.stopping import Stopping
 from fl_attack.engine.tile import Shared, Tile
 from fl_attack.errors import InputError
+from fl_attack.history import COLUMNS
 from fl_attack.scenario import Scenario
 
 Progress = Callable[[int], None]
@@ -98,7 +100,9 @@ class _Work:
         often = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
         clients = np.argsort(-np.asarray(often), kind="stable")
         self.batches = Batches(cells[0], clients, device, memory / 2)
-        self.test_set = TestSet(self.batches)
+        dataset, split = cells[0].dataset, cells[0].partition.validation
+        self.test_set = Samples(self.batches, dataset.x_test, dataset.y_test)
+        self.validation = Samples(self.batches, dataset.x_train[split], dataset.y_train[split]) if len(split) else None
         self.targets = self._targets()
         self._target_logits: Tensor | None = None
 
@@ -113,11 +117,11 @@ class _Work:
 
         order = sorted(range(len(self.cells)), key=likeness)
         C, d = self.cells[0].theta_shape
-        held = self.batches.bytes + self.test_set.X.nbytes
+        held = self.batches.bytes + self.test_set.X.nbytes + (self.validation.X.nbytes if self.validation else 0)
         held += len(self.cells) * C * d * self.batches.dtype.itemsize * self.keep_theta
-        copies = {"sgd": 1, "momentum": 2, "adam": 3}[self.settings.server_optimizer]
+        copies = {"sgd": 1, "momentum": 2, "adam": 3}[self.settings.server_optimizer] + bool(self.validation)
         each = C * self.batches.d * self.batches.dtype.itemsize * copies
-        each += 8 * len(self._evaluated()) * 9 + 200
+        each += 8 * len(self._evaluated()) * len(COLUMNS) + 200
         size = max(1, int((self.memory - held) / each))
         pieces = -(-len(order) // size)
         for piece in np.array_split(np.array(order), pieces):
@@ -135,7 +139,8 @@ class _Work:
         ]
         log = Log(len(cells), len(self.batches.y), self.keep_flips, self.full_rows)
         attackers = [tile.attackers for _, tile in tiles]
-        log.measure(0, self.test_set.quality(theta[:C]).repeat(len(cells), 0))  # all start alike
+        stopping = None if self.validation is None else Stopping(cells, self.validation, theta)
+        ended = self._measure(0, theta, log, stopping)
         evaluated, room = self._evaluated(), Room(self.device, self.batches.dtype)
         for round_ in range(1, self.settings.rounds + 1):
             shared = self._shared(round_, tiles, room)
@@ -147,15 +152,38 @@ class _Work:
                 if report is not None:
                     log.watch(round_, start, tile.attackers, shared.batch, report)
             if told:
-                log.measure(round_, self.test_set.quality(theta), attackers)
-            progress(len(cells))
-        return self._outcomes(cells, theta, tiles, log, time.perf_counter() - began)
+                ended = self._measure(round_, theta, log, stopping, attackers)
+            progress(len(cells) * (self.settings.rounds - round_ + 1 if ended else 1))
+            if ended:
+                break
+        return self._outcomes(cells, theta, tiles, log, stopping, time.perf_counter() - began)
+
+    def _measure(
+        self, round_: int, theta: Tensor, log: Log, stopping: Stopping | None, attackers: Sequence[Attackers] = ()
+    ) -> bool:
+        """Note how good the cells are after a round; whether all have stopped early."""
+        losses = stopping.losses(theta) if stopping else np.nan
+        log.measure(round_, self.test_set.quality(theta), losses, attackers)
+        if stopping is None:
+            return False
+        flips = np.concatenate([one.flips for one in attackers]) if attackers else np.zeros(log.M, np.int64)
+        return stopping.note(round_, np.asarray(losses), theta, flips)
 
     def _outcomes(
-        self, cells: list[Scenario], theta: Tensor, tiles: list[tuple[int, Tile]], log: Log, seconds: float
+        self,
+        cells: list[Scenario],
+        theta: Tensor,
+        tiles: list[tuple[int, Tile]],
+        log: Log,
+        stopping: Stopping | None,
+        seconds: float,
     ) -> list[Outcome]:
-        finite = theta.view(len(cells), -1).isfinite().all(1).tolist()
+        finite = theta.view(len(cells), -1).isfinite().all(1).cpu().numpy()
         flips = np.concatenate([tile.attackers.flips for _, tile in tiles])
+        last = np.full(len(cells), self.settings.rounds)
+        if stopping:
+            finite |= stopping.over
+            theta, flips, last = stopping.best, stopping.flips, stopping.rounds
         shape, seen = cells[0].theta_shape, self.batches.seen
         outcomes = []
         for i, cell in enumerate(cells):
@@ -166,7 +194,7 @@ class _Work:
                 if self.keep_theta:
                     whole = torch.zeros(shape, dtype=theta.dtype)
                     whole[:, seen] = theta[i * shape[0] : (i + 1) * shape[0]].cpu()
-                outcome = Outcome(log.table(i), int(flips[i]), whole, log.flips(i))
+                outcome = Outcome(log.table(i, last[i]), int(flips[i]), whole, log.flips(i, last[i]))
             outcome.seconds = seconds / len(cells)
             outcomes.append(outcome)
         return outcomes

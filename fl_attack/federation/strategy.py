@@ -45,6 +45,10 @@ class RuleStrategy(FedAvg):
         return wire.pack(self._theta, raw=True), None
 
 
+class _StoppedEarly(Exception):  # noqa: N818 - no error
+    """The way out of the loop over rounds of Flower's `Strategy.start`, which knows no other."""
+
+
 class WatchedStrategy(Strategy):
     """Any strategy, its replies checked and put in the order of the clients, its rounds recorded.
 
@@ -80,6 +84,8 @@ class WatchedStrategy(Strategy):
         if aggregate is None:  # a strategy of Flower's: the step it took
             aggregate = (self.recorder.history.theta - theta) / self.recorder.scenario.settings.lr
         self.recorder.record(server_round, theta, aggregate, all_flips(ordered))
+        if self.recorder.stopped:
+            raise _StoppedEarly
         return arrays, metrics
 
     def configure_evaluate(
@@ -171,5 +177,7 @@ def start(grid: Grid, recorder: Recorder) -> None:
             num_rounds=scenario.settings.rounds,
             train_config=ConfigRecord({wire.SETTINGS: scenario.settings.model_dump_json()}),
         )
+    except _StoppedEarly:
+        pass
     finally:
         history.seconds = time.perf_counter() - started
