@@ -174,6 +174,18 @@ class EngineSettings(Strict):
     memory_gb: Positive = 2.0
 
 
+class EarlyStopSettings(Strict):
+    """When the server ends a run before its last round; see `history.EarlyStop`."""
+
+    patience: Count | None = None
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @property
+    def held_out(self) -> float:
+        """Share of the training samples that the server keeps from the clients."""
+        return 0.0 if self.patience is None else self.share
+
+
 class Settings(Strict):
     """One experiment."""
 
@@ -191,6 +203,7 @@ class Settings(Strict):
     local_steps: Count
     lr: Positive
     server_optimizer: Optimizer
+    early_stop: EarlyStopSettings
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     dtype: Literal["float32", "float64"]
     launcher: Literal["auto", "local", "ray"] = "auto"

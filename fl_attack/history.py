@@ -27,6 +27,7 @@ COLUMNS = (
     "repeated",  # share of this round's flipped samples that were flipped in the round before too
     "relabelled",  # share of them that were flipped to another label then
     *MEASURES,  # of the updates that the clients sent
+    "validation_loss",  # on the server's validation split; NaN without early stopping
 )
 Row = dict[str, Any]
 OnRound = Callable[[int, Row], None]  # gets the round and the row last measured
@@ -40,6 +41,12 @@ class History:
     rows: list[Row] = field(default_factory=list)
     flips: list[tuple[int, Flips]] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def best(self) -> Row:
+        """The row of the model that the run gives: the last, or with early stopping that of the lowest loss."""
+        losses = [row["validation_loss"] for row in self.rows]
+        return self.rows[best_row(np.array(losses))]
 
     @property
     def flip_count(self) -> int:
@@ -57,6 +64,34 @@ class History:
         }
 
 
+def best_row(validation_loss: NDArray[np.float64]) -> int:
+    """The evaluation whose model a run gives: that of the lowest validation loss, where there is none the last."""
+    return len(validation_loss) - 1 if np.isnan(validation_loss).all() else int(np.nanargmin(validation_loss))
+
+
+class EarlyStop:
+    """Whether the validation loss of each of M runs has stopped falling."""
+
+    def __init__(self, patience: NDArray[np.int64]) -> None:
+        """`patience` (M,): evaluations without a loss lower than all before after which a run ends."""
+        self.patience = patience
+        self.lowest = np.full(len(patience), np.inf)
+        self.since = np.zeros(len(patience), np.int64)
+
+    def lower(self, losses: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Note the losses (M,) of an evaluation; which of them are the lowest so far."""
+        lower: NDArray[np.bool_] = losses < self.lowest
+        self.lowest = np.where(lower, losses, self.lowest)
+        self.since = np.where(lower, 0, self.since + 1)
+        return lower
+
+    @property
+    def over(self) -> NDArray[np.bool_]:
+        """(M,) whose patience is at its end."""
+        over: NDArray[np.bool_] = self.since >= self.patience
+        return over
+
+
 class Recorder:
     """Turns what happens in a run into its history; an engine calls `record` after every round."""
 
@@ -67,6 +102,15 @@ class Recorder:
         self._test_set = scenario.test_set()
         self._last = NO_FLIPS
         self._row: Row = {}
+        patience = scenario.settings.early_stop.patience
+        self._early_stop = None if patience is None else EarlyStop(np.array([patience]))
+        if self._early_stop:
+            self._validation_set, self._best = scenario.validation_set(), self.history.theta
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run is to end here; its history then ends with the model of the lowest validation loss."""
+        return self._early_stop is not None and bool(self._early_stop.over[0])
 
     def record(
         self,
@@ -94,6 +138,10 @@ class Recorder:
         if round_ % settings.eval_every == 0 or round_ == settings.rounds:
             self._row = self._measure(round_, before, aggregate, flips, updates)
             self.history.rows.append(self._row)
+            if self._early_stop and self._early_stop.lower(np.array([self._row["validation_loss"]]))[0]:
+                self._best = theta
+        if self._early_stop and (self.stopped or round_ == settings.rounds):
+            self.history.theta = self._best
         self._last = flips
         self.on_round(round_, self._row)
 
@@ -120,6 +168,7 @@ class Recorder:
             len(here) / max(1, count),
             int(changed.sum()) / max(1, count),
             *self._detection(round_, updates),
+            self._validation_loss(),
         )
         return dict(zip(COLUMNS, values, strict=True))
 
@@ -130,3 +179,9 @@ class Recorder:
         malicious = np.isin(made.schedule.drawn(round_), made.partition.malicious)
         found: list[float] = detect.measures(updates, torch.from_numpy(malicious)).tolist()
         return found
+
+    def _validation_loss(self) -> float:
+        if not self._early_stop:
+            return math.nan
+        X, y = self._validation_set
+        return model.losses(model.logits(self.history.theta.to(X.dtype), X), y).double().mean().item()

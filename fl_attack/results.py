@@ -76,25 +76,28 @@ def write(out: Path, scenario: Scenario, history: History, finished: bool = True
 def summary(scenario: Scenario, history: History) -> dict[str, Any]:
     """The figures of a run: accuracies and F1 from 0 to 1, shares from 0 to 1, times in seconds."""
     settings: Settings = scenario.settings
-    last = history.rows[-1]
+    last, best = history.rows[-1]["round"], history.best
     budget = settings.attack.budget if settings.attacked else 0.0
     return {
-        "final_accuracy": last["test_accuracy"],
+        "final_accuracy": best["test_accuracy"],
         "minimum_accuracy": min(row["test_accuracy"] for row in history.rows[1:]),
-        "final_f1": last["test_f1"],
+        "final_f1": best["test_f1"],
         "minimum_f1": min(row["test_f1"] for row in history.rows[1:]),
-        "final_loss": last["test_loss"],
+        "final_loss": best["test_loss"],
         "attack": settings.attack.name,
         "write_access": scenario.write_access,
         "budget": budget,
         "global_budget": scenario.write_access * budget,
         "flips": history.flip_count,
-        "flips_per_round": history.flip_count / settings.rounds,
+        "flips_per_round": history.flip_count / last,
         "clients": settings.clients.total,
         "malicious_clients": settings.clients.malicious,
-        "training_samples": len(scenario.dataset.y_train),
+        "training_samples": int((scenario.partition.client >= 0).sum()),
+        "validation_samples": len(scenario.partition.validation),
         "test_samples": len(scenario.dataset.y_test),
         "rounds": settings.rounds,
+        "stopped_round": last,
+        "best_round": best["round"],
         "seconds": history.seconds,
         "seed": settings.seed,
         "versions": versions(),
@@ -112,6 +115,8 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
         "global budget": lambda s: f"{s['global_budget']:.3f}",
         "seconds": lambda s: f"{s['seconds']:.1f}",
     }
+    if any(s["best_round"] != s["rounds"] for s in summaries.values()):  # with early stopping
+        columns["best round"] = lambda s: f"{s['best_round']} of {s['stopped_round']}"
     rows = [["", *columns], *([name, *(show(s) for show in columns.values())] for name, s in summaries.items())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -58,8 +58,9 @@ class Scenario:
 
     @property
     def write_access(self) -> float:
-        """Share k of the samples that malicious clients hold."""
-        return int(np.isin(self.partition.client, self.partition.malicious).sum()) / len(self.partition.client)
+        """Share k of the clients' samples that malicious ones hold."""
+        theirs = int(np.isin(self.partition.client, self.partition.malicious).sum())
+        return theirs / int((self.partition.client >= 0).sum())
 
     def start(self) -> Tensor:
         """The parameters before the first round: zero."""
@@ -75,6 +76,11 @@ class Scenario:
         """Features and labels that the server measures the model on."""
         X = data.features(self.dataset.x_test, self.dataset.scale, self.settings.torch_dtype)
         return X, torch.tensor(self.dataset.y_test)
+
+    def validation_set(self) -> tuple[Tensor, Tensor]:
+        """Features and labels that the server holds out to see when to stop."""
+        samples = self.partition.validation
+        return self.features(samples), torch.from_numpy(self.dataset.y_train[samples])
 
     def gradient(self, theta: Tensor, clients: Iterable[int], round_: int) -> Tensor:
         """Clean gradient of the clients' samples in a round, (C, d), in the precision of theta."""
@@ -126,6 +132,7 @@ def make(settings: Settings, verify: bool = True) -> Scenario:
         honest=settings.clients.honest,
         malicious=settings.clients.malicious,
         seed=settings.seed,
+        held_out=settings.early_stop.held_out,
         **settings.partition.model_dump(),
     )
     shards = tuple(partition.shards)

@@ -25,7 +25,7 @@ from fl_attack import __version__, engine, federation, plots, results
 from fl_attack.config import Settings, settings_from, to_yaml
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError, RunError
-from fl_attack.history import COLUMNS, Recorder
+from fl_attack.history import COLUMNS, Recorder, best_row
 from fl_attack.scenario import Scenario
 
 NUMERICS = 1  # to be raised when a change of the code changes the numbers of a run
@@ -38,7 +38,7 @@ RESULTS = (
     "seed",
     "final_accuracy",
     "minimum_accuracy",
-    "early_stop_accuracy",  # where the test loss was lowest
+    "early_stop_accuracy",  # of the model that early stopping keeps; empty without it
     "final_f1",
     "final_loss",
     "flips",
@@ -238,10 +238,13 @@ def read(file: Path) -> Numbers | None:
 
 def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario], numbers: Sequence[Numbers]) -> None:
     """`curves.npz` and, last, `sweep.csv`."""
-    evaluations = max((one.table for one in numbers), key=len)[:, COLUMNS.index("round")]
+    rounds = [one.table[:, COLUMNS.index("round")] for one in numbers]
+    evaluations = max(rounds, key=lambda column: np.isfinite(column).sum())  # others broke off or stopped earlier
+    evaluations = evaluations[np.isfinite(evaluations)]
     accuracy = np.full((len(cells), len(evaluations)), np.nan)
     for i, one in enumerate(numbers):
-        accuracy[i, : len(one.table)] = one.table[:, COLUMNS.index("test_accuracy")]
+        measured = one.table[: len(evaluations), COLUMNS.index("test_accuracy")]
+        accuracy[i, : len(measured)] = measured
     write_whole(out / CURVES, lambda stream: np.savez(stream, accuracy=accuracy, round=evaluations))
     swept = list(dict.fromkeys(key for cell in cells for key in cell.overrides if key not in RESULTS))
     text = io.StringIO()
@@ -258,20 +261,21 @@ def row_of(made: Scenario, numbers: Numbers) -> dict[str, Any]:
     values = {name: numbers.table[:, i] for i, name in enumerate(COLUMNS)}
     rounds = values["round"][~np.isnan(values["round"])]
     accuracy = values["test_accuracy"][: len(rounds)]
-    last, after_start = len(rounds) - 1, accuracy[1:] if len(accuracy) > 1 else accuracy
+    after_start = accuracy[1:] if len(accuracy) > 1 else accuracy
+    best = best_row(values["validation_loss"][: len(rounds)])
     budget = made.settings.attack.budget if made.settings.attacked else 0.0
     found = {
         "write_access": made.write_access,
         "budget": budget,
         "global_budget": made.write_access * budget,
         "seed": made.settings.seed,
-        "final_accuracy": accuracy[last],
+        "final_accuracy": accuracy[best],
         "minimum_accuracy": after_start.min(),
-        "early_stop_accuracy": accuracy[values["test_loss"][: len(rounds)].argmin()],
-        "final_f1": values["test_f1"][last],
-        "final_loss": values["test_loss"][last],
+        "early_stop_accuracy": "" if made.settings.early_stop.patience is None else accuracy[best],
+        "final_f1": values["test_f1"][best],
+        "final_loss": values["test_loss"][best],
         "flips": int(numbers.flips),
-        "rounds": int(rounds[last]),
+        "rounds": int(rounds[-1]),
         "error": str(numbers.error),
     }
     return {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in found.items()}

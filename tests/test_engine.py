@@ -256,7 +256,7 @@ def test_less_is_kept_where_less_is_asked_for(settings: Compose, small_data: Sma
         assert other.theta is None and not other.flips
         assert other.flip_count == one.flip_count > 0
         assert np.isnan(other.table[1:, costly]).all()
-        assert (np.delete(other.table, costly, 1) == np.delete(one.table, costly, 1)).all()
+        np.testing.assert_array_equal(np.delete(other.table, costly, 1), np.delete(one.table, costly, 1))
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -73,9 +73,7 @@ def test_a_sweep_is_its_cells_run_alone(command: Command, small_data: Small, tmp
         assert float(row["write_access"]) == pytest.approx(summary["write_access"])
         assert float(row["global_budget"]) == pytest.approx(summary["global_budget"])
         assert int(row["flips"]) == summary["flips"]
-        with (tmp_path / row["cell"] / "rounds.csv").open() as lines:
-            best = min(csv.DictReader(lines), key=lambda measured: float(measured["test_loss"]))
-        assert float(row["early_stop_accuracy"]) == pytest.approx(float(best["test_accuracy"]))
+        assert row["early_stop_accuracy"] == ""
         assert curves["accuracy"][int(row["cell"])][-1] == pytest.approx(summary["final_accuracy"])
 
 
@@ -157,7 +155,7 @@ def test_a_cell_that_diverges_ends_in_a_row_with_its_error(command: Command, sma
         (["attack.budget=0.1,2"], "attack.budget=2.*at most 1"),
         (["clients.malicious=1,9", "clients.total=6"], "malicious=9 is more than total=6"),
         (["attack.budgte=0.1,0.2"], "attack.budgte is not a known key"),
-        (["attack=greedy,gredy"], "attack=gredy is not known; known: greedy, none"),
+        (["attack=greedy,gredy"], "attack=gredy is not known; known: alie, confidence_flip"),
         (
             ["engine=batched", "strategy=flower", "strategy.path=flwr.serverapp.strategy.FedMedian", "seed=0,1"],
             "engine",

@@ -11,7 +11,7 @@ import numpy as np
 from fl_attack.errors import InputError
 
 # Streams of random numbers, one for each purpose, so that no setting shifts what another one draws.
-MALICIOUS, SPLIT, SHARDS, MALICIOUS_SHARDS = range(0x5EED_0000, 0x5EED_0004)
+MALICIOUS, SPLIT, SHARDS, MALICIOUS_SHARDS, HELD_OUT = range(0x5EED_0000, 0x5EED_0005)
 DIRICHLET_DRAWS = 100
 
 
@@ -19,14 +19,19 @@ DIRICHLET_DRAWS = 100
 class Partition:
     """The client of each sample, and which clients are malicious; every client 0 .. m-1 holds a sample."""
 
-    client: np.ndarray  # (n,) int64: the client of each training sample
+    client: np.ndarray  # (n,) int64: the client of each training sample; -1 where the server holds it out
     malicious: np.ndarray  # ids of the malicious clients, ascending
 
     @property
     def shards(self) -> list[np.ndarray]:
         """The samples of each client, ascending."""
-        by_client = np.argsort(self.client, kind="stable")
-        return np.split(by_client, np.cumsum(np.bincount(self.client))[:-1])
+        by_client = np.argsort(self.client, kind="stable")[len(self.validation) :]
+        return np.split(by_client, np.cumsum(np.bincount(self.client[by_client]))[:-1])
+
+    @property
+    def validation(self) -> np.ndarray:
+        """The samples of no client, ascending: the server's validation split."""
+        return np.flatnonzero(self.client < 0)
 
 
 def partition(
@@ -39,12 +44,14 @@ def partition(
     alpha: float | None = None,
     s: int | None = None,
     malicious_share: float | None = None,
+    held_out: float = 0.0,
 ) -> Partition:
     """Deal the samples with these labels to honest + malicious clients; the same for the same seed.
 
     The malicious clients are the first of an order drawn by the seed: those of malicious=2 are among those of
     malicious=3, in the same partition, if the total is the same. With `malicious_share` exactly
     round(share * n) samples, drawn at random, are dealt to the malicious clients and the rest to the honest.
+    Before all that, the share `held_out` of the samples, drawn at random, is kept from all clients.
     InputError where a client would stay without samples.
     """
     clients = honest + malicious
@@ -52,6 +59,25 @@ def partition(
         raise InputError(f"clients.honest={honest}, clients.malicious={malicious}; use 0 or more, 1 in all")
     if name not in PARTITIONERS:
         raise InputError(f"partition.name={name} is unknown; use one of {', '.join(PARTITIONERS)}")
+
+    if held_out:
+        count = round(held_out * len(labels))
+        if not count:
+            raise InputError(f"early_stop.share={held_out} holds out none of {len(labels)} samples; raise it")
+        rest = np.sort(np.random.default_rng([seed, HELD_OUT]).permutation(len(labels))[count:])
+        deal = partition(
+            labels[rest],
+            honest=honest,
+            malicious=malicious,
+            seed=seed,
+            name=name,
+            alpha=alpha,
+            s=s,
+            malicious_share=malicious_share,
+        )
+        holder = np.full(len(labels), -1)
+        holder[rest] = deal.client
+        return Partition(holder, deal.malicious)
 
     def dealt(labels: np.ndarray, clients: int, stream: int, kind: str = "") -> np.ndarray:
         if clients > len(labels):

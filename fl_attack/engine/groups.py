@@ -54,7 +54,7 @@ def group(scenarios: Sequence[Scenario]) -> list[list[int]]:
 def make_scenarios(many: Iterable[Settings], verify: bool = True) -> list[Scenario]:
     """`scenario.make` of each; data, partition and schedule are made once for all that have them in common."""
     made: dict[str, Scenario] = {}
-    kept = {"dataset", "partition", "clients", "seed", "batch_size", "local_steps"}
+    kept = {"dataset", "partition", "clients", "seed", "batch_size", "local_steps", "early_stop"}
     scenarios = []
     for settings in many:
         key = settings.model_dump_json(include=kept)

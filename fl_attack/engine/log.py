@@ -24,13 +24,13 @@ class Log:
         self._cosine = np.full(M, np.nan)
         self._detection = np.full((M, len(MEASURES)), np.nan)
 
-    def table(self, cell: int) -> NDArray[np.float64]:
-        """The rows of a cell."""
-        return np.stack([rows[cell] for rows in self._rows])
+    def table(self, cell: int, last: int) -> NDArray[np.float64]:
+        """The rows of a cell up to its last round."""
+        return np.stack([rows[cell] for rows in self._rows if rows[cell, 0] <= last])
 
-    def flips(self, cell: int) -> list[tuple[int, Flips]]:
-        """The flips of a cell, where they are kept."""
-        return self._flips[cell]
+    def flips(self, cell: int, last: int) -> list[tuple[int, Flips]]:
+        """The flips of a cell up to its last round, where they are kept."""
+        return [(round_, made) for round_, made in self._flips[cell] if round_ <= last]
 
     def watch(self, round_: int, start: int, batch: Batch, report: Report) -> None:
         """Note what the cells from `start` on did in a round."""
@@ -52,8 +52,14 @@ class Log:
             made = Flips(samples[part], labels[part], int(report.allowed[i]))
             self._flips[start + i].append((round_, made))
 
-    def measure(self, round_: int, quality: NDArray[np.float64], tiles: Sequence[Tile] = ()) -> None:
-        """A row for each cell: quality (M, 3) after a round, and what its attackers did in it."""
+    def measure(
+        self,
+        round_: int,
+        quality: NDArray[np.float64],
+        validation_loss: NDArray[np.float64] | float,
+        tiles: Sequence[Tile] = (),
+    ) -> None:
+        """A row for each cell: quality (M, 3) and loss (M,) after a round, and what its attackers did in it."""
         made, allowed = np.zeros(self.M), np.zeros(self.M)
         repeated, relabelled = np.zeros((2, self.M))
         if tiles:
@@ -72,5 +78,6 @@ class Log:
         full = bool(round_) and self.full_rows
         cosine, detection = (part if full else np.full_like(part, np.nan) for part in (self._cosine, self._detection))
         used = made / allowed.clip(1)
-        parts = np.full(self.M, round_), quality, made, allowed, used, cosine, repeated, relabelled, detection
+        loss = np.broadcast_to(validation_loss, self.M)
+        parts = np.full(self.M, round_), quality, made, allowed, used, cosine, repeated, relabelled, detection, loss
         self._rows.append(np.column_stack(parts))

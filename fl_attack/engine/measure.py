@@ -1,4 +1,6 @@
-"""How good many models are on the test set, as `model.quality` says it of one."""
+"""How good many models are on a set of samples, as `model.quality` says it of one."""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +14,20 @@ from fl_attack.engine.batches import Batches
 LOGITS_AT_ONCE = 2**21
 
 
-class TestSet:
-    """The test samples on a device, without the features that no model uses."""
+class Samples:
+    """Samples on a device, without the features that no model uses."""
 
-    def __init__(self, batches: Batches) -> None:
-        dataset, C = batches.like.dataset, batches.classes
-        order = np.argsort(dataset.y_test, kind="stable")
+    def __init__(self, batches: Batches, x: NDArray[Any], y: NDArray[np.int64]) -> None:
+        """`x` (n, p) raw values as of the data set of these batches, `y` (n,) their labels."""
+        scale, C = batches.like.dataset.scale, batches.classes
+        order = np.argsort(y, kind="stable")
         parts = [
-            data.features(dataset.x_test[at], dataset.scale, batches.dtype)[:, batches.seen]
+            data.features(x[at], scale, batches.dtype)[:, batches.seen]
             for at in np.array_split(order, max(1, len(order) // 4096))
         ]
         self.X = torch.cat(parts).to(batches.device)
-        self.y = torch.tensor(dataset.y_test[order]).to(batches.device)
-        self.zeros, self.classes = int((dataset.y_test == 0).sum()), C
+        self.y = torch.tensor(y[order]).to(batches.device)
+        self.zeros, self.classes = int((y == 0).sum()), C
 
     def quality(self, theta: Tensor) -> NDArray[np.float64]:
         """Accuracy, F1 and mean loss of each theta (M C, d), (M, 3)."""

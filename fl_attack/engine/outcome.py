@@ -55,6 +55,8 @@ def run_alone(cell: Scenario) -> Outcome:
             aggregate = rule(updates, torch.from_numpy(cell.schedule.sizes[clients]), order)
             theta, state = protocol.server_step(settings.server_optimizer, theta, aggregate, settings.lr, state)
             recorder.record(round_, theta, aggregate, flips, updates)
+            if recorder.stopped:
+                break
     except RunError as failure:
         error = str(failure)
     history = recorder.history

@@ -16,10 +16,12 @@ from fl_attack.engine.attackers import Kind, kind_of
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.kernels import Room
 from fl_attack.engine.log import Log
-from fl_attack.engine.measure import TestSet
+from fl_attack.engine.measure import Samples
 from fl_attack.engine.outcome import Outcome, run_alone
+from fl_attack.engine.stopping import Stopping
 from fl_attack.engine.tile import Shared, Tile
 from fl_attack.errors import InputError
+from fl_attack.history import COLUMNS
 from fl_attack.scenario import Scenario
 
 Progress = Callable[[int], None]
@@ -104,7 +106,9 @@ class _Work:
         clients = np.argsort(-np.asarray(often), kind="stable")
         crafted = any(cell.settings.attacked and cell.settings.attack.writes == "updates" for cell in cells)
         self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=crafted)
-        self.test_set = TestSet(self.batches)
+        dataset, split = cells[0].dataset, cells[0].partition.validation
+        self.test_set = Samples(self.batches, dataset.x_test, dataset.y_test)
+        self.validation = Samples(self.batches, dataset.x_train[split], dataset.y_train[split]) if len(split) else None
         self.targets = self._targets()
         self._target_logits: Tensor | None = None
 
@@ -119,11 +123,11 @@ class _Work:
 
         order = sorted(range(len(self.cells)), key=likeness)
         C, d = self.cells[0].theta_shape
-        held = self.batches.bytes + self.test_set.X.nbytes
+        held = self.batches.bytes + self.test_set.X.nbytes + (self.validation.X.nbytes if self.validation else 0)
         held += len(self.cells) * C * d * self.batches.dtype.itemsize * self.keep_theta
-        copies = {"sgd": 1, "momentum": 2, "adam": 3}[self.settings.server_optimizer]
+        copies = {"sgd": 1, "momentum": 2, "adam": 3}[self.settings.server_optimizer] + bool(self.validation)
         each = C * self.batches.d * self.batches.dtype.itemsize * copies
-        each += 8 * len(self._evaluated()) * 9 + 200
+        each += 8 * len(self._evaluated()) * len(COLUMNS) + 200
         size = max(1, int((self.memory - held) / each))
         pieces = -(-len(order) // size)
         for piece in np.array_split(np.array(order), pieces):
@@ -140,7 +144,8 @@ class _Work:
             for start, end in self._cuts(cells)
         ]
         log = Log(len(cells), len(self.batches.y), self.keep_flips, self.full_rows)
-        log.measure(0, self.test_set.quality(theta[:C]).repeat(len(cells), 0))  # all start alike
+        stopping = None if self.validation is None else Stopping(cells, self.validation, theta)
+        ended = self._measure(0, theta, log, stopping)
         evaluated, room = self._evaluated(), Room(self.device, self.batches.dtype)
         for round_ in range(1, self.settings.rounds + 1):
             shared = self._shared(round_, tiles, room)
@@ -152,15 +157,38 @@ class _Work:
                 if report is not None:
                     log.watch(round_, start, shared.batch, report)
             if told:
-                log.measure(round_, self.test_set.quality(theta), [tile for _, tile in tiles])
-            progress(len(cells))
-        return self._outcomes(cells, theta, tiles, log, time.perf_counter() - began)
+                ended = self._measure(round_, theta, log, stopping, [tile for _, tile in tiles])
+            progress(len(cells) * (self.settings.rounds - round_ + 1 if ended else 1))
+            if ended:
+                break
+        return self._outcomes(cells, theta, tiles, log, stopping, time.perf_counter() - began)
+
+    def _measure(
+        self, round_: int, theta: Tensor, log: Log, stopping: Stopping | None, tiles: Sequence[Tile] = ()
+    ) -> bool:
+        """Note how good the cells are after a round; whether all have stopped early."""
+        losses = stopping.losses(theta) if stopping else np.nan
+        log.measure(round_, self.test_set.quality(theta), losses, tiles)
+        if stopping is None:
+            return False
+        flips = np.concatenate([tile.attackers.flips for tile in tiles]) if tiles else np.zeros(log.M, np.int64)
+        return stopping.note(round_, np.asarray(losses), theta, flips)
 
     def _outcomes(
-        self, cells: list[Scenario], theta: Tensor, tiles: list[tuple[int, Tile]], log: Log, seconds: float
+        self,
+        cells: list[Scenario],
+        theta: Tensor,
+        tiles: list[tuple[int, Tile]],
+        log: Log,
+        stopping: Stopping | None,
+        seconds: float,
     ) -> list[Outcome]:
-        finite = theta.view(len(cells), -1).isfinite().all(1).tolist()
+        finite = theta.view(len(cells), -1).isfinite().all(1).cpu().numpy()
         flips = np.concatenate([tile.attackers.flips for _, tile in tiles])
+        last = np.full(len(cells), self.settings.rounds)
+        if stopping:
+            finite |= stopping.over
+            theta, flips, last = stopping.best, stopping.flips, stopping.rounds
         shape, seen = cells[0].theta_shape, self.batches.seen
         outcomes = []
         for i, cell in enumerate(cells):
@@ -171,7 +199,7 @@ class _Work:
                 if self.keep_theta:
                     whole = torch.zeros(shape, dtype=theta.dtype)
                     whole[:, seen] = theta[i * shape[0] : (i + 1) * shape[0]].cpu()
-                outcome = Outcome(log.table(i), int(flips[i]), whole, log.flips(i))
+                outcome = Outcome(log.table(i, last[i]), int(flips[i]), whole, log.flips(i, last[i]))
             outcome.seconds = seconds / len(cells)
             outcomes.append(outcome)
         return outcomes

@@ -45,6 +45,10 @@ class RuleStrategy(FedAvg):
         return wire.pack(self._theta, raw=True), None
 
 
+class _StoppedEarly(Exception):  # noqa: N818 - no error
+    """The way out of the loop over rounds of Flower's `Strategy.start`, which knows no other."""
+
+
 class WatchedStrategy(Strategy):
     """Any strategy, its replies checked and put in the order of the clients, its rounds recorded.
 
@@ -95,6 +99,8 @@ class WatchedStrategy(Strategy):
             aggregate = (self.recorder.history.theta - theta) / self.recorder.scenario.settings.lr
         before, lr = self.recorder.history.theta, self.recorder.scenario.settings.lr
         self.recorder.record(server_round, theta, aggregate, all_flips(ordered), (before - moved) / lr)
+        if self.recorder.stopped:
+            raise _StoppedEarly
         return arrays, metrics
 
     def configure_evaluate(
@@ -206,5 +212,7 @@ def start(grid: Grid, recorder: Recorder) -> None:
             num_rounds=scenario.settings.rounds,
             train_config=ConfigRecord({wire.SETTINGS: scenario.settings.model_dump_json()}),
         )
+    except _StoppedEarly:
+        pass
     finally:
         history.seconds = time.perf_counter() - started

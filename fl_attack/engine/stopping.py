@@ -1,0 +1,44 @@
+"""Early stopping of the cells of a chunk: the model that each keeps, and where its rows end."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack.engine.measure import Samples
+from fl_attack.history import EarlyStop
+from fl_attack.scenario import Scenario
+
+
+class Stopping:
+    """What each of M cells has been at its best, and whether it is over; see `history.EarlyStop`."""
+
+    def __init__(self, cells: Sequence[Scenario], split: Samples, theta: Tensor) -> None:
+        """`split` is the server's validation split, `theta` (M C, d) what the cells start from."""
+        patience = [cell.settings.early_stop.patience for cell in cells]
+        self.rule = EarlyStop(np.array(patience))
+        self.split, self.best = split, theta.clone()
+        self.rounds = np.full(len(cells), cells[0].settings.rounds)  # the last one of each cell
+        self.flips = np.zeros(len(cells), np.int64)  # in these rounds
+        self.over = np.zeros(len(cells), bool)
+
+    def losses(self, theta: Tensor) -> NDArray[np.float64]:
+        """Validation loss of each cell, (M,)."""
+        return self.split.quality(theta)[:, 2]
+
+    def note(self, round_: int, losses: NDArray[np.float64], theta: Tensor, flips: NDArray[np.int64]) -> bool:
+        """Note an evaluation and the flips (M,) so far; whether all cells have ended.
+
+        A cell whose parameters are not finite is left to run on: it has diverged, which is told at the end.
+        """
+        M = len(losses)
+        lower = torch.from_numpy(self.rule.lower(losses) & ~self.over).to(theta.device)
+        self.best.view(M, -1)[lower] = theta.view(M, -1)[lower]
+        self.flips = np.where(self.over, self.flips, flips)
+        finite = theta.view(M, -1).isfinite().all(1).cpu().numpy()
+        now = self.rule.over & ~self.over & finite
+        self.rounds[now] = round_
+        self.over |= now
+        return bool((self.over | ~finite).all())

@@ -1,0 +1,222 @@
+"""Early stopping: where a run ends, which model it gives, and that all engines agree on both."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from fl_attack import data, engine, experiment, model, scenario
+from fl_attack.config import Settings, compose
+from fl_attack.engine.outcome import run_alone
+from fl_attack.errors import InputError
+from fl_attack.history import COLUMNS, EarlyStop
+
+Small = Callable[..., list[str]]
+Compose = Callable[..., Settings]
+COMMON = ["rounds=60", "clients.total=7", "clients.malicious=3", "attack.budget=0.9", "lr=2", "dtype=float64"]
+LOSS = COLUMNS.index("validation_loss")
+
+
+@pytest.fixture(autouse=True)
+def no_ray_left() -> Iterator[None]:
+    yield
+    ray.shutdown()
+
+
+def last_row(losses: Sequence[float], patience: int) -> int:
+    """The slow way: the first of `patience` evaluations in a row, none of them below all before."""
+    for end in range(patience, len(losses)):
+        if min(losses[end - patience + 1 : end + 1]) >= min(losses[: end - patience + 1]):
+            return end
+    return len(losses) - 1
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5, 50])
+def test_patience_ends_where_the_loss_has_not_fallen_for_so_long(patience: int) -> None:
+    rng = np.random.default_rng(patience)
+    losses = np.round(rng.normal(size=(30, 20)) * 2) - np.arange(20) / 4  # with equal ones
+    for run in losses:
+        rule, ended = EarlyStop(np.array([patience])), 19
+        for at, loss in enumerate(run):
+            rule.lower(np.array([loss]))
+            if rule.over[0]:
+                ended = at
+                break
+        assert ended == last_row(run.tolist(), patience)
+
+
+def check_ended(folder: Path, settings: Settings, patience: int) -> None:
+    """Rows end where they should; model and summary are those of the lowest validation loss."""
+    with (folder / "rounds.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    losses = [float(row["validation_loss"]) for row in rows]
+    assert last_row(losses, patience) == len(rows) - 1
+    best = rows[int(np.argmin(losses))]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["stopped_round"] == int(rows[-1]["round"])
+    assert summary["best_round"] == int(best["round"])
+    assert summary["final_accuracy"] == pytest.approx(float(best["test_accuracy"]))
+    assert summary["final_loss"] == pytest.approx(float(best["test_loss"]))
+    made = scenario.make(settings)
+    theta = torch.from_numpy(np.load(folder / "model.npz")["theta"])
+    X, y = made.test_set()
+    assert model.quality(theta, X, y) == pytest.approx([float(best[f"test_{k}"]) for k in ("accuracy", "f1", "loss")])
+    client = np.load(folder / "partition.npz")["client"]
+    held = data.features(made.dataset.x_train[client < 0], made.dataset.scale, torch.float64)
+    loss = model.losses(model.logits(theta, held), torch.from_numpy(made.dataset.y_train[client < 0])).mean().item()
+    assert loss == pytest.approx(min(losses))
+    flips = np.load(folder / "flips.npz")
+    assert flips["round"].max() == summary["stopped_round"]
+    assert len(flips["round"]) == summary["flips"]
+    assert (client[flips["sample"]] >= 0).all()
+
+
+@pytest.mark.parametrize("grid", ["block", pytest.param("stock", marks=pytest.mark.slow)])
+def test_all_engines_stop_in_the_same_round_with_the_same_model(small_data: Small, tmp_path: Path, grid: str) -> None:
+    patience = 3
+    folders = {}
+    for name, engine_of in {
+        "batched": ["engine=batched"],
+        "flower": [f"engine.grid={grid}", "engine.actors=2"],
+    }.items():
+        folders[name] = tmp_path / name
+        chosen = compose(
+            *small_data(3),
+            *COMMON,
+            f"early_stop.patience={patience}",
+            "batch_size=40",
+            f"out={folders[name]}",
+            *engine_of,
+        )
+        summaries = experiment.run(chosen)
+        check_ended(folders[name], chosen, patience)
+        assert 3 < summaries["attacked"]["stopped_round"] < 60
+        assert summaries["honest"]["final_accuracy"] > summaries["attacked"]["final_accuracy"]
+    for part in (".", "baseline"):
+        ours, theirs = (np.load(folder / part / "model.npz")["theta"] for folder in folders.values())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+        one, other = (np.load(folder / part / "flips.npz") for folder in folders.values())
+        for key in one.files:
+            np.testing.assert_array_equal(one[key], other[key])
+        ours, theirs = (np.genfromtxt(folder / part / "rounds.csv", delimiter=",")[1:] for folder in folders.values())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("every", [1, 4])
+def test_cells_of_a_batch_end_one_by_one_as_each_does_alone(
+    settings: Compose, small_data: Small, classes: int, every: int
+) -> None:
+    changes = [
+        [f"early_stop.patience={patience}", f"attack.budget={budget}", f"attack.goal={goal}"]
+        for patience in (1, 3, 1000)
+        for budget in (0, 0.5, 1)
+        for goal in ("untargeted", "targeted")
+    ]
+    base = [*small_data(classes), *COMMON, "batch_size=40", f"eval_every={every}"]
+    cells = engine.make_scenarios([settings(*base, *change) for change in changes])
+    assert len(engine.group(cells)) == 1
+    outcomes = engine.run_cells(cells)
+    ends = set()
+    for outcome, cell in zip(outcomes, cells, strict=True):
+        alone = run_alone(cell)
+        assert outcome.table.shape == alone.table.shape
+        np.testing.assert_allclose(outcome.table[:, LOSS], alone.table[:, LOSS], rtol=0, atol=1e-9)
+        torch.testing.assert_close(outcome.theta, alone.theta, rtol=0, atol=1e-9)
+        assert outcome.flip_count == alone.flip_count == outcome.history().flip_count
+        for (round_, made), (wanted_round, wanted) in zip(outcome.flips, alone.flips, strict=True):
+            assert round_ == wanted_round
+            np.testing.assert_array_equal(made.samples, wanted.samples)
+        ends.add(int(outcome.table[-1, 0]))
+    assert len(ends) >= 4 and 60 in ends
+    early = [cell for cell in cells if cell.settings.early_stop.patience == 1]
+    told: list[int] = []
+    for outcome, cell in zip(engine.run_cells(early, progress=told.append), early, strict=True):
+        torch.testing.assert_close(outcome.theta, run_alone(cell).theta, rtol=0, atol=1e-9)
+    assert sum(told) == 60 * len(early)
+    assert len(told) < 60  # the rounds end with the last of the cells
+
+
+def test_a_cell_that_diverges_before_it_stops_is_told_as_diverged(settings: Compose, small_data: Small) -> None:
+    base = [*small_data(3), *COMMON, "batch_size=40"]
+    changes = [["early_stop.patience=5", "lr=1e308"], ["early_stop.patience=1000"]]
+    cells = engine.make_scenarios([settings(*base, *change) for change in changes])
+    broken, fine = engine.run_cells(cells)
+    assert "diverged: theta is not finite after round" in str(broken.error)
+    assert fine.error is None
+    torch.testing.assert_close(fine.theta, run_alone(cells[1]).theta, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("deal", [[], ["partition.malicious_share=0.4"], ["partition=dirichlet"], ["partition=shards"]])
+def test_the_split_belongs_to_no_client_and_write_access_is_a_share_of_the_rest(
+    settings: Compose, small_data: Small, deal: list[str]
+) -> None:
+    stop = ["early_stop.patience=5", "early_stop.share=0.25"]
+    made = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", *deal, *stop))
+    parts = made.partition
+    assert len(parts.validation) == 30 == (parts.client == -1).sum()
+    assert sorted(np.concatenate([*parts.shards, parts.validation]).tolist()) == list(range(120))
+    for client, shard in enumerate(parts.shards):
+        assert (parts.client[shard] == client).all()
+    assert made.write_access == pytest.approx(sum(len(parts.shards[i]) for i in parts.malicious) / 90)
+    if deal == ["partition.malicious_share=0.4"]:
+        assert made.write_access == pytest.approx(0.4)
+    other = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", *deal, *stop, "seed=1"))
+    assert set(other.partition.validation) != set(parts.validation)
+    longer = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", *deal, *stop, "early_stop.patience=9"))
+    np.testing.assert_array_equal(longer.partition.client, parts.client)
+
+
+def test_without_patience_nothing_is_held_out(settings: Compose, small_data: Small) -> None:
+    made = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", "early_stop.share=0.5"))
+    assert len(made.partition.validation) == 0
+    outcome = run_alone(made)
+    assert np.isnan(outcome.table[:, LOSS]).all()
+    assert outcome.history().best["round"] == 60
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["early_stop.patience=0"], r"early_stop.patience=0 is not allowed: it must be at least 1|.*greater"),
+        (["early_stop.share=1", "early_stop.patience=1"], "early_stop.share=1.* is not allowed"),
+        (["early_stop.share=0.001", "early_stop.patience=1"], "early_stop.share=0.001 holds out none of 120"),
+        (["early_stop.share=0.97", "early_stop.patience=1"], "4 samples are too few for 7 clients"),
+        (["early_stop.share=0.8", "early_stop.patience=1"], "batch_size=40 is more than the 24 training samples"),
+    ],
+)
+def test_a_split_that_can_not_be_is_told_in_one_line(
+    settings: Compose, small_data: Small, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as told:
+        scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", *overrides))
+    assert "\n" not in str(told.value)
+
+
+def test_a_sweep_gives_the_accuracy_of_the_model_kept(
+    command: Callable[..., tuple[int, str, str]], small_data: Small, tmp_path: Path
+) -> None:
+    grid = [*small_data(3), *COMMON, "batch_size=40", "early_stop.patience=null,2", "attack.budget=0.2,1"]
+    tables = []
+    for name in ("batched", "flower"):
+        out = tmp_path / name
+        assert command("-m", *grid, f"engine={name}", f"out={out}")[0] == 0
+        with (out / "sweep.csv").open() as lines:
+            tables.append(list(csv.DictReader(lines)))
+        curves = np.load(out / "curves.npz")
+        assert curves["round"].tolist() == list(range(61))
+        for row, curve in zip(tables[-1], curves["accuracy"], strict=True):
+            known = curve[np.isfinite(curve)]
+            assert len(known) == int(row["rounds"]) + 1
+            assert np.isclose(known, float(row["final_accuracy"])).any()
+    for row, other in zip(*tables, strict=True):
+        stops = row["early_stop.patience"] == "2"
+        assert row["early_stop_accuracy"] == (row["final_accuracy"] if stops else "")
+        assert (int(row["rounds"]) < 60) == stops
+        assert row["rounds"] == other["rounds"] and row["flips"] == other["flips"]
+        assert float(row["final_loss"]) == pytest.approx(float(other["final_loss"]))
