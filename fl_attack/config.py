@@ -151,6 +151,11 @@ class StrategySettings(Strict):
     rule: str | None = None
     args: dict[str, Any] = {}
 
+    @property
+    def averages(self) -> bool:
+        """Whether it is the plain mean."""
+        return self.name == "mean" and not self.pre
+
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.name not in ("flower", *RULES):

@@ -7,7 +7,7 @@ that any process can work out any client's part, and do it again.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from fl_attack import model
 from fl_attack.errors import InputError
 
 Optimizer = Literal["sgd", "momentum", "adam"]
+ROUNDS_AT_ONCE = 256
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -116,6 +117,22 @@ class Schedule:
         """The samples that clients use in a round, ascending, and how often each."""
         drawn = [np.empty(0, np.int64), *(self.steps(client, round_).ravel() for client in clients)]
         return np.unique(np.concatenate(drawn), return_counts=True)
+
+    def samples_once(self, round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`samples` of all clients of a round of one local step; many rounds are worked out at a time."""
+        if self.per_round is not None:
+            return self.samples(self.drawn(round_), round_)
+        block, place = divmod(round_ - 1, ROUNDS_AT_ONCE)
+        if self._block.get("number") != block:
+            first = 1 + block * ROUNDS_AT_ONCE
+            turns = [self.turns(client, first, ROUNDS_AT_ONCE) for client in range(len(self.shards))]
+            self._block.update(number=block, samples=np.sort(np.concatenate(turns, 1), 1))
+        samples = self._block["samples"][place]
+        return samples, np.ones_like(samples)
+
+    @cached_property
+    def _block(self) -> dict[str, Any]:
+        return {}
 
 
 @lru_cache(maxsize=256)

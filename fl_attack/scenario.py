@@ -177,7 +177,7 @@ def train(scenario: Scenario, progress: Progress = lambda round_: None) -> Tenso
     for round_ in range(1, settings.rounds + 1):
         clients = schedule.drawn(round_)
         if settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
-            aggregate = scenario.gradient(theta, clients, round_)
+            aggregate = scenario.gradient_of(theta, *schedule.samples_once(round_))
         else:
             weights = schedule.sizes[clients] / schedule.sizes[clients].sum()
             moved = sum(

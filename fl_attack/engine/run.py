@@ -28,7 +28,7 @@ Progress = Callable[[int], None]
 CACHE = 2**23  # bytes of parameters in a tile
 TARGETS_KEPT = 64  # rows of targets of which the logits of all samples are worked out once
 WORTH_THREADS = 2e7  # multiplications of a product
-FEWEST = 64  # cells a tile, where there are as many, before another set of attackers gets its own
+FEWEST = 128  # cells a tile, where there are as many, before another set of attackers gets its own
 
 
 def run_cells(
@@ -78,7 +78,10 @@ def _threads(scenarios: Sequence[Scenario]) -> Iterator[None]:
 
 def _alike(cell: Scenario) -> tuple[Kind, str, int]:
     """What the cells of a tile have in common."""
-    return kind_of(cell), cell.settings.strategy.model_dump_json(), cell.settings.tolerated
+    strategy = cell.settings.strategy
+    if strategy.averages:
+        return kind_of(cell), "", 0
+    return kind_of(cell), strategy.model_dump_json(), cell.settings.tolerated
 
 
 class _Targets(NamedTuple):
