@@ -149,13 +149,15 @@ def _spelled_out(settings: Settings, scale: float) -> Settings:
         "path": settings.dataset.path and os.path.abspath(settings.dataset.path),
         "scale": scale,
     }
-    target = settings.attack.target_path
+    target, folder = settings.attack.target_path, os.getcwd()
+    strategy = {"name": plugins.spelled_out(settings.strategy.name, folder)}
     return settings.model_copy(
         update={
             "dataset": settings.dataset.model_copy(update=here),
+            "strategy": settings.strategy.model_copy(update=strategy),
             "attack": settings.attack.model_copy(
                 update={
-                    "name": plugins.spelled_out(settings.attack.name, os.getcwd()),
+                    "name": plugins.spelled_out(settings.attack.name, folder),
                     "target_path": target and os.path.abspath(target),
                 }
             ),

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fl_attack import engine, model, protocol, scenario
+from fl_attack import adversary, engine, model, protocol, scenario
 from fl_attack.config import Settings, compose
 from fl_attack.engine.batches import Batches
 from fl_attack.scenario import Scenario
@@ -89,7 +89,7 @@ def naive(cell: Scenario, rounds: int) -> float:
     state = protocol.initial_state(theta)
     for round_ in range(1, rounds + 1):
         began = clock()
-        flips = cell.flips(theta, round_)
+        flips = adversary.flips(cell, theta, round_)
         samples, _ = cell.schedule.samples(range(10), round_)
         y = cell.dataset.y_train[samples]
         y[np.searchsorted(samples, flips.samples)] = flips.labels
@@ -110,8 +110,8 @@ def generated(folder: Path) -> list[str]:
     return ["dataset=npz", f"dataset.path={folder / 'data.npz'}"]
 
 
-def rows(data: list[str], given: argparse.Namespace) -> Iterator[str]:
-    """A line for each measurement."""
+def rows(data: list[str], given: argparse.Namespace) -> Iterator[tuple[str, int, float]]:
+    """A line for each measurement, its batch and its cell-steps a second."""
     for n in given.batch:
         for goal in ("targeted", "untargeted"):
             change = [f"attack.goal={goal}", "attack.budget=0.5"]
@@ -128,12 +128,103 @@ def rows(data: list[str], given: argparse.Namespace) -> Iterator[str]:
                     engine.run_cells(cells(made, M), progress=turns, keep_flips=False, full_rows=False)
                     times.append(turns.medians())
                 (round_, bound), (again, wide) = times
-                yield (
+                row = (
                     f"{M:6} {n:5} {goal:>11} {1e3 * round_:9.3f} {M / round_:13,.0f} {bound / round_:9.0%} "
                     f"{wide / again:7.0%} {4 * M * n * d / bound / 1e9:9.0f} {peak():8.0f}"
                 )
+                yield row, n, M / round_
             seconds = naive(made[0], given.rounds)
-            yield f"{1:6} {n:5} {goal:>11} {1e3 * seconds:9.3f} {1 / seconds:13,.0f}   a single experiment, naively"
+            row = f"{1:6} {n:5} {goal:>11} {1e3 * seconds:9.3f} {1 / seconds:13,.0f}   a single experiment, naively"
+            yield row, n, 0.0
+
+
+def rivals(data: list[str], given: argparse.Namespace, fastest: dict[int, float]) -> Iterator[str]:
+    """A line for each other way to make the steps of one experiment of 10 clients, and how much faster we are."""
+    n = max(fastest)
+    others: dict[str, Callable[[], float]] = {}
+    if given.byzfl and importlib.util.find_spec("byzfl") is None:
+        yield "ByzFL: skipped, not installed (pip install byzfl)"
+    elif given.byzfl:
+        others["ByzFL, 8 + 2 clients, its own loop"] = lambda: byzfl_step(data, n, given.rounds)
+    if given.flower:
+        others["Flower's stock grid, 7 + 3 clients"] = lambda: flower_step(data, n, "stock", given.rounds)
+        others["our block grid on Flower, 7 + 3 clients"] = lambda: flower_step(data, n, "block", given.rounds)
+    for name, measured in others.items():
+        seconds = measured()
+        ratio = fastest[n] * seconds
+        yield f"{name}: {1 / seconds:,.1f} steps/s with |B| = {n}; the engine makes {ratio:,.0f} times as many"
+
+
+def flower_step(data: list[str], n: int, grid: str, rounds: int) -> float:
+    """Seconds of a round on Flower and Ray."""
+    import bench_federation
+
+    from fl_attack.federation.session import ray_session
+
+    chosen = settings(data, n, max(25, rounds // 4), "clients.malicious=3", "attack.budget=0.5")
+    with ray_session(None, verbose=False):
+        clock_, _ = bench_federation.flower(chosen, grid, os.cpu_count() or 1)
+    return clock_.per_round
+
+
+def byzfl_step(data: list[str], n: int, rounds: int) -> float:
+    """Seconds of a step of ByzFL's own clients and server: the same samples, model, mean and number of clients."""
+    from byzfl import ByzantineClient, Client, Server
+    from byzfl.fed_framework import models
+    from torch.utils.data import DataLoader, TensorDataset
+
+    class Logistic(torch.nn.Module):
+        """The binary model, which ByzFL has for ten classes only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(made.theta_shape[1] - 1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Logits (n,)."""
+            return self.linear(x)[:, 0]
+
+    made = scenario.make(settings(data, n, rounds, "clients.malicious=2"))
+    models.logistic_01 = Logistic
+    common = {"model_name": "logistic_01", "device": "cpu", "learning_rate": 0.1, "loss_name": "BCEWithLogitsLoss"}
+    common |= {"weight_decay": 0.0, "milestones": [], "learning_rate_decay": 1.0, "optimizer_name": "SGD"}
+    common |= {"LabelFlipping": False, "nb_labels": 2, "momentum": 0.0, "store_per_client_metrics": False}
+
+    def loader(samples: np.ndarray) -> DataLoader:
+        X = made.features(samples)[:, :-1].float()
+        y = torch.from_numpy(made.dataset.y_train[samples]).float()
+        return DataLoader(TensorDataset(X, y), batch_size=n // 10, shuffle=True, drop_last=True)
+
+    honest = np.setdiff1d(np.arange(10), made.partition.malicious)
+    clients = [Client(common | {"training_dataloader": loader(made.schedule.shards[c])}) for c in honest]
+    attackers = ByzantineClient({"name": "SignFlipping", "f": 2, "parameters": {}})
+    average = {"aggregator_info": {"name": "Average", "parameters": {}}, "pre_agg_list": []}
+    server = Server(common | average | {"test_loader": loader(made.schedule.shards[0])})
+    ticks = []
+    for _ in range(rounds):
+        began = clock()
+        for client in clients:
+            client.compute_gradients()
+        sent = [client.get_flat_gradients_with_momentum() for client in clients]
+        server.update_model_with_gradients(sent + attackers.apply_attack(sent))
+        state = server.get_dict_parameters()
+        for client in clients:
+            client.set_model_state(state)
+        ticks.append(clock() - began)
+    return statistics.median(ticks)
+
+
+def memory(data: list[str], given: argparse.Namespace) -> Iterator[str]:
+    """What many cells take at once: a few rounds, with an evaluation at the start and at the end."""
+    if not given.memory:
+        return
+    made = [scenario.make(settings(data, given.batch[0], 3, "attack.budget=0.5", "clients.malicious=3"))]
+    before, began = peak(), clock()
+    engine.run_cells(cells(made, given.memory), memory_gb=2.0, keep_flips=False, full_rows=False)
+    yield (
+        f"{given.memory:,} cells with memory_gb=2, 3 rounds and 2 evaluations on {len(made[0].dataset.y_test):,} test "
+        f"samples: {peak():.0f} MB at the peak of the process ({before:.0f} MB before), {clock() - began:.0f} s"
+    )
 
 
 def peak() -> float:
@@ -150,6 +241,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 320], help="samples a round over all clients")
     parser.add_argument("--malicious", type=int, nargs="+", default=[3], help="of 10 clients; several make a mixture")
     parser.add_argument("--rounds", type=int, default=160)
+    parser.add_argument("--byzfl", action=argparse.BooleanOptionalAction, default=True, help="measure ByzFL beside it")
+    parser.add_argument("--flower", action=argparse.BooleanOptionalAction, default=True, help="and Flower's two grids")
+    parser.add_argument("--memory", type=int, default=0, metavar="CELLS", help="and what so many cells take at once")
+    parser.add_argument("--dataset", default="mnist_01", help="of --data: mnist_01 or mnist")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, on a machine that does other things")
     given = parser.parse_args()
     if given.cpu_time:
@@ -157,17 +252,18 @@ def main() -> None:
         globals()["clock"] = time.thread_time
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
-        root = [] if given.data is None else ["dataset=mnist_01", f"dataset.root={given.data}"]
+        root = [] if given.data is None else [f"dataset={given.dataset}", f"dataset.root={given.data}"]
         data = root or generated(Path(folder))
-        name = "MNIST 0/1" if root else "generated data"
+        name = given.dataset if root else "generated data"
         print(f"{name}, {given.threads} threads, malicious clients: {given.malicious} of 10, float32")
         columns = "M", "|B|", "goal", "ms/round", "cell-steps/s", "of bound", "of 785", "Gflop/s", "peak MB"
         print("{:>6} {:>5} {:>11} {:>9} {:>13} {:>9} {:>7} {:>9} {:>8}".format(*columns))
-        for row in rows(data, given):
+        fastest = {}
+        for row, n, rate in rows(data, given):
+            fastest[n] = max(rate, fastest.get(n, 0.0))
             print(row, flush=True)
-    print("Flower's grids on the same work: scripts/bench_federation.py")
-    if importlib.util.find_spec("byzfl") is None:
-        print("ByzFL: skipped, not installed")
+        for row in (*rivals(data, given, fastest), *memory(data, given)):
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from fl_attack import adversary, attack, engine, protocol
+from fl_attack.aggregate import RULES
 from fl_attack.config import AttackSettings, Settings, settings_from
 from fl_attack.detect import MEASURES
 from fl_attack.engine import attackers, batches, kernels, run
@@ -126,6 +127,23 @@ CHANGES = {  # what may differ from cell to cell
     "largest": ["attack.name=gradient_max"],
     "largest targeted": ["attack.name=gradient_max", "attack.goal=targeted"],
     "largest own": ["attack.name=gradient_max", "attack.knowledge=own"],
+    "median": ["strategy.name=median"],
+    "median of alie": ["strategy.name=median", "attack.name=alie"],
+    "mean of norms": ["strategy.name=norm_clipping", "attack.refresh=epoch"],
+    "geometric": ["strategy.name=geometric_median", "attack.goal=targeted", "strategy.pre=[nnm, clipping]"],
+}
+RULED = {  # the same, where seven clients take part
+    name: [f"strategy.name={name}", f"strategy.f={min(2, row.most(7))}", *more]
+    for (name, row), more in zip(
+        RULES.items(),
+        itertools.cycle(
+            [["attack.goal=targeted"], ["attack.name=ipm"], ["attack.scope=per_client"], ["strategy.pre=[nnm]"]]
+        ),
+    )
+} | {
+    "buckets": ["strategy.name=median", "strategy.pre=[{bucketing: {s: 2}}]"],
+    "nobody": ["strategy.name=krum", "attack.name=none", "strategy.f=2"],
+    "less": ["strategy.name=trimmed_mean", "strategy.f=1"],
 }
 SHARED = {  # what is the same for all cells
     "binary": (2, ["batch_size=40"]),
@@ -172,6 +190,12 @@ def test_cells_of_one_batch_go_the_way_each_goes_alone(settings: Compose, small_
     histories = check_together(cells)
     flipping = [cell for cell in cells if cell.settings.attacked and cell.settings.attack.writes == "labels"]
     assert sum(history.flip_count > 0 for history in histories) >= len(flipping) - 4
+
+
+@pytest.mark.parametrize("case", ["binary", "adam", "uneven", "steps"])
+def test_cells_under_every_rule_go_the_way_each_goes_alone(settings: Compose, small_data: Small, case: str) -> None:
+    classes, shared = SHARED[case]
+    check_together(cells_of(settings, small_data(classes), shared, [[], *RULED.values()]))
 
 
 @pytest.mark.parametrize("case", ["binary", "classes", "steps"])

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fl_attack import model, protocol
-from fl_attack.aggregate import RULES
 from fl_attack.errors import InputError
 from fl_attack.protocol import Schedule
 
@@ -113,20 +112,3 @@ def test_the_servers_optimizers_are_those_of_torch(name: protocol.Optimizer, mak
         theta, state = protocol.server_step(name, theta, reference.grad, 0.2, state)
         optimizer.step()
         torch.testing.assert_close(theta, reference.detach())
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_a_rule_is_indifferent_to_order_shift_and_leading_axes(rule: str) -> None:
-    rng = torch.Generator().manual_seed(0)
-    updates = torch.randn(3, 7, 2, 4, dtype=torch.float64, generator=rng)
-    weights = torch.tensor([1, 5, 2, 2, 9, 1, 3])
-    result = RULES[rule](updates, weights)
-    order = torch.randperm(7, generator=rng)
-    torch.testing.assert_close(RULES[rule](updates[:, order], weights[order]), result)
-    torch.testing.assert_close(RULES[rule](updates + 5, weights), result + 5)
-    torch.testing.assert_close(torch.stack([RULES[rule](cell, weights) for cell in updates]), result)
-
-
-def test_the_mean_is_weighted_by_samples() -> None:
-    updates = torch.tensor([[[0.0]], [[3.0]]], dtype=torch.float64)
-    assert RULES["mean"](updates, torch.tensor([9, 1])).item() == pytest.approx(0.3, abs=1e-15)

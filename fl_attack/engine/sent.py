@@ -60,7 +60,9 @@ class Server:
         self.M, self.C = attackers.M, attackers.C
         self.crafts = attackers.kind != NOBODY and self.like.settings.attack.writes == "updates"
         self.rule = self.like.rule()
-        self.needed = self.crafts or not self.like.settings.strategy.averages  # else the mean of what clients send is one matrix product
+        self.needed = (
+            self.crafts or not self.like.settings.strategy.averages
+        )  # else the mean of what clients send is one matrix product
 
     def mean(self, of: Residuals, batch: Batch) -> Tensor:
         """The mean of what clients send, (M C, d), where all are honest with their gradients."""

@@ -1,0 +1,43 @@
+"""What can be done to updates before a rule sees them; several can be chained.
+
+A pre-aggregator maps updates (..., m, C, d) and weights (m,) to new ones, of which there may be fewer. `lots` (m,) is a
+random order of the clients, for those that draw lots. An update that is not finite stays so, or becomes zero: it never
+gets into another.
+"""
+
+import torch
+from torch import Tensor
+
+from fl_attack.aggregate.rules import clip, finite_rows, squared_distances
+
+
+def nnm(updates: Tensor, weights: Tensor, f: int, lots: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest-neighbour mixing: each becomes the mean of the m - f nearest to it, itself among them.
+
+    Allouah et al., https://arxiv.org/abs/2302.01772.
+    """
+    m = updates.shape[-3]
+    distances = squared_distances(updates)
+    distances.diagonal(dim1=-2, dim2=-1).zero_()
+    nearest = distances.sort(dim=-1, stable=True).indices[..., : m - f]
+    shares = torch.zeros_like(distances).scatter_(-1, nearest, 1.0).to(updates) / (m - f)
+    finite = finite_rows(updates)[..., None, None]
+    mixed = (shares @ updates.where(finite, 0.0).flatten(-2)).view(updates.shape)
+    return mixed.where(finite, torch.nan), weights
+
+
+def bucketing(updates: Tensor, weights: Tensor, f: int, lots: Tensor, *, s: int = 2) -> tuple[Tensor, Tensor]:
+    """Means of s clients each, drawn by lot; the last bucket takes what is left.
+
+    Karimireddy et al., https://arxiv.org/abs/2006.09365.
+    """
+    buckets = lots.split(s)
+    means = torch.stack([updates.index_select(-3, bucket).mean(-3) for bucket in buckets], -3)
+    return means, torch.stack([weights[bucket].sum() for bucket in buckets])
+
+
+def clipping(
+    updates: Tensor, weights: Tensor, f: int, lots: Tensor, *, c: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each scaled down to the norm c; by default to the median of their norms."""
+    return clip(updates, c), weights

@@ -1,0 +1,349 @@
+"""The rules: laws that all of them keep, slow obvious versions, and other people's versions of the same."""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
+from flwr.serverapp.strategy.multikrum import select_multikrum
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fl_attack import aggregate, plugins
+from fl_attack.aggregate import PRE, RULES
+from fl_attack.errors import InputError
+
+M, C, D = 11, 2, 3
+SEEDS = st.integers(0, 10_000)
+NAMES = st.sampled_from(list(RULES))
+ROBUST = [name for name in RULES if name != "mean"]  # the mean lets everything through
+BOXED = ["mean", "median", "trimmed_mean", "krum", "multi_krum", "bulyan", "geometric_median", "meamed"]
+# clipping to a norm looks at how far updates are from zero: no shift law, and not inside the box
+UNSHIFTED = ["norm_clipping"]
+HAS_BYZFL = importlib.util.find_spec("byzfl") is not None
+
+
+def updates_of(seed: int, cells: int = 3, m: int = M) -> Tensor:
+    return torch.randn(cells, m, C, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def rule(name: str, f: int | None = None, m: int = M, **more: Any) -> Callable[[Tensor], Tensor]:
+    f = min(2, RULES[name].most(m)) if f is None and name in RULES else f or 0
+    made = aggregate.make(name, f=f, m=m, **more)
+    return lambda updates: made(updates, torch.ones(m), torch.arange(m))
+
+
+@given(NAMES, SEEDS)
+def test_the_order_of_the_clients_does_not_matter(name: str, seed: int) -> None:
+    u = updates_of(seed)
+    order = torch.randperm(M, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(rule(name)(u[:, order]), rule(name)(u), atol=1e-9, rtol=0)
+
+
+@given(NAMES, SEEDS)
+def test_nor_does_it_together_with_their_weights(name: str, seed: int) -> None:
+    u, weights = updates_of(seed), torch.arange(1, M + 1)
+    order = torch.randperm(M, generator=torch.Generator().manual_seed(seed))
+    made = aggregate.make(name, f=min(2, RULES[name].most(M)), m=M)
+    expected = made(u, weights, torch.arange(M))
+    torch.testing.assert_close(made(u[:, order], weights[order], torch.arange(M)), expected, atol=1e-9, rtol=0)
+
+
+@given(st.sampled_from([name for name in RULES if name not in UNSHIFTED]), SEEDS)
+def test_a_shift_of_all_updates_shifts_the_result(name: str, seed: int) -> None:
+    u, by = updates_of(seed), torch.tensor([3.0, -2.0, 100.0], dtype=torch.float64)
+    torch.testing.assert_close(rule(name)(u + by), rule(name)(u) + by, atol=2e-6, rtol=0)
+
+
+@given(NAMES, SEEDS)
+def test_every_rule_is_odd(name: str, seed: int) -> None:
+    u = updates_of(seed)
+    torch.testing.assert_close(rule(name)(-u), -rule(name)(u), atol=1e-9, rtol=0)
+
+
+@given(NAMES, SEEDS, st.sampled_from([1e-3, 1e3]))
+def test_a_change_of_scale_changes_the_scale(name: str, seed: int, scale: float) -> None:
+    u = updates_of(seed)
+    torch.testing.assert_close(rule(name)(u * scale) / scale, rule(name)(u), atol=1e-6, rtol=0)
+
+
+@given(st.sampled_from(BOXED), SEEDS)
+def test_the_result_lies_between_the_smallest_and_the_largest_of_each_coordinate(name: str, seed: int) -> None:
+    u = updates_of(seed)
+    result = rule(name)(u)
+    assert (result >= u.amin(1) - 1e-12).all() and (result <= u.amax(1) + 1e-12).all()
+
+
+@given(NAMES, SEEDS)
+def test_leading_axes_do_not_mix(name: str, seed: int) -> None:
+    u = updates_of(seed, cells=4)
+    together = rule(name)(u.view(2, 2, M, C, D)).reshape(4, C, D)
+    torch.testing.assert_close(together, torch.stack([rule(name)(one) for one in u]), atol=1e-5, rtol=0)
+
+
+@given(NAMES, SEEDS)
+def test_equal_updates_are_their_own_aggregate(name: str, seed: int) -> None:
+    one = updates_of(seed)[:, :1]
+    torch.testing.assert_close(rule(name)(one.expand(-1, M, -1, -1)), one[:, 0], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["trimmed_mean", "meamed", "multi_krum"])
+def test_trimming_nothing_is_the_mean(name: str) -> None:
+    u = updates_of(0)
+    torch.testing.assert_close(rule(name, f=0)(u), u.mean(1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e200])
+@pytest.mark.parametrize("name", ROBUST)
+def test_a_minority_that_sends_anything_does_not_get_through(name: str, bad: float) -> None:
+    u = updates_of(1)
+    f = min(2, RULES[name].most(M))
+    u[:, 3 : 3 + f, 0, 1] = bad
+    result = rule(name, f=f)(u)
+    assert result.isfinite().all()
+    assert result.abs().max() < 10
+
+
+@pytest.mark.parametrize("pre", [["nnm"], ["bucketing"], ["clipping"], ["bucketing", "nnm"], ["clipping", "nnm"]])
+def test_nor_does_it_through_what_goes_before(pre: list[str]) -> None:
+    u = updates_of(2)
+    u[:, 5] = math.nan
+    result = rule("median", f=1, pre=pre)(u)
+    assert result.isfinite().all() and result.abs().max() < 10
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_stay_as_they_are_and_so_does_the_precision(name: str, dtype: torch.dtype) -> None:
+    u = updates_of(3).to(dtype)
+    before = u.clone()
+    assert rule(name)(u).dtype == dtype
+    assert torch.equal(u, before)
+    column = u[:, :, :1, :1].contiguous()  # which transposed has the same layout
+    rule(name)(column)
+    assert torch.equal(column, before[:, :, :1, :1])
+    strided = u.movedim(1, 0).contiguous().movedim(0, 1)  # as the engine keeps them
+    torch.testing.assert_close(rule(name)(strided), rule(name)(u))
+
+
+def slow(name: str, u: np.ndarray, f: int) -> np.ndarray:
+    """Each rule as its paper says it, of u (m, n)."""
+    m = len(u)
+    distance = ((u[:, None] - u[None]) ** 2).sum(-1)
+
+    def krum_order(members: list[int], neighbours: int) -> list[int]:
+        score = {i: sum(sorted(distance[i, j] for j in members if j != i)[:neighbours]) for i in members}
+        return sorted(members, key=lambda i: score[i])
+
+    def around_median(values: np.ndarray, keep: int) -> float:
+        middle = np.median(values)
+        return float(np.mean(sorted(values, key=lambda value: abs(value - middle))[:keep]))
+
+    everyone = list(range(m))
+    if name == "median":
+        return np.median(u, 0)
+    if name == "trimmed_mean":
+        return np.sort(u, 0)[f : m - f].mean(0)
+    if name == "meamed":
+        return np.array([around_median(column, m - f) for column in u.T])
+    if name == "krum":
+        return u[krum_order(everyone, m - f - 2)[0]]
+    if name == "multi_krum":
+        return u[krum_order(everyone, m - f - 2)[: m - f]].mean(0)
+    if name == "bulyan":
+        left, chosen = everyone, []
+        for _ in range(m - 2 * f):
+            best = krum_order(left, max(2, len(left) - f - 2))[0]
+            chosen.append(best)
+            left = [i for i in left if i != best]
+        return np.array([around_median(column, m - 4 * f) for column in u[chosen].T])
+    if name == "norm_clipping":
+        norms = np.linalg.norm(u, axis=1)
+        return (u * np.minimum(1, np.median(norms) / norms)[:, None]).mean(0)
+    if name == "centered_clipping":
+        at = np.median(u, 0)
+        for _ in range(3):
+            away = u - at
+            norms = np.linalg.norm(away, axis=1)
+            at = at + (away * np.minimum(1, np.median(norms) / norms)[:, None]).mean(0)
+        return at
+    return u.mean(0)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "geometric_median"])
+@pytest.mark.parametrize("f", [0, 1, 2])
+def test_each_rule_is_what_its_paper_says(name: str, f: int) -> None:
+    u = updates_of(4, cells=6)
+    result = rule(name, f=f)(u).flatten(1).numpy()
+    for cell, found in zip(u.flatten(2).numpy(), result, strict=True):
+        np.testing.assert_allclose(found, slow(name, cell, f), atol=1e-9)
+
+
+def test_no_step_from_the_geometric_median_shortens_the_way_to_all_updates() -> None:
+    u = updates_of(5, cells=1)
+    at = rule("geometric_median", args={"tolerance": 1e-10, "most": 10000})(u)
+
+    def way(point: Tensor) -> float:
+        return float((u - point.unsqueeze(1)).flatten(2).norm(dim=-1).sum())
+
+    for step in torch.eye(C * D, dtype=torch.float64).view(-1, C, D):
+        assert way(at) <= min(way(at + 1e-3 * step), way(at - 1e-3 * step))
+
+
+def test_the_mean_is_weighted_by_samples() -> None:
+    made = aggregate.make("mean", f=0, m=2)
+    updates = torch.tensor([0.0, 3.0], dtype=torch.float64).view(2, 1, 1)
+    assert made(updates, torch.tensor([9, 1]), torch.arange(2)).item() == pytest.approx(0.3, abs=1e-15)
+
+
+def test_ties_go_to_the_lower_client() -> None:
+    u = torch.tensor([5.0, 1, 1, 0, 0, 9]).view(6, 1, 1)  # the ones and the zeros are equally near to each other
+    assert rule("krum", f=1, m=6)(u).item() == 1
+
+
+def test_mixing_with_neighbours_takes_the_mean_of_the_nearest() -> None:
+    u = updates_of(6, cells=1)
+    mixed, _ = PRE["nnm"].apply(u, torch.ones(M), 3, torch.arange(M))
+    flat = u[0].flatten(1)
+    for i, row in enumerate(mixed[0].flatten(1)):
+        nearest = (flat - flat[i]).norm(dim=1).argsort()[: M - 3]
+        torch.testing.assert_close(row, flat[nearest].mean(0))
+
+
+def test_buckets_are_means_of_clients_drawn_by_lot() -> None:
+    u, lots = updates_of(7, cells=1), torch.randperm(M, generator=torch.Generator().manual_seed(0))
+    means, weights = PRE["bucketing"].apply(u, torch.arange(M), 1, lots, s=3)
+    assert means.shape[1] == 4 and weights.sum() == sum(range(M))
+    torch.testing.assert_close(means[0, 0], u[0, lots[:3]].mean(0))
+    torch.testing.assert_close(means[0, 3], u[0, lots[9:]].mean(0))
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("m", [3, 7, 10])
+def test_an_f_for_which_a_rule_is_undefined_is_refused_with_the_largest_that_is_not(name: str, m: int) -> None:
+    most = RULES[name].most(m)
+    if most >= 0:
+        assert rule(name, f=most, m=m)(updates_of(0, m=m)).isfinite().all()
+    told = "more than" if most == m else f"too many for strategy={name} of {m} clients; use"
+    with pytest.raises(InputError, match=f"strategy.f={most + 1} is {told}"):
+        rule(name, f=most + 1, m=m)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "krmu"}, "strategy.name=krmu is not a strategy; known: mean, median"),
+        ({"name": "krum", "f": 4}, "strategy.f=4 is too many for strategy=krum of 10 clients; use at most 3"),
+        ({"name": "krum", "f": 2, "pre": ["bucketing"]}, "too many for strategy=krum of 5 clients; use at most 1"),
+        ({"name": "median", "args": {"a": 1}}, "strategy.args: a is not an argument of median; it takes none"),
+        ({"name": "multi_krum", "args": {"keep": 11}}, "keep=11 must be from 1 to 10"),
+        ({"name": "geometric_median", "args": {"tolerance": 0}}, "tolerance=0 must be above 0"),
+        ({"name": "median", "pre": ["nmm"]}, "strategy.pre=nmm is not known; known: nnm, bucketing, clipping"),
+        ({"name": "median", "pre": [{"bucketing": {"s": 0}}]}, "s=0 of bucketing must be a whole number of at least 1"),
+        ({"name": "median", "pre": [{"clipping": {"c": -1}}]}, "c=-1 must be above 0"),
+        ({"name": "byzfl"}, "strategy.rule is missing; give one of ByzFL's: Average"),
+        ({"name": "byzfl", "rule": "Mean"}, "strategy.rule=Mean is not one of ByzFL's; known: Average"),
+        ({"name": "byzfl", "rule": "CAF", "pre": ["NNM"]}, "CAF never ends after NNM|needs ByzFL"),
+        ({"name": "no.such"}, "no.such can't be imported"),
+        ({"name": "mean", "f": 11}, "strategy.f=11 is more than the 10 clients"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told_in_one_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        aggregate.make(**({"f": 0, "m": 10} | given))
+
+
+def test_a_rule_of_ones_own_is_a_function_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rules.py").write_text(
+        "def largest(updates, weights, f, *, scale=1.0):\n    return scale * updates.amax(-3)\n"
+    )
+    u = updates_of(0)
+    monkeypatch.chdir(tmp_path)
+    for path in (f"{tmp_path}/my_rules.py:largest", "my_rules.largest", "my_rules:largest"):
+        full = plugins.spelled_out(path, str(tmp_path))
+        assert full == f"{(tmp_path / 'my_rules.py').resolve()}:largest"
+        assert torch.equal(rule(full, args={"scale": 2.0})(u), 2 * u.amax(1))
+    assert plugins.spelled_out("krum", str(tmp_path)) == "krum"
+    assert plugins.source_digest("krum") == ""
+    assert len(plugins.source_digest("my_rules.largest")) == 64
+
+
+def records(u: np.ndarray) -> list[RecordDict]:
+    return [
+        RecordDict({"arrays": ArrayRecord({"theta": Array(row)}), "metrics": MetricRecord({"num-examples": 1})})
+        for row in u
+    ]
+
+
+@pytest.mark.parametrize("f", [1, 2])
+def test_krum_picks_the_client_that_flowers_krum_picks(f: int) -> None:
+    for seed in range(20):
+        u = updates_of(seed, cells=1)[0].flatten(1).numpy()
+        ours = rule("krum", f=f)(torch.from_numpy(u).view(1, M, 1, -1))[0, 0].numpy()
+        (picked,) = select_multikrum(records(u), f, 1)
+        np.testing.assert_array_equal(ours, picked["arrays"]["theta"].numpy())
+
+
+@pytest.mark.parametrize("f", [0, 1, 3])
+def test_trimmed_means_are_flowers(f: int) -> None:
+    u = updates_of(f, cells=1)
+    theirs = trim_mean(u[0].numpy(), (f + 0.5) / M)  # Flower takes the share to cut, rounded down
+    np.testing.assert_allclose(rule("trimmed_mean", f=f)(u)[0].numpy(), theirs)
+
+
+def byzfl_of(name: str, f: int) -> Callable[[np.ndarray], np.ndarray]:
+    byzfl = pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
+    kind = getattr(byzfl, name)
+    return kind(f) if name in ("TrMean", "Krum", "MultiKrum", "Meamed", "NNM") else kind()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("mean", "Average"), ("median", "Median"), ("trimmed_mean", "TrMean"), ("meamed", "Meamed")],
+)
+@pytest.mark.parametrize("f", [1, 3])
+def test_rules_agree_with_byzfls_where_the_definitions_do(ours: str, theirs: str, f: int) -> None:
+    for seed in range(5):
+        u = updates_of(seed, cells=1)
+        expected = byzfl_of(theirs, f)(u[0].flatten(1).numpy())
+        np.testing.assert_allclose(rule(ours, f=f)(u)[0].flatten().numpy(), expected, atol=1e-9)
+
+
+def test_krum_with_one_more_neighbour_is_byzfls() -> None:
+    theirs = byzfl_of("Krum", 2)
+    differing = 0
+    for seed in range(40):
+        u = updates_of(seed, cells=1)
+        ours = rule("krum", f=1)(u)[0].flatten().numpy()  # m - 1 - 2 neighbours are their m - 2 - 1
+        np.testing.assert_allclose(ours, theirs(u[0].flatten(1).numpy()))
+        differing += not np.allclose(rule("krum", f=2)(u)[0].flatten().numpy(), ours)
+    assert differing  # so that the table in the README is no idle talk
+
+
+@pytest.mark.parametrize("name", aggregate.byzfl.RULES)
+def test_each_of_byzfls_rules_runs_on_many_cells_in_double_precision(name: str) -> None:
+    pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
+    u = updates_of(0)
+    u[:, 2] = math.nan
+    before, state = u.clone(), torch.get_rng_state()
+    made = aggregate.make("byzfl", rule=name, f=2, m=M)
+    result = made(u, torch.ones(M), torch.arange(M))
+    assert result.dtype == torch.float64 and result.shape == (3, C, D) and result.isfinite().all()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(u.nan_to_num(7), before.nan_to_num(7))
+    torch.testing.assert_close(made(u, torch.ones(M), torch.arange(M)), result)
+    torch.testing.assert_close(made(u[1:2], torch.ones(M), torch.arange(M))[0], result[1])
+
+
+@pytest.mark.parametrize("name", aggregate.byzfl.PRE)
+def test_each_of_byzfls_pre_aggregators_goes_before_a_rule(name: str) -> None:
+    pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
+    made = aggregate.make("median", pre=[name], f=2, m=M)
+    assert made(updates_of(0), torch.ones(M), torch.arange(M)).isfinite().all()
