@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fl_attack import launcher
 from fl_attack.errors import InputError, RunError
-from fl_attack.overrides import conf_folder, explain, opened
+from fl_attack.overrides import conf_folder, explain, many, opened
 
 TRACEBACK = "HYDRA_FULL_ERROR"
 
@@ -32,7 +32,7 @@ def task(config: DictConfig) -> None:
 def main() -> None:
     """Run the command line; exits 0, 2 for bad input, 1 for a run that broke off, 130 after Ctrl-C."""
     wants_traceback = os.environ.get(TRACEBACK, "0") not in ("", "0")
-    sys.argv[1:] = opened(sys.argv[1:])
+    sys.argv[1:] = many(opened(sys.argv[1:]))
     launcher.register()
     os.environ[TRACEBACK] = "1"  # Hydra then hands its errors on instead of printing several lines itself
 

@@ -213,6 +213,8 @@ class Settings(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     dtype: Literal["float32", "float64"]
     launcher: Literal["auto", "local", "ray"] = "auto"
+    detectability: bool = False
+    figures: tuple[tuple[str, ...], ...] = ()
     out: Annotated[str, Field(min_length=1)]
     overwrite: bool
     verbose: bool

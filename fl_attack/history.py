@@ -29,6 +29,7 @@ COLUMNS = (
     *MEASURES,  # of the updates that the clients sent
     "validation_loss",  # on the server's validation split; NaN without early stopping
 )
+WITHIN = 0.01  # of accuracy: what counts as recovered
 Row = dict[str, Any]
 OnRound = Callable[[int, Row], None]  # gets the round and the row last measured
 
@@ -90,6 +91,21 @@ class EarlyStop:
         """(M,) whose patience is at its end."""
         over: NDArray[np.bool_] = self.since >= self.patience
         return over
+
+
+def rounds_to_recover(
+    rounds: NDArray[np.float64], accuracy: NDArray[np.float64], honest: NDArray[np.float64], stop: int | None
+) -> float:
+    """Rounds after `stop` from which on the accuracy stays within a point of that of the unattacked twin.
+
+    All measured after the same rounds. NaN where the attack has no end, or the accuracy does not come back.
+    """
+    if stop is None:
+        return math.nan
+    after = rounds >= stop
+    away = np.flatnonzero((accuracy < honest - WITHIN) & after)
+    back = np.flatnonzero(after) if not len(away) else np.arange(away[-1] + 1, len(rounds))
+    return float(rounds[back[0]] - stop) if len(back) else math.nan
 
 
 class Recorder:

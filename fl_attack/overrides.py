@@ -18,8 +18,15 @@ def conf_folder() -> Path:
 
 
 def opened(overrides: Iterable[str]) -> list[str]:
-    """Overrides that may also set what no YAML names: the arguments of somebody else's strategy."""
-    return [re.sub(r"^\+*(?=strategy\.args[.=])", "++", override) for override in overrides]
+    """Overrides that may also set what no YAML names: the arguments of a strategy or an attack."""
+    return [re.sub(r"^\+*(?=(strategy|attack)\.args[.=])", "++", override) for override in overrides]
+
+
+def many(arguments: list[str]) -> list[str]:
+    """Arguments of the program; one that names an experiment is a multirun, with or without -m."""
+    named = any(argument.lstrip("+").startswith("experiment=") for argument in arguments)
+    told = {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & {argument.split("=")[0] for argument in arguments}
+    return ["-m", *arguments] if named and not told else arguments
 
 
 def explain(error: Exception) -> str:

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -21,15 +22,17 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fl_attack import __version__, engine, federation, plots, results
+from fl_attack import __version__, engine, federation, plots, plugins, results
 from fl_attack.config import Settings, settings_from, to_yaml
 from fl_attack.data.cache import write_whole
+from fl_attack.detect import MEASURES
 from fl_attack.errors import InputError, RunError
-from fl_attack.history import COLUMNS, Recorder, best_row
+from fl_attack.history import COLUMNS, Recorder, best_row, rounds_to_recover
 from fl_attack.scenario import Scenario
 
 NUMERICS = 1  # to be raised when a change of the code changes the numbers of a run
 UNIT = 512  # cells; what is lost at most when a batched sweep is interrupted
+NOT_NUMBERS = {"out", "overwrite", "verbose", "baseline", "launcher", "figures"}  # settings on which none depends
 TABLE, CURVES, KEPT = "sweep.csv", "curves.npz", "units"
 RESULTS = (
     "write_access",
@@ -41,6 +44,8 @@ RESULTS = (
     "early_stop_accuracy",  # of the model that early stopping keeps; empty without it
     "final_f1",
     "final_loss",
+    *MEASURES,  # means over the rounds measured in which there was an attack; empty unless detectability=true
+    "rounds_to_recover",  # where the sweep holds the unattacked twin of the cell
     "flips",
     "rounds",
     "error",
@@ -112,6 +117,8 @@ def run(cells: Sequence[Cell]) -> Path:
     write_tables(out, cells, scenarios, ordered)
     shutil.rmtree(out / KEPT, ignore_errors=True)
     plots.all_of_sweep(out)
+    for figure in first.figures:
+        plots.draw(out, *figure)
     return out
 
 
@@ -127,12 +134,12 @@ def units(scenarios: Sequence[Scenario]) -> list[Unit]:
 
 def key_of(scenarios: Sequence[Scenario]) -> str:
     """A hash of all that the numbers of these cells depend on, and of the version of the numerics."""
-    apart = {"out", "overwrite", "verbose", "baseline", "launcher"}
     parts = [f"{__version__}/{NUMERICS}/{torch.__version__}/{np.__version__}"]
     for made in scenarios:
         target = made.settings.attack.target_path
         own = hashlib.sha256(Path(target).read_bytes()).hexdigest() if target else ""
-        parts += [made.settings.model_dump_json(exclude=apart), made.dataset.fingerprint, own]
+        own += plugins.source_digest(made.settings.attack.name) + plugins.source_digest(made.settings.strategy.name)
+        parts += [made.settings.model_dump_json(exclude=NOT_NUMBERS), made.dataset.fingerprint, own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -199,7 +206,7 @@ def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] =
         progress=progress,
         keep_flips=False,
         keep_theta=False,
-        full_rows=False,
+        full_rows=cells[0].settings.detectability,
     )
     return _stack([(outcome.table, outcome.flip_count, outcome.error or "") for outcome in outcomes])
 
@@ -250,13 +257,23 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
     text = io.StringIO()
     table = csv.DictWriter(text, ["cell", *swept, *RESULTS], restval="", lineterminator="\n")
     table.writeheader()
+    honest = {
+        _twin(made.settings): one
+        for made, one in zip(scenarios, numbers, strict=True)
+        if not made.settings.attacked and not one.error
+    }
     for i, (cell, made, one) in enumerate(zip(cells, scenarios, numbers, strict=True)):
         mine = {key: value for key, value in cell.overrides.items() if key in swept}
-        table.writerow({"cell": i} | mine | row_of(made, one))
+        table.writerow({"cell": i} | mine | row_of(made, one, honest.get(_twin(made.settings))))
     write_whole(out / TABLE, lambda stream: stream.write(text.getvalue().encode()))
 
 
-def row_of(made: Scenario, numbers: Numbers) -> dict[str, Any]:
+def _twin(settings: Settings) -> str:
+    """What an experiment and its unattacked twin have in common."""
+    return settings.model_dump_json(exclude={"attack", *NOT_NUMBERS})
+
+
+def row_of(made: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dict[str, Any]:
     """The results of a cell, by the names of `RESULTS`."""
     values = {name: numbers.table[:, i] for i, name in enumerate(COLUMNS)}
     rounds = values["round"][~np.isnan(values["round"])]
@@ -274,11 +291,31 @@ def row_of(made: Scenario, numbers: Numbers) -> dict[str, Any]:
         "early_stop_accuracy": "" if made.settings.early_stop.patience is None else accuracy[best],
         "final_f1": values["test_f1"][best],
         "final_loss": values["test_loss"][best],
+        **_detected(values, len(rounds)),
+        "rounds_to_recover": "" if twin is None else _recovered(made, numbers, twin),
         "flips": int(numbers.flips),
         "rounds": int(rounds[-1]),
         "error": str(numbers.error),
     }
     return {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in found.items()}
+
+
+def _detected(values: dict[str, NDArray[np.float64]], rounds: int) -> dict[str, Any]:
+    """Means of `MEASURES` over the rounds in which they have a value."""
+    found = {name: values[name][:rounds] for name in MEASURES}
+    known = {name: column[np.isfinite(column)] for name, column in found.items()}
+    return {name: float(column.mean()) if len(column) else "" for name, column in known.items()}
+
+
+def _recovered(made: Scenario, numbers: Numbers, twin: Numbers) -> float | str:
+    rounds, accuracy, honest = (
+        table[:, COLUMNS.index(name)]
+        for table, name in ((numbers.table, "round"), (numbers.table, "test_accuracy"), (twin.table, "test_accuracy"))
+    )
+    if not made.settings.attacked or len(accuracy) != len(honest):
+        return ""
+    found = rounds_to_recover(rounds, accuracy, honest, made.settings.attack.stop)
+    return "" if math.isnan(found) else found
 
 
 class Progress:

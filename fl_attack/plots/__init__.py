@@ -1,23 +1,24 @@
 """Figures of what runs and sweeps left behind; reads files only. `python -m fl_attack.plots FOLDER [KIND]`"""
 
 import json
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
+from fl_attack.plots import canvas
+from fl_attack.plots.comparisons import harm, matrix, rounds
 from fl_attack.plots.marks import caption, heat, legend
 from fl_attack.plots.table import (
     ACCURACY,
     GOAL,
     KB,
+    LABELS,
     NUMBERS,
     PARTS,
     Array,
@@ -36,23 +37,21 @@ from fl_attack.plots.table import (
     told,
 )
 
-HONEST, ATTACKED = "#0072B2", "#D55E00"
-OKABE_ITO = (HONEST, ATTACKED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by all
-MARKERS, DASHES = "osD^vPX*<>hd", ("-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)))  # told apart in grey
-ENTRIES = len(MARKERS)  # that a legend bears
-
 
 def curves(folder: Path) -> list[Path]:
     """Accuracy of a run by round, attacked and (where there is a baseline) honest: `curves.png`."""
-    figure, panels = _panels([""], 6.4, 3.8, "round", "test accuracy")
+    figure, panels = canvas.panels([""], 6.4, 3.8, "round", "test accuracy")
     axes = panels[""]
     attacked = read_rounds(folder)
     honest = folder / "baseline"
     if (honest / "rounds.csv").exists():
         rows = read_rounds(honest)
-        axes.plot(rows["round"], rows["test_accuracy"], color=HONEST, linestyle="--", label="honest")
+        axes.plot(rows["round"], rows["test_accuracy"], color=canvas.HONEST, linestyle="--", label="honest")
     axes.plot(
-        attacked["round"], attacked["test_accuracy"], color=ATTACKED, label="attacked" if len(axes.lines) else "run"
+        attacked["round"],
+        attacked["test_accuracy"],
+        color=canvas.ATTACKED,
+        label="attacked" if len(axes.lines) else "run",
     )
     axes.set(ylim=(0, 1.02), xlim=(0, max(attacked["round"])))
     file = folder / "summary.json"
@@ -61,7 +60,7 @@ def curves(folder: Path) -> list[Path]:
         setting = f"write access k = {summary['write_access']:.3g}, local budget b = {summary['budget']:.3g}"
         axes.set_title(setting, fontsize="medium", loc="left")
     axes.legend(frameon=False, loc="lower right")
-    return _save(figure, folder, "curves", ("png",))
+    return canvas.save(figure, folder, "curves", ("png",))
 
 
 def heatmap(folder: Path) -> list[Path]:
@@ -70,7 +69,7 @@ def heatmap(folder: Path) -> list[Path]:
     panel, hidden = sweep.facets()
     figure = _maps(sweep.column(K), sweep.column(B), sweep.column(ACCURACY), panel, "cividis", NUMBERS[ACCURACY][0])
     caption(figure, f"Final test accuracy, {sweep.over(hidden)}", sweep.note("Lines: equal global budget k·b."))
-    return _save(figure, folder, "heatmap")
+    return canvas.save(figure, folder, "heatmap")
 
 
 def difference(folder: Path) -> list[Path]:
@@ -84,7 +83,7 @@ def difference(folder: Path) -> list[Path]:
     figure = _maps(k, b, values, panel[at], "PuOr_r", unit)
     note = sweep.note("Above 0 the targeted attack does more harm. Lines: equal global budget k·b.")
     caption(figure, f"Final accuracy, untargeted less targeted, {sweep.over(hidden)}", note)
-    return _save(figure, folder, "difference")
+    return canvas.save(figure, folder, "difference")
 
 
 def budget(folder: Path) -> list[Path]:
@@ -101,7 +100,7 @@ def budget(folder: Path) -> list[Path]:
     fan = len(ks) > 1 and len(np.unique(sweep.column(B))) > 1
     shown = ks[np.linspace(0, len(ks) - 1, min(len(ks), PARTS)).round().astype(int)]
     names, width = (sorted(set(part)), 3.7) if fan else ([""], 5.4)
-    figure, panels = _panels(names, width, 3.3, NUMBERS[KB][0], NUMBERS[ACCURACY][0])
+    figure, panels = canvas.panels(names, width, 3.3, NUMBERS[KB][0], NUMBERS[ACCURACY][0])
     for name, axes in panels.items():
         lines = [(f"k = {told(one)}", (part == name) & (k == one)) for one in shown]
         for number, (label, mask) in enumerate(lines if fan else [(one, part == one) for one in sorted(set(part))]):
@@ -110,9 +109,9 @@ def budget(folder: Path) -> list[Path]:
             at = np.array([value for (value,) in parts])
             points = [confidence(sweep.seed_means(cells[some])) for some in parts.values()]
             mean, half = np.array(points).reshape(-1, 2).T
-            style = _style(number, len(shown) if fan else None)
+            style = canvas.style(number, len(shown) if fan else None)
             axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.22, linewidth=0)
-            axes.plot(at, mean, label=label, linestyle="-" if fan else DASHES[number], **style)
+            axes.plot(at, mean, label=label, linestyle="-" if fan else canvas.DASHES[number], **style)
     low, high = axes.get_ylim()  # of all panels; a band may leave what is possible
     axes.set(xlim=(0, None), ylim=(max(low, -2), min(high, 102)))
     legend(figure, panels)
@@ -122,7 +121,7 @@ def budget(folder: Path) -> list[Path]:
         "Bands: 95 % confidence of the mean over seeds (Student t)." if sweep.repeat.any() else "One seed: no bands.",
     )
     caption(figure, f"Final test accuracy by global budget, {sweep.over(hidden)}", note)
-    return _save(figure, folder, "budget")
+    return canvas.save(figure, folder, "budget")
 
 
 def spread(folder: Path) -> list[Path]:
@@ -130,19 +129,19 @@ def spread(folder: Path) -> list[Path]:
     sweep = read_sweep(folder)
     part, hidden = sweep.facets()
     several(np.unique(sweep.column(K)), "a plot by k", "k")
-    figure, panels = _panels([""], 5.4, 3.4, NUMBERS[K][0], "standard deviation (percentage points)")
+    figure, panels = canvas.panels([""], 5.4, 3.4, NUMBERS[K][0], "standard deviation (percentage points)")
     deviation = deviations(sweep, part)
     if not np.isfinite(list(deviation.values())).any():
         raise NotVariedError("a standard deviation needs two seeds or more; the sweep has one")
     for number, name in enumerate(sorted(set(part))):
         points = [(at, value) for (line, at), value in deviation.items() if line == name]
-        panels[""].plot(*np.array(points).T, label=name, linestyle=DASHES[number], **_style(number))
+        panels[""].plot(*np.array(points).T, label=name, linestyle=canvas.DASHES[number], **canvas.style(number))
     panels[""].set_ylim(bottom=0)
     legend(figure, panels)
     title = f"Standard deviation of the final test accuracy over {len(set(sweep.repeat.tolist()))} seeds"
     over = ", ".join(["b", *hidden])
     caption(figure, title, sweep.note(f"Pooled over {over}: root of the mean variance of each setting."))
-    return _save(figure, folder, "spread")
+    return canvas.save(figure, folder, "spread")
 
 
 def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
@@ -156,21 +155,24 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
     names = sorted(set(parts))
     if not len(values):
         raise InputError(f"no cell has both {x} and {y}")
-    if len(names) > ENTRIES:
-        raise InputError(f"{by} has {len(names)} values; a legend bears at most {ENTRIES}")
-    figure, panels = _panels([""], 5.6, 3.8, NUMBERS.get(x, (x,))[0], NUMBERS.get(y, (y,))[0])
+    if len(names) > canvas.ENTRIES:
+        raise InputError(f"{by} has {len(names)} values; a legend bears at most {canvas.ENTRIES}")
+    figure, panels = canvas.panels([""], 5.6, 3.8, LABELS.get(x, (x,))[0], LABELS.get(y, (y,))[0])
     axes, levels = panels[""], sorted(set(across))
     text = across.dtype.kind != "f"
     place = np.array([levels.index(one) for one in across], float) if text else across
     for number, name in enumerate(names):
         mine = parts == name
         shift = (number - (len(names) - 1) / 2) * 0.3 / len(names) if text else 0.0  # side by side over their name
-        style, where = _style(number, len(names) if len(names) > len(OKABE_ITO) else None), place[mine] + shift
+        style, where = (
+            canvas.style(number, len(names) if len(names) > len(canvas.OKABE_ITO) else None),
+            place[mine] + shift,
+        )
         axes.plot(where, values[mine], **style | {"linestyle": "", "alpha": 0.25, "markersize": 3})
         groups = split(len(where), where)
         means, halves = np.array([confidence(values[mine][cells]) for cells in groups.values()]).T
         if len(groups) < len(where) or text:  # else the cells are their own means
-            line = "" if text else DASHES[number % len(DASHES)]
+            line = "" if text else canvas.DASHES[number % len(canvas.DASHES)]
             at = [value for (value,) in groups]
             axes.errorbar(at, means, np.nan_to_num(halves), label=told(name), capsize=2.5, linestyle=line, **style)
         else:
@@ -182,19 +184,19 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
         axes.set_xlim(-0.5, len(levels) - 0.5)
     elif levels[0] > 0 and levels[-1] > 50 * levels[0]:
         axes.set_xscale("log")
-    legend(figure, panels, by and NUMBERS.get(by, (by,))[0])
+    legend(figure, panels, by and LABELS.get(by, (by,))[0])
     lacking = f"{np.sum(~known)} cells have no such number." if not known.all() else ""
     bars = "Bars: 95 % confidence of the mean (Student t) over all cells there; faint: the cells."
     caption(figure, "", sweep.note(bars, lacking))
-    return _save(figure, folder, "_".join(filter(None, ["columns", x, y, by])))
+    return canvas.save(figure, folder, "_".join(filter(None, ["columns", x, y, by])))
 
 
 def all_of_sweep(folder: Path) -> list[Path]:
     """Every figure that the swept columns allow; other factors than k, b, goal and seed by `columns`."""
     written: list[Path] = []
-    for draw in (heatmap, budget, difference, spread):
+    for figure in (heatmap, budget, difference, spread):
         with suppress(NotVariedError):
-            written += draw(folder)
+            written += figure(folder)
     with suppress(NotVariedError):
         factors = read_sweep(folder).factors
         goal = [GOAL] if GOAL in factors else []
@@ -210,9 +212,15 @@ PLOTS: dict[str, Callable[..., list[Path]]] = {
     "difference": difference,
     "spread": spread,
     "columns": columns,
+    "matrix": matrix,
+    "harm": harm,
+    "rounds": rounds,
     "all": all_of_sweep,
 }
-USAGE = f"usage: python -m fl_attack.plots FOLDER [KIND | columns X Y [BY]]; kinds: {', '.join(PLOTS)}"
+USAGE = (
+    "usage: python -m fl_attack.plots FOLDER [KIND | columns X Y [BY] | matrix [ROWS COLUMNS] | rounds [BY]]; "
+    f"kinds: {', '.join(PLOTS)}"
+)
 
 
 def _maps(x: Floats, y: Floats, values: Floats, panel: Array, colours: str, unit: str) -> Any:
@@ -226,7 +234,7 @@ def _maps(x: Floats, y: Floats, values: Floats, panel: Array, colours: str, unit
         high = max(-low, high, 1e-9)
         low = -high
     width = 0.9 + (0.44 if signed else 0.38) * min(max(len(xs), 8), 12)
-    figure, panels = _panels(list(grids), width, 3.9, NUMBERS[K][0], NUMBERS[B][0])
+    figure, panels = canvas.panels(list(grids), width, 3.9, NUMBERS[K][0], NUMBERS[B][0])
     for name, axes in panels.items():
         image = heat(axes, xs, ys, grids[name], signed, cmap=colours, vmin=low, vmax=high)
     bar = figure.colorbar(image, ax=list(panels.values()), pad=0.02)
@@ -236,49 +244,14 @@ def _maps(x: Floats, y: Floats, values: Floats, panel: Array, colours: str, unit
     return figure
 
 
-def _panels(names: Sequence[str], width: float, height: float, x: str, y: str) -> tuple[Any, dict[str, Any]]:
-    """A figure with axes for each name, alike in scale; width and height of each in inches."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    across = 2 if len(names) == 4 else min(len(names), 3)
-    down = -(-len(names) // across)
-    figure = Figure(figsize=(width * across, height * down), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    for axes in grid.flat[len(names) :]:
-        axes.remove()
-    panels = dict(zip(names, grid.flat, strict=False))
-    for number, (name, axes) in enumerate(panels.items()):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        axes.tick_params(labelsize="small")
-        axes.set_title(name, fontsize="medium", loc="left")
-        if number + across >= len(names):
-            axes.set_xlabel(x, fontsize="small")
-            axes.tick_params(labelbottom=True)
-        if number % across == 0:
-            axes.set_ylabel(y, fontsize="small")
-    return figure, panels
-
-
-def _style(number: int, ordered: int | None = None) -> dict[str, Any]:
-    """Colour and marker of a line: one of a palette, or of so many shades from dark to light."""
-    from matplotlib import colormaps
-
-    shade = number / max(ordered - 1, 1) if ordered else 0.0
-    colour = colormaps["cividis"](0.85 * shade) if ordered else OKABE_ITO[number]
-    return {"color": colour, "marker": MARKERS[number], "markersize": 4.5, "linewidth": 1.3}
-
-
-def _save(figure: Any, folder: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """The files of a figure, which hold neither dates nor versions."""
-    from matplotlib import rc_context
-
-    files = [folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.{kind}" for kind in kinds]
-    nothing = {"png": {"Software": None}, "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate"))}
-    for file, kind in zip(files, kinds, strict=True):
-        with rc_context({"pdf.fonttype": 42}):  # text stays text
-            write_whole(file, partial(figure.savefig, format=kind, dpi=160, metadata=nothing[kind]))
-    return files
+def draw(folder: Path, kind: str, *names: str) -> list[Path]:
+    """A figure by its kind and the columns it is of; InputError where there is none such."""
+    if kind not in PLOTS:
+        raise InputError(f"{kind} is not a kind of plot; known: {', '.join(PLOTS)}")
+    takes = list(signature(PLOTS[kind]).parameters.values())[1:]
+    if not sum(one.default is Parameter.empty for one in takes) <= len(names) <= len(takes):
+        raise InputError(USAGE)
+    return PLOTS[kind](folder, *names)
 
 
 def main(arguments: list[str]) -> int:
@@ -288,11 +261,7 @@ def main(arguments: list[str]) -> int:
             raise InputError(USAGE)
         folder, *rest = arguments
         kind, *names = rest or ["all" if (Path(folder) / "sweep.csv").exists() else "curves"]
-        if kind not in PLOTS:
-            raise InputError(f"{kind} is not a kind of plot; known: {', '.join(PLOTS)}")
-        if len(names) not in ((2, 3) if kind == "columns" else (0,)):
-            raise InputError(USAGE)
-        for file in PLOTS[kind](Path(folder), *names):
+        for file in draw(Path(folder), kind, *names):
             print(file)
     except InputError as error:
         print(f"fl-attack: {error}", file=sys.stderr)

@@ -30,6 +30,15 @@ NUMBERS = {  # columns of every sweep: what their axis says, and how many of its
     "flips": ("flipped labels (count)", 1),
     "rounds": ("rounds (count)", 1),
 }
+LABELS = NUMBERS | {  # and those that only some sweeps have
+    "rounds_to_recover": ("rounds to recover (count)", 1),
+    "norm_auc": ("AUC of the norm (1: always told apart, 0.5: chance)", 1),
+    "cosine_auc": ("AUC of the cosine to the median (0.5: chance)", 1),
+    "distance_auc": ("AUC of the distance (0.5: chance)", 1),
+    "norm_z": ("z-score of the norm", 1),
+    "cosine_to_median": ("cosine to the median update", 1),
+    "distance_rank": ("rank of the distance (share of honest ones below)", 1),
+}
 PARTS = 6  # panels or lines that a figure bears
 
 
@@ -98,7 +107,7 @@ def read_sweep(folder: Path) -> Sweep:
     if not rows:
         raise NotVariedError(f"all {len(found)} cells of {file} broke off; nothing to draw")
     columns = {name: _column([row[name] for row in rows], name, file) for name in header if name != "error"}
-    overrides = [name for name in columns if name not in (*NUMBERS, "cell", "attack.budget")]
+    overrides = [name for name in columns if name not in (*LABELS, "cell", "attack.budget")]
     seeds = [name for name in overrides if name.rpartition(".")[2] == "seed"]
     deal = [name for name in overrides if name.startswith("clients.") or name == "partition.malicious_share"]
     for cells in split(len(rows), *(columns[name] for name in deal)).values():
@@ -205,7 +214,7 @@ def _read(file: Path, of: str) -> tuple[list[str], list[dict[str, str]]]:
 def _column(texts: list[str], name: str, file: Path) -> Array:
     """Floats where a column must or can be, text else. Only results may lack a number (NaN)."""
     try:
-        return np.array([float(text or "nan") if name in NUMBERS else float(text) for text in texts])
+        return np.array([float(text or "nan") if name in LABELS else float(text) for text in texts])
     except ValueError:
         if name in NUMBERS:
             raise InputError(f"{file} has a text in {name}, which is a column of numbers") from None
