@@ -59,7 +59,7 @@ class SweepLauncher(Launcher):
         for overrides in job_overrides:
             told = [override for override in overrides if override not in shared or _key(override) == "seed"]
             settings = settings_from(self._composed(overrides))
-            cells.append(sweep.Cell({_key(one): one.partition("=")[2] for one in told}, settings))
+            cells.append(sweep.Cell({_key(one): one.partition("=")[2].replace("\\:", ":") for one in told}, settings))
         print(f"results in {sweep.run(cells)}")
         return [JobReturn(overrides=one, status=JobStatus.COMPLETED, _return_value=None) for one in job_overrides]
 

@@ -291,7 +291,7 @@ def row_of(made: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dic
         "early_stop_accuracy": "" if made.settings.early_stop.patience is None else accuracy[best],
         "final_f1": values["test_f1"][best],
         "final_loss": values["test_loss"][best],
-        **_detected(values, len(rounds)),
+        **_detected(values, len(rounds) if made.settings.detectability else 0),
         "rounds_to_recover": "" if twin is None else _recovered(made, numbers, twin),
         "flips": int(numbers.flips),
         "rounds": int(rounds[-1]),

@@ -1,7 +1,10 @@
 """Flower's own engine and a cluster of several Ray nodes give what one process gives."""
 
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -101,6 +104,31 @@ def test_two_ray_nodes_both_get_clients(settings: Compose, small_data: Small) ->
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_sweep_outlives_the_loss_of_a_node_and_ends_in_the_same_bytes(small_data: Small, tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    def grid(name: str, *more: str) -> list[str]:
+        fixed = ["engine=batched", "rounds=4000", "eval_every=200", "batch_size=30", f"out={tmp_path}/{name}"]
+        return [sys.executable, "-m", "fl_attack", "-m", *small_data(3), *fixed, "seed=range(6)", *more]
+
+    subprocess.run(grid("here"), check=True, stderr=subprocess.DEVNULL)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    lost = cluster.add_node(num_cpus=1)
+    try:
+        sweep = subprocess.Popen(grid("ray", f"engine.ray_address={cluster.address}"), stderr=subprocess.DEVNULL)
+        kept, deadline = tmp_path / "ray" / "units", time.monotonic() + 120
+        while not (kept.exists() and list(kept.glob("*.npz"))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        cluster.remove_node(lost, allow_graceful=False)
+        assert 1 <= len(list(kept.glob("*.npz"))) < 6  # in the middle of it
+        assert sweep.wait(timeout=300) == 0
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert (tmp_path / "ray" / "sweep.csv").read_bytes() == (tmp_path / "here" / "sweep.csv").read_bytes()
 
 
 def test_an_address_without_a_cluster_is_told_in_one_line(settings: Compose, small_data: Small) -> None:

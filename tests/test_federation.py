@@ -14,8 +14,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fl_attack import federation, scenario
-from fl_attack.config import Settings
+from fl_attack import engine, federation, scenario
+from fl_attack.config import Settings, StrategySettings
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation.client import Asked, HonestClient, MaliciousClient, OmniscientHook, client_app
 from fl_attack.federation.grid import BlockGrid
@@ -98,6 +98,82 @@ def test_blocks_of_clients_on_ray_go_the_way_of_clients_one_by_one(
     torch.testing.assert_close(history.theta, theta, rtol=0, atol=1e-12)
     assert flips_by_round(history, 6) == flips
     assert any(flips)
+
+
+BATCHED = {
+    "some clients a round": (3, ["clients.per_round=4", "batch_size=40"]),
+    "epochs": (2, ["attack.refresh=epoch", "batch_size=40", "attack.every=2"]),
+    "noisy": (3, ["attack.knowledge=noisy", "batch_size=40"]),
+    "random": (2, ["attack.name=random_flip", "batch_size=40", "strategy.name=median"]),
+    "confidence": (3, ["attack.name=confidence_flip", "batch_size=40", "strategy.name=krum", "strategy.f=2"]),
+    "gaussian": (2, ["attack.name=gaussian", "batch_size=40", "strategy.name=trimmed_mean"]),
+    "alie": (3, ["attack.name=alie", "local_steps=2", "batch_size=30", "strategy.pre=[bucketing]"]),
+    "largest": (3, ["attack.name=gradient_max", "attack.goal=targeted", "clients.per_round=0.6", "batch_size=40"]),
+}
+
+
+@pytest.mark.parametrize("case", BATCHED)
+def test_clients_on_ray_go_the_way_of_the_batched_engine(
+    settings: Compose, small_data: Small, grid: BlockGrid, case: str
+) -> None:
+    classes, overrides = BATCHED[case]
+    chosen = settings(*small_data(classes), *COMMON, *overrides)
+    history = federate(chosen, grid)
+    (outcome,) = engine.run_cells([scenario.make(chosen)])
+    batched = outcome.history()
+    torch.testing.assert_close(history.theta, batched.theta, rtol=0, atol=1e-9)
+    for name, column in history.flip_table().items():
+        assert column.tolist() == batched.flip_table()[name].tolist()
+    for row, wanted in zip(history.rows, batched.rows, strict=True):
+        assert list(row.values()) == pytest.approx(list(wanted.values()), rel=0, abs=1e-7, nan_ok=True)
+
+
+def test_a_strategy_of_flowers_gets_the_clients_drawn_for_the_round(
+    settings: Compose, small_data: Small, grid: BlockGrid
+) -> None:
+    chosen = settings(*small_data(3), *COMMON, "clients.per_round=3", "batch_size=40")
+    theirs = chosen.model_copy(
+        update={"strategy": StrategySettings(name="flower", path="flwr.serverapp.strategy.FedAvg")}
+    )
+    torch.testing.assert_close(federate(theirs, grid).theta, federate(chosen, grid).theta, rtol=0, atol=1e-9)
+
+
+OWN = """
+from fl_attack.attack import Proposal, Updates, View
+
+def largest(updates, weights, f, *, scale=1.0):
+    return scale * updates.amax(-3)
+
+def next_class(view: View) -> Proposal:
+    return Proposal((view.y + 1) % view.logits.shape[-1], view.noise[:, 0])
+
+def nothing(view: Updates):
+    return view.updates * 0
+"""
+
+
+@pytest.mark.parametrize("attack", ["next_class", "nothing"])
+def test_a_rule_and_an_attack_of_ones_own_run_in_both_engines(
+    settings: Compose,
+    small_data: Small,
+    grid: BlockGrid,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attack: str,
+) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)  # where the processes of the grid are not
+    own = [f"attack.name=mine.{attack}", "strategy.name=mine:largest", "strategy.args={scale: 0.5}"]
+    chosen = settings(*small_data(3), *COMMON, "batch_size=40", *own)
+    history = federate(chosen, grid)
+    (outcome,) = engine.run_cells([scenario.make(chosen)])
+    assert outcome.theta is not None
+    torch.testing.assert_close(history.theta, outcome.theta, rtol=0, atol=1e-9)
+    assert (history.flip_count > 0) == (attack == "next_class")
+    if attack == "next_class":
+        y = scenario.make(chosen).dataset.y_train
+        table = history.flip_table()
+        assert (table["label"] == (y[table["sample"]] + 1) % 3).all()
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])

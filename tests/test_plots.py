@@ -65,13 +65,13 @@ def is_whole(file):
 
 def drawn(monkeypatch):
     """The figures that are saved from here on."""
-    figures, save = [], plots._save
+    figures, save = [], plots.canvas.save
 
     def keep(figure, *rest):
         figures.append(figure)
         return save(figure, *rest)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots.canvas, "save", keep)
     return figures
 
 

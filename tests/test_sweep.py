@@ -201,7 +201,7 @@ def test_a_sweep_can_stand_in_a_file(
     )
     monkeypatch.chdir(tmp_path)
     data = [*small_data(3), "engine=batched", "rounds=3", "batch_size=30", f"out={tmp_path}/out"]
-    code, told = command("-m", "--config-dir", f"{tmp_path}/conf", "+experiment=mine", *data)
+    code, told = command("-m", "--config-dir", f"{tmp_path}/conf", "experiment=mine", *data)
     assert code == 0, told
     assert [(row["attack.budget"], row["seed"]) for row in rows(tmp_path / "out")] == [
         (b, s) for b in ("0.1", "0.5") for s in ("0", "1")

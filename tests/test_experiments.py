@@ -1,0 +1,74 @@
+"""The experiments of one command each: they compose, run small, and leave their figures and tables."""
+
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fl_attack.config import compose
+from fl_attack.overrides import conf_folder, many
+
+EXPERIMENTS = sorted(file.stem for file in (conf_folder() / "experiment").glob("*.yaml"))
+Small = Callable[..., list[str]]
+Command = Callable[..., tuple[int, str, str]]
+LEFT = {
+    "defences": ["matrix.png", "matrix.csv"],
+    "harm": ["harm.png", "harm.csv"],
+    "noniid": ["matrix.png", "columns_partition.alpha_final_accuracy_strategy.name.png"],
+    "recovery": ["rounds.png", "columns_attack.name_rounds_to_recover_attack.stop.png"],
+    "knowledge": ["columns_attack.budget_final_accuracy_attack.knowledge.png"],
+    "detectability": ["columns_attack.name_norm_auc.png", "columns_attack.name_cosine_auc.png"],
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_for_the_batched_engine(name: str) -> None:
+    assert compose(f"experiment={name}", "out=unused").engine.name == "batched"
+
+
+def test_an_experiment_is_a_multirun_by_itself() -> None:
+    assert many(["experiment=harm", "rounds=3"]) == ["-m", "experiment=harm", "rounds=3"]
+    assert many(["-m", "experiment=harm"]) == ["-m", "experiment=harm"]
+    assert many(["rounds=3"]) == ["rounds=3"]
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_an_experiment_leaves_its_figures_and_tables(
+    command: Command, small_data: Small, tmp_path: Path, name: str
+) -> None:
+    small = [*small_data(3, train=300), "rounds=6", "eval_every=2", "batch_size=90", "seed=0,1", f"out={tmp_path}/out"]
+    if name == "recovery":
+        small += ["attack.start=3", "attack.stop=3,4"]
+    code, _, told = command(f"experiment={name}", *small)
+    assert code == 0, told
+    assert {"sweep.csv", *LEFT[name]} <= {file.name for file in (tmp_path / "out").iterdir()}
+    with (tmp_path / "out" / "sweep.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert not [row["error"] for row in rows if row["error"]]
+    if name == "recovery":
+        assert any(row["rounds_to_recover"] for row in rows)
+    if name == "detectability":
+        assert all(0 <= float(row["norm_auc"]) <= 1 for row in rows)
+
+
+def test_rules_and_attacks_of_ones_own_appear_in_the_comparison(
+    command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from fl_attack.attack import Proposal, View\n\n\n"
+        "def zeros(view: View) -> Proposal:\n    return Proposal(view.y * 0, view.noise[:, 0])\n\n\n"
+        "def first(updates, weights, f):\n    return updates[..., 0, :, :]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    small = [*small_data(3, train=300), "rounds=3", "batch_size=90", "seed=0", f"out={tmp_path}/out"]
+    names = ["attack.name=none,greedy,mine.zeros", "strategy.name=mean,median,mine:first"]
+    code, _, told = command("experiment=defences", *small, *names)
+    assert code == 0, told
+    with (tmp_path / "out" / "matrix.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["attack.name"] for row in rows} == {"none", "greedy", "mine.zeros"}
+    assert {row["strategy.name"] for row in rows} == {"mean", "median", "mine:first"}
+    assert sum(int(row["worst"]) for row in rows) == 3
+    assert not [name for name in sys.modules if name == "mine"]  # loaded by its file, not left among modules
