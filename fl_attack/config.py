@@ -241,6 +241,11 @@ class Settings(Strict):
         return math.ceil(self.clients.malicious * share)
 
     @property
+    def label_budget(self) -> float:
+        """Share b of the malicious clients' labels that may be flipped; 0 where nobody flips labels."""
+        return self.attack.budget if self.attacked and self.attack.writes == "labels" else 0.0
+
+    @property
     def attacked(self) -> bool:
         """Whether anybody may flip a label."""
         return self.attack.name != "none" and self.clients.malicious > 0

@@ -42,13 +42,16 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
     if settings.attacked and settings.attack.goal == "targeted":
         with Progress("target", settings.rounds) as progress:
             scenario.load_target(attacked, progress)
-    summaries = {}
+    summaries: dict[str, dict[str, Any]] = {}
+    twin: History | None = None
 
     def keep(name: str, history: History, finished: bool = True) -> None:
+        nonlocal twin
         which, folder = runs[name]
-        results.write(folder, which, history, finished)
+        results.write(folder, which, history, finished, twin)
         if finished:
-            summaries[name] = results.summary(which, history)
+            summaries[name] = results.summary(which, history, twin)
+        twin = history if name == "honest" else twin
 
     if batched:
         results.clear(out)

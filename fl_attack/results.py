@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fl_attack.config import Settings, to_yaml, versions
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
-from fl_attack.history import COLUMNS, History
+from fl_attack.history import COLUMNS, History, rounds_to_recover
 from fl_attack.scenario import Scenario
 
 SUMMARY = "summary.json"  # written last: a folder that has one is finished
@@ -53,8 +53,8 @@ def write_rounds(out: Path, history: History) -> None:
     _write(out / "rounds.csv", lambda stream: stream.write(text.getvalue().encode()))
 
 
-def write(out: Path, scenario: Scenario, history: History, finished: bool = True) -> None:
-    """All files of a run but its figure; the summary only of a finished one."""
+def write(out: Path, scenario: Scenario, history: History, finished: bool = True, twin: History | None = None) -> None:
+    """All files of a run but its figure; the summary only of a finished one. `twin` is the run without the attack."""
     settings = scenario.settings
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "config.yaml", lambda stream: stream.write(to_yaml(settings).encode()))
@@ -69,15 +69,15 @@ def write(out: Path, scenario: Scenario, history: History, finished: bool = True
     for name, content in arrays.items():
         _write(out / name, partial(_savez, content))
     if finished:
-        text = json.dumps(summary(scenario, history), indent=2) + "\n"
+        text = json.dumps(summary(scenario, history, twin), indent=2) + "\n"
         _write(out / SUMMARY, lambda stream: stream.write(text.encode()))
 
 
-def summary(scenario: Scenario, history: History) -> dict[str, Any]:
+def summary(scenario: Scenario, history: History, twin: History | None = None) -> dict[str, Any]:
     """The figures of a run: accuracies and F1 from 0 to 1, shares from 0 to 1, times in seconds."""
     settings: Settings = scenario.settings
     last, best = history.rows[-1]["round"], history.best
-    budget = settings.attack.budget if settings.attacked else 0.0
+    budget = settings.label_budget
     return {
         "final_accuracy": best["test_accuracy"],
         "minimum_accuracy": min(row["test_accuracy"] for row in history.rows[1:]),
@@ -98,10 +98,23 @@ def summary(scenario: Scenario, history: History) -> dict[str, Any]:
         "rounds": settings.rounds,
         "stopped_round": last,
         "best_round": best["round"],
+        "rounds_to_recover": _recovered(settings, history, twin),
         "seconds": history.seconds,
         "seed": settings.seed,
         "versions": versions(),
     }
+
+
+def _recovered(settings: Settings, history: History, twin: History | None) -> float | None:
+    """See `history.rounds_to_recover`; None where there is no such number."""
+    if twin is None or len(twin.rows) != len(history.rows):
+        return None
+    rounds, accuracy, honest = (
+        np.array([row[name] for row in of.rows], float)
+        for of, name in ((history, "round"), (history, "test_accuracy"), (twin, "test_accuracy"))
+    )
+    found = rounds_to_recover(rounds, accuracy, honest, settings.attack.stop)
+    return None if np.isnan(found) else found
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:

@@ -280,7 +280,7 @@ def row_of(made: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dic
     accuracy = values["test_accuracy"][: len(rounds)]
     after_start = accuracy[1:] if len(accuracy) > 1 else accuracy
     best = best_row(values["validation_loss"][: len(rounds)])
-    budget = made.settings.attack.budget if made.settings.attacked else 0.0
+    budget = made.settings.label_budget
     found = {
         "write_access": made.write_access,
         "budget": budget,
