@@ -45,7 +45,8 @@ RESULTS = (
     "final_f1",
     "final_loss",
     *MEASURES,  # means over the rounds measured in which there was an attack; empty unless detectability=true
-    "rounds_to_recover",  # where the sweep holds the unattacked twin of the cell
+    "drop",  # of the final accuracy from that of the cell's unattacked twin, where the sweep holds it
+    "rounds_to_recover",  # likewise: from which on the accuracy is again that of the twin
     "flips",
     "rounds",
     "error",
@@ -292,12 +293,19 @@ def row_of(made: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dic
         "final_f1": values["test_f1"][best],
         "final_loss": values["test_loss"][best],
         **_detected(values, len(rounds) if made.settings.detectability else 0),
+        "drop": "" if twin is None or not made.settings.attacked else final_accuracy(twin) - accuracy[best],
         "rounds_to_recover": "" if twin is None else _recovered(made, numbers, twin),
         "flips": int(numbers.flips),
         "rounds": int(rounds[-1]),
         "error": str(numbers.error),
     }
     return {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in found.items()}
+
+
+def final_accuracy(numbers: Numbers) -> float:
+    """Of the model that a cell ends with."""
+    rows = numbers.table[~np.isnan(numbers.table[:, COLUMNS.index("round")])]
+    return float(rows[best_row(rows[:, COLUMNS.index("validation_loss")]), COLUMNS.index("test_accuracy")])
 
 
 def _detected(values: dict[str, NDArray[np.float64]], rounds: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ Command = Callable[..., tuple[int, str, str]]
 LEFT = {
     "defences": ["matrix.png", "matrix.csv"],
     "harm": ["harm.png", "harm.csv"],
-    "noniid": ["matrix.png", "columns_partition.alpha_final_accuracy_strategy.name.png"],
+    "noniid": ["columns_partition.alpha_drop_strategy.name.png"],
     "recovery": ["rounds.png", "columns_attack.name_rounds_to_recover_attack.stop.png"],
     "knowledge": ["columns_attack.budget_final_accuracy_attack.knowledge.png"],
     "detectability": ["columns_attack.name_norm_auc.png", "columns_attack.name_cosine_auc.png"],
@@ -47,6 +47,17 @@ def test_an_experiment_leaves_its_figures_and_tables(
     with (tmp_path / "out" / "sweep.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     assert not [row["error"] for row in rows if row["error"]]
+    if name in ("noniid", "harm"):
+        alike = {
+            tuple(row[key] for key in row if key.startswith(("partition", "strategy", "clients", "seed"))): row
+            for row in rows
+            if row["attack.name"] == "none"
+        }
+        for row in rows:
+            twin = alike[tuple(row[key] for key in row if key.startswith(("partition", "strategy", "clients", "seed")))]
+            if row["attack.name"] != "none":
+                expected = float(twin["final_accuracy"]) - float(row["final_accuracy"])
+                assert float(row["drop"]) == pytest.approx(expected, abs=1e-8)
     if name == "recovery":
         assert any(row["rounds_to_recover"] for row in rows)
     if name == "detectability":

@@ -162,7 +162,7 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
     text = across.dtype.kind != "f"
     place = np.array([levels.index(one) for one in across], float) if text else across
     for number, name in enumerate(names):
-        mine = parts == name
+        mine, label = parts == name, told(name) if by else ""
         shift = (number - (len(names) - 1) / 2) * 0.3 / len(names) if text else 0.0  # side by side over their name
         style, where = (
             canvas.style(number, len(names) if len(names) > len(canvas.OKABE_ITO) else None),
@@ -174,9 +174,9 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
         if len(groups) < len(where) or text:  # else the cells are their own means
             line = "" if text else canvas.DASHES[number % len(canvas.DASHES)]
             at = [value for (value,) in groups]
-            axes.errorbar(at, means, np.nan_to_num(halves), label=told(name), capsize=2.5, linestyle=line, **style)
+            axes.errorbar(at, means, np.nan_to_num(halves), label=label, capsize=2.5, linestyle=line, **style)
         else:
-            axes.plot([], [], label=told(name), **style | {"linestyle": ""})
+            axes.plot([], [], label=label, **style | {"linestyle": ""})
     if text:
         labels = [told(one) for one in levels]
         long = len("  ".join(labels)) > 60

@@ -61,10 +61,12 @@ def harm(folder: Path) -> list[Path]:
                 points.append((at, *confidence(sweep.seed_means(mine))))
         at, mean, half = np.array(points).T
         flips = name in versus.FLIPS
-        look = canvas.style(number, len(order) + 1) | {"linestyle": "-" if flips else "--"}
+        look = canvas.style(number % canvas.COLOURS) | {"marker": canvas.MARKERS[number % canvas.ENTRIES]}
+        look |= {"linestyle": "-" if flips else "--"}
         if name == "none":
-            look |= {"color": "0.4", "linestyle": ":"}
+            look |= {"color": "0.4", "linestyle": ":", "marker": ""}
         panels[""].errorbar(at, mean, np.nan_to_num(half), label=name, capsize=2, **look)
+    panels[""].set_ylim(bottom=0)  # a bar may leave what is possible
     legend(figure, panels)
     note = "Solid: label flips; dashed: gradients. Bars: 95 % confidence of the mean over seeds (Student t)."
     caption(figure, "Final test accuracy by write access", sweep.note(note))

@@ -32,8 +32,9 @@ NUMBERS = {  # columns of every sweep: what their axis says, and how many of its
 }
 LABELS = NUMBERS | {  # and those that only some sweeps have
     "rounds_to_recover": ("rounds to recover (count)", 1),
-    "norm_auc": ("AUC of the norm (1: always told apart, 0.5: chance)", 1),
-    "cosine_auc": ("AUC of the cosine to the median (0.5: chance)", 1),
+    "drop": ("drop of the final accuracy by the attack (points)", 100),
+    "norm_auc": ("AUC of the norm (0.5: chance)", 1),
+    "cosine_auc": ("AUC of the cosine (0.5: chance)", 1),
     "distance_auc": ("AUC of the distance (0.5: chance)", 1),
     "norm_z": ("z-score of the norm", 1),
     "cosine_to_median": ("cosine to the median update", 1),
