@@ -54,7 +54,7 @@ BAD = {
     "foo=1": "foo is not a known key",
     "attack.budgt=1": "attack.budgt is not a known key",
     "+attack.budgt=1": "attack.budgt is not a known key",
-    "attack=gredy": "attack=gredy is not known; known: greedy, none",
+    "attack=gredy": "attack=gredy is not known; known: alie, confidence_flip",
     "dataset=mnsit": "dataset=mnsit is not known; known: cifar10, ",
     "rounds=0": "rounds=0 is not allowed: it must be at least 1",
     "rounds=many": "rounds=many is not allowed: it must be a valid integer",
@@ -126,7 +126,14 @@ def test_a_folder_that_can_not_be_written_is_told(command: Command, tmp_path: Pa
 def test_help_names_groups_keys_and_examples(command: Command) -> None:
     code, printed, _ = command("--help")
     assert code == 0
-    for piece in ("attack: greedy, none", "clients.honest", "attack.budget", "engine.grid", "selection: gain"):
+    for piece in (
+        "attack: alie, confidence_flip, ",
+        "experiment: defences, ",
+        "clients.honest",
+        "attack.budget",
+        "engine.grid",
+        "selection: gain",
+    ):
         assert piece in printed
     assert printed.count("\n  fl-attack ") >= 5
 

@@ -64,7 +64,7 @@ class Sweep:
         """A column by its name, numbers in the unit of their axis."""
         if name not in self.columns:
             raise InputError(f"the sweep has no column {name}; known: {', '.join(self.columns)}")
-        return self.columns[name] * NUMBERS[name][1] if name in NUMBERS else self.columns[name]
+        return self.columns[name] * LABELS[name][1] if name in LABELS else self.columns[name]
 
     def facets(self, *without: str) -> tuple[Array, list[str]]:
         """(cells,) text that sets at most `PARTS` parts apart, and the factors left, to be averaged over."""
