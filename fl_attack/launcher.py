@@ -11,18 +11,27 @@ import sys
 import types
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from fl_attack.errors import InputError
+from fl_attack.overrides import conf_folder, explain, opened
+
+if TYPE_CHECKING:
+    from fl_attack.sweep import Cell
 
 Plugins.instance()  # loads Hydra's own plugins anew, so that only now their classes are the ones it will know
+from hydra._internal.callbacks import Callbacks  # noqa: E402
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # noqa: E402
 
 NAME = "fl_attack"
@@ -32,13 +41,16 @@ class AllAtOnce(BasicSweeper):
     """Hydra's sweeper, which neither composes every job before the launcher does nor leaves a file of its own."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Expand the command line and `hydra.sweeper.params` into jobs, and launch them all."""
-        assert self.hydra_context is not None
+        """Launch all jobs."""
         assert self.launcher is not None
+        return [self.launcher.launch(self.jobs(arguments), initial_job_idx=0)]
+
+    def jobs(self, arguments: list[str]) -> Sequence[Sequence[str]]:
+        """The overrides of each job: the command line, or `hydra.sweeper.params`, expanded."""
+        assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        (jobs,) = self.split_arguments(overrides, None)
-        return [self.launcher.launch(jobs, initial_job_idx=0)]
+        (jobs,) = self.split_arguments(parser.parse_overrides([*self._parse_config(), *arguments]), None)
+        return jobs
 
 
 class SweepLauncher(Launcher):
@@ -51,7 +63,14 @@ class SweepLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; the results are in the folder that they name."""
         from fl_attack import sweep  # slow to import; bad input is told before
+
+        print(f"results in {sweep.run(self.cells(job_overrides))}")
+        return [JobReturn(overrides=one, status=JobStatus.COMPLETED, _return_value=None) for one in job_overrides]
+
+    def cells(self, job_overrides: Sequence[Sequence[str]]) -> "list[Cell]":
+        """The cells that the overrides of each job make."""
         from fl_attack.config import settings_from
+        from fl_attack.sweep import Cell
 
         constant = [set(overrides) for overrides in job_overrides]
         shared = set.intersection(*constant) if len(constant) > 1 else set()
@@ -59,9 +78,8 @@ class SweepLauncher(Launcher):
         for overrides in job_overrides:
             told = [override for override in overrides if override not in shared or _key(override) == "seed"]
             settings = settings_from(self._composed(overrides))
-            cells.append(sweep.Cell({_key(one): one.partition("=")[2].replace("\\:", ":") for one in told}, settings))
-        print(f"results in {sweep.run(cells)}")
-        return [JobReturn(overrides=one, status=JobStatus.COMPLETED, _return_value=None) for one in job_overrides]
+            cells.append(Cell({_key(one): one.partition("=")[2].replace("\\:", ":") for one in told}, settings))
+        return cells
 
     def _composed(self, overrides: Sequence[str]) -> dict[str, Any]:
         groups = tuple(one for one in overrides if not self._is_value(one))
@@ -87,6 +105,26 @@ class SweepLauncher(Launcher):
         with open_dict(config):
             del config["hydra"]
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def grid(*overrides: str) -> "list[Cell]":
+    """The cells of a multirun with these overrides; InputError where one is wrong."""
+    register()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            config = loader.load_configuration("config", opened(overrides), RunMode.MULTIRUN)
+            context = HydraContext(config_loader=loader, callbacks=Callbacks())
+            sweeper = AllAtOnce(None, config.hydra.sweeper.params)
+            sweeper.setup(hydra_context=context, task_function=_unused, config=config)
+            assert isinstance(sweeper.launcher, SweepLauncher)
+            return sweeper.launcher.cells(sweeper.jobs(OmegaConf.to_container(config.hydra.overrides.task)))  # type: ignore[arg-type]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(explain(error)) from None
+
+
+def _unused(config: DictConfig) -> None:
+    """What Hydra would run for each job."""
 
 
 def _key(override: str) -> str:

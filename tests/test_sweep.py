@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import ray
 
-from fl_attack import experiment, sweep
+from fl_attack import engine, experiment, sweep
 from fl_attack.config import compose
+from fl_attack.sweep import execute
+from fl_attack.sweep.units import read, units
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str]]
@@ -99,7 +101,7 @@ def test_what_is_done_is_kept_and_not_done_again(
 ) -> None:
     assert command(*small_sweep(small_data, tmp_path / "whole"))[0] == 0
     computed: list[int] = []
-    original = sweep.batched_numbers
+    original = execute.batched_numbers
 
     def counting(cells: list[object], progress: object = None) -> sweep.Numbers:
         if len(computed) == 1 and not (tmp_path / "stopped").exists():
@@ -108,7 +110,7 @@ def test_what_is_done_is_kept_and_not_done_again(
         computed.append(len(cells))
         return original(cells)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sweep, "batched_numbers", counting)
+    monkeypatch.setattr(execute, "batched_numbers", counting)
     code, told = command(*small_sweep(small_data, tmp_path / "parts"))
     assert code == 1
     assert "StoppedError" in told
@@ -126,7 +128,7 @@ def test_what_is_done_is_kept_and_not_done_again(
 def test_a_changed_parameter_is_never_answered_with_an_old_result(small_data: Small, change: str) -> None:
     base = [*small_data(3), "engine=batched", "rounds=12", "batch_size=30", "out=a"]
     keys = [
-        sweep.units(sweep.engine.make_scenarios([compose(*base, *more)]))[0].key
+        units(engine.make_scenarios([compose(*base, *more)]))[0].key
         for more in ([], [change], ["out=elsewhere", "overwrite=true"])
     ]
     assert keys[0] != keys[1]
@@ -135,9 +137,9 @@ def test_a_changed_parameter_is_never_answered_with_an_old_result(small_data: Sm
 
 def test_a_damaged_unit_is_computed_again(small_data: Small, tmp_path: Path) -> None:
     file = tmp_path / "unit.npz"
-    assert sweep.read(file) is None
+    assert read(file) is None
     file.write_bytes(b"PK\x03\x04 damaged")
-    assert sweep.read(file) is None
+    assert read(file) is None
 
 
 def test_a_cell_that_diverges_ends_in_a_row_with_its_error(command: Command, small_data: Small, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""A multirun: all cells of a grid, in one folder, batched where they share minibatches, and resumed where it stopped.
+
+Cells are cut into units of work. A unit that is done is kept under a key of everything that its numbers depend on;
+when all are there, the tables are written, which holds no times and so comes out the same however often it was cut.
+"""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from fl_attack import engine, federation, plots, results
+from fl_attack.config import to_yaml
+from fl_attack.data.cache import write_whole
+from fl_attack.errors import InputError
+from fl_attack.sweep.execute import compute
+from fl_attack.sweep.progress import Progress
+from fl_attack.sweep.table import CURVES, TABLE, Cell, write_tables
+from fl_attack.sweep.units import Numbers, Unit, by_cell, key_of, read, saver, units
+
+__all__ = ["Cell", "Numbers", "Progress", "Unit", "key_of", "run", "tabulate"]
+KEPT = "units"
+
+
+def run(cells: Sequence[Cell], progress: Progress | None = None) -> Path:
+    """Compute a grid, leave its tables in the `out` that all cells name and draw what they allow; gives that folder."""
+    out = tabulate(cells, progress)
+    plots.all_of_sweep(out)
+    for figure in cells[0].settings.figures:
+        plots.draw(out, *figure)
+    return out
+
+
+def tabulate(cells: Sequence[Cell], progress: Progress | None = None) -> Path:
+    """Compute a grid and leave its tables, without figures, in the `out` that all cells name; gives that folder.
+
+    InputError before any work starts where a cell can't be run or `out` holds a finished sweep. What an interrupted
+    call has kept is used again by the next one of the same grid.
+    """
+    first = cells[0].settings
+    out = Path(first.out)
+    if (out / TABLE).exists() and not first.overwrite:
+        raise InputError(f"out={out} holds a finished sweep; use another folder or overwrite=true")
+    scenarios = engine.make_scenarios([cell.settings for cell in cells])
+    for made in scenarios:
+        (engine.check if made.settings.engine.name == "batched" else federation.check)(made)
+    results.prepare(out, overwrite=True)
+    if first.overwrite:
+        for pattern in (TABLE, CURVES, "*.png", "*.pdf"):
+            for file in out.glob(pattern):
+                file.unlink()
+    write_whole(out / "config.yaml", lambda stream: stream.write(to_yaml(first).encode()))
+    done: dict[int, Numbers] = {}
+    with nullcontext(progress) if progress else Progress(len(cells)) as progress:
+        todo = []
+        for unit in units(scenarios):
+            kept = None if first.overwrite else read(out / KEPT / f"{unit.key}.npz")
+            if kept is None:
+                todo.append(unit)
+            else:
+                done |= by_cell(unit, kept)
+                progress.skip(len(unit.cells))
+
+        def keep(unit: Unit, numbers: Numbers) -> None:
+            write_whole(out / KEPT / f"{unit.key}.npz", saver(numbers))
+            done.update(by_cell(unit, numbers))
+
+        compute(todo, scenarios, progress, keep)
+    ordered = [done[i] for i in range(len(cells))]
+    write_tables(out, cells, scenarios, ordered)
+    shutil.rmtree(out / KEPT, ignore_errors=True)
+    return out

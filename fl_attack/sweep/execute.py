@@ -1,0 +1,93 @@
+"""Computing units: in this process, on the workers of a cluster, or one run after the other on Flower."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from fl_attack import engine, federation
+from fl_attack.config import settings_from
+from fl_attack.errors import RunError
+from fl_attack.history import COLUMNS, Recorder
+from fl_attack.scenario import Scenario
+from fl_attack.sweep.progress import Progress
+from fl_attack.sweep.units import Numbers, Unit, stacked
+
+Keep = Callable[[Unit, Numbers], None]
+
+
+def compute(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
+    """Have the numbers of units kept, as they are done."""
+    batched = [unit for unit in todo if scenarios[unit.cells[0]].settings.engine.name == "batched"]
+    settings = scenarios[0].settings
+    if settings.launcher == "ray" or (settings.launcher == "auto" and settings.engine.ray_address):
+        _on_a_cluster(batched, scenarios, progress, keep)
+    else:
+        for unit in batched:
+            cells = [scenarios[i] for i in unit.cells]
+            keep(unit, batched_numbers(cells, partial(progress.rounds, cells[0].settings.rounds)))
+    _one_by_one([unit for unit in todo if unit not in batched], scenarios, progress, keep)
+
+
+def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
+    if not todo:
+        return
+    for unit in todo:
+        for i in unit.cells:
+            if scenarios[i].settings.attack.goal == "targeted":
+                _ = scenarios[i].target  # trained and cached once here, rather than by every worker
+    settings = scenarios[todo[0].cells[0]].settings
+    threads = torch.get_num_threads()
+    jobs = [(threads, [scenarios[i].settings.model_dump_json() for i in unit.cells]) for unit in todo]
+    for i, numbers in federation.scatter(numbers_of_job, jobs, settings.engine.ray_address, settings.verbose):
+        progress.add(len(todo[i].cells))
+        keep(todo[i], numbers)
+
+
+def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
+    """Cells of the Flower engine, one after the other, over the same clients where they have as many."""
+    by_grid: dict[str, list[Unit]] = {}
+    for unit in todo:
+        settings = scenarios[unit.cells[0]].settings
+        by_grid.setdefault(f"{settings.clients.total} {settings.engine}", []).append(unit)
+    if not todo:
+        return
+
+    def federate_all(alike: Sequence[Unit], federate: federation.Federate) -> None:
+        for unit in alike:
+            made, error = scenarios[unit.cells[0]], ""
+            recorder = Recorder(made, partial(progress.round, made.settings.rounds))
+            try:
+                federate(recorder)
+            except RunError as failure:
+                error = str(failure)
+            rows = np.array([[row[name] for name in COLUMNS] for row in recorder.history.rows])
+            keep(unit, stacked([(rows, recorder.history.flip_count, error)]))
+
+    with federation.ray_session(settings.engine.ray_address, settings.verbose):
+        for alike in by_grid.values():
+            federation.run(partial(federate_all, alike), scenarios[alike[0].cells[0]].settings)
+
+
+def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] = lambda rounds: None) -> Numbers:
+    """The numbers of cells that can run together."""
+    engine_settings = cells[0].settings.engine
+    outcomes = engine.run_cells(
+        cells,
+        device=engine_settings.device,
+        memory_gb=engine_settings.memory_gb,
+        progress=progress,
+        keep_flips=False,
+        keep_theta=False,
+        full_rows=cells[0].settings.detectability,
+    )
+    return stacked([(outcome.table, outcome.flip_count, outcome.error or "") for outcome in outcomes])
+
+
+def numbers_of_job(job: tuple[int, list[str]]) -> Numbers:
+    """The numbers of cells given as the threads to use, and settings in JSON: what a worker of a cluster does."""
+    threads, settings = job
+    torch.set_num_threads(threads)  # as where the job was made, so that sums come out the same
+    return batched_numbers(engine.make_scenarios([settings_from(json.loads(text)) for text in settings], verify=False))
