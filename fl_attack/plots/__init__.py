@@ -63,13 +63,14 @@ def curves(folder: Path) -> list[Path]:
     return canvas.save(figure, folder, "curves", ("png",))
 
 
-def heatmap(folder: Path) -> list[Path]:
-    """Mean final accuracy over k and b, a panel for each goal, with lines of equal k·b."""
+def heatmap(folder: Path, column: str = ACCURACY) -> list[Path]:
+    """Mean of a column, by default the final accuracy, over k and b; a panel for each goal, lines of equal k·b."""
     sweep = read_sweep(folder)
     panel, hidden = sweep.facets()
-    figure = _maps(sweep.column(K), sweep.column(B), sweep.column(ACCURACY), panel, "cividis", NUMBERS[ACCURACY][0])
-    caption(figure, f"Final test accuracy, {sweep.over(hidden)}", sweep.note("Lines: equal global budget k·b."))
-    return canvas.save(figure, folder, "heatmap")
+    figure = _maps(sweep.column(K), sweep.column(B), sweep.column(column), panel, "cividis", _axis(column))
+    name = "Final test accuracy" if column == ACCURACY else _axis(column)
+    caption(figure, f"{name}, {sweep.over(hidden)}", sweep.note("Lines: equal global budget k·b."))
+    return canvas.save(figure, folder, "heatmap" if column == ACCURACY else f"heatmap_{column}")
 
 
 def difference(folder: Path) -> list[Path]:
@@ -218,9 +219,13 @@ PLOTS: dict[str, Callable[..., list[Path]]] = {
     "all": all_of_sweep,
 }
 USAGE = (
-    "usage: python -m fl_attack.plots FOLDER [KIND | columns X Y [BY] | matrix [ROWS COLUMNS] | rounds [BY]]; "
-    f"kinds: {', '.join(PLOTS)}"
+    "usage: python -m fl_attack.plots FOLDER [KIND | columns X Y [BY] | heatmap [COLUMN] | matrix [ROWS COLUMNS] | "
+    f"rounds [BY]]; kinds: {', '.join(PLOTS)}"
 )
+
+
+def _axis(column: str) -> str:
+    return LABELS.get(column, (column,))[0]
 
 
 def _maps(x: Floats, y: Floats, values: Floats, panel: Array, colours: str, unit: str) -> Any:

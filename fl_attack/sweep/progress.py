@@ -8,9 +8,9 @@ from tqdm import tqdm
 class Progress:
     """How many cells are done, a second and still to come: one bar on a terminal, lines elsewhere."""
 
-    def __init__(self, cells: int) -> None:
-        self.cells, self.done, self.told = cells, 0.0, 0
-        self.bar = tqdm(total=cells, unit="cell", desc="sweep", disable=not sys.stderr.isatty())
+    def __init__(self, cells: int, name: str = "sweep") -> None:
+        self.cells, self.name, self.done, self.told = cells, name, 0.0, 0
+        self.bar = tqdm(total=cells, unit="cell", desc=name, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Progress":
         return self
@@ -31,7 +31,7 @@ class Progress:
         tenth = int(self.done * 10 / self.cells + 1e-6)
         if self.bar.disable and tenth > self.told:
             self.told = tenth
-            print(f"sweep: {tenth * 10} % of {self.cells} cells", file=sys.stderr, flush=True)
+            print(f"{self.name}: {tenth * 10} % of {self.cells} cells", file=sys.stderr, flush=True)
 
     def rounds(self, of: int, done: int) -> None:
         """Count rounds, of so many that make a cell."""

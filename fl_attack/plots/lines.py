@@ -1,0 +1,74 @@
+"""Figures of tables made for them: lines with bands, and points of gradients."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fl_attack.plots import canvas
+from fl_attack.plots.marks import caption, legend
+from fl_attack.plots.table import LABELS
+
+
+def lines(file: Path, title: str, note: str, log: bool = False) -> list[Path]:
+    """A table with columns panel, line, x, y and half interval, the latter three named as their axis: PNG and PDF.
+
+    `log` stretches the small values of x, down to 0.
+    """
+    header, rows = _table(file)
+    x, y = header[2], header[3]
+    panels = list(dict.fromkeys(row[0] for row in rows))
+    names = list(dict.fromkeys(row[1] for row in rows))
+    labels = [LABELS.get(name, (name,))[0] for name in (x, y)]
+    figure, drawn = canvas.panels(panels, 5.4 if len(panels) == 1 else 4.2, 3.5, *labels)
+    for panel, axes in drawn.items():
+        for number, name in enumerate(names):
+            points = [[float(value or "nan") for value in row[2:]] for row in rows if row[:2] == [panel, name]]
+            if not points:
+                continue
+            at, mean, half = np.array(sorted(points)).T
+            style = canvas.style(number, len(names) if len(names) > canvas.COLOURS else None)
+            axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
+            axes.plot(at, mean, label=name, linestyle=canvas.DASHES[number % len(canvas.DASHES)], **style)
+        if log:
+            least = min(float(row[2]) for row in rows if float(row[2]) > 0)
+            axes.set_xscale("symlog", linthresh=least)
+            axes.set_xlim(left=0)
+            ticks = sorted({float(row[2]) for row in rows})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=60)
+            axes.minorticks_off()
+    legend(figure, drawn)
+    caption(figure, title, note)
+    return canvas.save(figure, file.parent, file.stem)
+
+
+def reach(file: Path, title: str, note: str) -> list[Path]:
+    """A table with columns panel, kind, x, y: gradients on two directions; the last kinds as arrows from the origin."""
+    _, rows = _table(file)
+    panels = list(dict.fromkeys(row[0] for row in rows))
+    first, second = "first direction (share of the clean gradient's length)", "second direction (same)"
+    figure, drawn = canvas.panels(panels, 4.0, 3.8, first, second)
+    kinds = list(dict.fromkeys(row[1] for row in rows))
+    for panel, axes in drawn.items():
+        for number, kind in enumerate(kinds):
+            points = np.array([[float(value) for value in row[2:]] for row in rows if row[:2] == [panel, kind]])
+            if not len(points):
+                continue
+            look: dict[str, Any] = canvas.style(number) | {"linestyle": "", "label": kind}
+            if len(points) > 1:
+                axes.plot(*points.T, **look | {"markersize": 2, "alpha": 0.35, "marker": "."})
+            else:
+                axes.annotate("", points[0], (0, 0), arrowprops={"arrowstyle": "-|>", "color": look["color"]})
+                axes.plot(*points.T, **look)
+        axes.axhline(0, color="0.7", linewidth=0.6)
+        axes.axvline(0, color="0.7", linewidth=0.6)
+    legend(figure, drawn)
+    caption(figure, title, note)
+    return canvas.save(figure, file.parent, file.stem)
+
+
+def _table(file: Path) -> tuple[list[str], list[list[str]]]:
+    with file.open(newline="", encoding="utf-8") as stream:
+        header, *rows = csv.reader(stream)
+    return header, rows

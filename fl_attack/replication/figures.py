@@ -1,0 +1,154 @@
+"""The paper's figures from our cells: a table for each, and what is drawn of it."""
+
+import csv
+import io
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fl_attack import plots
+from fl_attack.data.cache import write_whole
+from fl_attack.plots.lines import lines
+from fl_attack.replication.cells import Cells
+from fl_attack.replication.claims import GOALS, at_best, spread
+from fl_attack.replication.verdicts import interval
+
+BANDS = "Bands: 95 % intervals over seeds."
+Row = tuple[str, str, float, float, float]  # panel, line, x, mean, half interval
+
+
+def write_table(file: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+    """A CSV with these columns; numbers to six digits."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(header)
+    table.writerows([f"{one:.6g}" if isinstance(one, float) else one for one in row] for row in rows)
+    write_whole(file, lambda stream: stream.write(text.getvalue().encode()))
+    return file
+
+
+def means(cells: Cells, panel: Callable[[Cells], str], line: Callable[[Cells], str], x: str, y: str) -> list[Row]:
+    """Mean of y over seeds at each x, for each panel and line; these two are told from the cells of a point."""
+    found = []
+    for _, at in cells.parts("goal", "k", "b", "patience", "optimizer", "lr", "selection", "every", "rounding"):
+        point = cells.only(np.isin(np.arange(len(cells)), at))
+        over_seeds = interval(lambda mask, of=point: float(of[y][mask].mean()), point["seed"])  # type: ignore[misc]
+        half = over_seeds.high - over_seeds.value
+        found.append((panel(point), line(point), float(point[x][0]), over_seeds.value, half))
+    return found
+
+
+def goal(cells: Cells) -> str:
+    """The goal that all cells of a point share."""
+    return str(cells["goal"][0])
+
+
+def access(cells: Cells) -> str:
+    """Their write access."""
+    return f"k = {cells['k'][0]:g}"
+
+
+def by_budget(file: Path, cells: Cells, title: str) -> None:
+    """Figures 5 and 9: accuracy against the global budget, a line for each k."""
+    rows = means(cells, goal, access, "kb", "accuracy")
+    write_table(file, ("goal", "k", "global_budget", "final_accuracy", "interval"), rows)
+    lines(file, title, BANDS, log=True)
+
+
+def deviation(file: Path, cells: Cells, title: str) -> None:
+    """Figure 6: standard deviation over seeds, pooled over b, against k."""
+    rows = []
+    for (k,), at in cells.parts("k"):
+        mine = cells.only(np.isin(np.arange(len(cells)), at))
+        for name in GOALS:
+            found = interval(lambda mask, of=mine, aim=name: spread(of.only(mask), aim), mine["seed"])  # type: ignore[misc]
+            rows.append(("", name, float(k), found.value, found.high - found.value))
+    write_table(file, ("panel", "goal", "write_access", "standard deviation (points)", "interval"), rows)
+    lines(file, title, f"Pooled over b. {BANDS}")
+
+
+def stopped(file: Path, cells: Cells, title: str) -> None:
+    """Figure 12: accuracy with and without early stopping."""
+    rows = means(
+        cells,
+        goal,
+        lambda point: (
+            ("last model" if point["patience"][0] == "null" else "stopped early") + f", lr {point['lr'][0]:g}"
+        ),
+        "kb",
+        "accuracy",
+    )
+    write_table(file, ("goal", "stopping", "global_budget", "final_accuracy", "interval"), rows)
+    lines(file, title, f"Full write access, k = 1; patience of 10 epochs. {BANDS}", log=True)
+
+
+def optimizers(file: Path, cells: Cells, title: str) -> None:
+    """Figure 14: accuracy under SGD and Adam, each at its best learning rate."""
+    rows = []
+    for name in ("sgd", "adam"):
+        best = at_best(cells.where(optimizer=name))
+        rows += means(best, goal, lambda point: f"{point['optimizer'][0]}, lr {point['lr'][0]:g}", "kb", "accuracy")
+    write_table(file, ("goal", "optimizer", "global_budget", "final_accuracy", "interval"), rows)
+    lines(file, title, f"Each at the learning rate that serves the unattacked model best; k = 1. {BANDS}", log=True)
+
+
+def compared(factor: str) -> Callable[[Path, Cells, str], None]:
+    """Accuracy against the global budget, a line for each value of a factor."""
+
+    def draw(file: Path, cells: Cells, title: str) -> None:
+        rows = means(cells, goal, lambda point: str(point[factor][0]), "kb", "drop")
+        write_table(file, ("goal", factor, "global_budget", "drop", "interval"), rows)
+        lines(file, title, f"Full write access, k = 1. {BANDS}", log=True)
+
+    return draw
+
+
+def frequencies(file: Path, cells: Cells, title: str) -> None:
+    """Drop against the share of labels flipped on average, a line for each interval between attacks."""
+    shared = Cells({**cells.columns, "rate": cells["kb"] / cells["every"]})
+    rows = means(shared, goal, lambda point: f"every {point['every'][0]:g}", "rate", "drop")
+    write_table(file, ("goal", "every", "labels flipped a round, on average (share)", "drop", "interval"), rows)
+    lines(file, title, f"Full write access, k = 1. {BANDS}", log=True)
+
+
+def map_of(kind: str, *columns: str) -> Callable[[Path, Cells, str], None]:
+    """A heat map of `fl_attack.plots`, and its table of means."""
+
+    def draw(file: Path, cells: Cells, title: str) -> None:
+        y = "f1" if columns else "accuracy"
+        rows = [(*row[:2], float(row[1].removeprefix("k = ")), *row[2:]) for row in means(cells, goal, access, "b", y)]
+        write_table(file, ("goal", "write_access", "budget", y, "interval"), [(row[0], *row[2:]) for row in rows])
+        for drawn in plots.draw(file.parent, kind, *columns):
+            drawn.rename(file.with_suffix(drawn.suffix))
+
+    return draw
+
+
+FIGURES: Mapping[str, tuple[Callable[[Path, Cells, str], None], str]] = {  # by preset: how it is drawn, and its title
+    "fig5": (by_budget, "Accuracy against global budget"),
+    "fig6": (deviation, "Standard deviation of the final accuracy over seeds"),
+    "fig7": (map_of("difference"), "Untargeted less targeted accuracy"),
+    "fig8": (map_of("heatmap"), "Accuracy over write access and budget"),
+    "fig9": (by_budget, "Accuracy against global budget, ten classes"),
+    "fig11": (map_of("heatmap", "final_f1"), "F1 over write access and budget"),
+    "fig12": (stopped, "Early stopping"),
+    "fig14": (optimizers, "Adam and SGD"),
+    "selection": (compared("selection"), "Exact selection and the algorithm as printed"),
+    "frequency": (frequencies, "Attacks in every round and in every so many"),
+    "rounding": (compared("rounding"), "Budgets of less than a flip in a round"),
+}
+
+
+def draw(folder: Path, run: Path, preset: str, name: str, title: str, cells: Cells) -> None:
+    """A preset's figure of a data set and its table, as `folder/preset-name.{png,pdf,csv}`."""
+    how, what = FIGURES[preset]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{preset}-{name}.csv"
+    shutil.copyfile(run / "sweep.csv", folder / "sweep.csv")  # what the maps are drawn from
+    try:
+        how(file, cells, f"{what}: {title}")
+    finally:
+        (folder / "sweep.csv").unlink()

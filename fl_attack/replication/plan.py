@@ -1,0 +1,202 @@
+"""What is run: presets of `conf/experiment` on the paper's data sets, each grid once however many figures use it."""
+
+import hashlib
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from fl_attack import data, sweep
+from fl_attack.config import compose
+from fl_attack.data.cache import folder as cache_folder
+from fl_attack.data.cache import write_whole
+from fl_attack.data.sources import CIFAR10_FILES
+from fl_attack.errors import InputError
+from fl_attack.launcher import grid
+from fl_attack.replication.cells import Cells, read
+from fl_attack.sweep.units import NOT_NUMBERS, NUMERICS
+
+EPOCHS = 200
+ARCHIVE = "cifar10_jpeg.tar"  # CIFAR-10 as a tar of JPEG images, used under --data where the original is not
+STEP, EPOCH, FULL, LARGE = "per step", "per epoch", "full batch", "per step, batches four times as large"
+BINARY = ("fig5", "fig6", "fig7", "fig8", "fig11", "fig12", "fig14")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set of the paper's table 2, or what stands for it."""
+
+    name: str
+    title: str
+    binary: bool
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A preset on a data set under a protocol."""
+
+    preset: str
+    source: Source
+    protocol: str = STEP
+    overrides: tuple[str, ...] = ()
+    batch: int | str = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is to be run."""
+
+    sources: tuple[Source, ...]
+    runs: tuple[Run, ...]
+    epochs: int
+    batch: int
+    quick: bool
+
+
+def sources(quick: bool, root: Path | None) -> tuple[Source, ...]:
+    """The data sets. InputError where one can't be had."""
+    if quick:
+        return (
+            Source("digits_01", "digits 0/1", True, ("dataset=digits_01",)),
+            Source("digits", "digits, 10 classes", False, ("dataset=digits",)),
+        )
+    root = root or Path("data")
+    here = f"dataset.root={_quoted(root)}"
+    pictures: tuple[str, ...] = (here,)
+    title, both = "CIFAR-10", ("dataset=cifar10_plane_auto", "dataset=cifar10")
+    if not all((root / file).exists() for file in CIFAR10_FILES) and (root / ARCHIVE).exists():
+        title, both = "CIFAR-10 (JPEG copies)", ("dataset=image_folder", "dataset=image_folder")
+        pictures = (f"dataset.path={_quoted(_unpacked(root / ARCHIVE))}",)
+    two = ("dataset.classes=[airplane,automobile]",) if "JPEG" in title else ()
+    found = (
+        Source("mnist_01", "MNIST 0/1", True, ("dataset=mnist_01", here)),
+        Source("cifar10_plane_auto", f"{title}, airplane/automobile", True, (both[0], *pictures, *two)),
+        Source("mnist", "MNIST, 10 classes", False, ("dataset=mnist", here)),
+        Source("cifar10", f"{title}, 10 classes", False, (both[1], *pictures)),
+    )
+    for source in found:
+        samples(source)
+    return found
+
+
+def make(quick: bool, only: str | None, root: Path | None) -> Plan:
+    """The plan. InputError where `only` is no figure or a data set can't be had."""
+    if only is not None and only not in FIGURES:
+        raise InputError(f"--only {only} is not a figure; known: {', '.join(FIGURES)}")
+    chosen = sources(quick, root)
+    runs = [run for source in chosen for run in (_quick if quick else _whole)(source)]
+    if only is not None:
+        having = {run.source for run in runs if run.preset == only or (only == "fig1" and run.source.binary)}
+        wanted = ("honest", *FIGURES[only])
+        runs = [run for run in runs if run.source in having and run.preset in wanted]
+        chosen = tuple(source for source in chosen if source in having)
+    return Plan(chosen, tuple(runs), 40 if quick else EPOCHS, 32 if quick else 128, quick)
+
+
+FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets that it needs
+    "fig1": (),
+    **{name: (name, "protocols") for name in ("fig5", "fig6", "fig7", "fig8", "fig9", "fig11")},
+    **{name: (name,) for name in ("fig12", "fig14", "selection", "frequency", "rounding")},
+}
+
+
+def _whole(source: Source) -> Iterator[Run]:
+    if source.binary:
+        yield Run("honest", source)
+        for preset in (*BINARY, "selection", "frequency", "rounding"):
+            yield Run(preset, source)
+        for preset in ("fig12", "fig14", "protocols"):
+            yield Run(preset, source, LARGE, batch=512)
+        yield Run("protocols", source, STEP)
+        yield Run("protocols", source, EPOCH, ("attack.refresh=epoch",))
+        yield Run("protocols", source, FULL, ("lr=0.01,0.1,1",), batch="full")
+        return
+    yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",))
+    yield Run("fig9", source, overrides=("clients.malicious=10",))
+    few = ("clients.malicious=10", "attack.budget=0,0.05")
+    yield Run("protocols", source, STEP, few)
+    yield Run("protocols", source, EPOCH, (*few, "attack.refresh=epoch"))
+    yield Run("protocols", source, FULL, (*few, "lr=0.1,1"), batch="full")
+    yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.05,0.25"))
+
+
+def _quick(source: Source) -> Iterator[Run]:
+    seeds, few = "seed=range(5)", ("clients.malicious=2,4,6,8,10", "attack.budget=0.2,0.4,0.6,0.8,1")
+    for run in _whole(source):
+        more = few if run.preset in ("fig6", "fig7", "fig8", "fig11") else ()
+        batch = run.batch if run.batch == "full" else int(run.batch) // 4
+        yield replace(run, overrides=(*run.overrides, *more, seeds), batch=batch)
+
+
+def samples(source: Source) -> int:
+    """Training samples of a data set."""
+    return len(_loaded(source.overrides))
+
+
+@cache
+def _loaded(overrides: tuple[str, ...]) -> np.ndarray:
+    settings = compose("out=unused", *overrides)
+    return data.load(**settings.dataset.model_dump()).y_train
+
+
+def cells(run: Run, epochs: int, lr: float | None) -> list[sweep.Cell]:
+    """The cells of a run: the preset's, for so many epochs, at a learning rate where the preset sweeps none."""
+    batches = 1 if run.batch == "full" else -(-samples(run.source) // int(run.batch))
+    length = [f"batch_size={run.batch}", f"rounds={epochs * batches}", f"eval_every={batches}"]
+    swept = run.preset in ("honest", "fig12", "fig14") or (run.preset == "protocols" and run.protocol in (STEP, FULL))
+    rates = [] if lr is None or swept else [f"lr={lr:g}"]
+    return grid(f"experiment={run.preset}", *run.source.overrides, *length, *rates, *run.overrides, "out=unused")
+
+
+def folder_of(out: Path, made: Sequence[sweep.Cell]) -> Path:
+    """Where the sweep of these cells is kept: a name that changes with any setting that a number depends on."""
+    settings = made[0].settings.dataset
+    facts = [str(NUMERICS), data.load(**settings.model_dump(), verify=False).fingerprint]
+    text = "\n".join([*facts, *(cell.settings.model_dump_json(exclude=NOT_NUMBERS) for cell in made)])
+    return out / "runs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def compute(out: Path, made: Sequence[sweep.Cell], progress: sweep.Progress) -> Cells:
+    """The cells of a grid, run where they have not been yet."""
+    place = folder_of(out, made)
+    if (place / "sweep.csv").exists():
+        progress.skip(len(made))
+    else:
+        here = [sweep.Cell(one.overrides, one.settings.model_copy(update={"out": str(place)})) for one in made]
+        began = time.perf_counter()
+        sweep.tabulate(here, progress)
+        took = time.perf_counter() - began
+        write_whole(place / "seconds.txt", lambda stream: stream.write(f"{took:.1f}\n".encode()))
+    return read(place)
+
+
+def best_rate(honest: Cells) -> float:
+    """The learning rate with the highest mean accuracy of the unattacked model; of equals the largest."""
+    accuracy = {float(lr): round(float(honest["accuracy"][at].mean()), 6) for (lr,), at in honest.parts("lr")}
+    return max(accuracy, key=lambda lr: (accuracy[lr], lr))
+
+
+def _unpacked(archive: Path) -> Path:
+    """The folder of an archive's images, unpacked once."""
+    stamp = f"{archive.stat().st_size}-{int(archive.stat().st_mtime)}"
+    place = cache_folder() / "unpacked" / f"{archive.stem}-{stamp}"
+    if not place.exists():
+        partial = place.with_name(f"{place.name}.partial")
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(partial, filter="data")
+        except (OSError, tarfile.TarError) as error:
+            raise InputError(f"{archive} can't be unpacked: {error}") from None
+        partial.rename(place)
+    return place
+
+
+def _quoted(path: Path) -> str:
+    """A path as an override that Hydra takes as it is."""
+    text = str(path.expanduser().resolve()).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'

@@ -1,0 +1,88 @@
+"""Figures 1 and 4: the gradients that an attacker can reach in a round of a real run, and where greedy flips go."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_attack import adversary, engine, model, scenario
+from fl_attack.config import compose
+from fl_attack.plots.lines import reach
+from fl_attack.replication.figures import write_table
+from fl_attack.replication.plan import Source
+from fl_attack.scenario import Scenario
+
+BUDGETS = (0.1, 0.25, 0.5, 1.0)
+DRAWN = 2000  # random sets of flips for each budget
+
+
+def draw(folder: Path, source: Source, rate: float) -> str:
+    """`fig1-<data set>.{png,pdf,csv}`, in the middle of an attacked run; gives their stem."""
+    rounds, overrides = 200, (*source.overrides, f"lr={rate:g}")
+    rows = []
+    for budget in BUDGETS:
+        made = {goal: _scenario(overrides, rounds, budget, goal) for goal in ("untargeted", "targeted")}
+        (run,) = engine.run_cells([made["untargeted"]], keep_flips=False, full_rows=False)
+        assert run.theta is not None
+        rows += [(f"b = {budget:g}", *row) for row in points(made, run.theta.to(torch.float64), rounds)]
+    file = write_table(folder / f"fig1-{source.name}.csv", ("budget", "kind", "first", "second"), rows)
+    note = (
+        "The gradient of one minibatch: clean, with random flips within the budget, and with the greedy ones. First "
+        "direction: the clean gradient; second: that in which the others differ most. k = 0.5."
+    )
+    reach(file, f"Gradients within reach: {source.title}", note)
+    return file.stem
+
+
+def points(made: dict[str, Scenario], theta: Tensor, round_: int, draws: int = DRAWN) -> list[tuple[str, float, float]]:
+    """Kind and coordinates of the gradients of a round, in lengths of the clean one."""
+    base = made["untargeted"]
+    samples, counts = base.schedule.samples(base.schedule.drawn(round_), round_)
+    X, y = base.features(samples).double(), torch.from_numpy(base.dataset.y_train[samples])
+    theirs = np.flatnonzero(np.isin(base.partition.client[samples], base.partition.malicious))
+    chosen = {goal: adversary.flips(one, theta, round_) for goal, one in made.items()}
+    allowed = chosen["untargeted"].allowed
+
+    def gradient(labels: Tensor) -> Tensor:
+        return model.gradient(theta, X, labels, torch.from_numpy(counts).double()).flatten()
+
+    def relabelled(where: np.ndarray, labels: np.ndarray) -> Tensor:
+        changed = y.clone()
+        changed[torch.from_numpy(where)] = torch.from_numpy(labels)
+        return changed
+
+    rng = np.random.default_rng(round_)
+    drawn = []
+    for _ in range(draws):
+        some = rng.choice(theirs, rng.integers(1, allowed + 1), replace=False)
+        drawn.append(gradient(relabelled(some, 1 - y.numpy()[some])))
+    clean = gradient(y)
+    greedy = {
+        f"greedy, {goal}": gradient(relabelled(np.searchsorted(samples, flips.samples), flips.labels))
+        for goal, flips in chosen.items()
+    }
+    length = clean.norm()
+    first = clean / length
+    others = torch.stack([*drawn, *greedy.values()])
+    rest = others - (others @ first)[:, None] * first
+    second = torch.linalg.svd(rest - rest.mean(0), full_matrices=False).Vh[0]
+    named = [("random flips", one) for one in drawn] + [("clean", clean), *greedy.items()]
+    return [(kind, float(g @ first / length), float(g @ second / length)) for kind, g in named]
+
+
+def _scenario(overrides: tuple[str, ...], rounds: int, budget: float, goal: str) -> Scenario:
+    return scenario.make(
+        compose(
+            *overrides,
+            "engine=batched",
+            "out=unused",
+            "clients.total=10",
+            "clients.malicious=5",
+            f"attack.budget={budget}",
+            f"attack.goal={goal}",
+            f"rounds={rounds}",
+            f"eval_every={rounds}",
+            "batch_size=128",
+        )
+    )
