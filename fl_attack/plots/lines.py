@@ -11,10 +11,10 @@ from fl_attack.plots.marks import caption, legend
 from fl_attack.plots.table import LABELS
 
 
-def lines(file: Path, title: str, note: str, log: bool = False) -> list[Path]:
+def lines(file: Path, title: str, note: str, log: bool = False, floor: float | None = None) -> list[Path]:
     """A table with columns panel, line, x, y and half interval, the latter three named as their axis: PNG and PDF.
 
-    `log` stretches the small values of x, down to 0.
+    `log` stretches the small values of x, down to 0; y starts at `floor`.
     """
     header, rows = _table(file)
     x, y = header[2], header[3]
@@ -35,9 +35,14 @@ def lines(file: Path, title: str, note: str, log: bool = False) -> list[Path]:
             least = min(float(row[2]) for row in rows if float(row[2]) > 0)
             axes.set_xscale("symlog", linthresh=least)
             axes.set_xlim(left=0)
-            ticks = sorted({float(row[2]) for row in rows})
+            ticks = [0.0]
+            for value in sorted({float(row[2]) for row in rows} - {0.0}):
+                if value > 1.5 * ticks[-1]:  # else the labels would overlap
+                    ticks.append(value)
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=60)
             axes.minorticks_off()
+        if floor is not None:
+            axes.set_ylim(bottom=floor)
     legend(figure, drawn)
     caption(figure, title, note)
     return canvas.save(figure, file.parent, file.stem)
@@ -47,8 +52,7 @@ def reach(file: Path, title: str, note: str) -> list[Path]:
     """A table with columns panel, kind, x, y: gradients on two directions; the last kinds as arrows from the origin."""
     _, rows = _table(file)
     panels = list(dict.fromkeys(row[0] for row in rows))
-    first, second = "first direction (share of the clean gradient's length)", "second direction (same)"
-    figure, drawn = canvas.panels(panels, 4.0, 3.8, first, second)
+    figure, drawn = canvas.panels(panels, 4.0, 3.4, "along the first direction", "along the second")
     kinds = list(dict.fromkeys(row[1] for row in rows))
     for panel, axes in drawn.items():
         for number, kind in enumerate(kinds):

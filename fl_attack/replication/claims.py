@@ -226,7 +226,7 @@ CLAIMS = (
     Claim(
         "6",
         "fig6",
-        "and the more so the larger k",
+        "it does so the more, the larger k",
         "more",
         "that difference for large k less that for small k (points)",
         Rule(COUNTS, side=0.0),
@@ -262,7 +262,7 @@ CLAIMS = (
     Claim(
         "8",
         "fig8",
-        "and does so everywhere",
+        "it does so for every pair of settings",
         "all pairs",
         "share of the pairs in which the larger k does more harm (%)",
         Rule(90.0, side=50.0),

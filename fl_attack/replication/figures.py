@@ -16,6 +16,7 @@ from fl_attack.replication.cells import Cells
 from fl_attack.replication.claims import GOALS, at_best, spread
 from fl_attack.replication.verdicts import interval
 
+LOST = "accuracy lost (points)"
 BANDS = "Bands: 95 % intervals over seeds."
 Row = tuple[str, str, float, float, float]  # panel, line, x, mean, half interval
 
@@ -32,13 +33,14 @@ def write_table(file: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]
 
 def means(cells: Cells, panel: Callable[[Cells], str], line: Callable[[Cells], str], x: str, y: str) -> list[Row]:
     """Mean of y over seeds at each x, for each panel and line; these two are told from the cells of a point."""
+    order = {goal: place for place, goal in enumerate(GOALS)}
     found = []
     for _, at in cells.parts("goal", "k", "b", "patience", "optimizer", "lr", "selection", "every", "rounding"):
         point = cells.only(np.isin(np.arange(len(cells)), at))
         over_seeds = interval(lambda mask, of=point: float(of[y][mask].mean()), point["seed"])  # type: ignore[misc]
         half = over_seeds.high - over_seeds.value
         found.append((panel(point), line(point), float(point[x][0]), over_seeds.value, half))
-    return found
+    return sorted(found, key=lambda row: order.get(row[0], 0))
 
 
 def goal(cells: Cells) -> str:
@@ -49,6 +51,12 @@ def goal(cells: Cells) -> str:
 def access(cells: Cells) -> str:
     """Their write access."""
     return f"k = {cells['k'][0]:g}"
+
+
+def rate(cells: Cells) -> str:
+    """Their learning rate, where several were tried."""
+    lr = cells["lr"][0]
+    return "" if lr == "" else f", lr {lr:g}"
 
 
 def by_budget(file: Path, cells: Cells, title: str) -> None:
@@ -67,7 +75,7 @@ def deviation(file: Path, cells: Cells, title: str) -> None:
             found = interval(lambda mask, of=mine, aim=name: spread(of.only(mask), aim), mine["seed"])  # type: ignore[misc]
             rows.append(("", name, float(k), found.value, found.high - found.value))
     write_table(file, ("panel", "goal", "write_access", "standard deviation (points)", "interval"), rows)
-    lines(file, title, f"Pooled over b. {BANDS}")
+    lines(file, title, f"Pooled over b. {BANDS}", floor=0.0)
 
 
 def stopped(file: Path, cells: Cells, title: str) -> None:
@@ -75,9 +83,7 @@ def stopped(file: Path, cells: Cells, title: str) -> None:
     rows = means(
         cells,
         goal,
-        lambda point: (
-            ("last model" if point["patience"][0] == "null" else "stopped early") + f", lr {point['lr'][0]:g}"
-        ),
+        lambda point: ("last model" if point["patience"][0] == "null" else "stopped early") + rate(point),
         "kb",
         "accuracy",
     )
@@ -90,7 +96,7 @@ def optimizers(file: Path, cells: Cells, title: str) -> None:
     rows = []
     for name in ("sgd", "adam"):
         best = at_best(cells.where(optimizer=name))
-        rows += means(best, goal, lambda point: f"{point['optimizer'][0]}, lr {point['lr'][0]:g}", "kb", "accuracy")
+        rows += means(best, goal, lambda point: f"{point['optimizer'][0]}{rate(point)}", "kb", "accuracy")
     write_table(file, ("goal", "optimizer", "global_budget", "final_accuracy", "interval"), rows)
     lines(file, title, f"Each at the learning rate that serves the unattacked model best; k = 1. {BANDS}", log=True)
 
@@ -100,7 +106,7 @@ def compared(factor: str) -> Callable[[Path, Cells, str], None]:
 
     def draw(file: Path, cells: Cells, title: str) -> None:
         rows = means(cells, goal, lambda point: str(point[factor][0]), "kb", "drop")
-        write_table(file, ("goal", factor, "global_budget", "drop", "interval"), rows)
+        write_table(file, ("goal", factor, "global_budget", LOST, "interval"), rows)
         lines(file, title, f"Full write access, k = 1. {BANDS}", log=True)
 
     return draw
@@ -109,9 +115,10 @@ def compared(factor: str) -> Callable[[Path, Cells, str], None]:
 def frequencies(file: Path, cells: Cells, title: str) -> None:
     """Drop against the share of labels flipped on average, a line for each interval between attacks."""
     shared = Cells({**cells.columns, "rate": cells["kb"] / cells["every"]})
-    rows = means(shared, goal, lambda point: f"every {point['every'][0]:g}", "rate", "drop")
-    write_table(file, ("goal", "every", "labels flipped a round, on average (share)", "drop", "interval"), rows)
-    lines(file, title, f"Full write access, k = 1. {BANDS}", log=True)
+    rows = means(shared, goal, lambda point: f"every {point['every'][0]:g}", "rate", "late_drop")
+    write_table(file, ("goal", "every", "labels flipped a round, on average (share)", LOST, "interval"), rows)
+    note = f"Mean of the last 20 epochs: it does not matter how long ago the last attack was. k = 1. {BANDS}"
+    lines(file, title, note, log=True)
 
 
 def map_of(kind: str, *columns: str) -> Callable[[Path, Cells, str], None]:

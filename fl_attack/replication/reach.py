@@ -28,8 +28,9 @@ def draw(folder: Path, source: Source, rate: float) -> str:
         rows += [(f"b = {budget:g}", *row) for row in points(made, run.theta.to(torch.float64), rounds)]
     file = write_table(folder / f"fig1-{source.name}.csv", ("budget", "kind", "first", "second"), rows)
     note = (
-        "The gradient of one minibatch: clean, with random flips within the budget, and with the greedy ones. First "
-        "direction: the clean gradient; second: that in which the others differ most. k = 0.5."
+        "The gradient of one minibatch: clean, with random flips within the budget, and with the greedy ones. In "
+        "lengths of the clean one. First direction: the clean gradient; second: that in which the others differ most. "
+        "k = 0.5."
     )
     reach(file, f"Gradients within reach: {source.title}", note)
     return file.stem

@@ -14,7 +14,7 @@ from fl_attack.replication.cells import Cells
 from fl_attack.replication.claims import CLAIMS, COUNTS, GOALS, Claim, Finding, mean, measure
 from fl_attack.replication.figures import write_table
 from fl_attack.replication.plan import EPOCH, FULL, LARGE, STEP, Plan, Run, Source
-from fl_attack.replication.verdicts import REPLICATED, Interval, interval, overall
+from fl_attack.replication.verdicts import PARTLY, REPLICATED, Interval, interval, overall
 
 REPORT, FIGURES, TABLE = "REPLICATION.md", "figures", "claims.csv"
 COLUMNS = (
@@ -133,7 +133,7 @@ def _csv(line: Line) -> tuple[object, ...]:
 
 def _first_page(lines: Sequence[Line], plan: Plan) -> str:
     """What holds and what does not: a line for each of the claims of a figure."""
-    told = ["## What holds and what does not", ""]
+    told = ["## What holds and what does not", ""] if lines else []
     groups: dict[tuple[str, int], list[Claim]] = {}
     for number, claim in enumerate(CLAIMS):
         groups.setdefault((claim.figure, number if claim.figure == "5" else 0), []).append(claim)
@@ -143,9 +143,9 @@ def _first_page(lines: Sequence[Line], plan: Plan) -> str:
             mine = [line for line in lines if line.claim is claim]
             if mine:
                 verdict = overall(line.finding.verdict for line in mine if line.primary)
-                halves.append(f"{claim.text}: **{verdict}** ({_extent(mine)})")
+                halves.append(f"{claim.text[0].upper()}{claim.text[1:]}: **{verdict}** ({_extent(mine)})")
         if halves:
-            told.append(f"- Figure {claims[0].figure}. " + "; ".join(halves) + ".")
+            told.append(f"- Figure {claims[0].figure}. " + ". ".join(halves) + ".")
     if plan.quick:
         told += [
             "",
@@ -156,14 +156,16 @@ def _first_page(lines: Sequence[Line], plan: Plan) -> str:
 
 def _extent(lines: Sequence[Line]) -> str:
     """In how many measurements a claim is borne out, under the paper's protocol and under others."""
-    primary = [line.finding.verdict == REPLICATED for line in lines if line.primary]
-    text = f"{sum(primary)} of {len(primary)} measurements"
+    primary = [line.finding.verdict for line in lines if line.primary]
+    text = f"in {primary.count(REPLICATED)} of {len(primary)} measurements"
+    if PARTLY in primary:
+        text += f", partly in {primary.count(PARTLY)}"
     others = sorted({line.protocol for line in lines if not line.primary}, key=(STEP, LARGE, EPOCH, FULL).index)
     counts = []
     for protocol in others:
         found = [line.finding.verdict == REPLICATED for line in lines if line.protocol == protocol and not line.primary]
         name = "other learning rates" if protocol == STEP else protocol.removeprefix("per step, ")
-        counts.append(f"{name} {sum(found)} of {len(found)}")
+        counts.append(f"{name}: {sum(found)} of {len(found)}")
     return "; ".join([text, *counts])
 
 
@@ -174,7 +176,7 @@ def _method(plan: Plan, results: Sequence[Result], rates: Mapping[str, float], c
         "## How it was done",
         "",
         f"`{command}`: {len(_distinct(results))} sweeps, {sum(len(one.cells) for one in _distinct(results)):,} "
-        f"experiments, {hours / 60:.0f} minutes of computing on {os.cpu_count()} processors ({software}).",
+        f"experiments, {hours / 60:.1f} minutes of computing on {os.cpu_count()} processors ({software}).",
         "",
         f"Each experiment: {plan.epochs} epochs of logistic regression by SGD over 10 clients of equal shares, of "
         "which the malicious ones hold k; budgets of less than a flip carry on to the next round "
@@ -186,7 +188,7 @@ def _method(plan: Plan, results: Sequence[Result], rates: Mapping[str, float], c
         "Protocols, since the source allows each reading:",
         "",
         f"- *{STEP}*: flips are chosen in each minibatch of {plan.batch}, and forgotten after it;",
-        f"- *{LARGE}*: the same;",
+        f"- *{LARGE}*: the same in steps a quarter as many;",
         f"- *{EPOCH}*: flips are chosen over all that the attackers hold at the start of an epoch, and kept for its "
         "minibatches (`attack.refresh=epoch`);",
         f"- *{FULL}*: one step is one epoch.",
@@ -283,8 +285,8 @@ def _difference(cells: Cells, factor: str, one: object, other: object) -> str:
     return _told(interval(gap, cells["seed"]))
 
 
-def _drop(cells: Cells) -> str:
-    return _told(interval(lambda mask: mean(cells["drop"][mask]), cells["seed"]))
+def _drop(cells: Cells, name: str = "drop") -> str:
+    return _told(interval(lambda mask: mean(cells[name][mask]), cells["seed"]))
 
 
 def _selection(results: Sequence[Result]) -> str:
@@ -312,10 +314,13 @@ def _frequency(results: Sequence[Result]) -> str:
         for goal in GOALS:
             told = []
             for every, b in ((1, 0.05), (2, 0.1), (5, 0.25), (10, 0.5)):
-                told.append(_drop(result.cells.where(goal=goal, every=float(every), b=b)))
+                told.append(_drop(result.cells.where(goal=goal, every=float(every), b=b), "late_drop"))
             rows.append((result.run.source.title, goal, *told))
     head = ("Data", "Attack", "every round, 5 %", "every 2nd, 10 %", "every 5th, 25 %", "every 10th, 50 %")
-    text = "The same number of flips in all, in few rounds or in many. Drop of the accuracy (points) at k = 1."
+    text = (
+        "The same number of flips in all, in few rounds or in many. Drop of the accuracy (points), mean of the last 20 "
+        "epochs, k = 1."
+    )
     return _compared(results, "frequency", "how often to attack", text, rows and [head, *rows])
 
 

@@ -1,0 +1,341 @@
+"""The replication: verdicts on tables with known answers, every preset, and the whole pipeline on a tiny grid."""
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fl_attack import sweep
+from fl_attack.errors import InputError
+from fl_attack.launcher import grid
+from fl_attack.replication import __main__ as replicate
+from fl_attack.replication import claims, figures, plan, reach, report
+from fl_attack.replication.cells import Cells, read, with_drops
+from fl_attack.replication.claims import CLAIMS, COUNTS
+from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Interval, Rule, interval, overall
+
+RUNS = [run for kind in (plan._quick, plan._whole) for source in plan.sources(True, None) for run in kind(source)]
+
+
+def table(rows: list[dict[str, object]]) -> Cells:
+    """Cells of these rows; what they leave out is usual."""
+    usual = {"k": 1.0, "b": 0.0, "goal": "untargeted", "seed": 0, "accuracy": 90.0, "f1": 90.0, "lr": 0.1}
+    usual |= {"patience": "null", "optimizer": "sgd", "selection": "gain", "every": 1.0, "rounding": "carry"}
+    full = [usual | row for row in rows]
+    columns = {name: np.array([row[name] for row in full]) for name in usual}
+    columns["late"] = np.array([row.get("late", row["accuracy"]) for row in full])
+    return with_drops(columns | {"kb": np.round(columns["k"] * columns["b"], 9)})
+
+
+def seeded(accuracy: Callable[[dict[str, object], np.random.Generator], float], *settings: dict[str, object]) -> Cells:
+    """Five seeds of each setting."""
+    rng = np.random.default_rng(0)
+    rows = [one | {"seed": seed} for seed in range(5) for one in settings]
+    return table([row | {"accuracy": accuracy(row, rng)} for row in rows])
+
+
+def verdicts(text: str, cells: Cells) -> dict[str, str]:
+    (claim,) = [claim for claim in CLAIMS if text in claim.text]
+    return {one.label: one.verdict for one in claims.measure(claim, cells)}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (3.5, 8.0, REPLICATED),
+        (2.0, 8.0, PARTLY),
+        (0.5, 1.0, PARTLY),
+        (10.0, 12.0, PARTLY),
+        (-2.0, -1.0, NOT),
+        (-1.0, 1.0, NOT),
+        (-1.0, 5.0, NOISY),
+        (math.nan, math.nan, NOISY),
+    ],
+)
+def test_a_rule_of_a_size_decides_on_the_whole_interval(low: float, high: float, expected: str) -> None:
+    assert Rule(3.0, 9.0, side=0.0).verdict(Interval((low + high) / 2, low, high, 5)) == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(40, 50, REPLICATED), (50, 60, PARTLY), (70, 80, NOISY), (76, 80, NOT)]
+)
+def test_a_rule_with_an_upper_bound_is_partly_met_below_its_side(low: float, high: float, expected: str) -> None:
+    verdict = Rule(high=55.0, side=75.0).verdict(Interval((low + high) / 2, low, high, 5))
+    assert verdict == (NOT if expected == NOISY else expected)  # no part of 70 to 80 is within the bounds
+    assert Rule(high=55.0).verdict(Interval(55, 50, 60, 5)) == NOISY
+
+
+def test_several_verdicts_make_one() -> None:
+    assert overall([REPLICATED, REPLICATED]) == REPLICATED
+    assert overall([REPLICATED, NOT, NOISY]) == PARTLY
+    assert overall([PARTLY, NOT]) == PARTLY
+    assert overall([NOT, NOISY]) == NOT
+    assert overall([NOISY, NOISY]) == NOISY
+    assert overall([]) == NOISY
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    from scipy.stats import t
+
+    values = np.random.default_rng(1).normal(size=8)
+    found = interval(lambda mask: float(values[mask].mean()), np.arange(8))
+    low, high = t.interval(0.95, 7, values.mean(), values.std(ddof=1) / 8**0.5)
+    assert (found.value, found.low, found.high) == pytest.approx((values.mean(), low, high))
+    alone = interval(lambda mask: float(values[mask].mean()), np.zeros(8, int))
+    assert alone.seeds == 1 and math.isnan(alone.low)
+
+
+def test_drops_are_from_the_unattacked_cell_of_the_same_seed_and_training() -> None:
+    cells = table(
+        [
+            {"seed": seed, "lr": lr, "b": b, "accuracy": 90.0 + seed + 10 * lr - 100 * b}
+            for seed in (0, 1)
+            for lr in (0.1, 0.2)
+            for b in (0.0, 0.05)
+        ]
+        + [{"seed": 7, "b": 0.05}]
+    )
+    assert cells["drop"][:-1] == pytest.approx(100 * cells["b"][:-1])
+    assert math.isnan(cells["drop"][-1])  # its unattacked cell is not there
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(6.0, REPLICATED), (0.0, NOT), (1.5, PARTLY)])
+def test_a_tenth_of_a_percent(cost: float, expected: str) -> None:
+    points = [{"b": b, "goal": goal} for b in (0.0, 0.001) for goal in claims.GOALS]
+    cells = seeded(lambda row, rng: 90.0 - cost * (row["b"] == 0.001) + rng.normal() * 0.05, *points)
+    assert set(verdicts("0.1 %", cells).values()) == {expected}
+    if cost == 6.0:
+        noisy = seeded(lambda row, rng: 90.0 - cost * (row["b"] == 0.001) + rng.normal() * 8, *points)
+        assert set(verdicts("0.1 %", noisy).values()) == {NOISY}
+
+
+def test_the_last_iterate_and_the_late_average_are_told_apart() -> None:
+    rows = [{"b": b, "goal": goal, "seed": s} for b in (0.0, 0.001) for goal in claims.GOALS for s in range(5)]
+    cells = table([row | {"accuracy": 90.0 - 6000 * row["b"] + 0.01 * row["seed"], "late": 90.0} for row in rows])
+    found = verdicts("0.1 %", cells)
+    assert found["targeted, last iterate"] == REPLICATED
+    assert found["targeted, mean of the last 20 epochs"] == NOT
+
+
+def test_monotone() -> None:
+    points = [{"b": b, "goal": goal} for b in (0.0, 0.01, 0.1, 0.5) for goal in claims.GOALS]
+    falls = seeded(lambda row, rng: 90.0 - 50 * row["b"] + rng.normal() * 0.05, *points)
+    assert set(verdicts("monotonically", falls).values()) == {REPLICATED}
+    rises = seeded(lambda row, rng: 90.0 - 50 * row["b"] + 8 * (row["b"] == 0.1), *points)
+    assert set(verdicts("monotonically", rises).values()) == {NOT}
+
+
+def test_equal_budgets_of_larger_and_smaller_write_access() -> None:
+    points = [{"k": k, "b": b, "goal": goal} for k in (0.5, 1.0) for b in (0.0, 0.1, 0.2) for goal in claims.GOALS]
+    larger = seeded(lambda row, rng: 90.0 - 5 * row["k"] + rng.normal() * 0.05, *points)
+    assert claims.pairs(larger, "targeted") == pytest.approx([2.5], abs=0.2)  # 0.5 of 0.2 and 1 of 0.1
+    assert set(verdicts("larger k does more harm", larger).values()) == {REPLICATED}
+    assert set(verdicts("every pair", larger).values()) == {REPLICATED}
+    smaller = seeded(lambda row, rng: 90.0 + 5 * row["k"], *points)
+    assert set(verdicts("larger k does more harm", smaller).values()) == {NOT}
+    assert set(verdicts("every pair", smaller).values()) == {NOT}
+
+
+def test_goals_and_their_spread() -> None:
+    points = [{"k": k, "b": b, "goal": goal} for k in (0.5, 1.0) for b in (0.1, 0.9) for goal in claims.GOALS]
+    rng = np.random.default_rng(3)
+    noise = {seed: rng.normal() for seed in range(5)}
+
+    def accuracy(row: dict[str, object], _: np.random.Generator) -> float:
+        hurt = 10.0 if row["goal"] == "untargeted" and row["b"] == 0.9 else 0.0
+        wide = 4.0 * float(row["k"]) if row["goal"] == "untargeted" else 0.1
+        return 80.0 - hurt + wide * noise[int(row["seed"])]
+
+    cells = seeded(accuracy, *points)
+    deviation = np.std(list(noise.values()), ddof=1)
+    assert claims.spread(cells.where(k=1.0), "untargeted") == pytest.approx(4 * deviation)
+    assert claims.spread_gap(cells.where(k=1.0)) == pytest.approx(3.9 * deviation)
+    assert claims.gap_growth(cells) == pytest.approx(2 * deviation)
+    assert claims.large_gap(cells) == pytest.approx(10, abs=abs(4 * np.mean(list(noise.values()))) + 1e-9)
+
+
+def test_f1_early_stopping_and_adam() -> None:
+    budgets = [{"b": b, "goal": goal} for b in (0.0, 0.1, 0.5) for goal in claims.GOALS]
+    cells = seeded(lambda row, rng: 90.0 - 60 * row["b"] + rng.normal(), *budgets)
+    same = Cells(cells.columns | {"f1": cells["accuracy"] - 1})
+    assert set(verdicts("F1 mirrors", same).values()) == {REPLICATED}
+    assert set(verdicts("F1 mirrors", Cells(cells.columns | {"f1": -cells["accuracy"]})).values()) == {NOT}
+    stopped = [{**one, "patience": patience} for one in budgets for patience in ("null", "10")]
+    worse = seeded(
+        lambda row, rng: 90.0 - 20 * row["b"] * (1 + (row["patience"] == "10")) + rng.normal() * 0.05, *stopped
+    )
+    assert set(verdicts("early stopping", worse).values()) == {REPLICATED}
+    rates = [{**one, "optimizer": name, "lr": lr} for one in budgets for name in ("sgd", "adam") for lr in (0.1, 0.01)]
+
+    def under_adam(row: dict[str, object], rng: np.random.Generator) -> float:
+        honest = 90.0 if row["lr"] == (0.01 if row["optimizer"] == "adam" else 0.1) else 80.0  # the other is no match
+        return honest - float(row["b"]) * (160 if row["optimizer"] == "adam" else 20) + rng.normal() * 0.05
+
+    adam = seeded(under_adam, *rates)
+    assert set(verdicts("Adam is more", adam).values()) == {REPLICATED}
+    assert set(verdicts("Adam goes down", adam).values()) == {REPLICATED}
+    assert set(claims.at_best(adam.where(optimizer="adam"))["lr"]) == {0.01}
+
+
+def test_ten_classes() -> None:
+    points = [{"b": b, "goal": goal} for b in (0.0, 0.05) for goal in claims.GOALS]
+    cells = seeded(lambda row, rng: 90.0 - 14 * (row["b"] > 0) + rng.normal() * 0.1, *points)
+    assert set(verdicts("ten classes", cells).values()) == {REPLICATED}
+    assert set(verdicts("monotonically", cells.where(goal="none")).values()) == {NOISY}  # nothing to go by
+
+
+@pytest.mark.parametrize(
+    "run", RUNS, ids=lambda run: f"{run.preset}-{run.source.name}-{run.protocol}-{len(run.overrides)}"
+)
+def test_every_run_composes_with_its_unattacked_twins(run: plan.Run) -> None:
+    made = plan.cells(run if run.batch == "full" else replace(run, batch=32), 3, 0.01)
+    assert len({cell.settings.model_dump_json() for cell in made}) == len(made)
+    assert len({cell.settings.seed for cell in made}) >= 5
+    budgets = {cell.settings.attack.budget for cell in made}
+    if run.preset not in ("honest", "fig6", "fig7", "fig8", "fig11"):
+        assert 0.0 in budgets and len(budgets) > 1
+    assert {cell.settings.attack.rounding for cell in made} <= {"carry", "floor"}
+
+
+def test_figures_of_one_grid_are_one_sweep(tmp_path: Path) -> None:
+    (source, _) = plan.sources(True, None)
+    places = {
+        plan.folder_of(tmp_path, plan.cells(plan.Run(name, source, batch=32), 2, 0.1)) for name in ("fig6", "fig8")
+    }
+    assert len(places) == 1
+    other = plan.folder_of(tmp_path, plan.cells(plan.Run("fig8", source, batch=32), 3, 0.1))
+    assert other not in places  # a changed parameter is never answered with an old result
+
+
+def test_the_learning_rate_is_that_of_the_best_unattacked_model() -> None:
+    assert plan.best_rate(table([{"lr": 0.1, "accuracy": 80.0}, {"lr": 0.2, "accuracy": 90.0}])) == 0.2
+    assert plan.best_rate(table([{"lr": 0.1}, {"lr": 0.2}])) == 0.2
+
+
+def tiny(source: plan.Source) -> list[plan.Run]:
+    """Every kind of run, as small as it can be."""
+    few = {"honest": ("lr=0.1,0.3",), "fig12": ("lr=0.1",), "fig14": ("lr=0.1",), "frequency": (), "rounding": ()}
+    maps = ("clients.malicious=5,10", "attack.budget=0.5,1")
+    runs = []
+    for run in plan._quick(source):
+        more = few.get(run.preset, ())
+        if run.preset in ("fig6", "fig7", "fig8", "fig11"):
+            more = maps
+        elif run.preset in ("fig5", "fig9", "protocols"):
+            more = ("lr=0.1", "clients.malicious=5,10", "attack.budget=0,0.001,0.05,0.25,0.5")
+        runs.append(replace(run, overrides=(*run.overrides, *more, "seed=0,1")))
+    return runs
+
+
+def test_the_pipeline_leaves_figures_tables_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def small(quick: bool, only: str | None, root: Path | None) -> plan.Plan:
+        chosen = plan.sources(True, None)
+        return plan.Plan(chosen, tuple(run for source in chosen for run in tiny(source)), 2, 32, True)
+
+    monkeypatch.setattr(plan, "make", small)
+    monkeypatch.setattr(reach, "DRAWN", 20)
+    arguments = ["--quick", "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]
+    assert replicate.main(arguments) == 0
+    told = capsys.readouterr()
+    assert "replicate: 100 % of" in told.err
+    assert "What holds and what does not" in told.out
+    out = tmp_path / "out"
+    for name in (*figures.FIGURES, "fig1"):
+        stem = f"{name}-digits" if name == "fig9" else f"{name}-digits_01"
+        for suffix in ("png", "pdf", "csv"):
+            assert (out / "figures" / f"{stem}.{suffix}").stat().st_size, (name, suffix)
+    text = (out / "REPLICATION.md").read_text()
+    with (out / "claims.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    for claim in CLAIMS:
+        assert f"## Figure {claim.figure}: {claim.text}" in text
+        assert [row for row in rows if row["claim"] == claim.text and row["primary"] == "1"]
+    assert {row["protocol"] for row in rows} == {plan.STEP, plan.LARGE, plan.EPOCH, plan.FULL}
+    assert {row["verdict"] for row in rows} <= {REPLICATED, PARTLY, NOT, NOISY}
+    for piece in ("the exact selection", "how often to attack", "budgets of less than a flip"):
+        assert f"## Beyond the paper: {piece}" in text
+    published = (tmp_path / "docs" / "replication.md").read_text()
+    assert "(figures/" not in published and "(replication/fig8-digits_01.png)" in published
+    assert (tmp_path / "docs" / "replication" / "fig8-digits_01.png").exists()
+
+    def never(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(sweep, "tabulate", never)
+    assert replicate.main(arguments) == 0  # all of it is there
+
+
+def test_an_interrupted_replication_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = plan.make
+    monkeypatch.setattr(plan, "make", lambda quick, only, root: replace(whole(quick, only, root), epochs=1))
+    original, calls = sweep.tabulate, []
+
+    def stops(cells: list[sweep.Cell], progress: sweep.Progress) -> Path:
+        calls.append(len(cells))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(cells, progress)
+
+    monkeypatch.setattr(sweep, "tabulate", stops)
+    arguments = ["--quick", "--only", "rounding", "--out", str(tmp_path / "out")]
+    assert replicate.main(arguments) == 130
+    assert "goes on" in capsys.readouterr().err
+    assert replicate.main(arguments) == 0
+    assert calls == [30, 120, 120]  # the first sweep is not computed again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--only", "fig99"], "--only fig99 is not a figure; known: fig1, "),
+        (["--data", "nowhere"], "nowhere/MNIST"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert replicate.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("replicate: ") and told in line and line.count("\n") == 1
+
+
+def test_greedy_flips_are_the_farthest_of_those_within_reach() -> None:
+    (source, _) = plan.sources(True, None)
+    made = {goal: reach._scenario((*source.overrides, "lr=0.1"), 5, 0.5, goal) for goal in claims.GOALS}
+    import torch
+
+    theta = made["untargeted"].start() + 0.01 * torch.arange(65)
+    found = reach.points(made, theta, 3, draws=200)
+    along = {kind: [x for name, x, _ in found if name == kind] for kind, _, _ in found}
+    assert along["clean"] == pytest.approx([1.0])
+    assert along["greedy, untargeted"][0] <= min(along["random flips"]) + 1e-12
+
+
+def test_a_grid_from_python_is_that_of_the_command_line() -> None:
+    cells = grid("experiment=fig8", "clients.malicious=1,2", "attack.budget=0.5", "seed=3", "out=unused")
+    assert [cell.overrides["clients.malicious"] for cell in cells] == ["1", "1", "2", "2"]
+    assert {cell.settings.attack.goal for cell in cells} == set(claims.GOALS)
+    with pytest.raises(InputError, match="ou is not a known key"):
+        grid("experiment=fig8", "ou=unused")
+
+
+def test_cells_of_a_sweep_have_late_averages(tmp_path: Path) -> None:
+    made = grid(
+        "experiment=fig8", "clients.malicious=5", "attack.budget=0,0.5", "seed=0,1", "rounds=30", "eval_every=1",
+        "batch_size=32", f"out={tmp_path}/out",
+    )  # fmt: skip
+    cells = read(sweep.tabulate(made))
+    with np.load(tmp_path / "out" / "curves.npz") as stored:
+        curves = 100 * stored["accuracy"]
+    assert cells["late"] == pytest.approx(curves[:, -20:].mean(1))
+    assert cells["accuracy"] == pytest.approx(curves[:, -1])
+    assert COUNTS > 0 and (report.REPORT, report.TABLE) == ("REPLICATION.md", "claims.csv")
