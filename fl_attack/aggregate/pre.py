@@ -8,6 +8,7 @@ gets into another.
 import torch
 from torch import Tensor
 
+from fl_attack.aggregate.ordering import ascending
 from fl_attack.aggregate.rules import clip, finite_rows, squared_distances
 
 
@@ -19,11 +20,16 @@ def nnm(updates: Tensor, weights: Tensor, f: int, lots: Tensor) -> tuple[Tensor,
     m = updates.shape[-3]
     distances = squared_distances(updates)
     distances.diagonal(dim1=-2, dim2=-1).zero_()
-    nearest = distances.sort(dim=-1, stable=True).indices[..., : m - f]
-    shares = torch.zeros_like(distances).scatter_(-1, nearest, 1.0).to(updates) / (m - f)
-    finite = finite_rows(updates)[..., None, None]
-    mixed = (shares @ updates.where(finite, 0.0).flatten(-2)).view(updates.shape)
-    return mixed.where(finite, torch.nan), weights
+    near = distances <= ascending(distances)[..., m - f - 1 : m - f]
+    if bool((near.sum(-1) > m - f).any()):  # ties go to the client of the lower index
+        nearest = distances.sort(dim=-1, stable=True).indices[..., : m - f]
+        near = torch.zeros_like(near).scatter_(-1, nearest, True)
+    shares = near.to(updates) / (m - f)
+    mixed = (shares @ updates.flatten(-2)).view(updates.shape)
+    if not bool(mixed.sum().isfinite()):
+        finite = finite_rows(updates)[..., None, None]
+        mixed = (shares @ updates.where(finite, 0.0).flatten(-2)).view(updates.shape).where(finite, torch.nan)
+    return mixed, weights
 
 
 def bucketing(updates: Tensor, weights: Tensor, f: int, lots: Tensor, *, s: int = 2) -> tuple[Tensor, Tensor]:
@@ -32,8 +38,15 @@ def bucketing(updates: Tensor, weights: Tensor, f: int, lots: Tensor, *, s: int 
     Karimireddy et al., https://arxiv.org/abs/2006.09365.
     """
     buckets = lots.split(s)
-    means = torch.stack([updates.index_select(-3, bucket).mean(-3) for bucket in buckets], -3)
-    return means, torch.stack([weights[bucket].sum() for bucket in buckets])
+    rows = updates.movedim(-3, 0)
+    means = updates.new_empty(len(buckets), *rows.shape[1:])
+    for mean, bucket in zip(means, buckets, strict=True):
+        first, *others = bucket.tolist()
+        mean.copy_(rows[first])
+        for other in others:
+            mean += rows[other]
+        mean /= len(bucket)
+    return means.movedim(0, -3), torch.stack([weights[bucket].sum() for bucket in buckets])
 
 
 def clipping(

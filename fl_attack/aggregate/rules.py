@@ -8,19 +8,20 @@ client of the lower index.
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
-SORTED_AT_ONCE = 2**18  # numbers that stay in the processor's cache
+from fl_attack.aggregate.ordering import ascending, by_coordinate
+
+CLOSE = 0.01  # squared distances below this share of the squared norms have lost digits
+SMALLEST = 1e-30  # a smaller squared norm may have lost all
 LONGEST, FAR = 1e140, 1e300  # a longer update counts as not finite; the largest squared distance in a sum
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     """Mean weighted by samples: for gradients, the gradient of all clients' batches together. Not robust."""
     weights = weights.to(updates)
-    share = weights / weights.sum()
-    return (updates * share[:, None, None]).sum(-3)
+    return _weighted(updates, weights / weights.sum())
 
 
 def median(updates: Tensor, weights: Tensor, f: int) -> Tensor:
@@ -39,14 +40,23 @@ def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     """Coordinate-wise mean of the m - f values nearest to the median. https://arxiv.org/abs/1802.10116."""
     m = updates.shape[-3]
     kept = m - f
-    ordered = _sorted(updates)  # the nearest ones are neighbours in this order
-    middle = (ordered[..., (m - 1) // 2, :, :] + ordered[..., m // 2, :, :]) / 2
-    reach = [
-        torch.maximum(middle - ordered[..., i, :, :], ordered[..., i + kept - 1, :, :] - middle) for i in range(f + 1)
-    ]
-    first = torch.stack(reach, -3).argmin(-3, keepdim=True)
-    place = torch.arange(m, device=updates.device)[:, None, None]
-    return ordered.where((place >= first) & (place < first + kept), 0.0).sum(-3) / kept
+
+    def nearest(rows: list[Tensor]) -> Tensor:
+        # the nearest ones are neighbours in order; a window of them moves up as long as what it gains is nearer
+        middle, total = (rows[(m - 1) // 2] + rows[m // 2]) / 2, torch.zeros_like(rows[0])
+        if f > kept:
+            ordered = torch.stack(rows)
+            reach = [torch.maximum(middle - rows[i], rows[i + kept - 1] - middle) for i in range(f + 1)]
+            first = torch.stack(reach).argmin(0)
+            place = torch.arange(m)[:, None]
+            return ordered.where((place >= first) & (place < first + kept), 0.0).sum(0) / kept
+        for row in rows[f:kept]:  # these are in every window
+            total += row
+        for low, high in zip(rows[:f], rows[kept:], strict=True):
+            total += torch.where(middle - low <= high - middle, low, high)
+        return total / kept
+
+    return by_coordinate(updates, finite_rows, range(m), nearest)
 
 
 def krum(updates: Tensor, weights: Tensor, f: int) -> Tensor:
@@ -121,10 +131,30 @@ def centered_clipping(
     """
     if (tau is not None and not tau > 0) or iterations < 1:
         raise ValueError(f"tau={tau} must be above 0 and iterations={iterations} at least 1")
-    finite, at = finite_rows(updates), median(updates, weights, f)
-    known = updates.where(finite[..., None, None], 0.0)
+    at = median(updates, weights, f)
+    away = updates - at.unsqueeze(-3)
+    gram, finite = _gram(away)
+    if not bool(finite.all()):
+        finite = finite_rows(updates)
+        away = away.where(finite[..., None, None], 0.0)
+        return _clipped_steps(at, away, finite, tau, iterations)
+    # every step stays in the span of the differences, so that all norms follow from their products
+    gram, m = gram.double(), gram.shape[-1]
+    square, moved = gram.diagonal(dim1=-2, dim2=-1), gram.new_zeros(gram.shape[:-1])
     for _ in range(iterations):
-        away = known - at.unsqueeze(-3)
+        product = (gram @ moved.unsqueeze(-1)).squeeze(-1)
+        norm = (square - 2 * product + (moved * product).sum(-1, keepdim=True)).clamp(min=0).sqrt()
+        radius = _median_of_row(norm) if tau is None else norm.new_tensor(tau)
+        share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0) / m
+        moved = moved * (1 - share.sum(-1, keepdim=True)) + share
+    return at + combined(away, moved)
+
+
+def _clipped_steps(at: Tensor, away: Tensor, finite: Tensor, tau: float | None, iterations: int) -> Tensor:
+    """As above, step by step, with updates that are not finite, which are zero in `away`."""
+    start, known = at, away
+    for _ in range(iterations):
+        away = (known - (at - start).unsqueeze(-3)).where(finite[..., None, None], 0.0)
         norm = away.flatten(-2).norm(dim=-1)
         radius = _median_of_row(norm.where(finite, torch.inf)) if tau is None else norm.new_tensor(tau)
         share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0) * finite / norm.shape[-1]
@@ -137,26 +167,45 @@ def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None =
 
     Sun et al. 2019, https://arxiv.org/abs/1911.07963 (a fixed c).
     """
-    clipped = clip(updates, c)
-    return clipped.sum(-3) / updates.shape[-3]
+    share, finite = _clip_shares(updates, c)
+    return combined(
+        updates.where(finite[..., None, None], 0.0) if not bool(finite.all()) else updates, share / share.shape[-1]
+    )
 
 
 def clip(updates: Tensor, c: float | None) -> Tensor:
     """Updates scaled down to the norm c, None: the median of their norms; those that are not finite become zero."""
+    share, finite = _clip_shares(updates, c)
+    if not bool(finite.all()):
+        updates = updates.where(finite[..., None, None], 0.0)
+    return updates * share[..., None, None]
+
+
+def _clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
+    """What clipping to the norm c leaves of each update (..., m), and which are finite."""
     if c is not None and not c > 0:
         raise ValueError(f"c={c} must be above 0")
-    finite = finite_rows(updates)
-    known = updates.where(finite[..., None, None], 0.0)
-    norm = known.flatten(-2).norm(dim=-1)
+    norm = torch.linalg.vector_norm(updates.flatten(-2), dim=-1)
+    finite = norm.isfinite()
+    if not bool(finite.all()):  # of a finite update the norm may overflow
+        finite = finite_rows(updates)
     radius = _median_of_row(norm.where(finite, torch.inf)) if c is None else norm.new_tensor(c)
-    share = torch.clamp(radius / norm.where(norm > 0, 1.0), max=1.0)
-    return known * share[..., None, None]
+    return torch.clamp(radius / norm.where(finite & (norm > 0), 1.0), max=1.0), finite
 
 
 def combined(updates: Tensor, shares: Tensor) -> Tensor:
     """Sum (..., C, d) of the updates by shares (..., m); those of share 0 count nothing, whatever they hold."""
-    known = updates.where((shares != 0)[..., None, None], 0.0)
-    return (known * shares.to(updates)[..., None, None]).sum(-3)
+    shares = shares.to(updates)
+    found = _weighted(updates, shares)
+    if bool(found.sum().isfinite()):
+        return found
+    return _weighted(updates.where((shares != 0)[..., None, None], 0.0), shares)
+
+
+def _weighted(updates: Tensor, shares: Tensor) -> Tensor:
+    """Sum (..., C, d) of the updates by shares, (m,) or (..., m)."""
+    whole = updates.flatten(-2)
+    return (shares.expand(whole.shape[:-1]).unsqueeze(-2) @ whole).view(*whole.shape[:-2], *updates.shape[-2:])
 
 
 def squared_distances(updates: Tensor) -> Tensor:
@@ -169,10 +218,29 @@ def squared_distances(updates: Tensor) -> Tensor:
 
 
 def products(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each two updates less the median, (..., m, m) in float64, and which are finite (..., m).
+    """Of each two updates less a common centre, (..., m, m) in float64, and which are finite (..., m).
 
-    Less the median, so that a common shift costs the differences no digits; of unit vectors, so that nothing overflows.
+    The centre is zero where that costs the differences of the updates no digits, else an update in their midst.
     """
+    gram, finite = _gram(updates)
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    if bool((finite & (square > SMALLEST)).all()):
+        apart = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram
+        typical = ascending(apart)[..., gram.shape[-1] // 2]  # to the others, of each
+        if bool((typical.amin(-1) > CLOSE * square.amax(-1)).all()):
+            return gram.double(), finite
+    return _careful_products(updates)
+
+
+def _gram(updates: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each two updates, (..., m, m), and whose norm is finite (..., m)."""
+    whole = updates.flatten(-2)
+    gram = whole @ whole.mT
+    return gram, gram.diagonal(dim1=-2, dim2=-1).isfinite()
+
+
+def _careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:
+    # less the median, so that a common shift costs no digits; of unit vectors, so that nothing overflows
     finite = finite_rows(updates)
     away = (updates - median(updates, finite, 0).unsqueeze(-3)).where(finite[..., None, None], 0.0).flatten(-2)
     largest = away.abs().amax(-1, keepdim=True)
@@ -192,7 +260,7 @@ def finite_rows(updates: Tensor) -> Tensor:
 def _krum_scores(distances: Tensor, f: int, neighbours: int | None = None) -> Tensor:
     """Sum of the squared distances to the nearest others, (..., m)."""
     count = max(1, distances.shape[-1] - f - 2) if neighbours is None else neighbours
-    nearest = distances.sort(-1).values[..., :count]
+    nearest = ascending(distances)[..., :count]
     return nearest.clamp(max=FAR).sum(-1)
 
 
@@ -214,29 +282,14 @@ def _middle(updates: Tensor, start: int, stop: int) -> Tensor:
     """Coordinate-wise mean of the sorted values from start to stop."""
     if start == 0 and stop == updates.shape[-3]:
         return updates.mean(-3)
-    return _sorted(updates, start, stop).mean(-3)
 
+    def average(rows: list[Tensor]) -> Tensor:
+        total = rows[0].clone()
+        for row in rows[1:]:
+            total += row
+        return total / len(rows)
 
-def _sorted(updates: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Each coordinate in order over the clients; of it the places from start to stop. What is not finite comes last."""
-    m = updates.shape[-3]
-    stop = m if stop is None else stop
-    clean = updates
-    if not bool(updates.isfinite().all()):
-        clean = updates.where(finite_rows(updates)[..., None, None], torch.inf)
-    if updates.is_cuda:
-        return clean.sort(-3).values[..., start:stop, :, :]
-    # numpy's sort of a row is vectorised, many times as fast as torch's over an outer axis
-    by_client = clean.movedim(-3, 0)
-    shape = by_client.shape
-    flat = by_client.reshape(m, -1)
-    out = torch.empty(stop - start, flat.shape[1], dtype=flat.dtype)
-    step = max(1, SORTED_AT_ONCE // m)
-    for first in range(0, flat.shape[1], step):
-        part = np.array(flat[:, first : first + step].mT.numpy(), order="C")  # a copy, whatever its layout
-        part.sort(-1)
-        out[:, first : first + step] = torch.from_numpy(part[:, start:stop]).mT
-    return out.view(stop - start, *shape[1:]).movedim(0, -3)
+    return by_coordinate(updates, finite_rows, range(start, stop), average)
 
 
 def half(m: int) -> int:
