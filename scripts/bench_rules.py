@@ -3,7 +3,7 @@
     .venv/bin/python scripts/bench_rules.py [--clients 10 50 100] [--features 785 7850] [--cells 256]
 
 Random updates in float32, f a fifth of the clients (or the most that the rule allows). Ours: milliseconds of all cells
-together over the number of cells, in chunks that hold at most 64 MB of updates, as the engine does. ByzFL and Flower:
+together over the number of cells, in the pieces in which the engine goes through them. ByzFL and Flower:
 the same call on a few of these cells, one after the other. All take turns in one run; medians.
 """
 
@@ -19,8 +19,8 @@ import torch
 
 from fl_attack import aggregate
 from fl_attack.aggregate import RULES
+from fl_attack.engine.sent import BYTES_AT_ONCE
 
-AT_ONCE = 2**26  # bytes of updates
 BYZFL = {
     "mean": "Average",
     "median": "Median",
@@ -86,7 +86,7 @@ def rows(given: argparse.Namespace) -> Iterator[str]:
     """A line for each rule, number of clients and number of features."""
     for m in given.clients:
         for d in given.features:
-            chunk = max(1, min(given.cells, AT_ONCE // (4 * m * d)))
+            chunk = max(1, min(given.cells, BYTES_AT_ONCE // (4 * m * d)))
             # as the engine keeps them: client after client
             updates = torch.randn(m, chunk, 1, d, generator=torch.Generator().manual_seed(0)).movedim(0, 1)
             few = [np.ascontiguousarray(cell[:, 0].numpy()) for cell in updates[: given.few]]

@@ -11,19 +11,20 @@ from torch import Tensor
 NETWORK_MOST = 32  # clients that a network sorts faster than numpy does
 AT_ONCE = 2**14  # coordinates of a network, whose rows stay in the processor's cache
 SORTED_AT_ONCE = 2**18  # numbers that numpy sorts
-Finish = Callable[[list[Tensor]], Tensor]
+Rows = list[Tensor] | Tensor  # (places, n) values in order, n coordinates
+Finish = Callable[[Rows], Tensor]
 
 
 def by_coordinate(updates: Tensor, finite_rows: Callable[[Tensor], Tensor], wanted: range, finish: Finish) -> Tensor:
     """Of updates (..., m, C, d), what `finish` makes of the values at the wanted places in order, (..., C, d).
 
-    `finish` gets a row (n,) for each of these places, of n coordinates. Updates that are not finite, as `finite_rows`
-    tells (..., m), come last in every coordinate.
+    `finish` gets a row for each of these places, of some of the coordinates. Updates that are not finite, as
+    `finite_rows` tells (..., m), come last in every coordinate.
     """
     if not bool(updates.sum().isfinite()):
         updates = updates.where(finite_rows(updates)[..., None, None], torch.inf)
     if updates.is_cuda:
-        return finish(list(updates.sort(-3).values.unbind(-3)[wanted.start : wanted.stop]))
+        return finish(updates.sort(-3).values.movedim(-3, 0)[wanted.start : wanted.stop])
     by_client = updates.movedim(-3, 0)
     m = len(by_client)
     flat = by_client.reshape(m, -1)
@@ -51,14 +52,14 @@ def ascending(values: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(values.contiguous().numpy()))
 
 
-def _by_numpy(flat: Tensor, wanted: range) -> list[Tensor]:
+def _by_numpy(flat: Tensor, wanted: range) -> Rows:
     # numpy's sort of a row is vectorised, many times as fast as torch's over an outer axis
     part = np.array(flat.mT.numpy(), order="C")  # a copy, whatever its layout
     part.sort(-1)
-    return list(torch.from_numpy(np.ascontiguousarray(part[:, wanted.start : wanted.stop].T)))
+    return torch.from_numpy(part[:, wanted.start : wanted.stop]).mT
 
 
-def _by_network(flat: Tensor, wanted: range) -> list[Tensor]:
+def _by_network(flat: Tensor, wanted: range) -> Rows:
     rows = list(flat.contiguous().clone())
     spare = torch.empty_like(rows[0])
     for low, high, needs_low, needs_high in network(len(rows), wanted):

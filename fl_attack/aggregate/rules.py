@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fl_attack.aggregate.ordering import ascending, by_coordinate
+from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate
 
 CLOSE = 0.01  # squared distances below this share of the squared norms have lost digits
 SMALLEST = 1e-30  # a smaller squared norm may have lost all
@@ -41,14 +41,15 @@ def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     m = updates.shape[-3]
     kept = m - f
 
-    def nearest(rows: list[Tensor]) -> Tensor:
+    def nearest(rows: Rows) -> Tensor:
+        rows = list(rows.contiguous()) if isinstance(rows, Tensor) else rows
         # the nearest ones are neighbours in order; a window of them moves up as long as what it gains is nearer
         middle, total = (rows[(m - 1) // 2] + rows[m // 2]) / 2, torch.zeros_like(rows[0])
         if f > kept:
             ordered = torch.stack(rows)
             reach = [torch.maximum(middle - rows[i], rows[i + kept - 1] - middle) for i in range(f + 1)]
             first = torch.stack(reach).argmin(0)
-            place = torch.arange(m)[:, None]
+            place = torch.arange(m, device=first.device).view(-1, *[1] * first.ndim)
             return ordered.where((place >= first) & (place < first + kept), 0.0).sum(0) / kept
         for row in rows[f:kept]:  # these are in every window
             total += row
@@ -107,18 +108,31 @@ def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: flo
     """
     if not tolerance > 0 or most < 1:
         raise ValueError(f"tolerance={tolerance} must be above 0 and most={most} at least 1")
-    gram, finite = products(updates)
+    share, near = _weiszfeld(*products(updates), tolerance, most)
+    if bool(near.any()):  # where the median is all but one of the updates, only products about it tell how near
+        share[near] = _weiszfeld(*_careful_products(updates[near]), tolerance, most)[0]
+    return combined(updates, share.to(updates))
+
+
+def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
+    """Shares (..., m) of the updates in their geometric median, and whether it is all but one of them (...)."""
     share = finite.double() / finite.sum(-1, keepdim=True)
     square = gram.diagonal(dim1=-2, dim2=-1)
-    floor = 1e-12 * square.amax(-1, keepdim=True).sqrt() + 1e-300  # a point that is an update must not divide by zero
+    largest = square.amax(-1, keepdim=True)
+    floor = 1e-12 * largest.sqrt() + 1e-300  # a point that is an update must not divide by zero
+    moving = torch.ones_like(share[..., :1], dtype=torch.bool)
+    nearest = torch.full_like(largest, torch.inf)
     for _ in range(most):
         product = (gram @ share.unsqueeze(-1)).squeeze(-1)
-        distance = (square - 2 * product + (share * product).sum(-1, keepdim=True)).clamp(min=0).sqrt()
-        nearer = finite.double() / distance.maximum(floor)
-        before, share = share, nearer / nearer.sum(-1, keepdim=True)
-        if (share - before).abs().max() <= tolerance:
+        apart = (square - 2 * product + (share * product).sum(-1, keepdim=True)).clamp(min=0)
+        nearest = nearest.minimum(apart.amin(-1, keepdim=True))
+        nearer = finite.double() / apart.sqrt().maximum(floor)
+        moved = (nearer / nearer.sum(-1, keepdim=True) - share) * moving
+        share = share + moved
+        moving = moved.abs().amax(-1, keepdim=True) > tolerance  # who has arrived stays, whatever others do
+        if not bool(moving.any()):
             break
-    return combined(updates, share.to(updates))
+    return share, (nearest < CLOSE * largest).squeeze(-1)
 
 
 def centered_clipping(
@@ -134,10 +148,7 @@ def centered_clipping(
     at = median(updates, weights, f)
     away = updates - at.unsqueeze(-3)
     gram, finite = _gram(away)
-    if not bool(finite.all()):
-        finite = finite_rows(updates)
-        away = away.where(finite[..., None, None], 0.0)
-        return _clipped_steps(at, away, finite, tau, iterations)
+    ill = ~finite.all(-1)
     # every step stays in the span of the differences, so that all norms follow from their products
     gram, m = gram.double(), gram.shape[-1]
     square, moved = gram.diagonal(dim1=-2, dim2=-1), gram.new_zeros(gram.shape[:-1])
@@ -147,7 +158,12 @@ def centered_clipping(
         radius = _median_of_row(norm) if tau is None else norm.new_tensor(tau)
         share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0) / m
         moved = moved * (1 - share.sum(-1, keepdim=True)) + share
-    return at + combined(away, moved)
+    found = at + combined(away, moved)
+    if bool(ill.any()):
+        finite = finite_rows(updates[ill])
+        known = away[ill].where(finite[..., None, None], 0.0)
+        found[ill] = _clipped_steps(at[ill], known, finite, tau, iterations)
+    return found
 
 
 def _clipped_steps(at: Tensor, away: Tensor, finite: Tensor, tau: float | None, iterations: int) -> Tensor:
@@ -224,12 +240,13 @@ def products(updates: Tensor) -> tuple[Tensor, Tensor]:
     """
     gram, finite = _gram(updates)
     square = gram.diagonal(dim1=-2, dim2=-1)
-    if bool((finite & (square > SMALLEST)).all()):
-        apart = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram
-        typical = ascending(apart)[..., gram.shape[-1] // 2]  # to the others, of each
-        if bool((typical.amin(-1) > CLOSE * square.amax(-1)).all()):
-            return gram.double(), finite
-    return _careful_products(updates)
+    apart = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram
+    typical = ascending(apart)[..., gram.shape[-1] // 2]  # to the others, of each
+    well = (finite & (square > SMALLEST)).all(-1) & (typical.amin(-1) > CLOSE * square.amax(-1))
+    gram = gram.double()
+    if not bool(well.all()):  # decided for each federation, so that none goes another way for the company it is in
+        gram[~well], finite[~well] = _careful_products(updates[~well])
+    return gram, finite
 
 
 def _gram(updates: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,7 +300,9 @@ def _middle(updates: Tensor, start: int, stop: int) -> Tensor:
     if start == 0 and stop == updates.shape[-3]:
         return updates.mean(-3)
 
-    def average(rows: list[Tensor]) -> Tensor:
+    def average(rows: Rows) -> Tensor:
+        if isinstance(rows, Tensor):
+            return rows.mean(0)
         total = rows[0].clone()
         for row in rows[1:]:
             total += row

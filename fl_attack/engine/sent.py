@@ -16,7 +16,7 @@ from fl_attack.engine.attackers import NOBODY, Attackers, Turn
 from fl_attack.engine.batches import Batch
 from fl_attack.scenario import Scenario
 
-BYTES_AT_ONCE = 2**25  # of updates
+BYTES_AT_ONCE = 2**22  # of updates: what a rule goes over several times should stay in the processor's cache
 Direction = Callable[[slice], Tensor]
 
 
