@@ -185,7 +185,7 @@ def test_ten_classes() -> None:
     points = [{"b": b, "goal": goal} for b in (0.0, 0.05) for goal in claims.GOALS]
     cells = seeded(lambda row, rng: 90.0 - 14 * (row["b"] > 0) + rng.normal() * 0.1, *points)
     assert set(verdicts("ten classes", cells).values()) == {REPLICATED}
-    assert set(verdicts("monotonically", cells.where(goal="none")).values()) == {NOISY}  # nothing to go by
+    assert verdicts("monotonically", cells.where(goal="none")) == {}  # nothing to go by
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """`python -m fl_attack.replication`, or `./scripts/replicate`: the paper's figures and a verdict on its claims."""
 
 import argparse
+import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fl_attack.errors import InputError, RunError
@@ -22,6 +25,21 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@contextmanager
+def _parallel(quick: bool) -> Iterator[None]:
+    """Sweeps whose units run side by side, a processor for each; in this process where that is not worth the start."""
+    import torch
+
+    from fl_attack import federation
+
+    if quick or (os.cpu_count() or 1) == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    with federation.ray_session(None, verbose=False):
+        yield
+
+
 def run(options: argparse.Namespace, command: str) -> Path:
     """Compute what is not there yet, draw, and write the report; gives its file."""
     from fl_attack import sweep  # slow to import; help is told before
@@ -35,13 +53,13 @@ def run(options: argparse.Namespace, command: str) -> Path:
     rates: dict[str, float] = {}
     done: dict[Path, report.Result] = {}
     results, drawn = [], []
-    with sweep.Progress(sum(distinct.values()), "replicate") as progress:
+    with _parallel(todo.quick), sweep.Progress(sum(distinct.values()), "replicate") as progress:
         for one in todo.runs:
             made = plan.cells(one, todo.epochs, rates.get(one.source.name))
             place = plan.folder_of(out, made)
             if place not in done:
                 progress.bar.set_description(f"{one.preset}, {one.source.title}, {one.protocol}")
-                cells = plan.compute(out, made, progress)
+                cells = plan.compute(out, made, progress, "local" if todo.quick else "ray")
                 done[place] = report.Result(one, cells, float((place / "seconds.txt").read_text()))
             results.append(report.Result(one, done[place].cells, done[place].seconds))
             if one.preset == "honest":

@@ -45,10 +45,11 @@ class Finding:
 
 
 def measure(claim: Claim, cells: Cells) -> Iterator[Finding]:
-    """Each measure of a claim on some cells; a statistic without cells is NaN, and too noisy to tell."""
+    """Each measure of a claim on some cells; none of what they do not hold."""
     for label, statistic in claim.measures.items():
         found = interval(lambda mask, of=statistic: of(cells.only(mask)), cells["seed"])  # type: ignore[misc]
-        yield Finding(label, found, claim.rule.verdict(found))
+        if np.isfinite(found.value):
+            yield Finding(label, found, claim.rule.verdict(found))
 
 
 def mean(values: NDArray[np.float64]) -> float:

@@ -41,7 +41,7 @@ def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress:
     settings = scenarios[todo[0].cells[0]].settings
     threads = torch.get_num_threads()
     jobs = [(threads, [scenarios[i].settings.model_dump_json() for i in unit.cells]) for unit in todo]
-    for i, numbers in federation.scatter(numbers_of_job, jobs, settings.engine.ray_address, settings.verbose):
+    for i, numbers in federation.scatter(numbers_of_job, jobs, threads, settings.engine.ray_address, settings.verbose):
         progress.add(len(todo[i].cells))
         keep(todo[i], numbers)
 
