@@ -251,6 +251,18 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(
     assert len(rows(tmp_path / "out")) >= 1
 
 
+def test_a_diverging_batched_run_keeps_what_it_and_its_twin_have(
+    command: Command, small_data: Small, tmp_path: Path
+) -> None:
+    run = [*small_data(3), "engine=batched", f"out={tmp_path}/out", "rounds=8", "lr=1e308", "batch_size=full"]
+    code, _, told = command(*run)
+    assert code == 1
+    assert "diverged" in told.splitlines()[-1] and "Traceback" not in told
+    for folder in (tmp_path / "out", tmp_path / "out" / "baseline"):
+        assert len(rows(folder)) >= 1
+        assert not (folder / "summary.json").exists()
+
+
 def test_the_settings_left_behind_run_again(small_data: Small, with_ray: None, tmp_path: Path) -> None:
     settings = compose(*small_data(2), f"out={tmp_path}/out", "rounds=3", "batch_size=full", "clients.total=5")
     experiment.run(settings)

@@ -15,7 +15,8 @@ def scatter(
 ) -> Iterator[tuple[int, Any]]:
     """`function` of each job, as Ray tasks: its position and result, in the order in which they are done.
 
-    A job takes as many processors as it uses `threads`, or all of a node that has fewer. A task whose worker or node is lost is done again on another.
+    A job takes as many processors as it uses `threads`, or all of a node that has fewer. One whose worker or node is
+    lost is done again on another.
     """
     with ray_session(address, verbose):
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])

@@ -157,7 +157,7 @@ def _first_page(lines: Sequence[Line], plan: Plan) -> str:
 def _extent(lines: Sequence[Line]) -> str:
     """In how many measurements a claim is borne out, under the paper's protocol and under others."""
     primary = [line.finding.verdict for line in lines if line.primary]
-    text = f"in {primary.count(REPLICATED)} of {len(primary)} measurements"
+    text = f"in {primary.count(REPLICATED)} of {len(primary)} measurement{'s' * (len(primary) != 1)}"
     if PARTLY in primary:
         text += f", partly in {primary.count(PARTLY)}"
     others = sorted({line.protocol for line in lines if not line.primary}, key=(STEP, LARGE, EPOCH, FULL).index)

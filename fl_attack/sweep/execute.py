@@ -34,10 +34,6 @@ def compute(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progr
 def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
     if not todo:
         return
-    for unit in todo:
-        for i in unit.cells:
-            if scenarios[i].settings.attack.goal == "targeted":
-                _ = scenarios[i].target  # trained and cached once here, rather than by every worker
     settings = scenarios[todo[0].cells[0]].settings
     threads = torch.get_num_threads()
     jobs = [(threads, [scenarios[i].settings.model_dump_json() for i in unit.cells]) for unit in todo]
