@@ -13,7 +13,7 @@ from fl_attack import sweep
 from fl_attack.errors import InputError
 from fl_attack.launcher import grid
 from fl_attack.replication import __main__ as replicate
-from fl_attack.replication import claims, figures, plan, reach, report
+from fl_attack.replication import claims, figures, plan, reach, report, statistics
 from fl_attack.replication.cells import Cells, read, with_drops
 from fl_attack.replication.claims import CLAIMS, COUNTS
 from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Interval, Rule, interval, overall
@@ -105,7 +105,7 @@ def test_drops_are_from_the_unattacked_cell_of_the_same_seed_and_training() -> N
 
 @pytest.mark.parametrize(("cost", "expected"), [(6.0, REPLICATED), (0.0, NOT), (1.5, PARTLY)])
 def test_a_tenth_of_a_percent(cost: float, expected: str) -> None:
-    points = [{"b": b, "goal": goal} for b in (0.0, 0.001) for goal in claims.GOALS]
+    points = [{"b": b, "goal": goal} for b in (0.0, 0.001) for goal in statistics.GOALS]
     cells = seeded(lambda row, rng: 90.0 - cost * (row["b"] == 0.001) + rng.normal() * 0.05, *points)
     assert set(verdicts("0.1 %", cells).values()) == {expected}
     if cost == 6.0:
@@ -114,7 +114,7 @@ def test_a_tenth_of_a_percent(cost: float, expected: str) -> None:
 
 
 def test_the_last_iterate_and_the_late_average_are_told_apart() -> None:
-    rows = [{"b": b, "goal": goal, "seed": s} for b in (0.0, 0.001) for goal in claims.GOALS for s in range(5)]
+    rows = [{"b": b, "goal": goal, "seed": s} for b in (0.0, 0.001) for goal in statistics.GOALS for s in range(5)]
     cells = table([row | {"accuracy": 90.0 - 6000 * row["b"] + 0.01 * row["seed"], "late": 90.0} for row in rows])
     found = verdicts("0.1 %", cells)
     assert found["targeted, last iterate"] == REPLICATED
@@ -122,7 +122,7 @@ def test_the_last_iterate_and_the_late_average_are_told_apart() -> None:
 
 
 def test_monotone() -> None:
-    points = [{"b": b, "goal": goal} for b in (0.0, 0.01, 0.1, 0.5) for goal in claims.GOALS]
+    points = [{"b": b, "goal": goal} for b in (0.0, 0.01, 0.1, 0.5) for goal in statistics.GOALS]
     falls = seeded(lambda row, rng: 90.0 - 50 * row["b"] + rng.normal() * 0.05, *points)
     assert set(verdicts("monotonically", falls).values()) == {REPLICATED}
     rises = seeded(lambda row, rng: 90.0 - 50 * row["b"] + 8 * (row["b"] == 0.1), *points)
@@ -130,9 +130,9 @@ def test_monotone() -> None:
 
 
 def test_equal_budgets_of_larger_and_smaller_write_access() -> None:
-    points = [{"k": k, "b": b, "goal": goal} for k in (0.5, 1.0) for b in (0.0, 0.1, 0.2) for goal in claims.GOALS]
+    points = [{"k": k, "b": b, "goal": goal} for k in (0.5, 1.0) for b in (0.0, 0.1, 0.2) for goal in statistics.GOALS]
     larger = seeded(lambda row, rng: 90.0 - 5 * row["k"] + rng.normal() * 0.05, *points)
-    assert claims.pairs(larger, "targeted") == pytest.approx([2.5], abs=0.2)  # 0.5 of 0.2 and 1 of 0.1
+    assert statistics.pairs(larger, "targeted") == pytest.approx([2.5], abs=0.2)  # 0.5 of 0.2 and 1 of 0.1
     assert set(verdicts("larger k does more harm", larger).values()) == {REPLICATED}
     assert set(verdicts("every pair", larger).values()) == {REPLICATED}
     smaller = seeded(lambda row, rng: 90.0 + 5 * row["k"], *points)
@@ -141,7 +141,7 @@ def test_equal_budgets_of_larger_and_smaller_write_access() -> None:
 
 
 def test_goals_and_their_spread() -> None:
-    points = [{"k": k, "b": b, "goal": goal} for k in (0.5, 1.0) for b in (0.1, 0.9) for goal in claims.GOALS]
+    points = [{"k": k, "b": b, "goal": goal} for k in (0.5, 1.0) for b in (0.1, 0.9) for goal in statistics.GOALS]
     rng = np.random.default_rng(3)
     noise = {seed: rng.normal() for seed in range(5)}
 
@@ -152,14 +152,14 @@ def test_goals_and_their_spread() -> None:
 
     cells = seeded(accuracy, *points)
     deviation = np.std(list(noise.values()), ddof=1)
-    assert claims.spread(cells.where(k=1.0), "untargeted") == pytest.approx(4 * deviation)
-    assert claims.spread_gap(cells.where(k=1.0)) == pytest.approx(3.9 * deviation)
-    assert claims.gap_growth(cells) == pytest.approx(2 * deviation)
-    assert claims.large_gap(cells) == pytest.approx(10, abs=abs(4 * np.mean(list(noise.values()))) + 1e-9)
+    assert statistics.spread(cells.where(k=1.0), "untargeted") == pytest.approx(4 * deviation)
+    assert statistics.spread_gap(cells.where(k=1.0)) == pytest.approx(3.9 * deviation)
+    assert statistics.gap_growth(cells) == pytest.approx(2 * deviation)
+    assert statistics.large_gap(cells) == pytest.approx(10, abs=abs(4 * np.mean(list(noise.values()))) + 1e-9)
 
 
 def test_f1_early_stopping_and_adam() -> None:
-    budgets = [{"b": b, "goal": goal} for b in (0.0, 0.1, 0.5) for goal in claims.GOALS]
+    budgets = [{"b": b, "goal": goal} for b in (0.0, 0.1, 0.5) for goal in statistics.GOALS]
     cells = seeded(lambda row, rng: 90.0 - 60 * row["b"] + rng.normal(), *budgets)
     same = Cells(cells.columns | {"f1": cells["accuracy"] - 1})
     assert set(verdicts("F1 mirrors", same).values()) == {REPLICATED}
@@ -178,11 +178,11 @@ def test_f1_early_stopping_and_adam() -> None:
     adam = seeded(under_adam, *rates)
     assert set(verdicts("Adam is more", adam).values()) == {REPLICATED}
     assert set(verdicts("Adam goes down", adam).values()) == {REPLICATED}
-    assert set(claims.at_best(adam.where(optimizer="adam"))["lr"]) == {0.01}
+    assert set(statistics.at_best(adam.where(optimizer="adam"))["lr"]) == {0.01}
 
 
 def test_ten_classes() -> None:
-    points = [{"b": b, "goal": goal} for b in (0.0, 0.05) for goal in claims.GOALS]
+    points = [{"b": b, "goal": goal} for b in (0.0, 0.05) for goal in statistics.GOALS]
     cells = seeded(lambda row, rng: 90.0 - 14 * (row["b"] > 0) + rng.normal() * 0.1, *points)
     assert set(verdicts("ten classes", cells).values()) == {REPLICATED}
     assert verdicts("monotonically", cells.where(goal="none")) == {}  # nothing to go by
@@ -219,7 +219,7 @@ def test_the_learning_rate_is_that_of_the_best_unattacked_model() -> None:
 def tiny(source: plan.Source) -> list[plan.Run]:
     """Every kind of run, as small as it can be."""
     few = {"honest": ("lr=0.1,0.3",), "fig12": ("lr=0.1",), "fig14": ("lr=0.1",), "frequency": (), "rounding": ()}
-    maps = ("clients.malicious=5,10", "attack.budget=0.5,1")
+    maps = ("clients.malicious=5,10", "attack.budget=0.1,0.5,1")
     runs = []
     for run in plan._quick(source):
         more = few.get(run.preset, ())
@@ -310,7 +310,7 @@ def test_bad_input_is_one_line(
 
 def test_greedy_flips_are_the_farthest_of_those_within_reach() -> None:
     (source, _) = plan.sources(True, None)
-    made = {goal: reach._scenario((*source.overrides, "lr=0.1"), 5, 0.5, goal) for goal in claims.GOALS}
+    made = {goal: reach._scenario((*source.overrides, "lr=0.1"), 5, 0.5, goal) for goal in statistics.GOALS}
     import torch
 
     theta = made["untargeted"].start() + 0.01 * torch.arange(65)
@@ -323,7 +323,7 @@ def test_greedy_flips_are_the_farthest_of_those_within_reach() -> None:
 def test_a_grid_from_python_is_that_of_the_command_line() -> None:
     cells = grid("experiment=fig8", "clients.malicious=1,2", "attack.budget=0.5", "seed=3", "out=unused")
     assert [cell.overrides["clients.malicious"] for cell in cells] == ["1", "1", "2", "2"]
-    assert {cell.settings.attack.goal for cell in cells} == set(claims.GOALS)
+    assert {cell.settings.attack.goal for cell in cells} == set(statistics.GOALS)
     with pytest.raises(InputError, match="ou is not a known key"):
         grid("experiment=fig8", "ou=unused")
 

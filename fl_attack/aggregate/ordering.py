@@ -15,11 +15,11 @@ Rows = list[Tensor] | Tensor  # (places, n) values in order, n coordinates
 Finish = Callable[[Rows], Tensor]
 
 
-def by_coordinate(updates: Tensor, finite_rows: Callable[[Tensor], Tensor], wanted: range, finish: Finish) -> Tensor:
+def by_coordinate(updates: Tensor, wanted: range, finish: Finish) -> Tensor:
     """Of updates (..., m, C, d), what `finish` makes of the values at the wanted places in order, (..., C, d).
 
-    `finish` gets a row for each of these places, of some of the coordinates. Updates that are not finite, as
-    `finite_rows` tells (..., m), come last in every coordinate.
+    `finish` gets a row for each of these places, of some of the coordinates. Updates that are not finite
+    come last in every coordinate.
     """
     if not bool(updates.sum().isfinite()):
         updates = updates.where(finite_rows(updates)[..., None, None], torch.inf)
@@ -97,3 +97,24 @@ def network(m: int, wanted: range) -> list[tuple[int, int, bool, bool]]:
             kept.append((low, high, low in needed, high in needed))
             needed |= {low, high}
     return kept[::-1]
+
+
+def middle(updates: Tensor, start: int, stop: int) -> Tensor:
+    """Coordinate-wise mean of the sorted values from start to stop."""
+    if start == 0 and stop == updates.shape[-3]:
+        return updates.mean(-3)
+
+    def average(rows: Rows) -> Tensor:
+        if isinstance(rows, Tensor):
+            return rows.mean(0)
+        total = rows[0].clone()
+        for row in rows[1:]:
+            total += row
+        return total / len(rows)
+
+    return by_coordinate(updates, range(start, stop), average)
+
+
+def finite_rows(updates: Tensor) -> Tensor:
+    """(..., m) which updates are finite."""
+    return updates.isfinite().flatten(-2).all(-1)

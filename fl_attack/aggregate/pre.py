@@ -8,8 +8,9 @@ gets into another.
 import torch
 from torch import Tensor
 
-from fl_attack.aggregate.ordering import ascending
-from fl_attack.aggregate.rules import clip, finite_rows, squared_distances
+from fl_attack.aggregate.geometry import squared_distances
+from fl_attack.aggregate.ordering import ascending, finite_rows
+from fl_attack.aggregate.rules import clip
 
 
 def nnm(updates: Tensor, weights: Tensor, f: int, lots: Tensor) -> tuple[Tensor, Tensor]:

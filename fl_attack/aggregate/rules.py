@@ -11,29 +11,35 @@ import math
 import torch
 from torch import Tensor
 
-from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate
-
-CLOSE = 0.01  # squared distances below this share of the squared norms have lost digits
-SMALLEST = 1e-30  # a smaller squared norm may have lost all
-LONGEST, FAR = 1e140, 1e300  # a longer update counts as not finite; the largest squared distance in a sum
+from fl_attack.aggregate.geometry import (
+    CLOSE,
+    FAR,
+    careful_products,
+    combined,
+    gram_of,
+    products,
+    squared_distances,
+    weighted,
+)
+from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, finite_rows, middle
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     """Mean weighted by samples: for gradients, the gradient of all clients' batches together. Not robust."""
     weights = weights.to(updates)
-    return _weighted(updates, weights / weights.sum())
+    return weighted(updates, weights / weights.sum())
 
 
 def median(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     """Coordinate-wise median; the mean of the two middle ones of an even number. https://arxiv.org/abs/1803.01498."""
     m = updates.shape[-3]
-    return _middle(updates, (m - 1) // 2, m // 2 + 1)
+    return middle(updates, (m - 1) // 2, m // 2 + 1)
 
 
 def trimmed_mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     """Coordinate-wise mean without the f smallest and the f largest. https://arxiv.org/abs/1803.01498."""
     m = updates.shape[-3]
-    return _middle(updates, f, m - f)
+    return middle(updates, f, m - f)
 
 
 def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
@@ -57,7 +63,7 @@ def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
             total += torch.where(middle - low <= high - middle, low, high)
         return total / kept
 
-    return by_coordinate(updates, finite_rows, range(m), nearest)
+    return by_coordinate(updates, range(m), nearest)
 
 
 def krum(updates: Tensor, weights: Tensor, f: int) -> Tensor:
@@ -110,7 +116,7 @@ def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: flo
         raise ValueError(f"tolerance={tolerance} must be above 0 and most={most} at least 1")
     share, near = _weiszfeld(*products(updates), tolerance, most)
     if bool(near.any()):  # where the median is all but one of the updates, only products about it tell how near
-        share[near] = _weiszfeld(*_careful_products(updates[near]), tolerance, most)[0]
+        share[near] = _weiszfeld(*careful_products(updates[near]), tolerance, most)[0]
     return combined(updates, share.to(updates))
 
 
@@ -147,7 +153,7 @@ def centered_clipping(
         raise ValueError(f"tau={tau} must be above 0 and iterations={iterations} at least 1")
     at = median(updates, weights, f)
     away = updates - at.unsqueeze(-3)
-    gram, finite = _gram(away)
+    gram, finite = gram_of(away)
     ill = ~finite.all(-1)
     # every step stays in the span of the differences, so that all norms follow from their products
     gram, m = gram.double(), gram.shape[-1]
@@ -209,71 +215,6 @@ def _clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
     return torch.clamp(radius / norm.where(finite & (norm > 0), 1.0), max=1.0), finite
 
 
-def combined(updates: Tensor, shares: Tensor) -> Tensor:
-    """Sum (..., C, d) of the updates by shares (..., m); those of share 0 count nothing, whatever they hold."""
-    shares = shares.to(updates)
-    found = _weighted(updates, shares)
-    if bool(found.sum().isfinite()):
-        return found
-    return _weighted(updates.where((shares != 0)[..., None, None], 0.0), shares)
-
-
-def _weighted(updates: Tensor, shares: Tensor) -> Tensor:
-    """Sum (..., C, d) of the updates by shares, (m,) or (..., m)."""
-    whole = updates.flatten(-2)
-    return (shares.expand(whole.shape[:-1]).unsqueeze(-2) @ whole).view(*whole.shape[:-2], *updates.shape[-2:])
-
-
-def squared_distances(updates: Tensor) -> Tensor:
-    """Between clients, (..., m, m) in float64; `FAR` to those that are not finite, infinite to oneself."""
-    gram, finite = products(updates)
-    square = gram.diagonal(dim1=-2, dim2=-1)
-    found = (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram).clamp(min=0, max=FAR)
-    found = found.where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
-    return found.masked_fill(torch.eye(found.shape[-1], dtype=torch.bool, device=found.device), torch.inf)
-
-
-def products(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each two updates less a common centre, (..., m, m) in float64, and which are finite (..., m).
-
-    The centre is zero where that costs the differences of the updates no digits, else an update in their midst.
-    """
-    gram, finite = _gram(updates)
-    square = gram.diagonal(dim1=-2, dim2=-1)
-    apart = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram
-    typical = ascending(apart)[..., gram.shape[-1] // 2]  # to the others, of each
-    well = (finite & (square > SMALLEST)).all(-1) & (typical.amin(-1) > CLOSE * square.amax(-1))
-    gram = gram.double()
-    if not bool(well.all()):  # decided for each federation, so that none goes another way for the company it is in
-        gram[~well], finite[~well] = _careful_products(updates[~well])
-    return gram, finite
-
-
-def _gram(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each two updates, (..., m, m), and whose norm is finite (..., m)."""
-    whole = updates.flatten(-2)
-    gram = whole @ whole.mT
-    return gram, gram.diagonal(dim1=-2, dim2=-1).isfinite()
-
-
-def _careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:
-    # less the median, so that a common shift costs no digits; of unit vectors, so that nothing overflows
-    finite = finite_rows(updates)
-    away = (updates - median(updates, finite, 0).unsqueeze(-3)).where(finite[..., None, None], 0.0).flatten(-2)
-    largest = away.abs().amax(-1, keepdim=True)
-    away = away / largest.where(largest > 0, 1.0)
-    norm = torch.linalg.vector_norm(away, dim=-1)
-    unit = away / norm.where(norm > 0, 1.0).unsqueeze(-1)
-    norm = norm.double() * largest.squeeze(-1)
-    finite, norm = finite & (norm <= LONGEST), norm.clamp(max=LONGEST)
-    return (unit @ unit.mT).double() * norm.unsqueeze(-1) * norm.unsqueeze(-2), finite
-
-
-def finite_rows(updates: Tensor) -> Tensor:
-    """(..., m) which updates are finite."""
-    return updates.isfinite().flatten(-2).all(-1)
-
-
 def _krum_scores(distances: Tensor, f: int, neighbours: int | None = None) -> Tensor:
     """Sum of the squared distances to the nearest others, (..., m)."""
     count = max(1, distances.shape[-1] - f - 2) if neighbours is None else neighbours
@@ -293,22 +234,6 @@ def _median_of_row(values: Tensor) -> Tensor:
     count = values.isfinite().sum(-1, keepdim=True)
     found = values.sort(-1).values.gather(-1, ((count - 1) // 2).clamp(min=0))
     return found.where(count > 0, 0.0)
-
-
-def _middle(updates: Tensor, start: int, stop: int) -> Tensor:
-    """Coordinate-wise mean of the sorted values from start to stop."""
-    if start == 0 and stop == updates.shape[-3]:
-        return updates.mean(-3)
-
-    def average(rows: Rows) -> Tensor:
-        if isinstance(rows, Tensor):
-            return rows.mean(0)
-        total = rows[0].clone()
-        for row in rows[1:]:
-            total += row
-        return total / len(rows)
-
-    return by_coordinate(updates, finite_rows, range(start, stop), average)
 
 
 def half(m: int) -> int:

@@ -44,6 +44,7 @@ def run(options: argparse.Namespace, command: str) -> Path:
     """Compute what is not there yet, draw, and write the report; gives its file."""
     from fl_attack import sweep  # slow to import; help is told before
     from fl_attack.replication import figures, plan, reach, report
+    from fl_attack.replication.findings import Result
 
     out = options.out or Path("outputs") / ("replication-quick" if options.quick else "replication")
     todo = plan.make(options.quick, options.only, options.data)
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace, command: str) -> Path:
     likely = [plan.cells(one, todo.epochs, 0.1) for one in todo.runs]  # as many as at the rates still to be chosen
     distinct = {plan.folder_of(out, made): len(made) for made in likely}
     rates: dict[str, float] = {}
-    done: dict[Path, report.Result] = {}
+    done: dict[Path, Result] = {}
     results, drawn = [], []
     with _parallel(todo.quick), sweep.Progress(sum(distinct.values()), "replicate") as progress:
         for one in todo.runs:
@@ -60,8 +61,8 @@ def run(options: argparse.Namespace, command: str) -> Path:
             if place not in done:
                 progress.bar.set_description(f"{one.preset}, {one.source.title}, {one.protocol}")
                 cells = plan.compute(out, made, progress, "local" if todo.quick else "ray")
-                done[place] = report.Result(one, cells, float((place / "seconds.txt").read_text()))
-            results.append(report.Result(one, done[place].cells, done[place].seconds))
+                done[place] = Result(one, cells, float((place / "seconds.txt").read_text()))
+            results.append(Result(one, done[place].cells, done[place].seconds))
             if one.preset == "honest":
                 best = rates[one.source.name] = plan.best_rate(done[place].cells)
                 if options.only in (None, "fig1") and one.source.binary:

@@ -70,10 +70,11 @@ def read(folder: Path) -> Cells:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder / 'curves.npz'} can't be read: {error}") from None
     late = np.array([_late(curves[int(cell)]) for cell in sweep.columns["cell"]])
+    k = np.round(sweep.columns["write_access"], 2)  # ten clients can't share 289 samples quite equally
     columns: dict[str, Array] = {
-        "k": sweep.columns["write_access"],
+        "k": k,
         "b": sweep.columns["budget"],
-        "kb": np.round(sweep.columns["global_budget"], 9),
+        "kb": np.round(k * sweep.columns["budget"], 9),
         "goal": sweep.columns.get("attack.goal", np.full(len(late), "untargeted", object)),
         "seed": sweep.columns["seed"].astype(np.int64),
         "accuracy": 100 * sweep.columns["final_accuracy"],

@@ -13,7 +13,7 @@ from fl_attack import plots
 from fl_attack.data.cache import write_whole
 from fl_attack.plots.lines import lines
 from fl_attack.replication.cells import Cells
-from fl_attack.replication.claims import GOALS, at_best, spread
+from fl_attack.replication.statistics import GOALS, at_best, spread
 from fl_attack.replication.verdicts import interval
 
 LOST = "accuracy lost (points)"

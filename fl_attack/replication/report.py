@@ -3,82 +3,23 @@
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from fl_attack.config import versions
 from fl_attack.data.cache import write_whole
-from fl_attack.replication.cells import Cells
-from fl_attack.replication.claims import CLAIMS, COUNTS, GOALS, Claim, Finding, mean, measure
+from fl_attack.replication.beyond import frequency, rounding, selection, told
+from fl_attack.replication.claims import CLAIMS, COUNTS, Claim
 from fl_attack.replication.figures import write_table
-from fl_attack.replication.plan import EPOCH, FULL, LARGE, STEP, Plan, Run, Source
-from fl_attack.replication.verdicts import PARTLY, REPLICATED, Interval, interval, overall
+from fl_attack.replication.findings import Line, Result, findings
+from fl_attack.replication.plan import EPOCH, FULL, LARGE, STEP, Plan
+from fl_attack.replication.statistics import mean
+from fl_attack.replication.verdicts import PARTLY, REPLICATED, interval, overall
 
 REPORT, FIGURES, TABLE = "REPLICATION.md", "figures", "claims.csv"
 COLUMNS = (
     *("figure", "claim", "data", "protocol", "lr", "primary", "measure", "quantity", "paper"),
     *("value", "low", "high", "seeds", "rule", "verdict"),
 )
-COARSE = ("fig5", "fig6", "fig7", "fig8", "fig9", "fig11")  # claims that the coarse grid of protocols can be asked for
-MINUS = "\N{MINUS SIGN}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave."""
-
-    run: Run
-    cells: Cells
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """A finding with all that it was found under."""
-
-    claim: Claim
-    source: Source
-    protocol: str
-    rate: str
-    primary: bool  # the paper's protocol at the learning rate chosen; the others show how much hangs on these
-    finding: Finding
-
-    @property
-    def setting(self) -> str:
-        """Protocol and learning rate."""
-        return ", ".join(filter(None, [self.protocol, self.rate and f"lr {self.rate}"]))
-
-
-def findings(results: Sequence[Result], rates: Mapping[str, float]) -> list[Line]:
-    """Every claim on every data set that it is about, under the paper's protocol and under the others."""
-    lines = []
-    for claim in CLAIMS:
-        own = [result for result in results if result.run.preset == claim.preset]
-        for result in own:
-            source, primary = result.run.source, result.run.protocol == STEP
-            swept = len(set(result.cells["lr"].tolist())) > 1
-            rate = "the best for each" if swept else f"{rates[source.name]:g}"
-            found = measure(claim, result.cells)
-            lines += [Line(claim, source, result.run.protocol, rate, primary, one) for one in found]
-            if swept:
-                lines += _by_rate(claim, result)
-        names = {result.run.source.name for result in own}
-        for result in results:
-            if claim.preset in COARSE and result.run.preset == "protocols" and result.run.source.name in names:
-                lines += _by_rate(claim, result, rates[result.run.source.name])
-    return lines
-
-
-def _by_rate(claim: Claim, result: Result, chosen: float = 0.0) -> list[Line]:
-    rates = sorted({float(lr) for lr in result.cells["lr"].tolist() if lr != ""})
-    lines = []
-    parts = {f"{rate:g}": result.cells.where(lr=rate) for rate in rates} or {f"{chosen:g}": result.cells}
-    for rate, cells in parts.items():
-        found = measure(claim, cells)
-        lines += [Line(claim, result.run.source, result.run.protocol, rate, False, one) for one in found]
-    return lines
 
 
 def write(
@@ -96,7 +37,7 @@ def write(
         _first_page(lines, plan),
         _method(plan, results, rates, command),
         *(_claim(claim, lines) for claim in CLAIMS if any(line.claim is claim for line in lines)),
-        *filter(None, [_selection(results), _frequency(results), _rounding(results)]),
+        *filter(None, [selection(results), frequency(results), rounding(results)]),
         _figures(figures, plan),
     ]
     text = "\n\n".join(parts) + "\n"
@@ -133,7 +74,7 @@ def _csv(line: Line) -> tuple[object, ...]:
 
 def _first_page(lines: Sequence[Line], plan: Plan) -> str:
     """What holds and what does not: a line for each of the claims of a figure."""
-    told = ["## What holds and what does not", ""] if lines else []
+    page = ["## What holds and what does not", ""] if lines else []
     groups: dict[tuple[str, int], list[Claim]] = {}
     for number, claim in enumerate(CLAIMS):
         groups.setdefault((claim.figure, number if claim.figure == "5" else 0), []).append(claim)
@@ -145,13 +86,13 @@ def _first_page(lines: Sequence[Line], plan: Plan) -> str:
                 verdict = overall(line.finding.verdict for line in mine if line.primary)
                 halves.append(f"{claim.text[0].upper()}{claim.text[1:]}: **{verdict}** ({_extent(mine)})")
         if halves:
-            told.append(f"- Figure {claims[0].figure}. " + ". ".join(halves) + ".")
+            page.append(f"- Figure {claims[0].figure}. " + ". ".join(halves) + ".")
     if plan.quick:
-        told += [
+        page += [
             "",
             "*A quick run on small bundled digits: it shows that the pipeline works, not what the paper claims.*",
         ]
-    return "\n".join(told)
+    return "\n".join(page)
 
 
 def _extent(lines: Sequence[Line]) -> str:
@@ -219,16 +160,16 @@ def _rates(results: Sequence[Result], rates: Mapping[str, float]) -> list[str]:
     every = sorted({float(lr) for result in honest for lr in result.cells["lr"].tolist()})
     rows = ["| | " + " | ".join(f"lr {lr:g}" for lr in every) + " |", "|---|" + "---|" * len(every)]
     for result in honest:
-        cells, told = result.cells, []
+        cells, row = result.cells, []
         for lr in every:
             mine = cells.where(lr=lr)
             if not len(mine):
-                told.append("")
+                row.append("")
                 continue
             found = interval(lambda mask, of=mine: mean(of["accuracy"][mask]), mine["seed"])  # type: ignore[misc]
             bold = "**" if lr == rates[result.run.source.name] else ""
-            told.append(f"{bold}{found.value:.2f} ± {found.high - found.value:.2f}{bold}")
-        rows.append(f"| {result.run.source.title} | " + " | ".join(told) + " |")
+            row.append(f"{bold}{found.value:.2f} ± {found.high - found.value:.2f}{bold}")
+        rows.append(f"| {result.run.source.title} | " + " | ".join(row) + " |")
     return rows
 
 
@@ -255,90 +196,8 @@ def _claim(claim: Claim, lines: Sequence[Line]) -> str:
 def _row(line: Line) -> str:
     found, verdict = line.finding.found, line.finding.verdict
     strong = "**" if line.primary else ""
-    told = (line.source.title, line.finding.label or "both", line.setting, _told(found), str(found.seeds))
-    return "| " + " | ".join((*told, f"{strong}{verdict}{strong}")) + " |"
-
-
-def _told(found: Interval) -> str:
-    if np.isnan(found.value):
-        return ""
-    return str(found) if np.isfinite(found.low) else f"{found.value:.2f}".replace("-", MINUS)
-
-
-def _compared(results: Sequence[Result], preset: str, title: str, text: str, rows: list[tuple[str, ...]]) -> str:
-    if not rows:
-        return ""
-    head, *body = rows
-    table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(
-        [f"## Beyond the paper: {title}", "", text, "", *table, *("| " + " | ".join(r) + " |" for r in body)]
-    )
-
-
-def _difference(cells: Cells, factor: str, one: object, other: object) -> str:
-    """Mean drop of one value of a factor less that of another."""
-
-    def gap(mask: np.ndarray) -> float:
-        some = cells.only(mask)
-        return mean(some["drop"][some[factor] == one]) - mean(some["drop"][some[factor] == other])
-
-    return _told(interval(gap, cells["seed"]))
-
-
-def _drop(cells: Cells, name: str = "drop") -> str:
-    return _told(interval(lambda mask: mean(cells[name][mask]), cells["seed"]))
-
-
-def _selection(results: Sequence[Result]) -> str:
-    rows: list[tuple[str, ...]] = []
-    for result in (one for one in results if one.run.preset == "selection"):
-        for goal in GOALS:
-            for (b,), _ in result.cells.parts("b"):
-                cells = result.cells.where(goal=goal, b=b)
-                if b > 0:
-                    each = [_drop(cells.where(selection=name)) for name in ("gain", "literal")]
-                    short = _difference(cells, "selection", "gain", "literal")
-                    rows.append((result.run.source.title, goal, f"{100 * b:g} %", *each, short))
-    head = ("Data", "Attack", "Budget", "Exact", "As printed", "Falls short by")
-    text = (
-        "The printed algorithm ranks samples by their score and not by what a flip changes, so part of its budget is "
-        "spent on labels that already are the harmful ones. Drop of the accuracy (points) at k = 1, and by how much "
-        "the printed one falls short."
-    )
-    return _compared(results, "selection", "the exact selection", text, rows and [head, *rows])
-
-
-def _frequency(results: Sequence[Result]) -> str:
-    rows: list[tuple[str, ...]] = []
-    for result in (one for one in results if one.run.preset == "frequency"):
-        for goal in GOALS:
-            told = []
-            for every, b in ((1, 0.05), (2, 0.1), (5, 0.25), (10, 0.5)):
-                told.append(_drop(result.cells.where(goal=goal, every=float(every), b=b), "late_drop"))
-            rows.append((result.run.source.title, goal, *told))
-    head = ("Data", "Attack", "every round, 5 %", "every 2nd, 10 %", "every 5th, 25 %", "every 10th, 50 %")
-    text = (
-        "The same number of flips in all, in few rounds or in many. Drop of the accuracy (points), mean of the last 20 "
-        "epochs, k = 1."
-    )
-    return _compared(results, "frequency", "how often to attack", text, rows and [head, *rows])
-
-
-def _rounding(results: Sequence[Result]) -> str:
-    rows: list[tuple[str, ...]] = []
-    for result in (one for one in results if one.run.preset == "rounding"):
-        for goal in GOALS:
-            for (b,), _ in result.cells.parts("b"):
-                cells = result.cells.where(goal=goal, b=b)
-                if b > 0:
-                    each = [_drop(cells.where(rounding=name)) for name in ("carry", "floor")]
-                    rows.append((result.run.source.title, goal, f"{100 * b:g} %", *each))
-    head = ("Data", "Attack", "Budget", "carry", "floor")
-    text = (
-        "A budget of 0.1 % of 128 labels is an eighth of a flip: `floor` never makes one, `carry` one in every eighth "
-        "round. Drop of the accuracy (points) at k = 1."
-    )
-    return _compared(results, "rounding", "budgets of less than a flip", text, rows and [head, *rows])
+    parts = (line.source.title, line.finding.label or "both", line.setting, told(found), str(found.seeds))
+    return "| " + " | ".join((*parts, f"{strong}{verdict}{strong}")) + " |"
 
 
 def _figures(stems: Iterable[str], plan: Plan) -> str:

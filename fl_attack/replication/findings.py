@@ -1,0 +1,66 @@
+"""Every claim measured on what was run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fl_attack.replication.cells import Cells
+from fl_attack.replication.claims import CLAIMS, Claim, Finding, measure
+from fl_attack.replication.plan import STEP, Run, Source
+
+COARSE = ("fig5", "fig6", "fig7", "fig8", "fig9", "fig11")  # claims that the coarse grid of protocols can be asked for
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave."""
+
+    run: Run
+    cells: Cells
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A finding with all that it was found under."""
+
+    claim: Claim
+    source: Source
+    protocol: str
+    rate: str
+    primary: bool  # the paper's protocol at the learning rate chosen; the others show how much hangs on these
+    finding: Finding
+
+    @property
+    def setting(self) -> str:
+        """Protocol and learning rate."""
+        return ", ".join(filter(None, [self.protocol, self.rate and f"lr {self.rate}"]))
+
+
+def findings(results: Sequence[Result], rates: Mapping[str, float]) -> list[Line]:
+    """Every claim on every data set that it is about, under the paper's protocol and under the others."""
+    lines = []
+    for claim in CLAIMS:
+        own = [result for result in results if result.run.preset == claim.preset]
+        for result in own:
+            source, primary = result.run.source, result.run.protocol == STEP
+            swept = len(set(result.cells["lr"].tolist())) > 1
+            rate = "the best for each" if swept else f"{rates[source.name]:g}"
+            found = measure(claim, result.cells)
+            lines += [Line(claim, source, result.run.protocol, rate, primary, one) for one in found]
+            if swept:
+                lines += _by_rate(claim, result)
+        names = {result.run.source.name for result in own}
+        for result in results:
+            if claim.preset in COARSE and result.run.preset == "protocols" and result.run.source.name in names:
+                lines += _by_rate(claim, result, rates[result.run.source.name])
+    return lines
+
+
+def _by_rate(claim: Claim, result: Result, chosen: float = 0.0) -> list[Line]:
+    rates = sorted({float(lr) for lr in result.cells["lr"].tolist() if lr != ""})
+    lines = []
+    parts = {f"{rate:g}": result.cells.where(lr=rate) for rate in rates} or {f"{chosen:g}": result.cells}
+    for rate, cells in parts.items():
+        found = measure(claim, cells)
+        lines += [Line(claim, result.run.source, result.run.protocol, rate, False, one) for one in found]
+    return lines
