@@ -321,7 +321,7 @@ def test_a_sweep_that_broke_off_everywhere_draws_nothing(tmp_path):
     ("arguments", "told"),
     [
         (["heat"], "heat is not a kind of plot; known: curves, heatmap,"),
-        (["heatmap", "budget"], "usage:"),
+        (["heatmap", "budget", "flips"], "usage:"),
         (["columns", "budget"], "usage:"),
         (["heatmap"], "a heat map needs several values of k; the sweep has only 0.3"),
         (["difference"], "attack.goal=untargeted,targeted"),
