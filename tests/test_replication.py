@@ -13,7 +13,7 @@ from fl_attack import sweep
 from fl_attack.errors import InputError
 from fl_attack.launcher import grid
 from fl_attack.replication import __main__ as replicate
-from fl_attack.replication import claims, figures, plan, reach, report, statistics
+from fl_attack.replication import beyond, claims, figures, plan, reach, report, statistics
 from fl_attack.replication.cells import Cells, read, with_drops
 from fl_attack.replication.claims import CLAIMS, COUNTS
 from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Interval, Rule, interval, overall
@@ -121,6 +121,14 @@ def test_the_last_iterate_and_the_late_average_are_told_apart() -> None:
     assert found["targeted, mean of the last 20 epochs"] == NOT
 
 
+def test_an_attack_is_told_from_the_noise_of_the_last_step() -> None:
+    sure, none, wide = Interval(5, 4, 6, 20), Interval(0, -0.1, 0.1, 20), Interval(2, -4, 8, 20)
+    assert beyond.cause(sure, sure) == "the attack"
+    assert beyond.cause(sure, none) == "the noise of the last step"
+    assert beyond.cause(none, none) == "no harm"
+    assert beyond.cause(wide, none) == NOISY
+
+
 def test_monotone() -> None:
     points = [{"b": b, "goal": goal} for b in (0.0, 0.01, 0.1, 0.5) for goal in statistics.GOALS]
     falls = seeded(lambda row, rng: 90.0 - 50 * row["b"] + rng.normal() * 0.05, *points)
@@ -218,7 +226,13 @@ def test_the_learning_rate_is_that_of_the_best_unattacked_model() -> None:
 
 def tiny(source: plan.Source) -> list[plan.Run]:
     """Every kind of run, as small as it can be."""
-    few = {"honest": ("lr=0.1,0.3",), "fig12": ("lr=0.1",), "fig14": ("lr=0.1",), "frequency": (), "rounding": ()}
+    few = {
+        "honest": ("lr=0.1,0.3",),
+        "fig12": ("lr=0.1",),
+        "fig14": ("lr=0.1",),
+        "frequency": (),
+        "rounding": (),
+    }
     maps = ("clients.malicious=5,10", "attack.budget=0.1,0.5,1")
     runs = []
     for run in plan._quick(source):
@@ -258,7 +272,12 @@ def test_the_pipeline_leaves_figures_tables_and_a_report(
         assert [row for row in rows if row["claim"] == claim.text and row["primary"] == "1"]
     assert {row["protocol"] for row in rows} == {plan.STEP, plan.LARGE, plan.EPOCH, plan.FULL}
     assert {row["verdict"] for row in rows} <= {REPLICATED, PARTLY, NOT, NOISY}
-    for piece in ("the exact selection", "how often to attack", "budgets of less than a flip"):
+    for piece in (
+        "0.1 % of the labels, or the noise of the last step?",
+        "the exact selection",
+        "how often to attack",
+        "budgets of less than a flip",
+    ):
         assert f"## Beyond the paper: {piece}" in text
     published = (tmp_path / "docs" / "replication.md").read_text()
     assert "(figures/" not in published and "(replication/fig8-digits_01.png)" in published

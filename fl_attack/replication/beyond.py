@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from fl_attack.replication.cells import Cells
+from fl_attack.replication.claims import COUNTS
 from fl_attack.replication.findings import Result
 from fl_attack.replication.statistics import GOALS, mean
-from fl_attack.replication.verdicts import Interval, interval
+from fl_attack.replication.verdicts import NOISY, NOT, REPLICATED, Interval, Rule, interval
 
+DROPS = ("drop", "late_drop")
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -19,7 +21,7 @@ def told(found: Interval) -> str:
     return str(found) if np.isfinite(found.low) else f"{found.value:.2f}".replace("-", MINUS)
 
 
-def _compared(results: Sequence[Result], preset: str, title: str, text: str, rows: list[tuple[str, ...]]) -> str:
+def _compared(title: str, text: str, rows: list[tuple[str, ...]]) -> str:
     if not rows:
         return ""
     head, *body = rows
@@ -39,8 +41,8 @@ def _difference(cells: Cells, factor: str, one: object, other: object) -> str:
     return told(interval(gap, cells["seed"]))
 
 
-def _drop(cells: Cells, name: str = "drop") -> str:
-    return told(interval(lambda mask: mean(cells[name][mask]), cells["seed"]))
+def _drop(cells: Cells, name: str = "drop") -> Interval:
+    return interval(lambda mask: mean(cells[name][mask]), cells["seed"])
 
 
 def selection(results: Sequence[Result]) -> str:
@@ -51,7 +53,7 @@ def selection(results: Sequence[Result]) -> str:
             for (b,), _ in result.cells.parts("b"):
                 cells = result.cells.where(goal=goal, b=b)
                 if b > 0:
-                    each = [_drop(cells.where(selection=name)) for name in ("gain", "literal")]
+                    each = [told(_drop(cells.where(selection=name))) for name in ("gain", "literal")]
                     short = _difference(cells, "selection", "gain", "literal")
                     rows.append((result.run.source.title, goal, f"{100 * b:g} %", *each, short))
     head = ("Data", "Attack", "Budget", "Exact", "As printed", "Falls short by")
@@ -60,7 +62,7 @@ def selection(results: Sequence[Result]) -> str:
         "spent on labels that already are the harmful ones. Drop of the accuracy (points) at k = 1, and by how much "
         "the printed one falls short."
     )
-    return _compared(results, "selection", "the exact selection", text, rows and [head, *rows])
+    return _compared("the exact selection", text, rows and [head, *rows])
 
 
 def frequency(results: Sequence[Result]) -> str:
@@ -68,16 +70,16 @@ def frequency(results: Sequence[Result]) -> str:
     rows: list[tuple[str, ...]] = []
     for result in (one for one in results if one.run.preset == "frequency"):
         for goal in GOALS:
-            told = []
+            each = []
             for every, b in ((1, 0.05), (2, 0.1), (5, 0.25), (10, 0.5)):
-                told.append(_drop(result.cells.where(goal=goal, every=float(every), b=b), "late_drop"))
-            rows.append((result.run.source.title, goal, *told))
+                each.append(told(_drop(result.cells.where(goal=goal, every=float(every), b=b), "late_drop")))
+            rows.append((result.run.source.title, goal, *each))
     head = ("Data", "Attack", "every round, 5 %", "every 2nd, 10 %", "every 5th, 25 %", "every 10th, 50 %")
     text = (
         "The same number of flips in all, in few rounds or in many. Drop of the accuracy (points), mean of the last 20 "
         "epochs, k = 1."
     )
-    return _compared(results, "frequency", "how often to attack", text, rows and [head, *rows])
+    return _compared("how often to attack", text, rows and [head, *rows])
 
 
 def rounding(results: Sequence[Result]) -> str:
@@ -88,11 +90,44 @@ def rounding(results: Sequence[Result]) -> str:
             for (b,), _ in result.cells.parts("b"):
                 cells = result.cells.where(goal=goal, b=b)
                 if b > 0:
-                    each = [_drop(cells.where(rounding=name)) for name in ("carry", "floor")]
+                    each = [told(_drop(cells.where(rounding=name))) for name in ("carry", "floor")]
                     rows.append((result.run.source.title, goal, f"{100 * b:g} %", *each))
     head = ("Data", "Attack", "Budget", "carry", "floor")
     text = (
         "A budget of 0.1 % of 128 labels is an eighth of a flip: `floor` never makes one, `carry` one in every eighth "
         "round. Drop of the accuracy (points) at k = 1."
     )
-    return _compared(results, "rounding", "budgets of less than a flip", text, rows and [head, *rows])
+    return _compared("budgets of less than a flip", text, rows and [head, *rows])
+
+
+def noise(results: Sequence[Result]) -> str:
+    """Whether 0.1 % of the labels do harm, or the last step is noisy."""
+    rows: list[tuple[str, ...]] = []
+    for result in (one for one in results if one.run.preset == "smallest"):
+        for (lr,), _ in result.cells.parts("lr"):
+            honest = result.cells.where(lr=lr, goal="untargeted", b=0.0)
+            spread = (f"{honest[name].std(ddof=1):.2f}" for name in ("accuracy", "late"))
+            for number, goal in enumerate(GOALS):
+                cells = result.cells.where(lr=lr, goal=goal, b=0.001)
+                drops = [_drop(cells, name) for name in DROPS]
+                spreads = spread if number == 0 else ("", "")
+                rows.append((result.run.source.title, f"{lr:g}", goal, *spreads, *map(told, drops), cause(*drops)))
+    head = ("Data", "lr", "Attack", "sd, last", "sd, late", "Drop, last", "Drop, late", "What it is")
+    text = (
+        "A single run ends where its last step happens to leave it. Standard deviation over seeds of the unattacked "
+        "accuracy, of the last iterate and of the mean of the last 20 epochs; the drop of both by 0.1 % of the labels, "
+        f"paired by seed (points). It is *the attack* where the late drop is surely {COUNTS:g} points or more, *the "
+        "noise of the last step* where only the last one is, *no harm* where neither can be."
+    )
+    title = "0.1 % of the labels, or the noise of the last step?"
+    return _compared(title, text, rows and [head, *rows])
+
+
+def cause(last: Interval, late: Interval) -> str:
+    """What a drop of the last iterate is due to, given that of the late average."""
+    rule = Rule(COUNTS)
+    if rule.verdict(late) == REPLICATED:
+        return "the attack"
+    if rule.verdict(last) == REPLICATED:
+        return "the noise of the last step"
+    return "no harm" if {rule.verdict(last), rule.verdict(late)} == {NOT} else NOISY

@@ -48,6 +48,7 @@ class Claim:
     quantity: str  # what is measured, with its unit
     rule: Rule
     measures: Mapping[str, Statistic]  # by label
+    others: tuple[str, ...] = ("protocols",)  # sweeps that show how much hangs on protocol and learning rate
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ CLAIMS = (
             f"{goal}, mean of the last 20 epochs": partial(drop_at, goal=goal, kb=0.001, measure="late_drop")
             for goal in GOALS
         },
+        others=("protocols", "smallest"),
     ),
     Claim(
         "5",
@@ -188,6 +190,7 @@ CLAIMS = (
         "drop with early stopping less drop without, over all budgets (points)",
         Rule(COUNTS, side=0.0),
         by_goal(amplified),
+        others=(),
     ),
     Claim(
         "14",
@@ -197,6 +200,7 @@ CLAIMS = (
         "drop under Adam less drop under SGD, each at its best learning rate (points)",
         Rule(COUNTS, side=0.0),
         by_goal(adam_harm),
+        others=(),
     ),
     Claim(
         "14",
@@ -206,5 +210,6 @@ CLAIMS = (
         "lowest mean accuracy under Adam at its best learning rate (%)",
         Rule(high=15.0),
         by_goal(adam_lowest),
+        others=(),
     ),
 )

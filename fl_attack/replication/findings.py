@@ -7,8 +7,6 @@ from fl_attack.replication.cells import Cells
 from fl_attack.replication.claims import CLAIMS, Claim, Finding, measure
 from fl_attack.replication.plan import STEP, Run, Source
 
-COARSE = ("fig5", "fig6", "fig7", "fig8", "fig9", "fig11")  # claims that the coarse grid of protocols can be asked for
-
 
 @dataclass(frozen=True)
 class Result:
@@ -51,7 +49,7 @@ def findings(results: Sequence[Result], rates: Mapping[str, float]) -> list[Line
                 lines += _by_rate(claim, result)
         names = {result.run.source.name for result in own}
         for result in results:
-            if claim.preset in COARSE and result.run.preset == "protocols" and result.run.source.name in names:
+            if result.run.preset in claim.others and result.run.source.name in names:
                 lines += _by_rate(claim, result, rates[result.run.source.name])
     return lines
 

@@ -100,7 +100,8 @@ def make(quick: bool, only: str | None, root: Path | None) -> Plan:
 
 FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets that it needs
     "fig1": (),
-    **{name: (name, "protocols") for name in ("fig5", "fig6", "fig7", "fig8", "fig9", "fig11")},
+    "fig5": ("fig5", "protocols", "smallest"),
+    **{name: (name, "protocols") for name in ("fig6", "fig7", "fig8", "fig9", "fig11")},
     **{name: (name,) for name in ("fig12", "fig14", "selection", "frequency", "rounding")},
 }
 
@@ -108,7 +109,7 @@ FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets th
 def _whole(source: Source) -> Iterator[Run]:
     if source.binary:
         yield Run("honest", source)
-        for preset in (*BINARY, "selection", "frequency", "rounding"):
+        for preset in (*BINARY, "smallest", "selection", "frequency", "rounding"):
             yield Run(preset, source)
         for preset in ("fig12", "fig14", "protocols"):
             yield Run(preset, source, LARGE, batch=512)
@@ -152,7 +153,9 @@ def cells(run: Run, epochs: int, lr: float | None) -> list[sweep.Cell]:
     """The cells of a run: the preset's, for so many epochs, at a learning rate where the preset sweeps none."""
     batches = 1 if run.batch == "full" else -(-samples(run.source) // int(run.batch))
     length = [f"batch_size={run.batch}", f"rounds={epochs * batches}", f"eval_every={batches}"]
-    swept = run.preset in ("honest", "fig12", "fig14") or (run.preset == "protocols" and run.protocol in (STEP, FULL))
+    swept = run.preset in ("honest", "fig12", "fig14", "smallest") or (
+        run.preset == "protocols" and run.protocol in (STEP, FULL)
+    )
     rates = [] if lr is None or swept else [f"lr={lr:g}"]
     return grid(f"experiment={run.preset}", *run.source.overrides, *length, *rates, *run.overrides, "out=unused")
 

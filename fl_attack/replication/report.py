@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fl_attack.config import versions
 from fl_attack.data.cache import write_whole
-from fl_attack.replication.beyond import frequency, rounding, selection, told
+from fl_attack.replication.beyond import frequency, noise, rounding, selection, told
 from fl_attack.replication.claims import CLAIMS, COUNTS, Claim
 from fl_attack.replication.figures import write_table
 from fl_attack.replication.findings import Line, Result, findings
@@ -37,7 +37,7 @@ def write(
         _first_page(lines, plan),
         _method(plan, results, rates, command),
         *(_claim(claim, lines) for claim in CLAIMS if any(line.claim is claim for line in lines)),
-        *filter(None, [selection(results), frequency(results), rounding(results)]),
+        *filter(None, [noise(results), selection(results), frequency(results), rounding(results)]),
         _figures(figures, plan),
     ]
     text = "\n\n".join(parts) + "\n"
