@@ -153,7 +153,10 @@ def draw(folder: Path, run: Path, preset: str, name: str, title: str, cells: Cel
     """A preset's figure of a data set and its table, as `folder/preset-name.{png,pdf,csv}`."""
     how, what = FIGURES[preset]
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{preset}-{name}.csv"
+    file, made = folder / f"{preset}-{name}.csv", (run / "sweep.csv").stat().st_mtime
+    parts = [file.with_suffix(suffix) for suffix in (".csv", ".png", ".pdf")]
+    if all(part.exists() and part.stat().st_mtime > made for part in parts):
+        return  # drawn before
     shutil.copyfile(run / "sweep.csv", folder / "sweep.csv")  # what the maps are drawn from
     try:
         how(file, cells, f"{what}: {title}")
