@@ -307,6 +307,8 @@ def test_an_interrupted_replication_goes_on(
     arguments = ["--quick", "--only", "rounding", "--out", str(tmp_path / "out")]
     assert replicate.main(arguments) == 130
     assert "goes on" in capsys.readouterr().err
+    assert replicate.main([*arguments, "--so-far"]) == 0
+    assert "*Not run yet: rounding, digits 0/1, per step.*" in capsys.readouterr().out
     assert replicate.main(arguments) == 0
     assert calls == [30, 120, 120]  # the first sweep is not computed again
 

@@ -21,18 +21,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="bundled digits, no download, under three minutes")
     made.add_argument("--data", type=Path, metavar="FOLDER", help="with MNIST and CIFAR-10 (default: data)")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default: outputs/replication)")
+    made.add_argument("--so-far", action="store_true", help="report what is there, compute nothing")
     made.add_argument("--docs", type=Path, metavar="FOLDER", help="also write the report as FOLDER/replication.md")
     return made
 
 
 @contextmanager
-def _parallel(quick: bool) -> Iterator[None]:
+def _parallel(here: bool) -> Iterator[None]:
     """Sweeps whose units run side by side, a processor for each; in this process where that is not worth the start."""
     import torch
 
     from fl_attack import federation
 
-    if quick or (os.cpu_count() or 1) == 1:
+    if here or (os.cpu_count() or 1) == 1:
         yield
         return
     torch.set_num_threads(1)
@@ -53,11 +54,14 @@ def run(options: argparse.Namespace, command: str) -> Path:
     distinct = {plan.folder_of(out, made): len(made) for made in likely}
     rates: dict[str, float] = {}
     done: dict[Path, Result] = {}
-    results, drawn = [], []
-    with _parallel(todo.quick), sweep.Progress(sum(distinct.values()), "replicate") as progress:
+    results, drawn, missing = [], [], []
+    with _parallel(todo.quick or options.so_far), sweep.Progress(sum(distinct.values()), "replicate") as progress:
         for one in todo.runs:
             made = plan.cells(one, todo.epochs, rates.get(one.source.name))
             place = plan.folder_of(out, made)
+            if options.so_far and not (place / "seconds.txt").exists():
+                missing.append(one)
+                continue
             if place not in done:
                 progress.bar.set_description(f"{one.preset}, {one.source.title}, {one.protocol}")
                 cells = plan.compute(out, made, progress, "local" if todo.quick else "ray")
@@ -72,7 +76,7 @@ def run(options: argparse.Namespace, command: str) -> Path:
                     out / report.FIGURES, place, one.preset, one.source.name, one.source.title, results[-1].cells
                 )
                 drawn.append(f"{one.preset}-{one.source.name}")
-    written = report.write(out, todo, results, rates, drawn, command)
+    written = report.write(out, todo, results, rates, drawn, missing, command)
     if options.docs:
         report.publish(out, options.docs)
     return written

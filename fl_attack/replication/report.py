@@ -11,7 +11,7 @@ from fl_attack.replication.beyond import frequency, noise, rounding, selection, 
 from fl_attack.replication.claims import CLAIMS, COUNTS, Claim
 from fl_attack.replication.figures import write_table
 from fl_attack.replication.findings import Line, Result, findings
-from fl_attack.replication.plan import EPOCH, FULL, LARGE, STEP, Plan
+from fl_attack.replication.plan import EPOCH, FULL, LARGE, STEP, Plan, Run
 from fl_attack.replication.statistics import mean
 from fl_attack.replication.verdicts import PARTLY, REPLICATED, interval, overall
 
@@ -23,9 +23,15 @@ COLUMNS = (
 
 
 def write(
-    out: Path, plan: Plan, results: Sequence[Result], rates: Mapping[str, float], figures: Iterable[str], command: str
+    out: Path,
+    plan: Plan,
+    results: Sequence[Result],
+    rates: Mapping[str, float],
+    figures: Iterable[str],
+    missing: Sequence[Run],
+    command: str,
 ) -> Path:
-    """The report and its table; `figures` are the stems of those drawn."""
+    """The report and its table; `figures` are the stems of those drawn, `missing` what has not been run."""
     lines = findings(results, rates)
     write_table(
         out / TABLE,
@@ -34,7 +40,7 @@ def write(
     )
     parts = [
         "# Replication of *Approaching the Harm of Gradient Attacks While Only Flipping Labels*",
-        _first_page(lines, plan),
+        _first_page(lines, plan, missing),
         _method(plan, results, rates, command),
         *(_claim(claim, lines) for claim in CLAIMS if any(line.claim is claim for line in lines)),
         *filter(None, [noise(results), selection(results), frequency(results), rounding(results)]),
@@ -72,7 +78,7 @@ def _csv(line: Line) -> tuple[object, ...]:
     )
 
 
-def _first_page(lines: Sequence[Line], plan: Plan) -> str:
+def _first_page(lines: Sequence[Line], plan: Plan, missing: Sequence[Run]) -> str:
     """What holds and what does not: a line for each of the claims of a figure."""
     page = ["## What holds and what does not", ""] if lines else []
     groups: dict[tuple[str, int], list[Claim]] = {}
@@ -87,6 +93,9 @@ def _first_page(lines: Sequence[Line], plan: Plan) -> str:
                 halves.append(f"{claim.text[0].upper()}{claim.text[1:]}: **{verdict}** ({_extent(mine)})")
         if halves:
             page.append(f"- Figure {claims[0].figure}. " + ". ".join(halves) + ".")
+    if missing:
+        told = "; ".join(f"{run.preset}, {run.source.title}, {run.protocol}" for run in missing)
+        page += ["", f"*Not run yet: {told}.*"]
     if plan.quick:
         page += [
             "",
