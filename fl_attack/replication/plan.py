@@ -90,6 +90,9 @@ def make(quick: bool, only: str | None, root: Path | None) -> Plan:
         raise InputError(f"--only {only} is not a figure; known: {', '.join(FIGURES)}")
     chosen = sources(quick, root)
     runs = [run for source in chosen for run in (_quick if quick else _whole)(source)]
+    runs.sort(
+        key=lambda run: run.preset == "protocols" or run.protocol != STEP
+    )  # figures first, then what they hang on
     if only is not None:
         having = {run.source for run in runs if run.preset == only or (only == "fig1" and run.source.binary)}
         wanted = ("honest", *FIGURES[only])
