@@ -114,8 +114,7 @@ def _whole(source: Source) -> Iterator[Run]:
         yield Run("honest", source)
         for preset in (*BINARY, "smallest", "selection", "frequency", "rounding"):
             yield Run(preset, source)
-        for preset in ("fig12", "fig14", "protocols"):
-            yield Run(preset, source, LARGE, batch=512)
+        yield Run("protocols", source, LARGE, batch=512)
         yield Run("protocols", source, STEP)
         yield Run("protocols", source, EPOCH, ("attack.refresh=epoch",))
         some = ("lr=0.1,1", "attack.budget=0,0.001,0.05,0.25,0.5")
