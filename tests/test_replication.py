@@ -2,6 +2,7 @@
 
 import csv
 import math
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -288,6 +289,50 @@ def test_the_pipeline_leaves_figures_tables_and_a_report(
 
     monkeypatch.setattr(sweep, "tabulate", never)
     assert replicate.main(arguments) == 0  # all of it is there
+
+
+def test_what_a_sweep_took_adds_up_and_its_loss_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source, _) = plan.sources(True, None)
+    made = plan.cells(plan.Run("honest", source, overrides=("lr=0.1,0.3", "seed=0,1"), batch=32), 1, None)
+    original = sweep.tabulate
+
+    def stops(cells: list[sweep.Cell], progress: sweep.Progress) -> Path:
+        Path(cells[0].settings.out).mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "tabulate", stops)
+    place = plan.folder_of(tmp_path, made)
+    with sweep.Progress(4) as progress:
+        with pytest.raises(KeyboardInterrupt):
+            plan.compute(tmp_path, made, progress)
+        assert not plan.is_there(place) and (place / plan.TIMES).exists()
+        (place / plan.TIMES).write_text("100.0")
+        monkeypatch.setattr(sweep, "tabulate", original)
+        plan.compute(tmp_path, made, progress)
+        assert plan.is_there(place) and plan.seconds(place) > 100
+        (place / plan.TIMES).unlink()  # as a kill leaves it that comes right after the table
+        assert len(plan.compute(tmp_path, made, progress)) == 4 and plan.seconds(place) == 0
+
+
+def test_an_archive_of_images_is_unpacked_once_and_a_damaged_one_told(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for part, count in (("train", 12), ("test", 4)):
+        for name in ("airplane", "automobile"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (i, 40 * (name == "airplane"), 0)).save(tmp_path / part / name / f"{i}.jpg")
+    with tarfile.open(tmp_path / plan.ARCHIVE, "w") as tar:
+        tar.add(tmp_path / "train", "train")
+        tar.add(tmp_path / "test", "test")
+    place = plan._unpacked(tmp_path / plan.ARCHIVE)
+    assert plan._unpacked(tmp_path / plan.ARCHIVE) == place
+    chosen = "dataset.classes=[airplane,automobile]"
+    source = plan.Source("x", "x", True, ("dataset=image_folder", f"dataset.path={plan._quoted(place)}", chosen))
+    assert plan.samples(source) == 24
+    (tmp_path / plan.ARCHIVE).write_bytes(b"no archive")
+    with pytest.raises(InputError, match="can't be unpacked"):
+        plan._unpacked(tmp_path / plan.ARCHIVE)
 
 
 def test_an_interrupted_replication_goes_on(

@@ -40,7 +40,7 @@ def squared_distances(updates: Tensor) -> Tensor:
 def products(updates: Tensor) -> tuple[Tensor, Tensor]:
     """Of each two updates less a common centre, (..., m, m) in float64, and which are finite (..., m).
 
-    The centre is zero where that costs the differences of the updates no digits, else an update in their midst.
+    The centre is zero where that costs the differences of the updates no digits, else their median.
     """
     gram, finite = gram_of(updates)
     square = gram.diagonal(dim1=-2, dim2=-1)

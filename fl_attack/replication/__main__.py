@@ -59,17 +59,17 @@ def run(options: argparse.Namespace, command: str) -> Path:
         for one in todo.runs:
             made = plan.cells(one, todo.epochs, rates.get(one.source.name))
             place = plan.folder_of(out, made)
-            if options.so_far and not (place / "seconds.txt").exists():
+            if options.so_far and not plan.is_there(place):
                 missing.append(one)
                 continue
             if place not in done:
                 progress.bar.set_description(f"{one.preset}, {one.source.title}, {one.protocol}")
                 cells = plan.compute(out, made, progress, "local" if todo.quick else "ray")
-                done[place] = Result(one, cells, float((place / "seconds.txt").read_text()))
+                done[place] = Result(one, cells, plan.seconds(place))
             results.append(Result(one, done[place].cells, done[place].seconds))
             if one.preset == "honest":
                 best = rates[one.source.name] = plan.best_rate(done[place].cells)
-                if options.only in (None, "fig1") and one.source.binary:
+                if options.only in (None, *plan.GRADIENTS) and one.source.binary:
                     drawn.append(reach.draw(out / report.FIGURES, one.source, best))
             elif one.preset in figures.FIGURES and one.protocol == plan.STEP:
                 figures.draw(

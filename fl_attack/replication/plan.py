@@ -21,8 +21,10 @@ from fl_attack.replication.cells import Cells, read
 from fl_attack.sweep.units import NOT_NUMBERS, NUMERICS
 
 EPOCHS = 200
+TIMES = "seconds.txt"
 ARCHIVE = "cifar10_jpeg.tar"  # CIFAR-10 as a tar of JPEG images, used under --data where the original is not
 STEP, EPOCH, FULL, LARGE = "per step", "per epoch", "full batch", "per step, batches four times as large"
+GRADIENTS = ("fig1", "fig4")  # drawn from one run, not from a sweep
 BINARY = ("fig5", "fig6", "fig7", "fig8", "fig11", "fig12", "fig14")
 
 
@@ -90,11 +92,10 @@ def make(quick: bool, only: str | None, root: Path | None) -> Plan:
         raise InputError(f"--only {only} is not a figure; known: {', '.join(FIGURES)}")
     chosen = sources(quick, root)
     runs = [run for source in chosen for run in (_quick if quick else _whole)(source)]
-    runs.sort(
-        key=lambda run: run.preset == "protocols" or run.protocol != STEP
-    )  # figures first, then what they hang on
+    # figures first, then what they hang on
+    runs.sort(key=lambda run: run.preset == "protocols" or run.protocol != STEP)
     if only is not None:
-        having = {run.source for run in runs if run.preset == only or (only == "fig1" and run.source.binary)}
+        having = {run.source for run in runs if run.preset == only or (only in GRADIENTS and run.source.binary)}
         wanted = ("honest", *FIGURES[only])
         runs = [run for run in runs if run.source in having and run.preset in wanted]
         chosen = tuple(source for source in chosen if source in having)
@@ -103,6 +104,7 @@ def make(quick: bool, only: str | None, root: Path | None) -> Plan:
 
 FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets that it needs
     "fig1": (),
+    "fig4": (),  # the same picture
     "fig5": ("fig5", "protocols", "smallest"),
     **{name: (name, "protocols") for name in ("fig6", "fig7", "fig8", "fig9", "fig11")},
     **{name: (name,) for name in ("fig12", "fig14", "selection", "frequency", "rounding")},
@@ -174,16 +176,32 @@ def folder_of(out: Path, made: Sequence[sweep.Cell]) -> Path:
 def compute(out: Path, made: Sequence[sweep.Cell], progress: sweep.Progress, launcher: str = "local") -> Cells:
     """The cells of a grid, run by a launcher where they have not been yet."""
     place = folder_of(out, made)
-    if (place / "sweep.csv").exists():
+    if is_there(place):
         progress.skip(len(made))
     else:
         update = {"out": str(place), "launcher": launcher}
         here = [sweep.Cell(one.overrides, one.settings.model_copy(update=update)) for one in made]
-        began = time.perf_counter()
-        sweep.tabulate(here, progress)
-        took = time.perf_counter() - began
-        write_whole(place / "seconds.txt", lambda stream: stream.write(f"{took:.1f}\n".encode()))
+        began, before = time.perf_counter(), seconds(place)
+        try:
+            sweep.tabulate(here, progress)
+        finally:  # one that is interrupted took its time as well
+            if place.exists():
+                took = before + time.perf_counter() - began
+                write_whole(place / TIMES, lambda stream: stream.write(f"{took:.3f}\n".encode()))
     return read(place)
+
+
+def is_there(place: Path) -> bool:
+    """Whether a sweep has been finished."""
+    return (place / "sweep.csv").exists()
+
+
+def seconds(place: Path) -> float:
+    """What a sweep has taken so far; 0 where that was lost."""
+    try:
+        return float((place / TIMES).read_text())
+    except (OSError, ValueError):
+        return 0.0
 
 
 def best_rate(honest: Cells) -> float:
