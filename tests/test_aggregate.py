@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fl_attack import aggregate, plugins
 from fl_attack.aggregate import PRE, RULES
+from fl_attack.aggregate.geometry import squared_distances
 from fl_attack.errors import InputError
 
 M, C, D = 11, 2, 3
@@ -347,3 +348,21 @@ def test_each_of_byzfls_pre_aggregators_goes_before_a_rule(name: str) -> None:
     pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
     made = aggregate.make("median", pre=[name], f=2, m=M)
     assert made(updates_of(0), torch.ones(M), torch.arange(M)).isfinite().all()
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 1000.0), (1e-20, 0.0), (1e20, 0.0)])
+def test_distances_keep_their_digits_in_single_precision(scale: float, shift: float) -> None:
+    exact = torch.randn(3, 9, 1, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    updates = (exact * scale + shift).float()
+    found, expected = squared_distances(updates), squared_distances(updates.double())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
+
+
+def test_the_geometric_median_is_iterated_to_its_tolerance() -> None:
+    updates = torch.randn(4, 9, 2, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    at = aggregate.make("geometric_median", f=2, m=9, args={"tolerance": 1e-10})(
+        updates, torch.ones(9), torch.arange(9)
+    )
+    away = (updates - at.unsqueeze(-3)).flatten(-2)
+    pulls = (away / away.norm(dim=-1, keepdim=True)).sum(-2)  # the gradient of the summed distance
+    assert pulls.norm(dim=-1).max() < 1e-8
