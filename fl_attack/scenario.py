@@ -7,9 +7,9 @@ memory-mapped and shared.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,8 +88,12 @@ class Scenario:
 
     def gradient_of(self, theta: Tensor, samples: NDArray[np.int64], counts: NDArray[np.int64]) -> Tensor:
         """Clean gradient of samples that count so often, (C, d), in the precision of theta."""
-        X, y = self.features(samples), torch.from_numpy(self.dataset.y_train[samples])
-        return model.gradient(theta.to(X.dtype), X, y, torch.from_numpy(counts).to(X.dtype)).to(theta.dtype)
+        return _gradient(theta, *self.batch(samples, counts))
+
+    def batch(self, samples: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (n, d), labels (n,) and how often each counts (n,), in the precision of the features."""
+        X = self.features(samples)
+        return X, torch.from_numpy(self.dataset.y_train[samples]), torch.from_numpy(counts).to(X.dtype)
 
     def rule(self) -> aggregate.Combine:
         """The server's rule: updates (..., m, C, d), weights (m,) and lots (m,) to the aggregate (..., C, d)."""
@@ -173,23 +177,41 @@ def from_json(text: str) -> Scenario:
 
 def train(scenario: Scenario, progress: Progress = lambda round_: None) -> Tensor:
     """Parameters (C, d) after all rounds without any attack under the mean, in this process."""
-    settings, schedule = scenario.settings, scenario.schedule
-    theta = scenario.start()
-    state = protocol.initial_state(theta)
-    for round_ in range(1, settings.rounds + 1):
-        clients = schedule.drawn(round_)
-        if settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
-            aggregate = scenario.gradient_of(theta, *schedule.samples_once(round_))
+    return train_all([scenario], progress)[0]
+
+
+def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_: None) -> list[Tensor]:
+    """`train` of experiments that differ in their learning rate alone; each minibatch is fetched once."""
+    like, thetas = scenarios[0], [made.start() for made in scenarios]
+    schedule, optimizer = like.schedule, like.settings.server_optimizer
+    states = [protocol.initial_state(theta) for theta in thetas]
+    for round_ in range(1, like.settings.rounds + 1):
+        if like.settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
+            batch = like.batch(*schedule.samples_once(round_))
+            aggregates = [_gradient(theta, *batch) for theta in thetas]
         else:
-            weights = schedule.sizes[clients] / schedule.sizes[clients].sum()
-            moved = sum(
-                w * client_update(scenario, int(c), theta, round_, NO_FLIPS)[0]
-                for c, w in zip(clients, weights, strict=True)
+            aggregates = [_moved(made, theta, round_) for made, theta in zip(scenarios, thetas, strict=True)]
+        for i, made in enumerate(scenarios):
+            thetas[i], states[i] = protocol.server_step(
+                optimizer, thetas[i], aggregates[i], made.settings.lr, states[i]
             )
-            aggregate = (theta - moved) / settings.lr
-        theta, state = protocol.server_step(settings.server_optimizer, theta, aggregate, settings.lr, state)
         progress(round_)
-    return theta
+    return thetas
+
+
+def _gradient(theta: Tensor, X: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    return model.gradient(theta.to(X.dtype), X, y, counts).to(theta.dtype)
+
+
+def _moved(made: Scenario, theta: Tensor, round_: int) -> Tensor:
+    """What the clients' local steps amount to, as a gradient."""
+    clients, sizes = made.schedule.drawn(round_), made.schedule.sizes
+    weights = sizes[clients] / sizes[clients].sum()
+    moved = sum(
+        w * client_update(made, int(c), theta, round_, NO_FLIPS)[0] for c, w in zip(clients, weights, strict=True)
+    )
+    found: Tensor = (theta - moved) / made.settings.lr
+    return found
 
 
 def client_update(scenario: Scenario, client: int, theta: Tensor, round_: int, flips: Flips) -> tuple[Tensor, int]:
@@ -208,23 +230,42 @@ def load_target(scenario: Scenario, progress: Progress = lambda round_: None) ->
 
     What was trained is cached under a key of everything that it depends on.
     """
+    return load_targets([scenario], progress)[0]
+
+
+def load_targets(scenarios: Sequence[Scenario], progress: Progress = lambda round_: None) -> list[Tensor]:
+    """`load_target` of experiments that differ in their attack and their learning rate alone."""
+    files = [_target_file(made) for made in scenarios]
+    missing = {file: made for file, made in zip(files, scenarios, strict=True) if not _is_target(file, made)}
+    if missing:
+        like = next(iter(missing.values()))
+        flipped = attack.flipped_target(torch.tensor(like.dataset.y_train), like.classes).numpy()
+        trained = train_all([made.relabelled(flipped) for made in missing.values()], progress)
+        for file, target in zip(missing, trained, strict=True):
+            cache.write_whole(file, partial(np.savez, theta=target.numpy()))
+    return [_read_target(file, made.theta_shape) for file, made in zip(files, scenarios, strict=True)]
+
+
+def _target_file(scenario: Scenario) -> Path:
     settings, path = scenario.settings, scenario.settings.attack.target_path
     if path is not None:
-        return _read_target(Path(path), scenario.theta_shape)
+        return Path(path)
     kept = {"rounds", "batch_size", "local_steps", "lr", "server_optimizer", "seed", "dtype"}
     recipe = hashlib.sha256(scenario.partition.client.tobytes())
     recipe.update(f"{scenario.schedule.per_round}".encode())
     recipe.update((settings.model_dump_json(include=kept) + scenario.dataset.fingerprint + __version__).encode())
-    file = cache.folder() / "targets" / f"{recipe.hexdigest()[:24]}.npz"
-    if file.exists():
-        try:
-            return _read_target(file, scenario.theta_shape)
-        except InputError:
-            pass  # damaged: trained anew below
-    flipped = attack.flipped_target(torch.tensor(scenario.dataset.y_train), scenario.classes).numpy()
-    target = train(scenario.relabelled(flipped), progress)
-    cache.write_whole(file, lambda stream: np.savez(stream, theta=target.numpy()))
-    return target
+    return cache.folder() / "targets" / f"{recipe.hexdigest()[:24]}.npz"
+
+
+def _is_target(file: Path, scenario: Scenario) -> bool:
+    """Whether a target is there; one of ours that is damaged is trained anew, one of the user's is an error."""
+    if scenario.settings.attack.target_path is not None:
+        return True
+    try:
+        _read_target(file, scenario.theta_shape)
+    except InputError:
+        return False
+    return True
 
 
 def _read_target(file: Path, shape: tuple[int, int]) -> Tensor:

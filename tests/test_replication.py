@@ -287,31 +287,45 @@ def test_the_pipeline_leaves_figures_tables_and_a_report(
     def never(*_: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(sweep, "tabulate", never)
+    monkeypatch.setattr(sweep, "tabulate_together", never)
     assert replicate.main(arguments) == 0  # all of it is there
 
 
-def test_what_a_sweep_took_adds_up_and_its_loss_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_data_set_took_adds_up_and_its_loss_stops_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "seconds"
+    with plan.timed(file, lambda: False):
+        pass
+    assert plan.seconds(file) == []
+    interrupted = plan.timed(file, lambda: True)
+    interrupted.__enter__()
+    assert not interrupted.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    with plan.timed(file, lambda: True):
+        pass
+    first, second = plan.seconds(file)
+    assert 0 <= first < 1 and 0 <= second < 1
+    file.write_bytes(b"12 \xff")
+    assert plan.seconds(file) == []
+
+
+def test_sweeps_computed_together_are_those_computed_alone(tmp_path: Path) -> None:
     (source, _) = plan.sources(True, None)
-    made = plan.cells(plan.Run("honest", source, overrides=("lr=0.1,0.3", "seed=0,1"), batch=32), 1, None)
-    original = sweep.tabulate
-
-    def stops(cells: list[sweep.Cell], progress: sweep.Progress) -> Path:
-        Path(cells[0].settings.out).mkdir(parents=True)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sweep, "tabulate", stops)
-    place = plan.folder_of(tmp_path, made)
-    with sweep.Progress(4) as progress:
-        with pytest.raises(KeyboardInterrupt):
-            plan.compute(tmp_path, made, progress)
-        assert not plan.is_there(place) and (place / plan.TIMES).exists()
-        (place / plan.TIMES).write_text("100.0")
-        monkeypatch.setattr(sweep, "tabulate", original)
-        plan.compute(tmp_path, made, progress)
-        assert plan.is_there(place) and plan.seconds(place) > 100
-        (place / plan.TIMES).unlink()  # as a kill leaves it that comes right after the table
-        assert len(plan.compute(tmp_path, made, progress)) == 4 and plan.seconds(place) == 0
+    grids = {}
+    for preset in ("fig5", "rounding", "selection"):
+        run = plan.Run(preset, source, overrides=("attack.budget=0,0.05", "seed=0,1"), batch=32)
+        made = plan.cells(run, 2, 0.1)
+        grids[plan.folder_of(tmp_path, made)] = made
+    with sweep.Progress(sum(map(len, grids.values()))) as progress:
+        plan.compute(tmp_path, grids, progress, "local")
+        assert progress.done == pytest.approx(progress.cells)
+    assert not plan.lacking(grids)
+    assert not list(tmp_path.glob("runs/*.units"))
+    for place, made in grids.items():
+        alone = sweep.tabulate(
+            [sweep.Cell(one.overrides, one.settings.model_copy(update={"out": f"{place}-alone"})) for one in made]
+        )
+        together, apart = read(place), read(alone)
+        for name in ("k", "b", "goal", "seed", "accuracy", "late", "f1", "drop"):
+            np.testing.assert_array_equal(together[name], apart[name])
 
 
 def test_an_archive_of_images_is_unpacked_once_and_a_damaged_one_told(tmp_path: Path) -> None:
@@ -340,15 +354,15 @@ def test_an_interrupted_replication_goes_on(
 ) -> None:
     whole = plan.make
     monkeypatch.setattr(plan, "make", lambda quick, only, root: replace(whole(quick, only, root), epochs=1))
-    original, calls = sweep.tabulate, []
+    original, calls = sweep.tabulate_together, []
 
-    def stops(cells: list[sweep.Cell], progress: sweep.Progress) -> Path:
-        calls.append(len(cells))
+    def stops(grids: list[list[sweep.Cell]], kept: Path, progress: sweep.Progress) -> None:
+        calls.append(sum(map(len, grids)))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(cells, progress)
+        original(grids, kept, progress)
 
-    monkeypatch.setattr(sweep, "tabulate", stops)
+    monkeypatch.setattr(sweep, "tabulate_together", stops)
     arguments = ["--quick", "--only", "rounding", "--out", str(tmp_path / "out")]
     assert replicate.main(arguments) == 130
     assert "goes on" in capsys.readouterr().err
@@ -356,6 +370,7 @@ def test_an_interrupted_replication_goes_on(
     assert "*Not run yet: rounding, digits 0/1, per step.*" in capsys.readouterr().out
     assert replicate.main(arguments) == 0
     assert calls == [30, 120, 120]  # the first sweep is not computed again
+    assert "minutes in 2 calls (digits 0/1 " in (tmp_path / "out" / "REPLICATION.md").read_text()
 
 
 @pytest.mark.parametrize(

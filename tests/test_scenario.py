@@ -168,12 +168,24 @@ def test_the_target_is_trained_once_and_a_damaged_one_again(
     first = make(*overrides).target
     (file,) = scenario.cache.folder().glob("targets/*.npz")
     with monkeypatch.context() as patch:
-        patch.setattr(scenario, "train", lambda *_: pytest.fail("trained again"))
+        patch.setattr(scenario, "train_all", lambda *_: pytest.fail("trained again"))
         assert torch.equal(make(*overrides).target, first)
     file.write_bytes(file.read_bytes()[:50])
     assert torch.equal(make(*overrides).target, first)
     make(*overrides, "lr=0.01").target  # noqa: B018
     assert len(list(scenario.cache.folder().glob("targets/*.npz"))) == 2
+
+
+@pytest.mark.parametrize("more", [[], ["local_steps=2"], ["server_optimizer=adam"], ["clients.per_round=3"]])
+def test_targets_trained_together_are_those_trained_alone(make: Make, more: list[str]) -> None:
+    alike = [make("attack.goal=targeted", "batch_size=50", f"lr={lr}", *more) for lr in (0.1, 0.3, 1)]
+    together = scenario.train_all(alike)
+    for made, theta in zip(alike, together, strict=True):
+        assert torch.equal(scenario.train(made), theta)
+    assert not torch.equal(together[0], together[1])
+    found = scenario.load_targets([alike[2], alike[0], alike[2]])
+    assert torch.equal(found[0], alike[2].target) and torch.equal(found[1], alike[0].target)
+    assert torch.equal(found[2], found[0])
 
 
 def test_a_target_of_ones_own_is_taken_or_refused(make: Make, tmp_path: object) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import ray
 
-from fl_attack import engine, experiment, sweep
+from fl_attack import engine, experiment, federation, sweep
 from fl_attack.config import compose
+from fl_attack.launcher import grid
 from fl_attack.sweep import execute
-from fl_attack.sweep.units import read, units
+from fl_attack.sweep.units import distinct, read, units
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str]]
@@ -135,6 +136,53 @@ def test_a_changed_parameter_is_never_answered_with_an_old_result(small_data: Sm
     assert keys[0] == keys[2]  # where it is written to changes no number
 
 
+@pytest.mark.parametrize(
+    ("more", "cells"),
+    [
+        ([], 1 + 2 * 2),  # without flips it is one experiment, whatever the attackers would have aimed at
+        (["attack.rounding=carry,floor"], 1 + 2 * 2 * 2),
+        (["strategy=median"], 2 + 2 * 2),  # a rule that reckons with so many malicious clients
+        (["partition.malicious_share=0.3"], 2 + 2 * 2),  # who holds what depends on them
+        (["detectability=true"], 4 + 2 * 2),  # they are looked for, also where they do nothing
+        (["attack=ipm"], 2 * 2),  # has no budget of labels
+        (["lr=0.1,0.2"], 2 * (1 + 2 * 2)),
+        (["seed=0,1"], 2 * (1 + 2 * 2)),
+    ],
+)
+def test_what_gives_the_same_numbers_is_computed_once(small_data: Small, more: list[str], cells: int) -> None:
+    goals = "attack.goal=untargeted" if "attack=ipm" in more else "attack.goal=untargeted,targeted"
+    made = grid(
+        *small_data(3), "engine=batched", "clients.total=6", "clients.malicious=1,2", "attack.budget=0,0.5",
+        goals, "batch_size=30", "out=unused", *more,
+    )  # fmt: skip
+    scenarios = engine.make_scenarios([cell.settings for cell in made])
+    apart, place = distinct(scenarios)
+    assert len(apart) == cells
+    for asked, at in zip(scenarios, place, strict=True):
+        done = apart[at]
+        assert done.partition.client.tolist() == asked.partition.client.tolist()
+        assert done is asked or done.settings.label_budget == 0 or done.settings == asked.settings
+        assert engine.group_key(done)[1:3] == engine.group_key(asked)[1:3]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["batched", "flower"])
+def test_an_unattacked_cell_is_its_run_alone(
+    command: Command, small_data: Small, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [*small_data(3), f"engine={name}", "rounds=6", "batch_size=30", "lr=0.5", "clients.total=6"]
+    made = ["clients.malicious=1,2", "attack.budget=0,0.5", "attack.goal=untargeted,targeted"]
+    code, told = command("-m", *data, *made, f"out={tmp_path}/sweep")
+    assert code == 0 and "sweep: 100 % of 8 cells" in told
+    monkeypatch.setattr(sys.modules["fl_attack.sweep.units"], "plain", lambda scenario: scenario)
+    assert command("-m", *data, *made, f"out={tmp_path}/each")[0] == 0
+    for one, other in zip(rows(tmp_path / "sweep"), rows(tmp_path / "each"), strict=True):
+        for column, value in one.items():
+            try:
+                assert float(value) == pytest.approx(float(other[column]), rel=1e-6), column
+            except ValueError:
+                assert value == other[column], column
+
+
 def test_a_damaged_unit_is_computed_again(small_data: Small, tmp_path: Path) -> None:
     file = tmp_path / "unit.npz"
     assert read(file) is None
@@ -215,6 +263,20 @@ def test_a_cluster_fills_the_same_table(command: Command, small_data: Small, tmp
     assert command(*small_sweep(small_data, tmp_path / "here"))[0] == 0
     assert command(*small_sweep(small_data, tmp_path / "ray", "launcher=ray"))[0] == 0
     assert (tmp_path / "here" / "sweep.csv").read_bytes() == (tmp_path / "ray" / "sweep.csv").read_bytes()
+
+
+def test_workers_tell_how_far_they_are() -> None:
+    def work(job: int, step: Callable[[int], None]) -> int:
+        for _ in range(job):
+            time.sleep(0.6)
+            step(2)
+        return job * job
+
+    told: list[tuple[int, int]] = []
+    found = dict(federation.scatter(work, [1, 9], 1, None, False, lambda i, steps: told.append((i, steps))))
+    assert found == {0: 1, 1: 81}
+    second = [steps for i, steps in told if i == 1]
+    assert second == sorted(second) and 0 < second[0] < second[-1] <= 18
 
 
 @pytest.mark.slow

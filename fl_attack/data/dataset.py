@@ -16,6 +16,7 @@ from fl_attack.data.sources import SOURCES, Raw, reading
 from fl_attack.errors import InputError
 
 CACHE_FORMAT = 1  # of what is stored; another number leaves old entries aside
+NUMBERS_AT_ONCE = 2**15  # features that are made in one go
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,12 @@ def features(raw: np.ndarray, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """Raw values (n, p) divided by the scale, and a constant 1 last: (n, p + 1)."""
     X = torch.empty(len(raw), raw.shape[1] + 1, dtype=dtype)
     view = X.numpy()  # numpy converts and copies in one pass, from read-only memory too
-    view[:, :-1] = raw
-    view[:, -1] = scale
-    view /= scale  # numpy again: for a minibatch, waking torch's threads costs more than the division
+    rows = max(1, NUMBERS_AT_ONCE // view.shape[1])
+    for start in range(0, len(raw), rows):  # so few that they are still in the cache when they are divided
+        part = view[start : start + rows]
+        part[:, :-1] = raw[start : start + rows]
+        part[:, -1] = scale
+        part /= scale  # numpy again: for a minibatch, waking torch's threads costs more than the division
     return X
 
 

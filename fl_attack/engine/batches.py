@@ -106,7 +106,10 @@ class Batches:
         self.all = Layout(clients, np.cumsum(used))
         self.width = int(self.all.ends[-1])
         bytes_each = self.d * self.dtype.itemsize
-        self.resident = self._all().to(device) if len(x) * bytes_each <= memory else None
+        held = self.whole_samples
+        self.row = torch.full((len(x),), -1)  # of each sample among all that the clients hold
+        self.row[torch.from_numpy(held)] = torch.arange(len(held))
+        self.resident = self._all().to(device) if len(held) * bytes_each <= memory else None  # in this order
         whole = (like.schedule.sizes == [len(shard) for shard in like.schedule.shards]).all()
         self._kept: Batch | None = None
         self._keep = bool(whole) and like.schedule.per_round is None  # every round is the same
@@ -146,7 +149,9 @@ class Batches:
         """The first n of all columns, so many at a time."""
         for start in range(0, n, max(1, size)):
             part = slice(start, min(n, start + max(1, size)))
-            yield self._batch(self.whole_samples[part], self.whole_layout, Room(self.device, self.dtype)), part
+            at = torch.from_numpy(self.whole_samples[part])
+            X = self._features(at, Room(self.device, self.dtype)) if self.resident is None else self.resident[part]
+            yield Batch(at, X, self.y, self.classes, self.whole_layout), part
 
     def _layout(self, round_: int) -> Layout:
         schedule, whole = self.like.schedule, self.all
@@ -187,13 +192,14 @@ class Batches:
     def _features(self, at: Tensor, room: Room) -> Tensor:
         if self.resident is not None:
             X = room.take("X", len(at), self.d)
-            return torch.index_select(self.resident, 0, at.to(self.device), out=X)
+            return torch.index_select(self.resident, 0, self.row[at].to(self.device), out=X)
         return torch.cat([self._piece(part) for part in at.split(ROWS_AT_ONCE)]).to(self.device)
 
     def _all(self) -> Tensor:
-        X = torch.empty(len(self.y), self.d, dtype=self.dtype)
-        for part in torch.arange(len(self.y)).split(ROWS_AT_ONCE):
-            X[part] = self._piece(part)
+        held = torch.from_numpy(self.whole_samples)
+        X = torch.empty(len(held), self.d, dtype=self.dtype)
+        for rows, samples in zip(X.split(ROWS_AT_ONCE), held.split(ROWS_AT_ONCE), strict=True):
+            rows.copy_(self._piece(samples))
         return X
 
     def _piece(self, at: Tensor) -> Tensor:

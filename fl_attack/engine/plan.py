@@ -31,8 +31,6 @@ class Plan:
             for cell in cells
         ]
         self.attackers = Attackers(planners, batches, self.layout)
-        self.place = torch.empty(len(batches.y), dtype=torch.int64)  # of each sample among all columns
-        self.place[torch.from_numpy(batches.whole_samples)] = torch.arange(len(batches.whole_samples))
         self.written: Tensor | None = None  # (M, n) the label, or -1
         self.turn: Turn | None = None
 
@@ -92,7 +90,7 @@ class Plan:
         """What the columns within reach of a minibatch have of it, in the cells that are attacked now."""
         if self.written is None:
             return no_change(batch.X.device)
-        columns = self.place[batch.at[:n]].to(self.written.device)
+        columns = self.batches.row[batch.at[:n]].to(self.written.device)
         labels = self.written.index_select(1, columns.clamp(max=self.written.shape[1] - 1))
         labels = labels.masked_fill((columns >= self.written.shape[1]) | ~torch.from_numpy(attacked)[:, None], -1)
         cells, at = (labels >= 0).nonzero(as_tuple=True)

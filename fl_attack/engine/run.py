@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_attack import scenario
 from fl_attack.engine import groups
 from fl_attack.engine.attackers import Kind, kind_of
 from fl_attack.engine.batches import Batch, Batches
@@ -248,7 +249,7 @@ class _Work:
             return torch.mm(self.targets.theta, batch.X[:n].mT)
         if self._target_logits is None:  # those of all samples, once
             self._target_logits = torch.mm(self.targets.theta, self.batches.resident.mT)
-        return self._target_logits.index_select(1, batch.at[:n].to(self.device))
+        return self._target_logits.index_select(1, self.batches.row[batch.at[:n]].to(self.device))
 
     def _gram_pays(self, batch: Batch, n: int, rows: int) -> bool:
         # multiplications: once for the matrix and once for each row, or there and back through the features
@@ -256,19 +257,17 @@ class _Work:
         return size * n * (d + rows) < rows * d * (size + n)
 
     def _targets(self) -> _Targets:
-        found: dict[object, int] = {}
-        thetas, number = [], []
+        aimed: dict[object, Scenario] = {}
+        keys: list[object] = []
         for cell in self.cells:
-            key = None
-            if kind_of(cell).goal == "targeted":
-                key = cell.settings.attack.target_path, cell.settings.lr
-                if key not in found:
-                    thetas.append(cell.target[:, self.batches.seen])
-                    found[key] = len(found)
-            number.append(-1 if key is None else found[key])
-        empty = torch.empty(0, self.batches.d)
-        theta = torch.cat([empty, *thetas]).to(self.device, self.batches.dtype)
-        return _Targets(theta, np.array(number))
+            key = (cell.settings.attack.target_path, cell.settings.lr) if kind_of(cell).goal == "targeted" else None
+            keys.append(key)
+            if key is not None:
+                aimed.setdefault(key, cell)
+        thetas = [theta[:, self.batches.seen] for theta in scenario.load_targets(list(aimed.values()))]
+        theta = torch.cat([torch.empty(0, self.batches.d), *thetas]).to(self.device, self.batches.dtype)
+        place = {key: i for i, key in enumerate(aimed)}
+        return _Targets(theta, np.array([place.get(key, -1) for key in keys]))
 
     def _target_of(self, chunk: list[int]) -> Tensor | None:
         number = torch.from_numpy(self.targets.number[chunk]).to(self.device)

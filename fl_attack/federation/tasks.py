@@ -1,28 +1,74 @@
 """Work spread over a Ray cluster, for what needs no federation."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fl_attack.federation.session import ray_session
 
 Job = Any
+TOLD = 1.0  # seconds between two reports
+
+
+class Board:
+    """How much of each job is done: an actor, since workers can't reach who gave them the job."""
+
+    def __init__(self) -> None:
+        self.done: dict[int, int] = {}
+
+    def note(self, i: int, done: int) -> None:
+        """So much of a job is done; one that was lost starts anew."""
+        self.done[i] = done
+
+    def read(self) -> dict[int, int]:
+        """What has been noted."""
+        return self.done
 
 
 def scatter(
-    function: Callable[[Job], Any], jobs: Sequence[Job], threads: int, address: str | None, verbose: bool
+    function: Callable[[Job, Callable[[int], None]], Any],
+    jobs: Sequence[Job],
+    threads: int,
+    address: str | None,
+    verbose: bool,
+    told: Callable[[int, int], None],
 ) -> Iterator[tuple[int, Any]]:
     """`function` of each job, as Ray tasks: its position and result, in the order in which they are done.
 
     A job takes as many processors as it uses `threads`, or all of a node that has fewer. One whose worker or node is
-    lost is done again on another.
+    lost is done again on another. `function` is also given what it can tell its steps to; `told` gets a job's
+    position and how many steps it has made.
     """
     with ray_session(address, verbose):
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         cpus = min(float(threads), largest)
-        task = ray.remote(max_retries=-1, num_cpus=cpus, scheduling_strategy="SPREAD")(function)
-        pending = {task.remote(job): i for i, job in enumerate(jobs)}
+        # on the driver's node, so that no lost one takes it along
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        remote: Any = ray.remote
+        board = remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+
+        def work(i: int, job: Job) -> Any:
+            done, last = 0, time.monotonic()
+
+            def step(more: int) -> None:
+                nonlocal done, last
+                done += more
+                if time.monotonic() - last > TOLD:
+                    last = time.monotonic()
+                    board.note.remote(i, done)
+
+            return function(job, step)
+
+        task = remote(max_retries=-1, num_cpus=cpus, scheduling_strategy="SPREAD")(work)
+        pending = {task.remote(i, job): i for i, job in enumerate(jobs)}
         while pending:
-            (done,), _ = ray.wait(list(pending), num_returns=1)
-            yield pending.pop(done), ray.get(done)
+            done, _ = ray.wait(list(pending), timeout=TOLD)
+            if not done:
+                for i, steps in ray.get(board.read.remote()).items():
+                    if i in pending.values():
+                        told(i, steps)
+            for one in done:
+                yield pending.pop(one), ray.get(one)

@@ -1,7 +1,7 @@
 """Every claim measured on what was run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fl_attack.replication.cells import Cells
 from fl_attack.replication.claims import CLAIMS, Claim, Finding, measure
@@ -14,7 +14,21 @@ class Result:
 
     run: Run
     cells: Cells
-    seconds: float
+
+
+@dataclass
+class Outcome:
+    """All that has been run so far."""
+
+    results: list[Result] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)  # the learning rate chosen for each data set
+    drawn: list[str] = field(default_factory=list)  # the stems of figures
+    missing: list[Run] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of each call that computed something, by data set
+
+    def of(self, source: Source) -> list[Result]:
+        """The results on a data set."""
+        return [result for result in self.results if result.run.source == source]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import hashlib
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,11 +18,11 @@ from fl_attack.data.cache import write_whole
 from fl_attack.data.sources import CIFAR10_FILES
 from fl_attack.errors import InputError
 from fl_attack.launcher import grid
-from fl_attack.replication.cells import Cells, read
+from fl_attack.replication.cells import Cells
 from fl_attack.sweep.units import NOT_NUMBERS, NUMERICS
 
 EPOCHS = 200
-TIMES = "seconds.txt"
+RUNS, TIMES = "runs", "seconds.txt"
 ARCHIVE = "cifar10_jpeg.tar"  # CIFAR-10 as a tar of JPEG images, used under --data where the original is not
 STEP, EPOCH, FULL, LARGE = "per step", "per epoch", "full batch", "per step, batches four times as large"
 GRADIENTS = ("fig1", "fig4")  # drawn from one run, not from a sweep
@@ -92,8 +93,6 @@ def make(quick: bool, only: str | None, root: Path | None) -> Plan:
         raise InputError(f"--only {only} is not a figure; known: {', '.join(FIGURES)}")
     chosen = sources(quick, root)
     runs = [run for source in chosen for run in (_quick if quick else _whole)(source)]
-    # figures first, then what they hang on
-    runs.sort(key=lambda run: run.preset == "protocols" or run.protocol != STEP)
     if only is not None:
         having = {run.source for run in runs if run.preset == only or (only in GRADIENTS and run.source.binary)}
         wanted = ("honest", *FIGURES[only])
@@ -112,27 +111,27 @@ FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets th
 
 
 def _whole(source: Source) -> Iterator[Run]:
+    few: tuple[str, ...]
+    whole: tuple[str, ...]
     if source.binary:
         yield Run("honest", source)
         for preset in (*BINARY, "smallest", "selection", "frequency", "rounding"):
             yield Run(preset, source)
-        yield Run("protocols", source, LARGE, batch=512)
-        yield Run("protocols", source, STEP)
-        yield Run("protocols", source, EPOCH, ("attack.refresh=epoch",))
-        some = ("lr=0.1,1", "attack.budget=0,0.001,0.05,0.25,0.5")
-        yield Run("protocols", source, FULL, some, batch="full")
-        return
-    yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",))
-    if source.name == "cifar10":  # an experiment costs four times as much as on MNIST: figure 9 alone
-        yield Run("fig9", source, overrides=("clients.malicious=10", "attack.budget=0,0.05,0.25"))
-        return
-    yield Run("fig9", source, overrides=("clients.malicious=10",))
-    few = ("clients.malicious=10", "attack.budget=0,0.05", "attack.goal=untargeted")  # ten classes cost ten times two
+        few, whole = (), ("attack.budget=0,0.001,0.05,0.25,0.5",)
+        for preset in ("fig12", "fig14"):
+            some = ("attack.budget=0,0.25",)
+            yield Run(preset, source, LARGE, some, batch=512)
+            yield Run(preset, source, EPOCH, (*some, "attack.refresh=epoch"))
+            yield Run(preset, source, FULL, (*some, "lr=0.01,0.1,1"), batch="full")
+    else:  # an experiment costs ten times as much
+        yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",))
+        yield Run("fig9", source, overrides=("clients.malicious=10",))
+        yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.25"))
+        few = whole = ("clients.malicious=10", "attack.budget=0,0.05")
+    yield Run("protocols", source, LARGE, few, batch=512)
     yield Run("protocols", source, STEP, few)
     yield Run("protocols", source, EPOCH, (*few, "attack.refresh=epoch"))
-    yield Run("protocols", source, FULL, (*few, "lr=0.1,1"), batch="full")
-    few = ("lr=0.001,0.01", "attack.budget=0,0.25", "attack.goal=untargeted")
-    yield Run("fig14", source, overrides=few)
+    yield Run("protocols", source, FULL, (*whole, "lr=0.1,1"), batch="full")
 
 
 def _quick(source: Source) -> Iterator[Run]:
@@ -165,30 +164,47 @@ def cells(run: Run, epochs: int, lr: float | None) -> list[sweep.Cell]:
     return grid(f"experiment={run.preset}", *run.source.overrides, *length, *rates, *run.overrides, "out=unused")
 
 
+Grids = dict[Path, list[sweep.Cell]]
+"""The cells of sweeps by the folder in which these are kept."""
+
+
 def folder_of(out: Path, made: Sequence[sweep.Cell]) -> Path:
     """Where the sweep of these cells is kept: a name that changes with any setting that a number depends on."""
     settings = made[0].settings.dataset
     facts = [str(NUMERICS), data.load(**settings.model_dump(), verify=False).fingerprint]
     text = "\n".join([*facts, *(cell.settings.model_dump_json(exclude=NOT_NUMBERS) for cell in made)])
-    return out / "runs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    return out / RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def compute(out: Path, made: Sequence[sweep.Cell], progress: sweep.Progress, launcher: str = "local") -> Cells:
-    """The cells of a grid, run by a launcher where they have not been yet."""
-    place = folder_of(out, made)
-    if is_there(place):
-        progress.skip(len(made))
-    else:
-        update = {"out": str(place), "launcher": launcher}
-        here = [sweep.Cell(one.overrides, one.settings.model_copy(update=update)) for one in made]
-        began, before = time.perf_counter(), seconds(place)
-        try:
-            sweep.tabulate(here, progress)
-        finally:  # one that is interrupted took its time as well
-            if place.exists():
-                took = before + time.perf_counter() - began
-                write_whole(place / TIMES, lambda stream: stream.write(f"{took:.3f}\n".encode()))
-    return read(place)
+def lacking(grids: Grids) -> Grids:
+    """Those whose sweep has not been finished."""
+    return {place: made for place, made in grids.items() if not is_there(place)}
+
+
+def compute(out: Path, grids: Grids, progress: sweep.Progress, launcher: str) -> None:
+    """Have the sweeps of grids there; those that are not yet are computed together, by a launcher."""
+    todo = lacking(grids)
+    progress.skip(sum(map(len, grids.values())) - sum(map(len, todo.values())))
+    if todo:
+        kept = out / RUNS / f"{hashlib.sha256(' '.join(map(str, todo)).encode()).hexdigest()[:16]}.units"
+        sweep.tabulate_together([_here(made, place, launcher) for place, made in todo.items()], kept, progress)
+
+
+def _here(made: Sequence[sweep.Cell], place: Path, launcher: str) -> list[sweep.Cell]:
+    update = {"out": str(place), "launcher": launcher}
+    return [sweep.Cell(one.overrides, one.settings.model_copy(update=update)) for one in made]
+
+
+@contextmanager
+def timed(file: Path, worth: Callable[[], bool]) -> Iterator[None]:
+    """Adds a line to a file, the seconds that this took, where that is worth it; also where it is interrupted."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        if worth():
+            lines = [*seconds(file), time.perf_counter() - began]
+            write_whole(file, lambda stream: stream.writelines(f"{line:.3f}\n".encode() for line in lines))
 
 
 def is_there(place: Path) -> bool:
@@ -196,12 +212,12 @@ def is_there(place: Path) -> bool:
     return (place / "sweep.csv").exists()
 
 
-def seconds(place: Path) -> float:
-    """What a sweep has taken so far; 0 where that was lost."""
+def seconds(file: Path) -> list[float]:
+    """What each call took, as `timed` has written it; none where that was lost."""
     try:
-        return float((place / TIMES).read_text())
+        return [float(line) for line in file.read_text().split()]
     except (OSError, ValueError):
-        return 0.0
+        return []
 
 
 def best_rate(honest: Cells) -> float:

@@ -10,7 +10,7 @@ from fl_attack.data.cache import write_whole
 from fl_attack.replication.beyond import frequency, noise, rounding, selection, told
 from fl_attack.replication.claims import CLAIMS, COUNTS, Claim
 from fl_attack.replication.figures import write_table
-from fl_attack.replication.findings import Line, Result, findings
+from fl_attack.replication.findings import Line, Outcome, Result, findings
 from fl_attack.replication.plan import EPOCH, FULL, LARGE, STEP, Plan, Run
 from fl_attack.replication.statistics import mean
 from fl_attack.replication.verdicts import PARTLY, REPLICATED, interval, overall
@@ -22,29 +22,17 @@ COLUMNS = (
 )
 
 
-def write(
-    out: Path,
-    plan: Plan,
-    results: Sequence[Result],
-    rates: Mapping[str, float],
-    figures: Iterable[str],
-    missing: Sequence[Run],
-    command: str,
-) -> Path:
-    """The report and its table; `figures` are the stems of those drawn, `missing` what has not been run."""
-    lines = findings(results, rates)
-    write_table(
-        out / TABLE,
-        COLUMNS,
-        [_csv(line) for line in lines],
-    )
+def write(out: Path, plan: Plan, found: Outcome, command: str) -> Path:
+    """The report and its table."""
+    results, lines = found.results, findings(found.results, found.rates)
+    write_table(out / TABLE, COLUMNS, [_csv(line) for line in lines])
     parts = [
         "# Replication of *Approaching the Harm of Gradient Attacks While Only Flipping Labels*",
-        _first_page(lines, plan, missing),
-        _method(plan, results, rates, command),
+        _first_page(lines, plan, found.missing),
+        _method(plan, found, command),
         *(_claim(claim, lines) for claim in CLAIMS if any(line.claim is claim for line in lines)),
         *filter(None, [noise(results), selection(results), frequency(results), rounding(results)]),
-        _figures(figures, plan),
+        _figures(found.drawn, plan),
     ]
     text = "\n\n".join(parts) + "\n"
     write_whole(out / REPORT, lambda stream: stream.write(text.encode()))
@@ -119,14 +107,14 @@ def _extent(lines: Sequence[Line]) -> str:
     return "; ".join([text, *counts])
 
 
-def _method(plan: Plan, results: Sequence[Result], rates: Mapping[str, float], command: str) -> str:
-    hours = sum(result.seconds for result in _distinct(results))
+def _method(plan: Plan, found: Outcome, command: str) -> str:
+    results, rates = found.results, found.rates
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
     text = [
         "## How it was done",
         "",
         f"`{command}`: {len(_distinct(results))} sweeps, {sum(len(one.cells) for one in _distinct(results)):,} "
-        f"experiments, {hours / 60:.1f} minutes of computing on {os.cpu_count()} processors ({software}).",
+        f"experiments, {_took(found)} on {os.cpu_count()} processors ({software}).",
         "",
         f"Each experiment: {plan.epochs} epochs of logistic regression by SGD over 10 clients of equal shares, of "
         "which the malicious ones hold k; budgets of less than a flip carry on to the next round "
@@ -162,6 +150,14 @@ def _method(plan: Plan, results: Sequence[Result], rates: Mapping[str, float], c
             "CIFAR-10 is a copy as JPEG files, which lose a little: figures are near the true ones, not equal.",
         ]
     return "\n".join(text)
+
+
+def _took(found: Outcome) -> str:
+    """Minutes, in all and for each data set."""
+    each = {title: sum(calls) for title, calls in found.seconds.items() if calls}
+    calls = max(map(len, found.seconds.values()), default=0)
+    told = ", ".join(f"{title} {seconds / 60:.1f}" for title, seconds in each.items())
+    return f"{sum(each.values()) / 60:.1f} minutes in {calls} call{'s' * (calls != 1)} ({told})"
 
 
 def _rates(results: Sequence[Result], rates: Mapping[str, float]) -> list[str]:

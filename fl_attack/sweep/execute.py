@@ -36,9 +36,18 @@ def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress:
         return
     settings = scenarios[todo[0].cells[0]].settings
     threads = torch.get_num_threads()
+    # the longest first, so that no worker starts on one when the others are done
+    todo = sorted(todo, key=lambda unit: -len(unit.cells) * scenarios[unit.cells[0]].settings.rounds)
     jobs = [(threads, [scenarios[i].settings.model_dump_json() for i in unit.cells]) for unit in todo]
-    for i, numbers in federation.scatter(numbers_of_job, jobs, threads, settings.engine.ray_address, settings.verbose):
-        progress.add(len(todo[i].cells))
+    told = [0] * len(todo)
+
+    def tell(i: int, rounds: int) -> None:
+        progress.rounds(scenarios[todo[i].cells[0]].settings.rounds, rounds - told[i])
+        told[i] = rounds
+
+    scattered = federation.scatter(numbers_of_job, jobs, threads, settings.engine.ray_address, settings.verbose, tell)
+    for i, numbers in scattered:
+        tell(i, len(todo[i].cells) * scenarios[todo[i].cells[0]].settings.rounds)
         keep(todo[i], numbers)
 
 
@@ -82,8 +91,9 @@ def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] =
     return stacked([(outcome.table, outcome.flip_count, outcome.error or "") for outcome in outcomes])
 
 
-def numbers_of_job(job: tuple[int, list[str]]) -> Numbers:
+def numbers_of_job(job: tuple[int, list[str]], progress: Callable[[int], None]) -> Numbers:
     """The numbers of cells given as the threads to use, and settings in JSON: what a worker of a cluster does."""
     threads, settings = job
     torch.set_num_threads(threads)  # as where the job was made, so that sums come out the same
-    return batched_numbers(engine.make_scenarios([settings_from(json.loads(text)) for text in settings], verify=False))
+    scenarios = engine.make_scenarios([settings_from(json.loads(text)) for text in settings], verify=False)
+    return batched_numbers(scenarios, progress)

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from fl_attack import __version__, engine, plugins
+from fl_attack.config import AttackSettings
+from fl_attack.data import Partition
 from fl_attack.history import COLUMNS
 from fl_attack.scenario import Scenario
 
@@ -33,6 +35,34 @@ class Numbers(NamedTuple):
     table: NDArray[np.float64]  # (cells, evaluations, columns of `history.COLUMNS`); NaN after a cell broke off
     flips: NDArray[np.int64]  # (cells,)
     error: NDArray[np.str_]  # (cells,) empty where a cell ended well
+
+
+def plain(made: Scenario) -> Scenario:
+    """An experiment without the settings that change none of its numbers: unattacked ones of a seed become equal."""
+    settings = made.settings
+    acts = settings.attacked and (settings.attack.writes == "updates" or settings.attack.budget > 0)
+    if acts or settings.detectability:
+        return made
+    partition = made.partition
+    update: dict[str, object] = {"attack": AttackSettings(name="none")}
+    if settings.strategy.averages and settings.partition.malicious_share is None:  # else they shape rule or shards
+        update |= {"clients": settings.clients.model_copy(update={"honest": settings.clients.total, "malicious": 0})}
+        partition = Partition(partition.client, partition.malicious[:0])
+    return Scenario(settings.model_copy(update=update), made.dataset, partition, made.schedule)
+
+
+def distinct(scenarios: Sequence[Scenario]) -> tuple[list[Scenario], list[int]]:
+    """The experiments of which no two give the same numbers, and which of them each one is."""
+    places: dict[str, int] = {}
+    kept: list[Scenario] = []
+    place = []
+    for made in map(plain, scenarios):
+        key = made.settings.model_dump_json(exclude=NOT_NUMBERS)
+        if key not in places:
+            places[key] = len(kept)
+            kept.append(made)
+        place.append(places[key])
+    return kept, place
 
 
 def units(scenarios: Sequence[Scenario]) -> list[Unit]:
