@@ -250,6 +250,11 @@ class Settings(Strict):
         """Whether anybody may flip a label."""
         return self.attack.name != "none" and self.clients.malicious > 0
 
+    @property
+    def harmless(self) -> bool:
+        """Whether it is an unattacked twin: no label is flipped, no update is changed."""
+        return not self.attacked or (self.attack.writes == "labels" and self.attack.budget == 0)
+
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if self.strategy.name == "flower" and self.server_optimizer != "sgd":

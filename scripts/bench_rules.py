@@ -3,8 +3,13 @@
     .venv/bin/python scripts/bench_rules.py [--clients 10 50 100] [--features 785 7850] [--cells 256]
 
 Random updates in float32, f a fifth of the clients (or the most that the rule allows). Ours: milliseconds of all cells
-together over the number of cells, in the pieces in which the engine goes through them. ByzFL and Flower:
-the same call on a few of these cells, one after the other. All take turns in one run; medians.
+together over the number of cells, in the pieces in which the engine goes through them. ByzFL and Flower: the same call
+on a few of these cells, one after the other. ByzFL twice: on a list of torch tensors, which is what the server of its
+own training hands over, and on a numpy array. All take turns in one run; medians.
+
+Where the usual settings differ, those are measured under which both give the same: centered clipping makes one step
+from zero with radius 10; ByzFL's geometric median, which has no tolerance, makes as many steps as bring it as near as
+ours is (`steps`). What the two make of a cell is compared.
 """
 
 import argparse
@@ -13,6 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,25 +40,40 @@ BYZFL = {
     "bucketing": "Bucketing",
     "clipping": "Clipping",
 }
+TAKES_F = ("trimmed_mean", "krum", "multi_krum", "meamed", "nnm")
+OURS: dict[str, dict[str, Any]] = {
+    "centered_clipping": {"start": "zero", "iterations": 1, "tau": 10.0},
+    "clipping": {"c": 2.0},
+}
+THEIRS: dict[str, dict[str, Any]] = {
+    "bucketing": {"s": 2},
+    "centered_clipping": {"L": 1, "tau": 10.0},
+    "clipping": {"c": 2.0},
+}
+OTHERWISE = ("krum", "multi_krum", "bucketing")  # other neighbours, other lots: near, not the same
+MOST_STEPS = 200
+NEAR = 1e-4  # of the length of ours
 
 
 def ours(name: str, f: int, m: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A rule, or a pre-aggregator before the mean, of updates (cells, m, 1, d)."""
-    made = aggregate.make(name, f=f, m=m) if name in RULES else aggregate.make("mean", f=f, m=m, pre=[name])
+    args = OURS.get(name, {})
+    if name in RULES:
+        made = aggregate.make(name, f=f, m=m, args=args)
+    else:
+        made = aggregate.make("mean", f=f, m=m, pre=[{name: args}])
     weights, lots = torch.ones(m), torch.randperm(m, generator=torch.Generator().manual_seed(0))
     return lambda updates: made(updates, weights, lots)
 
 
-def byzfl(name: str, f: int) -> Callable[[np.ndarray], object] | None:
-    """ByzFL's rule of the same name, of one cell (m, d)."""
+def byzfl(name: str, f: int, **more: Any) -> Callable[[Any], Any] | None:
+    """ByzFL's rule of the same name, of one cell: an array (m, d) or a list of tensors (d,)."""
     if name not in BYZFL or importlib.util.find_spec("byzfl") is None:
         return None
     import byzfl as library
 
-    kind = getattr(library, BYZFL[name])
-    if name in ("trimmed_mean", "krum", "multi_krum", "meamed", "nnm"):
-        return kind(f)
-    return kind(s=2) if name == "bucketing" else kind()
+    kind, args = getattr(library, BYZFL[name]), THEIRS.get(name, {}) | ({"f": f} if name in TAKES_F else {}) | more
+    return lambda cell: kind(**args)(cell)  # a new one each time: some remember their last answer
 
 
 def flower(name: str, f: int, m: int) -> Callable[[np.ndarray], object] | None:
@@ -72,6 +93,29 @@ def flower(name: str, f: int, m: int) -> Callable[[np.ndarray], object] | None:
     return found.get(name)
 
 
+def distance(name: str, theirs: Any, mine: torch.Tensor) -> float:
+    """How far ByzFL's answer is from ours, over the length of ours; a pre-aggregator's is averaged as ours is."""
+    found = torch.as_tensor(np.asarray(theirs), dtype=torch.float64)
+    found = found.mean(0) if name not in RULES else found
+    return float((found - mine.double()).norm() / mine.double().norm())
+
+
+def same(name: str, f: int, cell: list[torch.Tensor], mine: torch.Tensor) -> tuple[Callable[[Any], Any] | None, str]:
+    """ByzFL's rule with the settings under which it gives the same, and what is to be said of these."""
+    found = byzfl(name, f)
+    if found is None or name in OTHERWISE:
+        return found, ""
+    if name != "geometric_median":
+        away = distance(name, found(cell), mine)
+        return found, "" if away < NEAR else f"differs by {away:.1e}"
+    for steps in range(1, MOST_STEPS + 1):
+        found = byzfl(name, f, T=steps, nu=1e-6)
+        assert found is not None
+        if distance(name, found(cell), mine) < NEAR:
+            return found, f"{steps} steps"
+    return found, f"not the same in {MOST_STEPS} steps"
+
+
 def seconds(call: Callable[[], object], repeats: int) -> float:
     """The median of some calls, the first of which warms up."""
     ticks = []
@@ -89,19 +133,21 @@ def rows(given: argparse.Namespace) -> Iterator[str]:
             chunk = max(1, min(given.cells, BYTES_AT_ONCE // (4 * m * d)))
             # as the engine keeps them: client after client
             updates = torch.randn(m, chunk, 1, d, generator=torch.Generator().manual_seed(0)).movedim(0, 1)
-            few = [np.ascontiguousarray(cell[:, 0].numpy()) for cell in updates[: given.few]]
+            arrays = [np.ascontiguousarray(cell[:, 0].numpy()) for cell in updates[: given.few]]
+            lists = [list(torch.from_numpy(cell)) for cell in arrays]
             for name in given.rules:
                 f = max(0, min(m // 5, RULES[name].most(m))) if name in RULES else m // 5
                 rule = ours(name, f, m)
                 mine = seconds(lambda: rule(updates), given.repeats) / chunk  # noqa: B023
+                theirs, said = same(name, f, lists[0], rule(updates)[0, 0])
                 cells = [f"{name:>18} {m:7} {d:8} {f:3} {1e3 * mine:10.3f}"]
-                for other in (byzfl(name, f), flower(name, f, m)):
+                for other, given_to in ((theirs, lists), (theirs, arrays), (flower(name, f, m), arrays)):
                     if other is None:
                         cells.append(f"{'-':>10} {'-':>7}")
                         continue
-                    theirs = seconds(lambda: [other(cell.copy()) for cell in few], given.repeats) / len(few)  # noqa: B023
-                    cells.append(f"{1e3 * theirs:10.3f} {theirs / mine:6.1f}x")
-                yield " ".join(cells)
+                    took = seconds(lambda: [other(cell) for cell in given_to], given.repeats) / len(given_to)  # noqa: B023
+                    cells.append(f"{1e3 * took:10.3f} {took / mine:6.1f}x")
+                yield " ".join([*cells, said]).rstrip()
 
 
 def main() -> None:
@@ -119,7 +165,8 @@ def main() -> None:
     if importlib.util.find_spec("byzfl") is None:
         print("ByzFL: skipped, not installed (pip install byzfl)")
     print(f"{given.cells} cells, {given.threads} threads, float32; ms a cell, and how many times ours is as fast")
-    print(f"{'rule':>18} {'clients':>7} {'features':>8} {'f':>3} {'ours':>10} {'ByzFL':>10} {'':>7} {'Flower':>10}")
+    heads = (f"{'ByzFL':>10} {'torch':>7}", f"{'ByzFL':>10} {'numpy':>7}", f"{'Flower':>10} {'':>7}")
+    print(f"{'rule':>18} {'clients':>7} {'features':>8} {'f':>3} {'ours':>10}", *heads)
     for row in rows(given):
         print(row, flush=True)
 

@@ -134,7 +134,7 @@ def test_inputs_stay_as_they_are_and_so_does_the_precision(name: str, dtype: tor
     torch.testing.assert_close(rule(name)(strided), rule(name)(u))
 
 
-def slow(name: str, u: np.ndarray, f: int) -> np.ndarray:
+def slow(name: str, u: np.ndarray, f: int, start: str = "median") -> np.ndarray:
     """Each rule as its paper says it, of u (m, n)."""
     m = len(u)
     distance = ((u[:, None] - u[None]) ** 2).sum(-1)
@@ -169,7 +169,7 @@ def slow(name: str, u: np.ndarray, f: int) -> np.ndarray:
         norms = np.linalg.norm(u, axis=1)
         return (u * np.minimum(1, np.median(norms) / norms)[:, None]).mean(0)
     if name == "centered_clipping":
-        at = np.median(u, 0)
+        at = np.median(u, 0) if start == "median" else np.zeros(u.shape[1])
         for _ in range(3):
             away = u - at
             norms = np.linalg.norm(away, axis=1)
@@ -185,6 +185,23 @@ def test_each_rule_is_what_its_paper_says(name: str, f: int) -> None:
     result = rule(name, f=f)(u).flatten(1).numpy()
     for cell, found in zip(u.flatten(2).numpy(), result, strict=True):
         np.testing.assert_allclose(found, slow(name, cell, f), atol=1e-9)
+
+
+def test_centered_clipping_can_start_from_zero() -> None:
+    u = updates_of(4, cells=6) + 0.3
+    result = rule("centered_clipping", args={"start": "zero"})(u).flatten(1).numpy()
+    for cell, found in zip(u.flatten(2).numpy(), result, strict=True):
+        np.testing.assert_allclose(found, slow("centered_clipping", cell, 0, "zero"), atol=1e-9)
+    with pytest.raises(InputError, match="start=one is not known; use median or zero"):
+        rule("centered_clipping", args={"start": "one"})
+
+
+@pytest.mark.parametrize("at", [0.0, 1e3])
+def test_centered_clipping_keeps_its_digits_in_single_precision(at: float) -> None:
+    u = torch.randn(3, 9, 1, 50, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    u[:, 0] += 100.0
+    exact, single = (rule("centered_clipping", f=1, m=9)(v) for v in (u, (u + at).float()))
+    torch.testing.assert_close(single.double() - at, exact, rtol=0, atol=2e-4 if at else 1e-5)
 
 
 def test_no_step_from_the_geometric_median_shortens_the_way_to_all_updates() -> None:
@@ -326,6 +343,16 @@ def test_krum_with_one_more_neighbour_is_byzfls() -> None:
         np.testing.assert_allclose(ours, theirs(u[0].flatten(1).numpy()))
         differing += not np.allclose(rule("krum", f=2)(u)[0].flatten().numpy(), ours)
     assert differing  # so that the table in the README is no idle talk
+
+
+@pytest.mark.parametrize(("tau", "iterations"), [(0.5, 1), (2.0, 4), (1000.0, 2)])
+def test_centered_clipping_from_zero_is_byzfls(tau: float, iterations: int) -> None:
+    byzfl = pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
+    u = updates_of(1, cells=1) + 1
+    expected = byzfl.CenteredClipping(L=iterations, tau=tau)(u[0].flatten(1).numpy())
+    args = {"start": "zero", "tau": tau, "iterations": iterations}
+    found = rule("centered_clipping", args=args)(u)[0].flatten().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", aggregate.byzfl.RULES)

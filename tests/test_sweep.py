@@ -173,6 +173,15 @@ def test_an_unattacked_cell_is_its_run_alone(
     made = ["clients.malicious=1,2", "attack.budget=0,0.5", "attack.goal=untargeted,targeted"]
     code, told = command("-m", *data, *made, f"out={tmp_path}/sweep")
     assert code == 0 and "sweep: 100 % of 8 cells" in told
+    table = rows(tmp_path / "sweep")
+    for row in table:
+        (twin,) = {
+            float(one["final_accuracy"])
+            for one in table
+            if one["attack.budget"] == "0" and one["clients.malicious"] == row["clients.malicious"]
+        }
+        lost = twin - float(row["final_accuracy"])
+        assert row["drop"] == "" if row["attack.budget"] == "0" else float(row["drop"]) == pytest.approx(lost)
     monkeypatch.setattr(sys.modules["fl_attack.sweep.units"], "plain", lambda scenario: scenario)
     assert command("-m", *data, *made, f"out={tmp_path}/each")[0] == 0
     for one, other in zip(rows(tmp_path / "sweep"), rows(tmp_path / "each"), strict=True):

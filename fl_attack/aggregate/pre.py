@@ -38,16 +38,19 @@ def bucketing(updates: Tensor, weights: Tensor, f: int, lots: Tensor, *, s: int 
 
     Karimireddy et al., https://arxiv.org/abs/2006.09365.
     """
-    buckets = lots.split(s)
-    rows = updates.movedim(-3, 0)
-    means = updates.new_empty(len(buckets), *rows.shape[1:])
+    order, rows = lots.tolist(), updates.movedim(-3, 0).unbind()
+    buckets = [order[start : start + s] for start in range(0, len(order), s)]
+    means = updates.new_empty(len(buckets), *rows[0].shape)
     for mean, bucket in zip(means, buckets, strict=True):
-        first, *others = bucket.tolist()
-        mean.copy_(rows[first])
-        for other in others:
+        if len(bucket) == 1:
+            mean.copy_(rows[bucket[0]])
+        else:  # each number is read once: with many clients that is what it costs
+            torch.add(rows[bucket[0]], rows[bucket[1]], out=mean)
+        for other in bucket[2:]:
             mean += rows[other]
-        mean /= len(bucket)
-    return means.movedim(0, -3), torch.stack([weights[bucket].sum() for bucket in buckets])
+    sizes = torch.tensor([len(bucket) for bucket in buckets]).to(updates)
+    means /= sizes.view(-1, *[1] * (means.ndim - 1))
+    return means.movedim(0, -3), torch.stack([part.sum() for part in weights[lots].split(s)])
 
 
 def clipping(

@@ -7,6 +7,7 @@ client of the lower index.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from fl_attack.aggregate.geometry import (
     FAR,
     careful_products,
     combined,
-    gram_of,
     products,
     squared_distances,
     weighted,
@@ -142,46 +142,38 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
 
 
 def centered_clipping(
-    updates: Tensor, weights: Tensor, f: int, *, tau: float | None = None, iterations: int = 3
+    updates: Tensor,
+    weights: Tensor,
+    f: int,
+    *,
+    tau: float | None = None,
+    iterations: int = 3,
+    start: Literal["median", "zero"] = "median",
 ) -> Tensor:
-    """Steps from the median by the mean of the differences to it, each clipped to the radius tau.
+    """Steps from the coordinate-wise median, or zero, by the mean of the differences to it, each clipped to tau.
 
     By default tau is the median distance of the updates from where a step starts. Karimireddy et al. start from the
     aggregate of the round before (https://arxiv.org/abs/2012.10333); here nothing is kept between rounds.
     """
     if (tau is not None and not tau > 0) or iterations < 1:
         raise ValueError(f"tau={tau} must be above 0 and iterations={iterations} at least 1")
-    at = median(updates, weights, f)
-    away = updates - at.unsqueeze(-3)
-    gram, finite = gram_of(away)
-    ill = ~finite.all(-1)
-    # every step stays in the span of the differences, so that all norms follow from their products
-    gram, m = gram.double(), gram.shape[-1]
-    square, moved = gram.diagonal(dim1=-2, dim2=-1), gram.new_zeros(gram.shape[:-1])
-    for _ in range(iterations):
-        product = (gram @ moved.unsqueeze(-1)).squeeze(-1)
-        norm = (square - 2 * product + (moved * product).sum(-1, keepdim=True)).clamp(min=0).sqrt()
+    if start not in ("median", "zero"):
+        raise ValueError(f"start={start} is not known; use median or zero")
+    at = median(updates, weights, f) if start == "median" else None
+    away = updates if at is None else updates - at.unsqueeze(-3)
+    whole = away.flatten(-2)
+    first = torch.linalg.vector_norm(whole, dim=-1).double()
+    first = first.where(first.isfinite(), torch.inf)
+    norm, moved = first, torch.zeros_like(away[..., 0, :, :])
+    for step in range(iterations):
+        if step:  # |a - u|^2 = |a|^2 - 2 a u + |u|^2, without making a - u
+            along = (whole @ moved.flatten(-2).unsqueeze(-1)).squeeze(-1)
+            square = first**2 - 2 * along + moved.double().square().sum((-2, -1)).unsqueeze(-1)
+            norm = square.clamp(min=0).sqrt().where(first.isfinite(), torch.inf)
         radius = _median_of_row(norm) if tau is None else norm.new_tensor(tau)
-        share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0) / m
-        moved = moved * (1 - share.sum(-1, keepdim=True)) + share
-    found = at + combined(away, moved)
-    if bool(ill.any()):
-        finite = finite_rows(updates[ill])
-        known = away[ill].where(finite[..., None, None], 0.0)
-        found[ill] = _clipped_steps(at[ill], known, finite, tau, iterations)
-    return found
-
-
-def _clipped_steps(at: Tensor, away: Tensor, finite: Tensor, tau: float | None, iterations: int) -> Tensor:
-    """As above, step by step, with updates that are not finite, which are zero in `away`."""
-    start, known = at, away
-    for _ in range(iterations):
-        away = (known - (at - start).unsqueeze(-3)).where(finite[..., None, None], 0.0)
-        norm = away.flatten(-2).norm(dim=-1)
-        radius = _median_of_row(norm.where(finite, torch.inf)) if tau is None else norm.new_tensor(tau)
-        share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0) * finite / norm.shape[-1]
-        at = at + combined(away, share)
-    return at
+        share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0).to(moved) / norm.shape[-1]
+        moved = combined(away, share) + moved * (1 - share.sum(-1))[..., None, None]
+    return moved if at is None else at + moved
 
 
 def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None = None) -> Tensor:

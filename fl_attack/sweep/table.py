@@ -61,7 +61,7 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
     honest = {
         _twin(made.settings): one
         for made, one in zip(scenarios, numbers, strict=True)
-        if not made.settings.attacked and not one.error
+        if made.settings.harmless and not one.error
     }
     for i, (cell, made, one) in enumerate(zip(cells, scenarios, numbers, strict=True)):
         mine = {key: value for key, value in cell.overrides.items() if key in swept}
@@ -93,7 +93,7 @@ def row_of(made: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dic
         "final_f1": values["test_f1"][best],
         "final_loss": values["test_loss"][best],
         **_detected(values, len(rounds) if made.settings.detectability else 0),
-        "drop": "" if twin is None or not made.settings.attacked else final_accuracy(twin) - accuracy[best],
+        "drop": "" if twin is None or made.settings.harmless else final_accuracy(twin) - accuracy[best],
         "rounds_to_recover": "" if twin is None else _recovered(made, numbers, twin),
         "flips": int(numbers.flips),
         "rounds": int(rounds[-1]),
@@ -120,7 +120,7 @@ def _recovered(made: Scenario, numbers: Numbers, twin: Numbers) -> float | str:
         table[:, COLUMNS.index(name)]
         for table, name in ((numbers.table, "round"), (numbers.table, "test_accuracy"), (twin.table, "test_accuracy"))
     )
-    if not made.settings.attacked or len(accuracy) != len(honest):
+    if made.settings.harmless or len(accuracy) != len(honest):
         return ""
     found = rounds_to_recover(rounds, accuracy, honest, made.settings.attack.stop)
     return "" if math.isnan(found) else found

@@ -40,8 +40,7 @@ class Numbers(NamedTuple):
 def plain(made: Scenario) -> Scenario:
     """An experiment without the settings that change none of its numbers: unattacked ones of a seed become equal."""
     settings = made.settings
-    acts = settings.attacked and (settings.attack.writes == "updates" or settings.attack.budget > 0)
-    if acts or settings.detectability:
+    if not settings.harmless or settings.detectability:
         return made
     partition = made.partition
     update: dict[str, object] = {"attack": AttackSettings(name="none")}
