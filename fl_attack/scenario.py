@@ -185,9 +185,12 @@ def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_:
     like, thetas = scenarios[0], [made.start() for made in scenarios]
     schedule, optimizer = like.schedule, like.settings.server_optimizer
     states = [protocol.initial_state(theta) for theta in thetas]
+    last: NDArray[np.int64] = np.empty(0, np.int64)
     for round_ in range(1, like.settings.rounds + 1):
         if like.settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
-            batch = like.batch(*schedule.samples_once(round_))
+            samples, counts = schedule.samples_once(round_)
+            if not np.array_equal(samples, last):  # full batches are all the same
+                last, batch = samples, like.batch(samples, counts)
             aggregates = [_gradient(theta, *batch) for theta in thetas]
         else:
             aggregates = [_moved(made, theta, round_) for made, theta in zip(scenarios, thetas, strict=True)]

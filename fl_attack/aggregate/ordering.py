@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NETWORK_MOST = 32  # clients that a network sorts faster than numpy does
+NETWORK_MOST = 48  # clients that a network sorts faster than numpy does
 AT_ONCE = 2**15  # coordinates of a network, whose rows stay in the processor's cache
 SORTED_AT_ONCE = 2**18  # numbers that numpy sorts
 Rows = list[Tensor] | Tensor  # (places, n) values in order, n coordinates

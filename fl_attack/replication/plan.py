@@ -117,12 +117,9 @@ def _whole(source: Source) -> Iterator[Run]:
         yield Run("honest", source)
         for preset in (*BINARY, "smallest", "selection", "frequency", "rounding"):
             yield Run(preset, source)
-        few, whole = (), ("attack.budget=0,0.001,0.05,0.25,0.5",)
         for preset in ("fig12", "fig14"):
-            some = ("attack.budget=0,0.25",)
-            yield Run(preset, source, LARGE, some, batch=512)
-            yield Run(preset, source, EPOCH, (*some, "attack.refresh=epoch"))
-            yield Run(preset, source, FULL, (*some, "lr=0.01,0.1,1"), batch="full")
+            yield Run(preset, source, LARGE, ("attack.budget=0,0.25",), batch=512)
+        few, whole = (), ("attack.budget=0,0.001,0.05,0.25,0.5",)
     else:  # an experiment costs ten times as much
         yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",))
         yield Run("fig9", source, overrides=("clients.malicious=10",))
@@ -130,7 +127,7 @@ def _whole(source: Source) -> Iterator[Run]:
         few = whole = ("clients.malicious=10", "attack.budget=0,0.05")
     yield Run("protocols", source, LARGE, few, batch=512)
     yield Run("protocols", source, STEP, few)
-    yield Run("protocols", source, EPOCH, (*few, "attack.refresh=epoch"))
+    yield Run("protocols", source, EPOCH, (*whole, "attack.refresh=epoch"))
     yield Run("protocols", source, FULL, (*whole, "lr=0.1,1"), batch="full")
 
 
