@@ -48,6 +48,7 @@ class Run:
     protocol: str = STEP
     overrides: tuple[str, ...] = ()
     batch: int | str = 128
+    at_best: bool = False  # at the learning rate chosen, though the preset sweeps several
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,28 @@ FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets th
 
 def _whole(source: Source) -> Iterator[Run]:
     few: tuple[str, ...]
-    whole: tuple[str, ...]
     if source.binary:
         yield Run("honest", source)
         for preset in (*BINARY, "smallest", "selection", "frequency", "rounding"):
             yield Run(preset, source)
         for preset in ("fig12", "fig14"):
             yield Run(preset, source, LARGE, ("attack.budget=0,0.25",), batch=512)
-        few, whole = (), ("attack.budget=0,0.001,0.05,0.25,0.5",)
-    else:  # an experiment costs ten times as much
+        yield Run("protocols", source, LARGE, batch=512)
+        yield Run("protocols", source, STEP)
+        few = ("attack.budget=0,0.001,0.05,0.25,0.5",)
+    else:  # an experiment costs ten times as much, and on CIFAR-10 thirty times
         yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",))
+        if source.name == "cifar10":
+            yield Run("fig9", source, overrides=("clients.malicious=10", "attack.budget=0,0.05,0.25"))
+            yield Run("fig14", source, overrides=("attack.budget=0,0.25",), at_best=True)
+            return
         yield Run("fig9", source, overrides=("clients.malicious=10",))
         yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.25"))
-        few = whole = ("clients.malicious=10", "attack.budget=0,0.05")
-    yield Run("protocols", source, LARGE, few, batch=512)
-    yield Run("protocols", source, STEP, few)
-    yield Run("protocols", source, EPOCH, (*whole, "attack.refresh=epoch"))
-    yield Run("protocols", source, FULL, (*whole, "lr=0.1,1"), batch="full")
+        few = ("clients.malicious=10", "attack.budget=0,0.05")
+        yield Run("protocols", source, LARGE, few, batch=512)
+        yield Run("protocols", source, STEP, few)
+    yield Run("protocols", source, EPOCH, (*few, "attack.refresh=epoch"))
+    yield Run("protocols", source, FULL, (*few, "lr=0.1,1"), batch="full")
 
 
 def _quick(source: Source) -> Iterator[Run]:
@@ -157,7 +163,7 @@ def cells(run: Run, epochs: int, lr: float | None) -> list[sweep.Cell]:
     swept = run.preset in ("honest", "fig12", "fig14", "smallest") or (
         run.preset == "protocols" and run.protocol in (STEP, FULL)
     )
-    rates = [] if lr is None or swept else [f"lr={lr:g}"]
+    rates = [] if lr is None or (swept and not run.at_best) else [f"lr={lr:g}"]
     return grid(f"experiment={run.preset}", *run.source.overrides, *length, *rates, *run.overrides, "out=unused")
 
 
