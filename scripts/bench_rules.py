@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from fl_attack import aggregate
-from fl_attack.aggregate import RULES
+from fl_attack.aggregate import PRE, RULES
 from fl_attack.engine.sent import BYTES_AT_ONCE
 
 BYZFL = {
@@ -56,13 +56,12 @@ NEAR = 1e-4  # of the length of ours
 
 
 def ours(name: str, f: int, m: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A rule, or a pre-aggregator before the mean, of updates (cells, m, 1, d)."""
+    """A rule, (cells, 1, d) of updates (cells, m, 1, d), or a pre-aggregator, (cells, fewer, 1, d)."""
     args = OURS.get(name, {})
-    if name in RULES:
-        made = aggregate.make(name, f=f, m=m, args=args)
-    else:
-        made = aggregate.make("mean", f=f, m=m, pre=[{name: args}])
     weights, lots = torch.ones(m), torch.randperm(m, generator=torch.Generator().manual_seed(0))
+    if name in PRE:
+        return lambda updates: PRE[name].apply(updates, weights, f, lots, **args)[0]
+    made = aggregate.make(name, f=f, m=m, args=args)
     return lambda updates: made(updates, weights, lots)
 
 
@@ -93,11 +92,10 @@ def flower(name: str, f: int, m: int) -> Callable[[np.ndarray], object] | None:
     return found.get(name)
 
 
-def distance(name: str, theirs: Any, mine: torch.Tensor) -> float:
-    """How far ByzFL's answer is from ours, over the length of ours; a pre-aggregator's is averaged as ours is."""
-    found = torch.as_tensor(np.asarray(theirs), dtype=torch.float64)
-    found = found.mean(0) if name not in RULES else found
-    return float((found - mine.double()).norm() / mine.double().norm())
+def distance(theirs: Any, mine: torch.Tensor) -> float:
+    """How far ByzFL's answer is from ours, over the length of ours."""
+    found, mine = torch.as_tensor(np.asarray(theirs), dtype=torch.float64), mine.double()
+    return float((found.view_as(mine) - mine).norm() / mine.norm())
 
 
 def same(name: str, f: int, cell: list[torch.Tensor], mine: torch.Tensor) -> tuple[Callable[[Any], Any] | None, str]:
@@ -106,12 +104,12 @@ def same(name: str, f: int, cell: list[torch.Tensor], mine: torch.Tensor) -> tup
     if found is None or name in OTHERWISE:
         return found, ""
     if name != "geometric_median":
-        away = distance(name, found(cell), mine)
+        away = distance(found(cell), mine)
         return found, "" if away < NEAR else f"differs by {away:.1e}"
     for steps in range(1, MOST_STEPS + 1):
         found = byzfl(name, f, T=steps, nu=1e-6)
         assert found is not None
-        if distance(name, found(cell), mine) < NEAR:
+        if distance(found(cell), mine) < NEAR:
             return found, f"{steps} steps"
     return found, f"not the same in {MOST_STEPS} steps"
 
@@ -139,7 +137,7 @@ def rows(given: argparse.Namespace) -> Iterator[str]:
                 f = max(0, min(m // 5, RULES[name].most(m))) if name in RULES else m // 5
                 rule = ours(name, f, m)
                 mine = seconds(lambda: rule(updates), given.repeats) / chunk  # noqa: B023
-                theirs, said = same(name, f, lists[0], rule(updates)[0, 0])
+                theirs, said = same(name, f, lists[0], rule(updates)[0])
                 cells = [f"{name:>18} {m:7} {d:8} {f:3} {1e3 * mine:10.3f}"]
                 for other, given_to in ((theirs, lists), (theirs, arrays), (flower(name, f, m), arrays)):
                     if other is None:
@@ -159,7 +157,7 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=4, help="cells that the others are called on")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rules", nargs="+", default=[*RULES, "nnm", "bucketing", "clipping"])
+    parser.add_argument("--rules", nargs="+", default=[*RULES, *PRE])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if importlib.util.find_spec("byzfl") is None:
