@@ -385,6 +385,13 @@ def test_distances_keep_their_digits_in_single_precision(scale: float, shift: fl
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
 
 
+@pytest.mark.parametrize("m", [31, 32, 33, 70])
+def test_distances_of_many_clients_are_all_there(m: int) -> None:
+    u = torch.randn(2, m, 2, 20, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    found = squared_distances(u).diagonal_scatter(torch.zeros(2, m, dtype=torch.float64), dim1=-2, dim2=-1)
+    torch.testing.assert_close(found, torch.cdist(u.flatten(-2), u.flatten(-2)) ** 2, rtol=1e-9, atol=1e-9)
+
+
 def test_the_geometric_median_is_iterated_to_its_tolerance() -> None:
     updates = torch.randn(4, 9, 2, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     at = aggregate.make("geometric_median", f=2, m=9, args={"tolerance": 1e-10})(

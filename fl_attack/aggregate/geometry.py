@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fl_attack.aggregate.ordering import ascending, finite_rows, middle
 
+BLOCK = 32  # clients; of smaller blocks fewer products are made twice, but each takes longer
 CLOSE = 0.01  # squared distances below this share of the squared norms have lost digits
 SMALLEST = 1e-30  # a smaller squared norm may have lost all
 LONGEST, FAR = 1e140, 1e300  # a longer update counts as not finite; the largest squared distance in a sum
@@ -56,7 +57,12 @@ def products(updates: Tensor) -> tuple[Tensor, Tensor]:
 def gram_of(updates: Tensor) -> tuple[Tensor, Tensor]:
     """Of each two updates, (..., m, m), and whose norm is finite (..., m)."""
     whole = updates.flatten(-2)
-    gram = whole @ whole.mT
+    m = whole.shape[-2]
+    gram = whole.new_zeros(*whole.shape[:-1], m)
+    for start in range(0, m, BLOCK):  # what is left of the diagonal, and the diagonal
+        stop = min(start + BLOCK, m)
+        gram[..., start:stop, :stop] = whole[..., start:stop, :] @ whole[..., :stop, :].mT
+    gram = gram.tril() + gram.tril(-1).mT
     return gram, gram.diagonal(dim1=-2, dim2=-1).isfinite()
 
 
