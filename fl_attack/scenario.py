@@ -129,7 +129,11 @@ class Scenario:
 
 def make(settings: Settings, verify: bool = True) -> Scenario:
     """The scenario of settings. InputError where the data can't be had or can't be split as asked."""
-    dataset = data.load(**settings.dataset.model_dump(), verify=verify)
+    return of(settings, data.load(**settings.dataset.model_dump(), verify=verify))
+
+
+def of(settings: Settings, dataset: data.Dataset) -> Scenario:
+    """The scenario of settings whose dataset is loaded. InputError where it can't be split as asked."""
     settings = _spelled_out(settings, dataset.scale)
     partition = data.partition(
         dataset.y_train,

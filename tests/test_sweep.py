@@ -2,18 +2,20 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
-from fl_attack import engine, experiment, federation, sweep
+from fl_attack import data, engine, experiment, federation, sweep
 from fl_attack.config import compose
 from fl_attack.launcher import grid
 from fl_attack.sweep import execute
@@ -134,6 +136,32 @@ def test_a_changed_parameter_is_never_answered_with_an_old_result(small_data: Sm
     ]
     assert keys[0] != keys[1]
     assert keys[0] == keys[2]  # where it is written to changes no number
+
+
+def test_the_same_data_in_another_place_are_the_same_work(small_data: Small, tmp_path: Path) -> None:
+    base = [*small_data(3), "engine=batched", "rounds=12", "batch_size=30", "out=a"]
+    moved = shutil.copy(next(tmp_path.glob("*.npz")), tmp_path / "moved.npz")
+    other = [*small_data(3, seed=1), *base[2:]]
+    keys = [
+        units(engine.make_scenarios([compose(*overrides)]))[0].key
+        for overrides in (base, [*base, f"dataset.path={moved}"], other)
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_cells_of_a_grid_load_their_dataset_once(small_data: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = grid(*small_data(3), "engine=batched", "batch_size=30", "out=a", "seed=range(3)", "clients.malicious=1,2")
+    loaded: list[str] = []
+    original = data.load
+
+    def counting(loader: str, **more: Any) -> data.Dataset:
+        loaded.append(loader)
+        return original(loader, **more)
+
+    monkeypatch.setattr(data, "load", counting)
+    scenarios = engine.make_scenarios([cell.settings for cell in made])
+    assert len(scenarios) == 6
+    assert loaded == ["npz"]
 
 
 @pytest.mark.parametrize(

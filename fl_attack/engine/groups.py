@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fl_attack import scenario
+from fl_attack import data, scenario
 from fl_attack.config import Settings
 from fl_attack.errors import InputError
 from fl_attack.scenario import Scenario
@@ -52,14 +52,18 @@ def group(scenarios: Sequence[Scenario]) -> list[list[int]]:
 
 
 def make_scenarios(many: Iterable[Settings], verify: bool = True) -> list[Scenario]:
-    """`scenario.make` of each; data, partition and schedule are made once for all that have them in common."""
+    """`scenario.make` of each; data, partition and schedule are there once for all that have them in common."""
     made: dict[str, Scenario] = {}
+    loaded: dict[str, data.Dataset] = {}  # once: to see that a folder of images has not changed is a matter of seconds
     kept = {"dataset", "partition", "clients", "seed", "batch_size", "local_steps", "early_stop"}
     scenarios = []
     for settings in many:
         key = settings.model_dump_json(include=kept)
         if key not in made:
-            made[key] = scenario.make(settings, verify)
+            wanted = settings.dataset.model_dump_json()
+            if wanted not in loaded:
+                loaded[wanted] = data.load(**settings.dataset.model_dump(), verify=verify)
+            made[key] = scenario.of(settings, loaded[wanted])
         like = made[key]
         scenarios.append(Scenario(settings, like.dataset, like.partition, like.schedule))
     return scenarios

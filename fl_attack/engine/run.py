@@ -1,4 +1,4 @@
-"""Many experiments at once: chunks of cells that fit in memory, in tiles that fit in the processor's cache."""
+"""Many experiments at once: chunks of cells that fit in memory, in blocks that fit in the processor's cache."""
 
 import itertools
 import time
@@ -15,6 +15,7 @@ from fl_attack import scenario
 from fl_attack.engine import groups
 from fl_attack.engine.attackers import Kind, kind_of
 from fl_attack.engine.batches import Batch, Batches
+from fl_attack.engine.block import Block
 from fl_attack.engine.kernels import Room
 from fl_attack.engine.log import Log
 from fl_attack.engine.measure import Samples
@@ -26,7 +27,7 @@ from fl_attack.history import COLUMNS
 from fl_attack.scenario import Scenario
 
 Progress = Callable[[int], None]
-CACHE = 2**23  # bytes of parameters in a tile
+CACHE = 2**23  # bytes of parameters in a block
 TARGETS_KEPT = 64  # rows of targets of which the logits of all samples are worked out once
 WORTH_THREADS = 2e7  # multiplications of a product
 FEWEST = 128  # cells a tile, where there are as many, before another set of attackers gets its own
@@ -143,10 +144,12 @@ class _Work:
         cells = [self.cells[i] for i in chunk]
         C, d = cells[0].theta_shape[0], self.batches.d
         theta = torch.zeros(len(cells) * C, d, dtype=self.batches.dtype, device=self.device)
+        cuts = self._cuts(cells)
         tiles = [
-            (start, Tile(cells[start:end], self.batches, theta[start * C : end * C], self._target_of(chunk[start:end])))
-            for start, end in self._cuts(cells)
+            Tile(cells[start:end], self.batches, theta[start * C : end * C], self._target_of(chunk[start:end]))
+            for start, end in cuts
         ]
+        blocks = self._blocks(tiles, theta)
         log = Log(len(cells), len(self.batches.y), self.keep_flips, self.full_rows)
         stopping = None if self.validation is None else Stopping(cells, self.validation, theta)
         ended = self._measure(0, theta, log, stopping)
@@ -156,12 +159,12 @@ class _Work:
             told = round_ in evaluated
             measured = self.full_rows and told
             watched = self.keep_flips or measured or (self.full_rows and round_ + 1 in evaluated)
-            for start, tile in tiles:
-                report = tile.step(shared, room, watched, measured)
+            reports = itertools.chain.from_iterable(block.step(shared, room, watched, measured) for block in blocks)
+            for (start, _), report in zip(cuts, reports, strict=True):
                 if report is not None:
                     log.watch(round_, start, shared.batch, report)
             if told:
-                ended = self._measure(round_, theta, log, stopping, [tile for _, tile in tiles])
+                ended = self._measure(round_, theta, log, stopping, tiles)
             progress(len(cells) * (self.settings.rounds - round_ + 1 if ended else 1))
             if ended:
                 break
@@ -182,13 +185,13 @@ class _Work:
         self,
         cells: list[Scenario],
         theta: Tensor,
-        tiles: list[tuple[int, Tile]],
+        tiles: Sequence[Tile],
         log: Log,
         stopping: Stopping | None,
         seconds: float,
     ) -> list[Outcome]:
         finite = theta.view(len(cells), -1).isfinite().all(1).cpu().numpy()
-        flips = np.concatenate([tile.attackers.flips for _, tile in tiles])
+        flips = np.concatenate([tile.attackers.flips for tile in tiles])
         last = np.full(len(cells), self.settings.rounds)
         if stopping:
             finite |= stopping.over
@@ -214,8 +217,7 @@ class _Work:
 
     def _cuts(self, cells: list[Scenario]) -> list[tuple[int, int]]:
         """Where tiles begin and end: at another kind of attack, at other attackers once there are enough, when full."""
-        C, itemsize = cells[0].theta_shape[0], self.batches.dtype.itemsize
-        fits = max(FEWEST, CACHE // (C * self.batches.d * itemsize)) if self.device.type == "cpu" else len(cells)
+        fits = self._fits(len(cells))
         cuts: list[tuple[int, int]] = []
         start = 0
         for end in range(1, len(cells) + 1):
@@ -229,16 +231,35 @@ class _Work:
             start = end
         return cuts
 
-    def _shared(self, round_: int, tiles: list[tuple[int, Tile]], room: Room) -> Shared:
+    def _fits(self, cells: int) -> int:
+        """How many of so many cells a block may have."""
+        if self.device.type != "cpu":
+            return cells
+        return max(FEWEST, CACHE // (self.cells[0].theta_shape[0] * self.batches.d * self.batches.dtype.itemsize))
+
+    def _blocks(self, tiles: Sequence[Tile], theta: Tensor) -> list[Block]:
+        """Consecutive tiles, as many together as fit."""
+        together: list[list[Tile]] = []
+        fits = self._fits(sum(tile.M for tile in tiles))
+        for tile in tiles:
+            alone = tile.apart or not together or together[-1][-1].apart
+            if alone or sum(other.M for other in together[-1]) + tile.M > fits:
+                together.append([])
+            together[-1].append(tile)
+        rows = theta.split([sum(len(tile.theta) for tile in some) for some in together])
+        optimizer = self.settings.server_optimizer
+        return [Block(some, part, optimizer) for some, part in zip(together, rows, strict=True)]
+
+    def _shared(self, round_: int, tiles: Sequence[Tile], room: Room) -> Shared:
         batch = self.batches.at(round_, room)
-        for _, tile in tiles:
+        for tile in tiles:
             tile.prepare(round_, batch.layout)
         gram = steered = None
-        if aware := [tile for _, tile in tiles if tile.reach("untargeted")]:
+        if aware := [tile for tile in tiles if tile.reach("untargeted")]:
             n, rows = max(tile.reach("untargeted") for tile in aware), sum(tile.M * tile.C for tile in aware)
             if self._gram_pays(batch, n, rows):
                 gram = torch.mm(batch.X, batch.X[:n].mT, out=room.take("gram", len(batch.X), n))
-        if aimed := [tile for _, tile in tiles if tile.reach("targeted")]:
+        if aimed := [tile for tile in tiles if tile.reach("targeted")]:
             n, C = max(tile.reach("targeted") for tile in aimed), aimed[0].C
             steered = self._steered(batch, n).view(-1, C, n)
         return Shared(round_, batch, gram, steered, self.targets.theta)

@@ -1,4 +1,4 @@
-"""A tile: cells of one kind of attack that are stepped together, few enough to stay in the processor's cache."""
+"""A tile: cells of one kind of attack, whose attackers choose together what to write."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -36,17 +36,16 @@ class Report(NamedTuple):
 
 
 class Tile:
-    """The parameters of some cells, and their rounds."""
+    """The attackers of some cells and what they make of a round; the parameters are moved by `block.Block`."""
 
     def __init__(self, cells: Sequence[Scenario], batches: Batches, theta: Tensor, target_of: Tensor | None) -> None:
-        """`theta` (M C, d) is changed in place; `target_of` (M,) is None where all have the same target or none."""
+        """`theta` (M C, d) are the cells' own rows; `target_of` (M,) is None where all have the same target or none."""
         self.M, self.C = len(cells), cells[0].theta_shape[0]
         self.theta, self.batches, self.target_of = theta, batches, target_of
         self.attackers = Attackers(cells, batches, batches.all)
         self.plan = Plan(cells, batches) if self.attackers.kind.refresh == "epoch" else None
         lr = torch.tensor([cell.settings.lr for cell in cells], dtype=theta.dtype, device=theta.device)
         self.lr = lr.repeat_interleave(self.C)[:, None]
-        self.optimizer = kernels.Server(cells[0].settings.server_optimizer, theta, self.lr)
         self.several_steps = cells[0].settings.local_steps > 1
         self.server = sent.Server(cells, self.attackers)
         self.turn: Turn | None = None
@@ -61,10 +60,20 @@ class Tile:
         kind = self.attackers.kind
         return self.turn.n if self.turn is not None and kind.exact and kind.goal == goal else 0
 
-    def step(self, shared: Shared, room: kernels.Room, watched: bool, measured: bool) -> Report | None:
-        """One round of all cells; a report where they are watched, with the cosine where they are measured."""
+    @property
+    def apart(self) -> bool:
+        """Whether the server sees what each client sends, and one product of all residuals is not enough."""
+        return self.server.needed or self.several_steps
+
+    def step(
+        self, Z: Tensor, shared: Shared, room: kernels.Room, watched: bool, measured: bool
+    ) -> tuple[Report | None, Tensor | None]:
+        """Turns the logits (M C, n) of a round into residuals with the labels as written.
+
+        Gives a report where the cells are watched, with the cosine where they are measured, and where the tile is
+        `apart` the aggregate (M C, d).
+        """
         batch, turn = shared.batch, self.turn
-        Z = torch.mm(self.theta, batch.X.mT, out=room.take("Z", self.M * self.C, len(batch.X)))
         logits = Z[:, : turn.n].clone() if turn is not None and self._needs_logits else None
         scores = self._towards_target(Z, shared, room) if self.reach("targeted") else None
         R = kernels.residuals_(Z, self.C, batch.encoded)
@@ -72,17 +81,14 @@ class Tile:
             scores = self._along_the_clean_gradient(R, shared, room)
         clean = self._clean_gradient(R, batch) if measured else None
         change = self._relabel(R, shared, scores, logits, room, watched)
-        detection = None
-        if self.server.needed or self.several_steps or (measured and turn is not None):
+        aggregate = detection = None
+        if self.apart or (measured and turn is not None):
             aggregate, detection = self._aggregate(R, batch, shared, measured)
-        cosine = None
-        if self.server.needed or self.several_steps:
-            cosine = _cosine(aggregate, clean, self.M) if clean is not None else None
-            self.optimizer.take(aggregate)
-        else:
-            cosine = _cosine(R @ batch.X, clean, self.M) if clean is not None else None
-            self.optimizer.descend(R, batch.X, room)
-        return Report(change, self.allowed, cosine, detection) if watched and change is not None else None
+        if not self.apart:
+            aggregate = R @ batch.X if measured else None
+        cosine = _cosine(aggregate, clean, self.M) if aggregate is not None and clean is not None else None
+        report = Report(change, self.allowed, cosine, detection) if watched and change is not None else None
+        return report, aggregate if self.apart else None
 
     @property
     def _needs_logits(self) -> bool:

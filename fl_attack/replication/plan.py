@@ -1,6 +1,7 @@
 """What is run: presets of `conf/experiment` on the paper's data sets, each grid once however many figures use it."""
 
 import hashlib
+import json
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-
-import numpy as np
 
 from fl_attack import data, sweep
 from fl_attack.config import compose
@@ -19,7 +18,7 @@ from fl_attack.data.sources import CIFAR10_FILES
 from fl_attack.errors import InputError
 from fl_attack.launcher import grid
 from fl_attack.replication.cells import Cells
-from fl_attack.sweep.units import NOT_NUMBERS, NUMERICS
+from fl_attack.sweep.units import NUMERICS, ON_DATA
 
 EPOCHS = 200
 RUNS, TIMES = "runs", "seconds.txt"
@@ -147,13 +146,18 @@ def _quick(source: Source) -> Iterator[Run]:
 
 def samples(source: Source) -> int:
     """Training samples of a data set."""
-    return len(_loaded(source.overrides))
+    return len(_dataset(source.overrides).y_train)
 
 
 @cache
-def _loaded(overrides: tuple[str, ...]) -> np.ndarray:
-    settings = compose("out=unused", *overrides)
-    return data.load(**settings.dataset.model_dump()).y_train
+def _dataset(overrides: tuple[str, ...]) -> data.Dataset:
+    return _loaded(compose("out=unused", *overrides).dataset.model_dump_json())
+
+
+@cache
+def _loaded(settings: str) -> data.Dataset:
+    """By its settings in JSON. Once: to see that a folder of images has not changed is a matter of seconds."""
+    return data.load(**json.loads(settings))
 
 
 def cells(run: Run, epochs: int, lr: float | None) -> list[sweep.Cell]:
@@ -173,9 +177,8 @@ Grids = dict[Path, list[sweep.Cell]]
 
 def folder_of(out: Path, made: Sequence[sweep.Cell]) -> Path:
     """Where the sweep of these cells is kept: a name that changes with any setting that a number depends on."""
-    settings = made[0].settings.dataset
-    facts = [str(NUMERICS), data.load(**settings.model_dump(), verify=False).fingerprint]
-    text = "\n".join([*facts, *(cell.settings.model_dump_json(exclude=NOT_NUMBERS) for cell in made)])
+    facts = [str(NUMERICS), _loaded(made[0].settings.dataset.model_dump_json()).fingerprint]
+    text = "\n".join([*facts, *(cell.settings.model_dump_json(exclude=ON_DATA) for cell in made)])
     return out / RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

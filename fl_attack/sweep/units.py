@@ -1,7 +1,7 @@
 """The work of a sweep, cut into units: what each is known by, what is kept of it."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +16,11 @@ from fl_attack.data import Partition
 from fl_attack.history import COLUMNS
 from fl_attack.scenario import Scenario
 
-NUMERICS = 1  # to be raised when a change of the code changes the numbers of a run
+NUMERICS = 2  # to be raised when a change of the code changes the numbers of a run
 UNIT = 512  # cells; what is lost at most when a batched sweep is interrupted
 NOT_NUMBERS = {"out", "overwrite", "verbose", "baseline", "launcher", "figures"}  # settings on which none depends
+# nor, where the fingerprint of the data is known, on the place of these
+ON_DATA: Mapping[str, bool | set[str]] = {**dict.fromkeys(NOT_NUMBERS, True), "dataset": {"root", "path"}}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def key_of(scenarios: Sequence[Scenario]) -> str:
         target = made.settings.attack.target_path
         own = hashlib.sha256(Path(target).read_bytes()).hexdigest() if target else ""
         own += plugins.source_digest(made.settings.attack.name) + plugins.source_digest(made.settings.strategy.name)
-        parts += [made.settings.model_dump_json(exclude=NOT_NUMBERS), made.dataset.fingerprint, own]
+        parts += [made.settings.model_dump_json(exclude=ON_DATA), made.dataset.fingerprint, own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

@@ -1,0 +1,36 @@
+"""A block: tiles whose parameters are multiplied and moved together, few enough to stay in the processor's cache.
+
+A product of few rows is bound by reading the minibatch, so tiles of a handful of cells share theirs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fl_attack.engine import kernels
+from fl_attack.engine.tile import Report, Shared, Tile
+from fl_attack.protocol import Optimizer
+
+
+class Block:
+    """The parameters of the cells of some tiles, and their rounds."""
+
+    def __init__(self, tiles: Sequence[Tile], theta: Tensor, optimizer: Optimizer) -> None:
+        """`theta` (M C, d), tile after tile, is changed in place; a tile that is `apart` has a block of its own."""
+        self.tiles, self.theta = tiles, theta
+        self.optimizer = kernels.Server(optimizer, theta, torch.cat([tile.lr for tile in tiles]))
+
+    def step(self, shared: Shared, room: kernels.Room, watched: bool, measured: bool) -> list[Report | None]:
+        """One round of all cells; gives what each tile reports."""
+        X = shared.batch.X
+        Z = torch.mm(self.theta, X.mT, out=room.take("Z", len(self.theta), len(X)))
+        aggregate, reports = None, []
+        for tile, rows in zip(self.tiles, Z.split([len(tile.theta) for tile in self.tiles]), strict=True):
+            report, aggregate = tile.step(rows, shared, room, watched, measured)
+            reports.append(report)
+        if aggregate is None:
+            self.optimizer.descend(Z, X, room)
+        else:
+            self.optimizer.take(aggregate)
+        return reports
