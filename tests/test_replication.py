@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fl_attack import sweep
+from fl_attack import engine, sweep
 from fl_attack.errors import InputError
 from fl_attack.launcher import grid
 from fl_attack.replication import __main__ as replicate
@@ -391,7 +391,8 @@ def test_bad_input_is_one_line(
 
 def test_greedy_flips_are_the_farthest_of_those_within_reach() -> None:
     (source, _) = plan.sources(True, None)
-    made = {goal: reach._scenario((*source.overrides, "lr=0.1"), 5, 0.5, goal) for goal in statistics.GOALS}
+    settings = [reach._settings((*source.overrides, "lr=0.1"), 5, 0.5, goal) for goal in statistics.GOALS]
+    made = dict(zip(statistics.GOALS, engine.make_scenarios(settings), strict=True))
     import torch
 
     theta = made["untargeted"].start() + 0.01 * torch.arange(65)

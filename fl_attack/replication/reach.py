@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_attack import adversary, engine, model, scenario
-from fl_attack.config import compose
+from fl_attack import adversary, engine, model
+from fl_attack.config import Settings, compose
 from fl_attack.plots.lines import reach
 from fl_attack.replication.figures import write_table
 from fl_attack.replication.plan import Source
@@ -20,10 +20,14 @@ DRAWN = 2000  # random sets of flips for each budget
 def draw(folder: Path, source: Source, rate: float) -> str:
     """`fig1-<data set>.{png,pdf,csv}`, in the middle of an attacked run; gives their stem."""
     rounds, overrides = 200, (*source.overrides, f"lr={rate:g}")
+    untargeted, targeted = (
+        engine.make_scenarios([_settings(overrides, rounds, budget, goal) for budget in BUDGETS])
+        for goal in ("untargeted", "targeted")
+    )
     rows = []
-    for budget in BUDGETS:
-        made = {goal: _scenario(overrides, rounds, budget, goal) for goal in ("untargeted", "targeted")}
-        (run,) = engine.run_cells([made["untargeted"]], keep_flips=False, full_rows=False)
+    runs = engine.run_cells(untargeted, keep_flips=False, full_rows=False)
+    for budget, run, away, towards in zip(BUDGETS, runs, untargeted, targeted, strict=True):
+        made = {"untargeted": away, "targeted": towards}
         assert run.theta is not None
         rows += [(f"b = {budget:g}", *row) for row in points(made, run.theta.to(torch.float64), rounds)]
     file = write_table(folder / f"fig1-{source.name}.csv", ("budget", "kind", "first", "second"), rows)
@@ -72,18 +76,16 @@ def points(made: dict[str, Scenario], theta: Tensor, round_: int, draws: int = D
     return [(kind, float(g @ first / length), float(g @ second / length)) for kind, g in named]
 
 
-def _scenario(overrides: tuple[str, ...], rounds: int, budget: float, goal: str) -> Scenario:
-    return scenario.make(
-        compose(
-            *overrides,
-            "engine=batched",
-            "out=unused",
-            "clients.total=10",
-            "clients.malicious=5",
-            f"attack.budget={budget}",
-            f"attack.goal={goal}",
-            f"rounds={rounds}",
-            f"eval_every={rounds}",
-            "batch_size=128",
-        )
+def _settings(overrides: tuple[str, ...], rounds: int, budget: float, goal: str) -> Settings:
+    return compose(
+        *overrides,
+        "engine=batched",
+        "out=unused",
+        "clients.total=10",
+        "clients.malicious=5",
+        f"attack.budget={budget}",
+        f"attack.goal={goal}",
+        f"rounds={rounds}",
+        f"eval_every={rounds}",
+        "batch_size=128",
     )
