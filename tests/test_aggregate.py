@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fl_attack import aggregate, plugins
 from fl_attack.aggregate import PRE, RULES
-from fl_attack.aggregate.geometry import squared_distances
+from fl_attack.aggregate.geometry import distances
 from fl_attack.errors import InputError
 
 M, C, D = 11, 2, 3
@@ -381,15 +381,17 @@ def test_each_of_byzfls_pre_aggregators_goes_before_a_rule(name: str) -> None:
 def test_distances_keep_their_digits_in_single_precision(scale: float, shift: float) -> None:
     exact = torch.randn(3, 9, 1, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     updates = (exact * scale + shift).float()
-    found, expected = squared_distances(updates), squared_distances(updates.double())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
+    for found, expected in zip(distances(updates), distances(updates.double()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0, check_dtype=False)
 
 
 @pytest.mark.parametrize("m", [31, 32, 33, 70])
 def test_distances_of_many_clients_are_all_there(m: int) -> None:
     u = torch.randn(2, m, 2, 20, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
-    found = squared_distances(u).diagonal_scatter(torch.zeros(2, m, dtype=torch.float64), dim1=-2, dim2=-1)
+    squared, ordered = distances(u)
+    found = squared.diagonal_scatter(torch.zeros(2, m, dtype=torch.float64), dim1=-2, dim2=-1)
     torch.testing.assert_close(found, torch.cdist(u.flatten(-2), u.flatten(-2)) ** 2, rtol=1e-9, atol=1e-9)
+    assert torch.equal(ordered, squared.sort(-1).values) and torch.equal(squared, squared.mT)
 
 
 def test_the_geometric_median_is_iterated_to_its_tolerance() -> None:

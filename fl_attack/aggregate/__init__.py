@@ -12,7 +12,7 @@ from fl_attack import plugins
 from fl_attack.aggregate import byzfl, pre, rules
 from fl_attack.errors import InputError
 
-__all__ = ["PRE", "RULES", "Combine", "Pre", "Rule", "known", "make"]
+__all__ = ["PRE", "RULES", "Combine", "Pre", "Rule", "known", "make", "ours"]
 
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 """updates (..., m, C, d), weights (m,) and lots (m,), a random order of the clients, to the aggregate (..., C, d)."""
@@ -58,6 +58,11 @@ PRE: dict[str, Pre] = {
 def known(name: str) -> bool:
     """Whether there may be a rule of this name."""
     return name in RULES or name == "byzfl" or plugins.is_path(name)
+
+
+def ours(name: str, pre: Sequence[str | Mapping[str, Mapping[str, Any]]] = ()) -> bool:
+    """Whether a rule and what goes before it are of these tables: other people's may not be called side by side."""
+    return name in RULES and all((one if isinstance(one, str) else next(iter(one))) in PRE for one in pre)
 
 
 def make(

@@ -3,6 +3,8 @@
 Shapes as in `rules`: updates (..., m, C, d). Each federation is computed as it would be alone.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ from fl_attack.aggregate.ordering import ascending, finite_rows, middle
 BLOCK = 32  # clients; of smaller blocks fewer products are made twice, but each takes longer
 CLOSE = 0.01  # squared distances below this share of the squared norms have lost digits
 SMALLEST = 1e-30  # a smaller squared norm may have lost all
-LONGEST, FAR = 1e140, 1e300  # a longer update counts as not finite; the largest squared distance in a sum
+LONGEST = 1e140  # a longer update counts as not finite
+FAR, LARGEST = 1e300, 1e307  # squared distance to one that is not finite; the largest sum of these
 
 
 def combined(updates: Tensor, shares: Tensor) -> Tensor:
@@ -29,13 +32,26 @@ def weighted(updates: Tensor, shares: Tensor) -> Tensor:
     return (shares.expand(whole.shape[:-1]).unsqueeze(-2) @ whole).view(*whole.shape[:-2], *updates.shape[-2:])
 
 
-def squared_distances(updates: Tensor) -> Tensor:
-    """Between clients, (..., m, m) in float64; `FAR` to those that are not finite, infinite to oneself."""
-    gram, finite = products(updates)
-    square = gram.diagonal(dim1=-2, dim2=-1)
-    found = (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram).clamp(min=0, max=FAR)
-    found = found.where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
-    return found.masked_fill(torch.eye(found.shape[-1], dtype=torch.bool, device=found.device), torch.inf)
+class Distances(NamedTuple):
+    """Between the clients of each federation."""
+
+    squared: Tensor  # (..., m, m) infinite to oneself, `FAR` to those that are not finite; of float64 if any of these
+    ordered: Tensor  # the same, each row ascending
+
+
+def distances(updates: Tensor) -> Distances:
+    """Between clients, squared: in the precision of the updates where that costs no digits, else in float64."""
+    gram, finite = gram_of(updates)
+    squared = _apart(gram)
+    ordered = ascending(squared)
+    well = _keep_digits(gram, ordered, finite)
+    if not bool(well.all()):  # decided for each federation, so that none goes another way for the company it is in
+        squared, ordered = squared.double(), ordered.double()
+        gram, finite = careful_products(updates[~well])
+        careful = _apart(gram).clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
+        careful.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+        squared[~well], ordered[~well] = careful, ascending(careful)
+    return Distances(squared, ordered)
 
 
 def products(updates: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,25 +60,40 @@ def products(updates: Tensor) -> tuple[Tensor, Tensor]:
     The centre is zero where that costs the differences of the updates no digits, else their median.
     """
     gram, finite = gram_of(updates)
-    square = gram.diagonal(dim1=-2, dim2=-1)
-    apart = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram
-    typical = ascending(apart)[..., gram.shape[-1] // 2]  # to the others, of each
-    well = (finite & (square > SMALLEST)).all(-1) & (typical.amin(-1) > CLOSE * square.amax(-1))
+    well = _keep_digits(gram, ascending(_apart(gram)), finite)
     gram = gram.double()
-    if not bool(well.all()):  # decided for each federation, so that none goes another way for the company it is in
+    if not bool(well.all()):
         gram[~well], finite[~well] = careful_products(updates[~well])
     return gram, finite
+
+
+def _apart(gram: Tensor) -> Tensor:
+    """Squared distances (..., m, m) from products; infinite to oneself."""
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    found = (square.unsqueeze(-1) + square.unsqueeze(-2)).sub_(gram, alpha=2).clamp_(min=0)
+    found.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    return found
+
+
+def _keep_digits(gram: Tensor, ordered: Tensor, finite: Tensor) -> Tensor:
+    """(...) whether the distances that follow from these products are as exact as the updates."""
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    typical = ordered[..., max(0, gram.shape[-1] // 2 - 1)]  # to the others, of each
+    return (finite & (square > SMALLEST)).all(-1) & (typical.amin(-1) > CLOSE * square.amax(-1))
 
 
 def gram_of(updates: Tensor) -> tuple[Tensor, Tensor]:
     """Of each two updates, (..., m, m), and whose norm is finite (..., m)."""
     whole = updates.flatten(-2)
     m = whole.shape[-2]
-    gram = whole.new_zeros(*whole.shape[:-1], m)
+    gram = whole.new_empty(*whole.shape[:-1], m)
     for start in range(0, m, BLOCK):  # what is left of the diagonal, and the diagonal
         stop = min(start + BLOCK, m)
-        gram[..., start:stop, :stop] = whole[..., start:stop, :] @ whole[..., :stop, :].mT
-    gram = gram.tril() + gram.tril(-1).mT
+        block = whole[..., start:stop, :] @ whole[..., :stop, :].mT
+        corner = block[..., start:].tril()
+        gram[..., start:stop, start:stop] = corner + corner.tril(-1).mT
+        gram[..., start:stop, :start] = block[..., :start]
+        gram[..., :start, start:stop] = block[..., :start].mT
     return gram, gram.diagonal(dim1=-2, dim2=-1).isfinite()
 
 

@@ -8,8 +8,8 @@ gets into another.
 import torch
 from torch import Tensor
 
-from fl_attack.aggregate.geometry import squared_distances
-from fl_attack.aggregate.ordering import ascending, finite_rows
+from fl_attack.aggregate.geometry import distances
+from fl_attack.aggregate.ordering import finite_rows
 from fl_attack.aggregate.rules import clip
 
 
@@ -19,13 +19,15 @@ def nnm(updates: Tensor, weights: Tensor, f: int, lots: Tensor) -> tuple[Tensor,
     Allouah et al., https://arxiv.org/abs/2302.01772.
     """
     m = updates.shape[-3]
-    distances = squared_distances(updates)
-    distances.diagonal(dim1=-2, dim2=-1).zero_()
-    near = distances <= ascending(distances)[..., m - f - 1 : m - f]
+    squared, ordered = distances(updates)
+    squared.diagonal(dim1=-2, dim2=-1).zero_()
+    others = m - f - 1  # beside itself
+    bound = ordered[..., others - 1 : others] if others else torch.zeros_like(ordered[..., :1])
+    near = (squared <= bound).to(updates)
     if bool((near.sum(-1) > m - f).any()):  # ties go to the client of the lower index
-        nearest = distances.sort(dim=-1, stable=True).indices[..., : m - f]
-        near = torch.zeros_like(near).scatter_(-1, nearest, True)
-    shares = near.to(updates) / (m - f)
+        nearest = squared.sort(dim=-1, stable=True).indices[..., : m - f]
+        near = torch.zeros_like(near).scatter_(-1, nearest, 1.0)
+    shares = near / (m - f)
     mixed = (shares @ updates.flatten(-2)).view(updates.shape)
     if not bool(mixed.sum().isfinite()):
         finite = finite_rows(updates)[..., None, None]

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fl_attack.aggregate.geometry import (
     CLOSE,
-    FAR,
+    LARGEST,
     careful_products,
     combined,
+    distances,
     products,
-    squared_distances,
     weighted,
 )
 from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, finite_rows, middle
@@ -68,7 +68,7 @@ def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
 
 def krum(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     """The update that is nearest to its m - f - 2 nearest others. Blanchard et al., https://arxiv.org/abs/1703.02757."""
-    score = _krum_scores(squared_distances(updates), f)
+    score = _krum_scores(distances(updates).ordered, f)
     return _rows(updates, score.argmin(-1, keepdim=True)).squeeze(-3)
 
 
@@ -78,7 +78,7 @@ def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = N
     keep = m - f if keep is None else keep
     if not 1 <= keep <= m - f:
         raise ValueError(f"keep={keep} must be from 1 to {m - f}, the clients that are not f")
-    score = _krum_scores(squared_distances(updates), f)
+    score = _krum_scores(distances(updates).ordered, f)
     first = score.sort(dim=-1, stable=True).indices[..., :keep]
     chosen = torch.zeros_like(score).scatter_(-1, first, 1.0)
     return combined(updates, chosen / keep)
@@ -89,16 +89,16 @@ def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
 
     Coordinate by coordinate. El Mhamdi et al., https://arxiv.org/abs/1802.07927.
     """
-    distances = squared_distances(updates)
-    m = distances.shape[-1]
-    left = torch.ones(distances.shape[:-1], dtype=torch.bool, device=distances.device)
+    squared = distances(updates).squared
+    m = squared.shape[-1]
+    left = torch.ones(squared.shape[:-1], dtype=torch.bool, device=squared.device)
     chosen: list[Tensor] = []
     for _ in range(m - 2 * f):
         pairs = left.unsqueeze(-1) & left.unsqueeze(-2)
         count = m - len(chosen)
         # Krum's number of neighbours shrinks with the clients that are left; with one, any two clients that are each
         # other's nearest would be equal, and their order would decide
-        score = _krum_scores(distances.where(pairs, torch.inf), f, max(2, count - f - 2))
+        score = _krum_scores(ascending(squared.where(pairs, torch.inf)), f, max(2, count - f - 2))
         best = score.where(left, torch.inf).argmin(-1, keepdim=True)
         left = left.scatter(-1, best, False)
         chosen.append(best)
@@ -207,11 +207,10 @@ def _clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
     return torch.clamp(radius / norm.where(finite & (norm > 0), 1.0), max=1.0), finite
 
 
-def _krum_scores(distances: Tensor, f: int, neighbours: int | None = None) -> Tensor:
-    """Sum of the squared distances to the nearest others, (..., m)."""
-    count = max(1, distances.shape[-1] - f - 2) if neighbours is None else neighbours
-    nearest = ascending(distances)[..., :count]
-    return nearest.clamp(max=FAR).sum(-1)
+def _krum_scores(ordered: Tensor, f: int, neighbours: int | None = None) -> Tensor:
+    """Sum (..., m) of the squared distances to the nearest others, of rows (..., m, m) in order."""
+    count = max(1, ordered.shape[-1] - f - 2) if neighbours is None else neighbours
+    return ordered[..., :count].sum(-1, dtype=torch.float64).clamp(max=LARGEST)
 
 
 def _rows(updates: Tensor, chosen: Tensor) -> Tensor:

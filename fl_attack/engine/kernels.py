@@ -6,8 +6,6 @@ the signed score.
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import protocol
+from fl_attack.engine.threads import side_by_side
 
 SORTED_BY_A_THREAD = 2**14  # numbers that it has to be worth to wake another
 
@@ -101,16 +100,8 @@ def take_largest_(priority: Tensor, chosen: Pick, scratch: Tensor, samples: NDAr
 
 def sort_rows_(rows: NDArray[np.float64]) -> None:
     """Sorts each row, ascending, on as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), rows.size // SORTED_BY_A_THREAD)
-    if threads < 2:
-        rows.sort(axis=-1)
-    else:
-        list(_sorters(threads).map(lambda part: part.sort(axis=-1), np.array_split(rows, threads)))
-
-
-@lru_cache(maxsize=1)
-def _sorters(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
+    parts = max(1, min(torch.get_num_threads(), rows.size // SORTED_BY_A_THREAD))
+    side_by_side(lambda part: part.sort(axis=-1), np.array_split(rows, parts))
 
 
 def _exact(priority: Tensor, allowed: NDArray[np.int64], samples: NDArray[np.int64]) -> Tensor:

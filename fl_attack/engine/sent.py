@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_attack import adversary, attack, detect, protocol
+from fl_attack import adversary, aggregate, attack, detect, protocol
 from fl_attack.engine import kernels
 from fl_attack.engine.attackers import NOBODY, Attackers, Turn
 from fl_attack.engine.batches import Batch
+from fl_attack.engine.threads import side_by_side
 from fl_attack.scenario import Scenario
 
 BYTES_AT_ONCE = 2**22  # of updates: what a rule goes over several times should stay in the processor's cache
@@ -52,6 +53,12 @@ def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor
         yield place, torch.sub(of.theta, moved, out=moved).div_(of.lr)
 
 
+def pieces(cells: int, bytes_each: int) -> list[slice]:
+    """Of so many cells, those that are gone through together."""
+    step = max(1, BYTES_AT_ONCE // bytes_each)
+    return [slice(start, min(cells, start + step)) for start in range(0, cells, step)]
+
+
 class Server:
     """What is made of the updates of a tile's clients."""
 
@@ -60,6 +67,9 @@ class Server:
         self.M, self.C = attackers.M, attackers.C
         self.crafts = attackers.kind != NOBODY and self.like.settings.attack.writes == "updates"
         self.rule = self.like.rule()
+        strategy, threat = self.like.settings.strategy, self.like.settings.attack
+        # a function of others may draw from a generator that all threads share
+        self.ours = aggregate.ours(strategy.name, strategy.pre) and (not self.crafts or threat.name in attack.ATTACKS)
         self.needed = (
             self.crafts or not self.like.settings.strategy.averages
         )  # else the mean of what clients send is one matrix product
@@ -83,10 +93,9 @@ class Server:
         m = len(layout.clients)
         weights = torch.from_numpy(self.like.schedule.sizes[np.sort(layout.clients)])
         order = torch.from_numpy(protocol.shuffled(self.like.settings.seed, round_, m))
-        out, found = torch.empty_like(of.theta), []
-        at_once = max(1, BYTES_AT_ONCE // (m * self.C * d * out.element_size()))
-        for start in range(0, self.M, at_once):
-            cells = slice(start, min(self.M, start + at_once))
+        out = torch.empty_like(of.theta)
+
+        def some(cells: slice) -> Tensor | None:
             rows = slice(cells.start * self.C, cells.stop * self.C)
             sent = out.new_empty(m, rows.stop - rows.start, d)
             for place, update in by_client(of.rows(rows), batch, self.C):
@@ -95,9 +104,11 @@ class Server:
             if self.crafts and turn is not None:
                 updates = self._crafted(updates, turn, cells, v, round_)
             out[rows] = self.rule(updates, weights.to(out.device), order.to(out.device)).reshape(-1, d)
-            if measured and turn is not None:
-                found.append(detect.measures(updates, turn.malicious[cells]))
-        return out, torch.cat(found) if found else None
+            return detect.measures(updates, turn.malicious[cells]) if measured and turn is not None else None
+
+        parts = pieces(self.M, m * self.C * d * out.element_size())
+        found = side_by_side(some, parts) if self.ours else [some(cells) for cells in parts]
+        return out, torch.cat([one for one in found if one is not None]) if measured and turn is not None else None
 
     def _crafted(self, updates: Tensor, turn: Turn, cells: slice, v: Direction, round_: int) -> Tensor:
         """See `adversary.crafted`."""

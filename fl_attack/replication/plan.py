@@ -118,6 +118,10 @@ def _whole(source: Source) -> Iterator[Run]:
             yield Run(preset, source)
         yield Run("fig12", source, LARGE, ("attack.budget=0,0.25",), batch=512, at_best=True)
         yield Run("fig14", source, LARGE, ("attack.budget=0,0.25",), batch=512)  # Adam's best rate is another
+        yield Run("fig12", source, EPOCH, ("attack.budget=0,0.25", "attack.refresh=epoch"), at_best=True)
+        yield Run("fig14", source, EPOCH, ("attack.budget=0,0.25", "attack.refresh=epoch"))
+        yield Run("fig12", source, FULL, ("attack.budget=0,0.25", "lr=0.1,1"), batch="full")
+        yield Run("fig14", source, FULL, ("attack.budget=0,0.25", "lr=0.001,0.01,0.1,1"), batch="full")
         yield Run("protocols", source, LARGE, batch=512)
         yield Run("protocols", source, STEP)
     else:  # an experiment costs ten times as much, and on CIFAR-10 thirty times
@@ -125,12 +129,13 @@ def _whole(source: Source) -> Iterator[Run]:
         if source.name == "cifar10":
             yield Run("fig9", source, overrides=("clients.malicious=10", "attack.budget=0,0.05,0.25"))
             yield Run("fig14", source, overrides=("attack.budget=0,0.25",), at_best=True)
-            return
-        yield Run("fig9", source, overrides=("clients.malicious=10",))
-        yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.25"))
+        else:
+            yield Run("fig9", source, overrides=("clients.malicious=10",))
+            yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.25"))
         few = ("clients.malicious=10", "attack.budget=0,0.05")
         yield Run("protocols", source, LARGE, few, batch=512)
-        yield Run("protocols", source, STEP, few)
+        if source.name != "cifar10":
+            yield Run("protocols", source, STEP, few)
     yield Run("protocols", source, EPOCH, (*few, "attack.refresh=epoch"))
     yield Run("protocols", source, FULL, (*few, "lr=0.1,1"), batch="full")
 

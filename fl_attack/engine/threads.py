@@ -1,0 +1,36 @@
+"""Work side by side on the processors of this process, beside what torch shares out itself.
+
+Worth it where a piece of work is many small steps, of which no single one is worth waking a thread for.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from threading import Barrier
+from typing import TypeVar
+
+import torch
+
+Part = TypeVar("Part")
+Made = TypeVar("Made")
+
+
+def side_by_side(work: Callable[[Part], Made], parts: Sequence[Part]) -> list[Made]:
+    """What is made of each part, in their order; on as many threads as torch uses, each of which works alone."""
+    threads = torch.get_num_threads()
+    if min(threads, len(parts)) < 2:
+        return [work(part) for part in parts]
+    return list(_pool(threads).map(work, parts))
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    pool, started = ThreadPoolExecutor(threads), Barrier(threads)
+
+    def start(_: int) -> None:
+        torch.set_num_threads(1)  # of this thread, and of those yet to come
+        started.wait()
+
+    list(pool.map(start, range(threads)))
+    torch.set_num_threads(threads)
+    return pool
