@@ -373,7 +373,7 @@ def test_the_largest_are_taken_as_the_definition_takes_them() -> None:
         sorted_ = priority[:, order].masked_fill(priority[:, order] <= 0, -math.inf)
         expected = torch.empty(M, n, dtype=torch.bool)
         expected[:, order] = attack.select(sorted_, torch.zeros(n, dtype=torch.int64), torch.tensor(allowed)[:, None])
-        pick = kernels.pick(allowed, n, 5e-324, torch.double)
+        (pick,) = kernels.picks(allowed[None], n, 5e-324, torch.double)
         scratch = torch.empty(M, n, dtype=torch.double)
         counts = kernels.take_largest_(priority, pick, scratch, samples)
         assert torch.equal(priority.bool(), expected)

@@ -1,7 +1,8 @@
 """The attackers of cells that are stepped together: what they may write, what they know, what they choose."""
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from fl_attack.scenario import Scenario
 
 
 class Kind(NamedTuple):
-    """What the attackers of the cells of a tile have in common."""
+    """What tells the attackers of cells from each other, besides whom they hold and how much they may flip."""
 
     name: str  # none where nobody attacks
     goal: str = ""
@@ -32,6 +33,11 @@ class Kind(NamedTuple):
     def exact(self) -> bool:
         """Whether greedy flips are chosen in every round: the way that is made fast."""
         return self.name == "greedy" and self.refresh == "step"
+
+    @property
+    def alike(self) -> "Kind":
+        """What the cells of a tile have to have in common."""
+        return self._replace(goal="", selection="") if self.exact else self
 
 
 NOBODY = Kind("none")
@@ -52,6 +58,21 @@ def kind_of(cell: Scenario) -> Kind:
         threat.refresh,
         json.dumps(threat.args, sort_keys=True),
     )
+
+
+class Part(NamedTuple):
+    """Cells of a tile that want the same of their flips."""
+
+    cells: slice
+    goal: str
+    selection: str
+
+
+def parts_of(cells: Sequence[Scenario]) -> list[Part]:
+    """The parts of a tile, in their order."""
+    wanted = [(kind.goal, kind.selection) for kind in map(kind_of, cells)]
+    edges = [0, *(i for i in range(1, len(cells)) if wanted[i] != wanted[i - 1]), len(cells)]
+    return [Part(slice(start, end), *wanted[start]) for start, end in itertools.pairwise(edges)]
 
 
 class Change(NamedTuple):
@@ -89,7 +110,11 @@ class Attackers:
         self.like, self.kind = cells[0], kind_of(cells[0])
         self.device, self.dtype = batches.device, batches.dtype
         self.tiny = float(np.nextafter(torch.zeros((), dtype=self.dtype).numpy()[()], 1))  # above 0, whatever is
-        self.floor = torch.finfo(self.dtype).min
+        self.parts = parts_of(cells)
+        floors = [
+            self.tiny if kind_of(cell)[:3:2] == ("greedy", "gain") else torch.finfo(self.dtype).min for cell in cells
+        ]
+        self._floor = np.array(floors)  # (M,) below which no priority is worth a flip
         self.flips = np.zeros(self.M, np.int64)  # in all rounds
         self.last = self.flips.copy()  # in the last round
         total = self.like.settings.clients.total
@@ -103,8 +128,9 @@ class Attackers:
         threats = [cell.settings.attack for cell in cells]
         self.rounds = Rounds(threats, self.like.settings.rounds)
         self.allowances = Allowances(threats, int(layout.ends[-1]), self.like.settings.rounds)
-        self._allowed = np.empty(0, np.int64)
-        self._picks: list[kernels.Pick] | None = None
+        self._table: NDArray[np.int64] | None = None  # of allowances
+        self._picks: list[list[kernels.Pick] | None] = []  # for each round of the table
+        self._allowed = np.zeros((0, self.M), np.int64)
 
     def turn(self, round_: int, layout: Layout, lots_of: int | None = None) -> Turn | None:
         """What can be done in a round; to be asked for one round after the other. None where nobody attacks at all.
@@ -118,18 +144,20 @@ class Attackers:
             self._turn = self._reach(lots_of or round_, layout)
             self._layout = layout
         assert self._turn is not None
-        allowed = self.allowances.at(round_, self._writable)
-        if not same or (allowed is not self._allowed and not np.array_equal(self._allowed, allowed)):
-            self._picks = self._picks_of(self._turn.groups, allowed)
-        self._allowed = allowed
-        if self._picks is None or self._turn.picks is not self._picks:
-            self._turn = self._turn._replace(picks=self._picks, allowed=allowed.sum(1))
-        if self._picks is None:
+        self.allowances.at(round_, self._writable)
+        table, place = self.allowances.table, self.allowances.place
+        if not same or table is not self._table:
+            self._table, self._allowed = table, table.sum(2)
+            self._picks = list(self._picks_of(self._turn.groups, table))
+        if self._turn.picks is not self._picks[place] or self._turn.picks is None:
+            self._turn = self._turn._replace(picks=self._picks[place], allowed=self._allowed[place])
+        if self._turn.picks is None:
             self.last = np.zeros(self.M, np.int64)
         return self._turn
 
     def _reach(self, round_: int, layout: Layout) -> Turn:
         clients, sizes = layout.clients, layout.sizes
+        before = self._writable
         evil = self._evil[:, clients]  # (M, m) in the order of the columns
         writable = evil.repeat(sizes, 1)
         any_ = np.flatnonzero(writable.any(0))
@@ -146,6 +174,8 @@ class Attackers:
             of_all = np.zeros(self._evil.shape[1], np.int64)
             of_all[clients] = sizes
             self._writable = (self._evil * of_all)[:, self._evil.any(0)]
+        if np.array_equal(before, self._writable):
+            self._writable = before  # the very same array, so that what follows from it is not worked out again
         known = self._known(round_, clients, evil)
         columns = None if known is None else torch.from_numpy(known.repeat(sizes, 1)).to(self.device, self.dtype)
         malicious = torch.from_numpy(evil[:, clients.argsort()]).to(self.device)
@@ -165,45 +195,54 @@ class Attackers:
         known[:, by_rank] = honest & (honest.cumsum(1) <= many[:, None])
         return known
 
-    def _picks_of(self, groups: list[slice], allowed: NDArray[np.int64]) -> list[kernels.Pick] | None:
-        if not allowed.any():
-            return None
-        floor = self.tiny if self.kind.name == "greedy" and self.kind.selection == "gain" else self.floor
+    def _picks_of(self, groups: list[slice], table: NDArray[np.int64]) -> Iterator[list[kernels.Pick] | None]:
+        """For each round of a table of allowances (rounds, M, G) what may be taken of each group, if anything may."""
         if self.kind.scope == "pooled":
-            budgets = [allowed[:, 0]]
+            budgets = [table[:, :, 0]]
         else:  # those of the clients that there are in this round
             assert self._layout is not None
             everyone = np.flatnonzero(self._evil.any(0))
             reached = self._layout.clients[np.isin(self._layout.clients, everyone)]
-            budgets = [allowed[:, int(np.flatnonzero(everyone == client)[0])] for client in reached]
-        return [
-            kernels.pick(budget.copy(), part.stop - part.start, floor, self.dtype)
+            budgets = [table[:, :, int(np.flatnonzero(everyone == client)[0])] for client in reached]
+        by_group = [
+            kernels.picks(budget, part.stop - part.start, self._floor, self.dtype)
             for part, budget in zip(groups, budgets, strict=True)
         ]
+        return (
+            list(picks) if any_ else None
+            for any_, *picks in zip(table.any(axis=(1, 2)).tolist(), *by_group, strict=True)
+        )
 
     def chosen(self, gains: Tensor, batch: Batch, turn: Turn, scratch: Tensor) -> Tensor:
         """Greedy, two classes: 1 where a label is flipped, else 0, (M, n); in the place of the gains."""
-        literal = self.kind.selection == "literal"
-        if literal:  # ranked by the score of label 1; flipped where the label with the better score isn't there
-            y = batch.y[: turn.n]
-            change = (gains > 0) | ((gains == 0) & (y == 1))
-            gains.mul_(1 - 2 * y)
-        elif batch.counts is not None:
-            gains.mul_(batch.counts[: turn.n])
+        y, changing = batch.y[: turn.n], []
+        for part in self.parts:
+            some = gains[part.cells]
+            if part.selection == "literal":
+                # ranked by the score of label 1; flipped where the label with the better score isn't there
+                changing.append((some, (some > 0) | ((some == 0) & (y == 1))))
+                some.mul_(1 - 2 * y)
+            elif batch.counts is not None:
+                some.mul_(batch.counts[: turn.n])
         self.last = self.take_largest_(gains, batch.samples, turn, scratch)
-        if literal:
-            self.last = gains.mul_(change).sum(1).long().cpu().numpy()
-        self.flips += self.last
+        for some, change in changing:
+            some.mul_(change)
+        if changing:
+            self.count_flipped(gains)
+        else:
+            self.flips += self.last
         return gains
 
     def changes(self, scores: Tensor, batch: Batch, turn: Turn, priority: Tensor, scratch: Tensor) -> Change:
         """Greedy, several classes: the labels that change, from the scores (M, C, n); see `attack.labels.greedy`."""
         y = batch.y[: turn.n]
         torch.amax(scores, 1, out=priority)
-        if self.kind.selection == "gain":
-            priority.sub_(scores.gather(1, y.expand(self.M, 1, turn.n))[:, 0])
-            if batch.counts is not None:
-                priority.mul_(batch.counts[: turn.n])
+        for part in self.parts:
+            if part.selection == "gain":
+                some = priority[part.cells]
+                some.sub_(scores[part.cells].gather(1, y.expand(len(some), 1, turn.n))[:, 0])
+                if batch.counts is not None:
+                    some.mul_(batch.counts[: turn.n])
         self.take_largest_(priority, batch.samples, turn, scratch)
         cells, columns = priority.nonzero(as_tuple=True)
         return self.count(Change(cells, columns, scores[cells, :, columns].argmax(-1)), batch)
@@ -214,6 +253,11 @@ class Attackers:
         self.take_largest_(priority, batch.samples, turn, scratch)
         cells, columns = priority.nonzero(as_tuple=True)
         return self.count(Change(cells, columns, proposal.labels.expand(self.M, turn.n)[cells, columns]), batch)
+
+    def count_flipped(self, flipped: Tensor) -> None:
+        """Count these flips (M, n), 1 or 0, as this round's."""
+        self.last = flipped.sum(1).long().cpu().numpy()
+        self.flips += self.last
 
     def count(self, written: Change, batch: Batch) -> Change:
         """Of what is written, the labels that are not the true ones; they are counted as this round's flips."""

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from fl_attack.config import AttackSettings
 
 EXACT = 2**62  # above this, whole numbers of 64 bits are not enough
+AHEAD, NUMBERS_AHEAD = 64, 2**20  # rounds that are worked out together, and numbers
 
 
 class Rounds:
@@ -20,8 +21,8 @@ class Rounds:
         )
         self.always = bool((self._every == 1).all() and (self._first == 1).all() and (self._stop >= rounds).all())
 
-    def attacked(self, round_: int) -> NDArray[np.bool_]:
-        """(M,) whether a cell is attacked in a round."""
+    def attacked(self, round_: int | NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(M,) whether a cell is attacked in a round; of rounds (n, 1), (n, M)."""
         since = round_ - self._first
         found: NDArray[np.bool_] = (since >= 0) & (round_ <= self._stop) & (since % self._every == 0)
         return found
@@ -42,26 +43,35 @@ class Allowances:
         self._under = np.array([b.denominator for b in exact], kind)[:, None]
         self._carries = np.array([threat.rounding == "carry" for threat in threats])[:, None]
         self.rounds = Rounds(threats, rounds)
-        self._past: NDArray[np.int64] | int = 0
-        self._steady: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._of: NDArray[np.int64] | None = None  # the samples within reach that the table is for
+        self._first = 1  # round of the table
+        self.table, self._past = np.empty((0, 0, 0), np.int64), np.zeros((1, 1, 1), np.int64)
+        self.place = 0  # in the table, of the round that was asked for last
 
     def at(self, round_: int, writable: NDArray[np.int64]) -> NDArray[np.int64]:
         """For a round in which `writable` (M, G) samples are within reach.
 
-        The very same array as the round before where it has the same content for a reason that lasts.
+        Rounds ahead are worked out with it, in `table` (rounds, M, G), as if the very same array would come again.
         """
-        if self._steady is not None and self._steady[0] is writable:
-            return self._steady[1]
-        now = np.where(self.rounds.attacked(round_)[:, None], writable, 0)
-        allowed = self._floor(now)
-        if self._carries.any():
-            carried = self._floor(self._past + now) - self._floor(self._past)
-            allowed = np.where(self._carries, carried, allowed)
-            self._past = self._past + now
-        elif self.rounds.always:
-            self._steady = writable, allowed
+        steady = self.rounds.always and not self._carries.any()
+        self.place = 0 if steady else round_ - self._first
+        if writable is not self._of or not self.place < len(self.table):
+            self._work_out(round_, writable)
+        allowed: NDArray[np.int64] = self.table[self.place]
         return allowed
 
-    def _floor(self, samples: NDArray[np.int64] | int) -> NDArray[np.int64]:
+    def _work_out(self, round_: int, writable: NDArray[np.int64]) -> None:
+        ahead = max(1, min(AHEAD, NUMBERS_AHEAD // max(1, writable.size))) if writable is self._of else 1
+        past = self._past[min(round_ - self._first, len(self._past) - 1)]
+        self._of, self._first, self.place = writable, round_, 0
+        attacked = self.rounds.attacked(np.arange(round_, round_ + ahead)[:, None])
+        now = np.where(attacked[:, :, None], writable, 0)
+        self._past = np.concatenate([np.broadcast_to(past, (1, *writable.shape)), past + now.cumsum(0)])
+        self.table = self._floor(now)
+        if self._carries.any():
+            total = self._floor(self._past)
+            self.table = np.where(self._carries, total[1:] - total[:-1], self.table)
+
+    def _floor(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         whole: NDArray[np.int64] = (self._over * samples // self._under).astype(np.int64)
         return whole

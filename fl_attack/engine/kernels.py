@@ -6,6 +6,7 @@ the signed score.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -50,23 +51,23 @@ def residuals_(Z: Tensor, C: int, encoded: Tensor) -> Tensor:
 
 
 class Pick(NamedTuple):
-    """Which of each row's priorities, once sorted, is the smallest taken; made once for budgets that stay."""
+    """Which of each row's priorities, once sorted, is the smallest taken; made beforehand for many rounds."""
 
     allowed: NDArray[np.int64]  # (M,)
     taken: NDArray[np.int64]  # (M,) if so many reach the floor
     last: NDArray[np.int64]  # (M,) its place among all rows'
-    cut: NDArray[np.int64]  # rows of which some are taken and some left
-    before: NDArray[np.int64]  # by row of `cut`: the place of the largest left
+    cut: NDArray[np.bool_]  # (M,) whether some are taken and some left
+    before: NDArray[np.int64]  # (M,) where it is cut the place of the largest left, else any
     bound: NDArray[np.float64]  # (M,) below which nothing is taken: infinite where nothing may be
 
 
-def pick(allowed: NDArray[np.int64], n: int, floor: float, dtype: torch.dtype) -> Pick:
-    """For rows of n priorities, of which `allowed` (M,) are taken if they reach the floor."""
+def picks(allowed: NDArray[np.int64], n: int, floor: float | NDArray[np.float64], dtype: torch.dtype) -> Iterator[Pick]:
+    """For each round, of M rows of n priorities of which `allowed` (rounds, M) are taken if they reach the floor."""
     taken = allowed.clip(0, n)
-    last = np.arange(1, len(allowed) + 1) * n - taken.clip(1)
-    (cut,) = np.nonzero((taken > 0) & (taken < n))
+    last = np.arange(1, allowed.shape[1] + 1) * n - taken.clip(1)
+    cut = (taken > 0) & (taken < n)
     bound = np.where(taken > 0, floor, np.inf).astype(torch.empty(0, dtype=dtype).numpy().dtype)
-    return Pick(allowed, taken, last, cut, last[cut] - 1, bound)
+    return map(Pick, allowed, taken, last, cut, last - cut, bound)
 
 
 def take_largest_(priority: Tensor, chosen: Pick, scratch: Tensor, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -84,11 +85,11 @@ def take_largest_(priority: Tensor, chosen: Pick, scratch: Tensor, samples: NDAr
         last, before = ordered.take(chosen.last), ordered.take(chosen.before)
     threshold = np.maximum(last, chosen.bound)
     enough = last >= chosen.bound
-    alike = before == (threshold if len(before) == len(last) else threshold[chosen.cut])
+    alike = (before == threshold) & chosen.cut
     exact = None
     if alike.any():
-        rows = torch.from_numpy(chosen.cut[alike]).to(priority.device)
-        exact = rows, _exact(priority[rows], chosen.allowed[chosen.cut[alike]], samples)
+        rows = torch.from_numpy(np.flatnonzero(alike)).to(priority.device)
+        exact = rows, _exact(priority[rows], chosen.allowed[alike], samples)
     priority.ge_(torch.from_numpy(threshold).to(priority.device).unsqueeze(1))
     if exact is not None:
         priority[exact[0]] = exact[1]

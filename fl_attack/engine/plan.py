@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from fl_attack import adversary, attack
 from fl_attack.engine import kernels
@@ -32,6 +33,7 @@ class Plan:
         ]
         self.attackers = Attackers(planners, batches, self.layout)
         self.written: Tensor | None = None  # (M, n) the label, or -1
+        self._flipped = torch.empty(0)  # (M, n + 1) two classes: 1 where it is, else 0
         self.turn: Turn | None = None
 
     def renew(self, theta: Tensor, targets: Tensor | None, round_: int) -> None:
@@ -64,6 +66,8 @@ class Plan:
         made.take_largest_(priority, self.batches.whole_samples[:n], turn, torch.empty_like(priority))
         y = self.batches.y[torch.from_numpy(self.batches.whole_samples[:n])].to(theta.device)
         self.written = labels.masked_fill_((priority == 0) | (labels == y), -1)
+        if C == 1:
+            self._flipped = functional.pad((self.written >= 0).to(theta), (0, 1))
 
     def _direction(self, theta: Tensor, targets: Tensor | None, turn: Turn) -> Tensor:
         """(M C, d) up to a positive factor for each cell."""
@@ -85,6 +89,14 @@ class Plan:
             return signed.view(self.attackers.M, self.attackers.C, -1).mT
         plain = signed * batch.sign
         return torch.stack([torch.zeros_like(plain), plain], -1)
+
+    def flipped(self, batch: Batch, attacked: NDArray[np.bool_], n: int) -> Tensor:
+        """Two classes: 1 where it changes a label of the columns within reach of a minibatch, else 0, (M, n)."""
+        if self.written is None:
+            return batch.X.new_zeros(len(attacked), n)
+        columns = self.batches.row[batch.at[:n]].clamp_(max=self.written.shape[1]).to(self.written.device)
+        found = self._flipped.index_select(1, columns)
+        return found if attacked.all() else found.mul_(torch.from_numpy(attacked).to(found)[:, None])
 
     def change(self, batch: Batch, attacked: NDArray[np.bool_], n: int) -> Change:
         """What the columns within reach of a minibatch have of it, in the cells that are attacked now."""

@@ -82,8 +82,14 @@ def _alike(cell: Scenario) -> tuple[Kind, str, int]:
     """What the cells of a tile have in common."""
     strategy = cell.settings.strategy
     if strategy.averages:
-        return kind_of(cell), "", 0
-    return kind_of(cell), strategy.model_dump_json(), cell.settings.tolerated
+        return kind_of(cell).alike, "", 0
+    return kind_of(cell).alike, strategy.model_dump_json(), cell.settings.tolerated
+
+
+def _same_attackers(cell: Scenario, other: Scenario) -> bool:
+    """Whether the same clients are malicious in two cells of a tile, and want the same."""
+    same = np.array_equal(cell.partition.malicious, other.partition.malicious)
+    return same and kind_of(cell) == kind_of(other)
 
 
 class _Targets(NamedTuple):
@@ -124,7 +130,16 @@ class _Work:
         def likeness(i: int) -> tuple[object, ...]:
             cell = self.cells[i]
             threat, malicious = cell.settings.attack, cell.partition.malicious
-            return *_alike(cell), len(malicious), malicious.tolist(), numbers[i], cell.settings.lr, threat.budget
+            wanted = threat.goal, threat.selection
+            return (
+                *_alike(cell),
+                *wanted,
+                len(malicious),
+                malicious.tolist(),
+                numbers[i],
+                cell.settings.lr,
+                threat.budget,
+            )
 
         order = sorted(range(len(self.cells)), key=likeness)
         C, d = self.cells[0].theta_shape
@@ -216,15 +231,14 @@ class _Work:
         return {0, *range(every, rounds + 1, every), rounds}
 
     def _cuts(self, cells: list[Scenario]) -> list[tuple[int, int]]:
-        """Where tiles begin and end: at another kind of attack, at other attackers once there are enough, when full."""
+        """Where tiles begin and end: at another kind of attack, once there are enough at other attackers, when full."""
         fits = self._fits(len(cells))
         cuts: list[tuple[int, int]] = []
         start = 0
         for end in range(1, len(cells) + 1):
-            if end < len(cells) and _alike(cells[end]) == _alike(cells[start]):
-                same = np.array_equal(cells[end].partition.malicious, cells[end - 1].partition.malicious)
-                if same or end - start < FEWEST:
-                    continue
+            goes_on = end < len(cells) and _alike(cells[end]) == _alike(cells[start])
+            if goes_on and (end - start < FEWEST or _same_attackers(cells[end], cells[end - 1])):
+                continue
             pieces = -(-(end - start) // fits)
             edges = [start + (end - start) * piece // pieces for piece in range(pieces + 1)]
             cuts += itertools.pairwise(edges)
@@ -256,7 +270,10 @@ class _Work:
             tile.prepare(round_, batch.layout)
         gram = steered = None
         if aware := [tile for tile in tiles if tile.reach("untargeted")]:
-            n, rows = max(tile.reach("untargeted") for tile in aware), sum(tile.M * tile.C for tile in aware)
+            n, rows = (
+                max(tile.reach("untargeted") for tile in aware),
+                sum(tile.C * tile.seeking["untargeted"] for tile in aware),
+            )
             if self._gram_pays(batch, n, rows):
                 gram = torch.mm(batch.X, batch.X[:n].mT, out=room.take("gram", len(batch.X), n))
         if aimed := [tile for tile in tiles if tile.reach("targeted")]:

@@ -1,5 +1,6 @@
 """A tile: cells of one kind of attack, whose attackers choose together what to write."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,6 +49,10 @@ class Tile:
         self.lr = lr.repeat_interleave(self.C)[:, None]
         self.several_steps = cells[0].settings.local_steps > 1
         self.server = sent.Server(cells, self.attackers)
+        self.seeking: Counter[str] = Counter()  # cells of greedy attackers, by their goal
+        if self.attackers.kind.exact:
+            for part in self.attackers.parts:
+                self.seeking[part.goal] += part.cells.stop - part.cells.start
         self.turn: Turn | None = None
         self.allowed = np.zeros(self.M, np.int64)  # flips in the last round
 
@@ -57,8 +62,7 @@ class Tile:
 
     def reach(self, goal: str) -> int:
         """Columns of which greedy attackers of a goal need scores in this round."""
-        kind = self.attackers.kind
-        return self.turn.n if self.turn is not None and kind.exact and kind.goal == goal else 0
+        return self.turn.n if self.turn is not None and self.seeking.get(goal) else 0
 
     @property
     def apart(self) -> bool:
@@ -75,10 +79,12 @@ class Tile:
         """
         batch, turn = shared.batch, self.turn
         logits = Z[:, : turn.n].clone() if turn is not None and self._needs_logits else None
-        scores = self._towards_target(Z, shared, room) if self.reach("targeted") else None
+        scores = None
+        if self.seeking and turn is not None and turn.picks is not None:
+            scores = room.take("scores", self.M, self.C, turn.n)
+        self._towards_targets(Z, shared, scores)
         R = kernels.residuals_(Z, self.C, batch.encoded)
-        if self.reach("untargeted") and turn is not None and turn.picks is not None:
-            scores = self._along_the_clean_gradient(R, shared, room)
+        self._along_clean_gradients(R, shared, scores, room)
         clean = self._clean_gradient(R, batch) if measured else None
         change = self._relabel(R, shared, scores, logits, room, watched)
         aggregate = detection = None
@@ -95,33 +101,36 @@ class Tile:
         kind = self.attackers.kind
         return not kind.exact and not self.server.crafts and kind.refresh == "step"
 
-    def _towards_target(self, Z: Tensor, shared: Shared, room: kernels.Room) -> Tensor:
-        """Scores along `target - theta`: logits of the target less those of theta, (M, C, n)."""
-        assert shared.steered is not None
-        assert self.turn is not None
-        n = self.turn.n
-        goal = shared.steered if self.target_of is None else shared.steered[self.target_of]
-        scores = room.take("scores", self.M, self.C, n)
-        return torch.sub(goal[:, :, :n], Z.view(self.M, self.C, -1)[:, :, :n], out=scores)
+    def _towards_targets(self, Z: Tensor, shared: Shared, scores: Tensor | None) -> None:
+        """Scores (M, C, n) along `target - theta` of targeted cells: logits of the target less those of theta."""
+        if scores is None or shared.steered is None:
+            return
+        n, logits = scores.shape[-1], Z.view(self.M, self.C, -1)
+        for part in self.attackers.parts:
+            if part.goal == "targeted":
+                goal = shared.steered if self.target_of is None else shared.steered[self.target_of[part.cells]]
+                torch.sub(goal[:, :, :n], logits[part.cells, :, :n], out=scores[part.cells])
 
-    def _along_the_clean_gradient(self, R: Tensor, shared: Shared, room: kernels.Room) -> Tensor:
-        """Scores along `v = R X`: `X v^T = (X X^T) R^T`, (M, C, n). The scale of v changes nothing."""
-        batch = shared.batch
-        assert self.turn is not None
-        n = self.turn.n
-        scores = room.take("scores", self.M, self.C, n)
-        R = self._weighted(R, batch)
-        if shared.gram is not None:
-            torch.mm(R, shared.gram[:, :n], out=scores.view(-1, n))
-        else:
-            v = torch.mm(R, batch.X, out=room.take("gradient", *self.theta.shape))
-            torch.mm(v, batch.X[:n].mT, out=scores.view(-1, n))
-        return scores
+    def _along_clean_gradients(self, R: Tensor, shared: Shared, scores: Tensor | None, room: kernels.Room) -> None:
+        """Scores of untargeted cells along `v = R X`: `X v^T = (X X^T) R^T`. The scale of v changes nothing."""
+        if scores is None:
+            return
+        batch, n, C = shared.batch, scores.shape[-1], self.C
+        for part in self.attackers.parts:
+            if part.goal != "untargeted":
+                continue
+            known = self._weighted(R[part.cells.start * C : part.cells.stop * C], batch, part.cells)
+            out = scores[part.cells].view(-1, n)
+            if shared.gram is not None:
+                torch.mm(known, shared.gram[:, :n], out=out)
+            else:
+                v = torch.mm(known, batch.X, out=room.take("gradient", len(known), batch.X.shape[1]))
+                torch.mm(v, batch.X[:n].mT, out=out)
 
-    def _weighted(self, R: Tensor, batch: Batch) -> Tensor:
-        """The residuals of which the sum over the features is the gradient that each cell's attackers know."""
+    def _weighted(self, R: Tensor, batch: Batch, cells: slice = slice(None)) -> Tensor:
+        """The residuals of which the sum over the features is the gradient that the attackers of cells know."""
         if self.turn is not None and self.turn.known is not None:
-            R = (R.view(self.M, self.C, -1) * self.turn.known[:, None]).view_as(R)
+            R = (R.view(-1, self.C, R.shape[1]) * self.turn.known[cells, None]).view_as(R)
         return R if batch.counts is None else R * batch.counts
 
     def _relabel(
@@ -130,32 +139,37 @@ class Tile:
         """Give the residuals the attackers' labels; what has changed where that is watched."""
         attackers, turn, batch = self.attackers, self.turn, shared.batch
         self.allowed = np.zeros(self.M, np.int64)
-        if turn is None or self.server.crafts:
+        if turn is None or self.server.crafts or (self.plan is None and turn.picks is None):
             return no_change(R.device)
+        flipped = None  # two classes: where a label is, 1, else 0, (M, n)
+        scratch = room.take("sorted", self.M, turn.n)
         if self.plan is not None:
-            change = self._planned(shared, turn)
-        elif turn.picks is None:
-            return no_change(R.device)
+            attacked = self._planned(shared, turn, self.plan)
+            if self.C == 1:
+                flipped = self.plan.flipped(batch, attacked, turn.n)
+                attackers.count_flipped(flipped)
+            else:
+                change = attackers.count(self.plan.change(batch, attacked, turn.n), batch)
         else:
             self.allowed = turn.allowed
-            scratch = room.take("sorted", self.M, turn.n)
             if not attackers.kind.exact:
                 assert logits is not None
                 view = self._view(R, shared, logits, turn)
                 threat = attackers.like.settings.attack
                 proposal = attack.find(threat.name).function(view, **threat.args)
                 change = attackers.proposed(proposal, batch, turn, scratch)
-            elif self.C == 1:
-                assert scores is not None
-                flipped = attackers.chosen(scores[:, 0], batch, turn, scratch)
-                R[:, : turn.n].sub_(flipped)
-                if not watched:
-                    return None
-                cells, columns = flipped.nonzero(as_tuple=True)
-                return Change(cells, columns, 1 - batch.y[columns])
             else:
                 assert scores is not None
-                change = attackers.changes(scores, batch, turn, room.take("priority", self.M, turn.n), scratch)
+                if self.C == 1:
+                    flipped = attackers.chosen(scores[:, 0], batch, turn, scratch)
+                else:
+                    change = attackers.changes(scores, batch, turn, room.take("priority", self.M, turn.n), scratch)
+        if flipped is not None:
+            R[:, : turn.n].sub_(flipped)
+            if not watched:
+                return None
+            cells, columns = flipped.nonzero(as_tuple=True)
+            return Change(cells, columns, 1 - batch.y[columns])
         if self.C == 1:
             R[change.cells, change.columns] -= 1
         else:
@@ -164,14 +178,14 @@ class Tile:
             by_class[change.cells, change.labels, change.columns] -= 1
         return change
 
-    def _planned(self, shared: Shared, turn: Turn) -> Change:
-        assert self.plan is not None
+    def _planned(self, shared: Shared, turn: Turn, plan: Plan) -> NDArray[np.bool_]:
+        """Have the epoch's flips chosen where it begins; gives the cells (M,) that are attacked in this round."""
         if shared.round_ == adversary.epoch_start(self.attackers.like, shared.round_):
-            self.plan.renew(self.theta, self._targets(shared, slice(0, self.M)), shared.round_)
+            plan.renew(self.theta, self._targets(shared, slice(0, self.M)), shared.round_)
         attacked = self.attackers.rounds.attacked(shared.round_)
-        if self.plan.turn is not None:
-            self.allowed = self.plan.turn.allowed * attacked * turn.malicious.any(1).cpu().numpy()
-        return self.attackers.count(self.plan.change(shared.batch, attacked, turn.n), shared.batch)
+        if plan.turn is not None:
+            self.allowed = plan.turn.allowed * attacked * turn.malicious.any(1).cpu().numpy()
+        return attacked
 
     def _view(self, R: Tensor, shared: Shared, logits: Tensor, turn: Turn) -> attack.View:
         batch, n = shared.batch, turn.n
