@@ -119,7 +119,7 @@ def rows(data: list[str], given: argparse.Namespace) -> Iterator[tuple[str, int,
             for f in given.malicious:
                 made.append(scenario.make(settings(data, n, given.rounds, *change, f"clients.malicious={f}")))
                 made[-1].__dict__["target"] = torch.randn(made[-1].theta_shape, dtype=torch.float64)
-            d = Batches(made[0], np.arange(10), torch.device("cpu"), 2e9).d
+            d = int(Batches(made[0], np.arange(10), torch.device("cpu"), 2e9).seen.sum())
             full = made[0].theta_shape[1]
             for M in given.cells:
                 times = []

@@ -325,7 +325,8 @@ def test_features_that_are_zero_everywhere_are_left_out_and_put_back(
     arrays["x_train"][:, [0, 4, 5]] = 0
     np.savez(file, **arrays)  # the test set keeps its numbers there
     cells = cells_of(settings, data, shared, [[], ["attack.goal=targeted"]])
-    assert batches.Batches(cells[0], np.arange(7), torch.device("cpu"), 1e9).d == 7
+    made = batches.Batches(cells[0], np.arange(7), torch.device("cpu"), 1e9)
+    assert made.seen.sum() == 7 and made.d == batches.padded(7) == 16
     check_together(cells)
     for outcome in engine.run_cells(cells):
         assert outcome.theta is not None
@@ -417,7 +418,8 @@ def test_columns_hold_what_the_schedule_gives_each_client(
             assert samples.tolist() == cell.schedule.steps(int(client), round_)[0].tolist()
             sign = torch.from_numpy(1 - 2 * cell.dataset.y_train[samples])[:, None]
             X = cell.features(samples)[:, made.seen] * sign
-            assert torch.equal(batch.X[columns], X)
+            assert torch.equal(batch.X[columns, : X.shape[1]], X)
+            assert not batch.X[:, X.shape[1] :].any()
 
 
 def test_rules_that_are_not_batched_are_refused(settings: Compose, small_data: Small) -> None:

@@ -208,10 +208,8 @@ class Attackers:
             kernels.picks(budget, part.stop - part.start, self._floor, self.dtype)
             for part, budget in zip(groups, budgets, strict=True)
         ]
-        return (
-            list(picks) if any_ else None
-            for any_, *picks in zip(table.any(axis=(1, 2)).tolist(), *by_group, strict=True)
-        )
+        for allowed, *made in zip(table, *by_group, strict=True):
+            yield made if allowed.any() else None
 
     def chosen(self, gains: Tensor, batch: Batch, turn: Turn, scratch: Tensor) -> Tensor:
         """Greedy, two classes: 1 where a label is flipped, else 0, (M, n); in the place of the gains."""

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from fl_attack import data, model
 from fl_attack.engine.kernels import Room
 from fl_attack.scenario import Scenario
 
+LINE = 16  # numbers of single precision in a line of the processor's cache
 ROWS_AT_ONCE = 4096  # samples turned into features in one piece
 SAMPLES_AT_ONCE = 2**16  # of which it is worked out in one go when they are used
 
@@ -102,7 +104,8 @@ class Batches:
         self.seen = torch.from_numpy(np.append(nonzero, True))  # the constant last
         self.y = torch.tensor(like.dataset.y_train)
         self.sign = (1 - 2 * self.y).to(self.dtype)[:, None] if self.classes == 2 else None
-        self.d, used = int(self.seen.sum()), like.schedule.used[clients]
+        self.d = int(self.seen.sum()) if every_feature else padded(int(self.seen.sum()))
+        used = like.schedule.used[clients]
         self.all = Layout(clients, np.cumsum(used))
         self.width = int(self.all.ends[-1])
         bytes_each = self.d * self.dtype.itemsize
@@ -116,10 +119,23 @@ class Batches:
         self._rounds = min(settings.rounds, max(1, SAMPLES_AT_ONCE // self.width))
         self._block, self._table = -1, np.empty((0, 0), np.int64)
 
+    def fitted(self, rows: Tensor) -> Tensor:
+        """Of all features (n, features) those that are used, and zeros, (n, d)."""
+        rows = rows[:, self.seen]
+        return functional.pad(rows, (0, self.d - rows.shape[1])) if rows.shape[1] < self.d else rows
+
+    def unfitted(self, rows: Tensor) -> Tensor:
+        """The other way round, with zeros for the features that are not used."""
+        whole = torch.zeros(len(rows), len(self.seen), dtype=rows.dtype)
+        whole[:, self.seen] = rows[:, : int(self.seen.sum())].cpu()
+        return whole
+
     @property
     def bytes(self) -> int:
         """Memory that features take."""
-        return (self.resident.nbytes if self.resident is not None else 0) + 2 * self.width * self.d * 8
+        resident = 0 if self.resident is None else self.resident.nbytes
+        minibatch = self.width * self.d * self.dtype.itemsize
+        return max(resident, minibatch) if self._keep else resident + minibatch
 
     def at(self, round_: int, room: Room) -> Batch:
         """The minibatch of a round, counted from 1; its features are in a buffer."""
@@ -191,8 +207,11 @@ class Batches:
 
     def _features(self, at: Tensor, room: Room) -> Tensor:
         if self.resident is not None:
+            rows = self.row[at]
+            if len(rows) == len(self.resident) and torch.equal(rows, torch.arange(len(rows))):
+                return self.resident
             X = room.take("X", len(at), self.d)
-            return torch.index_select(self.resident, 0, self.row[at].to(self.device), out=X)
+            return torch.index_select(self.resident, 0, rows.to(self.device), out=X)
         return torch.cat([self._piece(part) for part in at.split(ROWS_AT_ONCE)]).to(self.device)
 
     def _all(self) -> Tensor:
@@ -204,8 +223,14 @@ class Batches:
 
     def _piece(self, at: Tensor) -> Tensor:
         dataset = self.like.dataset
-        X = data.features(dataset.x_train[at.numpy()], dataset.scale, self.dtype)[:, self.seen]
+        X = self.fitted(data.features(dataset.x_train[at.numpy()], dataset.scale, self.dtype))
         return X if self.sign is None else X.mul_(self.sign[at])
+
+
+def padded(features: int) -> int:
+    """So many or a few more: rows that begin where a line of the cache does, and not all in the same place of it."""
+    columns = -(-features // LINE) * LINE
+    return columns + LINE * (columns % (16 * LINE) == 0)
 
 
 def _nonzero_columns(x: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -22,7 +22,7 @@ class Samples:
         scale, C = batches.like.dataset.scale, batches.classes
         order = np.argsort(y, kind="stable")
         parts = [
-            data.features(x[at], scale, batches.dtype)[:, batches.seen]
+            batches.fitted(data.features(x[at], scale, batches.dtype))
             for at in np.array_split(order, max(1, len(order) // 4096))
         ]
         self.X = torch.cat(parts).to(batches.device)

@@ -14,7 +14,7 @@ from fl_attack.engine.attackers import Attackers, Change, Turn, no_change
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.scenario import Scenario
 
-NUMBERS_AT_ONCE = 2**25  # logits, and features, of a piece
+NUMBERS_AT_ONCE = 2**21  # logits, and features, of a piece: what several products read stays in the cache
 
 
 class Plan:

@@ -211,16 +211,12 @@ class _Work:
         if stopping:
             finite |= stopping.over
             theta, flips, last = stopping.best, stopping.flips, stopping.rounds
-        shape, seen = cells[0].theta_shape, self.batches.seen
-        outcomes = []
+        C, outcomes = cells[0].theta_shape[0], []
         for i, cell in enumerate(cells):
             if not finite[i]:
                 outcome = run_alone(cell)
             else:
-                whole = None
-                if self.keep_theta:
-                    whole = torch.zeros(shape, dtype=theta.dtype)
-                    whole[:, seen] = theta[i * shape[0] : (i + 1) * shape[0]].cpu()
+                whole = self.batches.unfitted(theta[i * C : (i + 1) * C]) if self.keep_theta else None
                 outcome = Outcome(log.table(i, last[i]), int(flips[i]), whole, log.flips(i, last[i]))
             outcome.seconds = seconds / len(cells)
             outcomes.append(outcome)
@@ -302,7 +298,7 @@ class _Work:
             keys.append(key)
             if key is not None:
                 aimed.setdefault(key, cell)
-        thetas = [theta[:, self.batches.seen] for theta in scenario.load_targets(list(aimed.values()))]
+        thetas = [self.batches.fitted(theta) for theta in scenario.load_targets(list(aimed.values()))]
         theta = torch.cat([torch.empty(0, self.batches.d), *thetas]).to(self.device, self.batches.dtype)
         place = {key: i for i, key in enumerate(aimed)}
         return _Targets(theta, np.array([place.get(key, -1) for key in keys]))

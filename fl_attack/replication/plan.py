@@ -137,7 +137,8 @@ def _whole(source: Source) -> Iterator[Run]:
         if source.name != "cifar10":
             yield Run("protocols", source, STEP, few)
     yield Run("protocols", source, EPOCH, (*few, "attack.refresh=epoch"))
-    yield Run("protocols", source, FULL, (*few, "lr=0.1,1"), batch="full")
+    rates = "lr=0.1" if source.name == "cifar10" else "lr=0.1,1"
+    yield Run("protocols", source, FULL, (*few, rates), batch="full")
 
 
 def _quick(source: Source) -> Iterator[Run]:
