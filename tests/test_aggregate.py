@@ -355,6 +355,53 @@ def test_centered_clipping_from_zero_is_byzfls(tau: float, iterations: int) -> N
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
+def test_multi_krum_with_one_more_neighbour_is_byzfls() -> None:
+    theirs = byzfl_of("MultiKrum", 2)
+    for seed in range(10):
+        u = updates_of(seed, cells=1)
+        ours = rule("multi_krum", f=1, args={"keep": M - 2})(u)[0].flatten().numpy()
+        np.testing.assert_allclose(ours, theirs(u[0].flatten(1).numpy()), atol=1e-12)
+
+
+def test_byzfls_geometric_median_comes_to_ours_with_its_steps() -> None:
+    byzfl = pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
+    u = updates_of(3, cells=1)
+    ours = rule("geometric_median", args={"tolerance": 1e-12, "most": 10_000})(u)[0].flatten().numpy()
+    theirs = [byzfl.GeometricMedian(nu=1e-9, T=steps)(u[0].flatten(1).numpy()) for steps in (3, 1000)]
+    away = [np.linalg.norm(found - ours) for found in theirs]
+    assert away[1] < 1e-6 < away[0]  # three are its own choice: a row of the table in the README
+
+
+@pytest.mark.parametrize("f", [1, 3])
+def test_mixing_with_neighbours_is_byzfls(f: int) -> None:
+    u = updates_of(f, cells=1)
+    found = PRE["nnm"].apply(u, torch.ones(M), f, torch.arange(M))[0]
+    np.testing.assert_allclose(found[0].flatten(1).numpy(), byzfl_of("NNM", f)(u[0].flatten(1).numpy()), atol=1e-12)
+
+
+@pytest.mark.parametrize("c", [0.5, 2.0, 100.0])
+def test_clipping_to_a_norm_is_byzfls(c: float) -> None:
+    byzfl = pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
+    u = updates_of(1, cells=1)
+    found = PRE["clipping"].apply(u, torch.ones(M), 1, torch.arange(M), c=c)[0]
+    expected = byzfl.Clipping(c=c)(u[0].flatten(1).numpy().copy())
+    np.testing.assert_allclose(found[0].flatten(1).numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("s", [1, 2, 3])
+def test_buckets_are_byzfls_for_the_same_lots(s: int) -> None:
+    byzfl = pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
+
+    def theirs(array: np.ndarray) -> np.ndarray:
+        with aggregate.byzfl.seeded(torch.arange(s)):
+            return np.asarray(byzfl.Bucketing(s=s)(array))
+
+    lots = np.concatenate([np.flatnonzero(bucket) for bucket in theirs(np.eye(M))])
+    u = updates_of(s, cells=1)
+    found = PRE["bucketing"].apply(u, torch.ones(M), 1, torch.from_numpy(lots), s=s)[0]
+    np.testing.assert_allclose(found[0].flatten(1).numpy(), theirs(u[0].flatten(1).numpy()), atol=1e-12)
+
+
 @pytest.mark.parametrize("name", aggregate.byzfl.RULES)
 def test_each_of_byzfls_rules_runs_on_many_cells_in_double_precision(name: str) -> None:
     pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import reduce
@@ -12,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from fl_attack import adversary, attack, engine, protocol
+from fl_attack import adversary, attack, engine, plugins, protocol
 from fl_attack.aggregate import RULES
 from fl_attack.config import AttackSettings, Settings, settings_from
 from fl_attack.detect import MEASURES
-from fl_attack.engine import attackers, batches, kernels, run
+from fl_attack.engine import attackers, batches, kernels, run, sent, threads
 from fl_attack.engine.budgets import Allowances
 from fl_attack.errors import InputError
 from fl_attack.history import COLUMNS, History, Recorder
@@ -269,6 +270,58 @@ def test_memory_and_tiles_change_no_result(
     assert sum(told) == 7 * len(cells)
     for part, one in zip(parts, whole, strict=True):
         check_same(part, one.history(), 1e-10)
+
+
+@pytest.mark.parametrize("case", ["binary", "classes"])
+def test_pieces_side_by_side_are_pieces_one_after_the_other(
+    settings: Compose, small_data: Small, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    classes, shared = SHARED[case]
+    changes = [[*some, f"attack.budget={b}"] for some in RULED.values() for b in (0.2, 0.5, 0.9)]
+    cells = cells_of(settings, small_data(classes), shared, changes)
+    whole = engine.run_cells(cells)
+    monkeypatch.setattr(sent, "BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(run, "WORTH_THREADS", 0)
+    torch.set_num_threads(2)
+    parts = engine.run_cells(cells)
+    torch.set_num_threads(1)
+    for part, one in zip(parts, whole, strict=True):
+        check_same(part, one.history(), 1e-10)
+
+
+def test_parts_are_worked_on_at_the_same_time_and_come_back_in_order() -> None:
+    torch.set_num_threads(2)
+    both = threading.Barrier(2)
+
+    def work(part: int) -> tuple[int, int]:
+        both.wait(60)  # for the other thread, or broken
+        return part, torch.get_num_threads()
+
+    found = threads.side_by_side(work, [3, 1, 2, 0])
+    assert found == [(3, 1), (1, 1), (2, 1), (0, 1)]
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert threads.side_by_side(lambda part: threading.get_ident(), [0, 1]) == [threading.get_ident()] * 2
+
+
+def test_functions_of_others_are_not_called_side_by_side(
+    settings: Compose, small_data: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "noted.py").write_text(
+        "import threading\nseen = set()\n"
+        "def mean(updates, weights, f):\n    seen.add(threading.get_ident())\n    return updates.mean(-3)\n"
+    )
+    path = f"{tmp_path / 'noted.py'}:mean"
+    cells = cells_of(
+        settings, small_data(2), ["batch_size=40"], [[f"strategy.name={path}", f"lr={lr}"] for lr in (1, 2)]
+    )
+    monkeypatch.setattr(sent, "BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(run, "WORTH_THREADS", 0)
+    torch.set_num_threads(2)
+    engine.run_cells(cells)
+    torch.set_num_threads(1)
+    seen = plugins.load(path).__globals__["seen"]
+    assert seen == {threading.get_ident()}
 
 
 def test_less_is_kept_where_less_is_asked_for(settings: Compose, small_data: Small) -> None:

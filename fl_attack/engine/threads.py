@@ -6,7 +6,6 @@ Worth it where a piece of work is many small steps, of which no single one is wo
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -20,17 +19,13 @@ def side_by_side(work: Callable[[Part], Made], parts: Sequence[Part]) -> list[Ma
     threads = torch.get_num_threads()
     if min(threads, len(parts)) < 2:
         return [work(part) for part in parts]
-    return list(_pool(threads).map(work, parts))
+    torch.set_num_threads(1)
+    try:
+        return list(_pool(threads).map(work, parts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    pool, started = ThreadPoolExecutor(threads), Barrier(threads)
-
-    def start(_: int) -> None:
-        torch.set_num_threads(1)  # of this thread, and of those yet to come
-        started.wait()
-
-    list(pool.map(start, range(threads)))
-    torch.set_num_threads(threads)
-    return pool
+    return ThreadPoolExecutor(threads)
