@@ -34,6 +34,7 @@ class Flips(NamedTuple):
     allowed: int
 
 
+AT_HAND = 2**30  # bytes of features that a training in this process may keep
 NO_FLIPS = Flips(np.empty(0, np.int64), np.empty(0, np.int64), 0)
 
 
@@ -187,6 +188,7 @@ def train(scenario: Scenario, progress: Progress = lambda round_: None) -> Tenso
 def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_: None) -> list[Tensor]:
     """`train` of experiments that differ in their learning rate alone; each minibatch is fetched once."""
     like, thetas = scenarios[0], [made.start() for made in scenarios]
+    whole = _at_hand(like)
     schedule, optimizer = like.schedule, like.settings.server_optimizer
     states = [protocol.initial_state(theta) for theta in thetas]
     last: NDArray[np.int64] = np.empty(0, np.int64)
@@ -194,7 +196,9 @@ def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_:
         if like.settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
             samples, counts = schedule.samples_once(round_)
             if not np.array_equal(samples, last):  # full batches are all the same
-                last, batch = samples, like.batch(samples, counts)
+                X = like.features(samples) if whole is None else whole[torch.from_numpy(samples)]
+                weights = None if (counts == 1).all() else torch.from_numpy(counts).to(X.dtype)
+                last, batch = samples, (X, torch.from_numpy(like.dataset.y_train[samples]), weights)
             aggregates = [_gradient(theta, *batch) for theta in thetas]
         else:
             aggregates = [_moved(made, theta, round_) for made, theta in zip(scenarios, thetas, strict=True)]
@@ -206,7 +210,14 @@ def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_:
     return thetas
 
 
-def _gradient(theta: Tensor, X: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+def _at_hand(like: Scenario) -> Tensor | None:
+    """The features of all samples, where they are not too many and each is used a few times."""
+    size = like.dataset.x_train.size * like.settings.torch_dtype.itemsize
+    uses = like.settings.rounds * int(like.schedule.sizes.sum()) / len(like.dataset.y_train)
+    return like.features(np.arange(len(like.dataset.y_train))) if size <= AT_HAND and uses > 2 else None
+
+
+def _gradient(theta: Tensor, X: Tensor, y: Tensor, counts: Tensor | None) -> Tensor:
     return model.gradient(theta.to(X.dtype), X, y, counts).to(theta.dtype)
 
 

@@ -33,25 +33,33 @@ class Plan:
         ]
         self.attackers = Attackers(planners, batches, self.layout)
         self.written: Tensor | None = None  # (M, n) the label, or -1
-        self._flipped = torch.empty(0)  # (M, n + 1) two classes: 1 where it is, else 0
+        self._flipped: Tensor | None = None  # (M, n + 1) two classes instead: 1 where it is the other one, else 0
         self.turn: Turn | None = None
 
     def renew(self, theta: Tensor, targets: Tensor | None, round_: int) -> None:
         """Choose for the epoch that begins with a round, at theta (M C, d); `targets` (M C, d) for targeted goals."""
         made, epoch = self.attackers, (round_ - 1) // self.cells[0].schedule.rounds_per_epoch + 1
         turn = self.turn = made.turn(epoch, self.layout, round_)
-        self.written = None
+        self.written = self._flipped = None
         if turn is None or turn.picks is None:
             return
         M, C, n = made.M, made.C, turn.n
         aimed = "goal" in attack.find(made.kind.name).uses
         v = self._direction(theta, targets, turn) if aimed else theta
-        labels = torch.empty(M, n, dtype=torch.int64, device=theta.device)
         priority = torch.empty(M, n, dtype=theta.dtype, device=theta.device)
+        samples = self.batches.whole_samples[:n]
+        pieces = self.batches.pieces(n, NUMBERS_AT_ONCE // (M * C + self.batches.d))
+        if C == 1 and made.kind[:3:2] == ("greedy", "gain"):
+            for batch, part in pieces:  # of samples that are signed: what a flip gains
+                priority[:, part] = v @ batch.X.mT
+            made.take_largest_(priority, samples, turn, torch.empty_like(priority))
+            self._flipped = functional.pad(priority, (0, 1))
+            return
+        labels = torch.empty(M, n, dtype=torch.int64, device=theta.device)
         function, args = attack.find(made.kind.name).function, made.like.settings.attack.args
         drawn = adversary.label_noise(made.like, round_, int(self.layout.ends[-1]))
         noise = torch.from_numpy(drawn[self.batches.whole_samples.argsort().argsort()]).to(theta)
-        for batch, part in self.batches.pieces(n, NUMBERS_AT_ONCE // (M * C + self.batches.d)):
+        for batch, part in pieces:
             width = part.stop - part.start
             view = attack.View(
                 batch.y,
@@ -63,8 +71,8 @@ class Plan:
             )
             proposal = function(view, **args)
             labels[:, part], priority[:, part] = proposal.labels, proposal.priority.to(theta)
-        made.take_largest_(priority, self.batches.whole_samples[:n], turn, torch.empty_like(priority))
-        y = self.batches.y[torch.from_numpy(self.batches.whole_samples[:n])].to(theta.device)
+        made.take_largest_(priority, samples, turn, torch.empty_like(priority))
+        y = self.batches.y[torch.from_numpy(samples)].to(theta.device)
         self.written = labels.masked_fill_((priority == 0) | (labels == y), -1)
         if C == 1:
             self._flipped = functional.pad((self.written >= 0).to(theta), (0, 1))
@@ -92,9 +100,9 @@ class Plan:
 
     def flipped(self, batch: Batch, attacked: NDArray[np.bool_], n: int) -> Tensor:
         """Two classes: 1 where it changes a label of the columns within reach of a minibatch, else 0, (M, n)."""
-        if self.written is None:
+        if self._flipped is None:
             return batch.X.new_zeros(len(attacked), n)
-        columns = self.batches.row[batch.at[:n]].clamp_(max=self.written.shape[1]).to(self.written.device)
+        columns = self.batches.row[batch.at[:n]].clamp_(max=self._flipped.shape[1] - 1).to(batch.X.device)
         found = self._flipped.index_select(1, columns)
         return found if attacked.all() else found.mul_(torch.from_numpy(attacked).to(found)[:, None])
 

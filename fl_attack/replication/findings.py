@@ -54,13 +54,15 @@ def findings(results: Sequence[Result], rates: Mapping[str, float]) -> list[Line
     for claim in CLAIMS:
         own = [result for result in results if result.run.preset == claim.preset]
         for result in own:
-            source, primary = result.run.source, result.run.protocol == STEP
-            swept = len(set(result.cells["lr"].tolist())) > 1
-            rate = "the best for each" if swept else f"{rates[source.name]:g}"
-            found = measure(claim, result.cells)
+            source, primary, chosen = result.run.source, result.run.protocol == STEP, rates[result.run.source.name]
+            swept = {float(lr) for lr in result.cells["lr"].tolist() if lr != ""}
+            looks = claim.own_rate and len(swept) > 1
+            cells = result.cells.where(lr=chosen) if chosen in swept and not looks else result.cells
+            rate = "the best for each" if looks else f"{chosen:g}"
+            found = measure(claim, cells)
             lines += [Line(claim, source, result.run.protocol, rate, primary, one) for one in found]
             if swept:
-                lines += _by_rate(claim, result)
+                lines += _by_rate(claim, result, but=None if looks else chosen)
         names = {result.run.source.name for result in own}
         for result in results:
             if result.run.preset in claim.others and result.run.source.name in names:
@@ -68,10 +70,13 @@ def findings(results: Sequence[Result], rates: Mapping[str, float]) -> list[Line
     return lines
 
 
-def _by_rate(claim: Claim, result: Result, chosen: float = 0.0) -> list[Line]:
-    rates = sorted({float(lr) for lr in result.cells["lr"].tolist() if lr != ""})
+def _by_rate(claim: Claim, result: Result, chosen: float = 0.0, but: float | None = None) -> list[Line]:
+    """At each learning rate of a sweep but one; `chosen` is that of a sweep of one."""
+    rates = sorted({float(lr) for lr in result.cells["lr"].tolist() if lr != ""} - {but})
     lines = []
-    parts = {f"{rate:g}": result.cells.where(lr=rate) for rate in rates} or {f"{chosen:g}": result.cells}
+    parts = {f"{rate:g}": result.cells.where(lr=rate) for rate in rates}
+    if not parts and but is None:
+        parts = {f"{chosen:g}": result.cells}
     for rate, cells in parts.items():
         found = measure(claim, cells)
         lines += [Line(claim, result.run.source, result.run.protocol, rate, False, one) for one in found]

@@ -136,6 +136,7 @@ def _method(plan: Plan, found: Outcome, command: str) -> str:
         "",
         *_rates(results, rates),
         "",
+        *_larger(results),
         "Intervals are 95 % over seeds (jackknife, Student's t), every cell paired with the unattacked run of its "
         "seed. **The rules, stated before the runs.** A claim is *replicated* where the whole interval is within the "
         "bounds of its rule, *too noisy to tell* where only part of it is, else *not replicated*, or *partly* where "
@@ -176,6 +177,18 @@ def _rates(results: Sequence[Result], rates: Mapping[str, float]) -> list[str]:
             row.append(f"{bold}{found.value:.2f} ± {found.high - found.value:.2f}{bold}")
         rows.append(f"| {result.run.source.title} | " + " | ".join(row) + " |")
     return rows
+
+
+def _larger(results: Sequence[Result]) -> list[str]:
+    """What larger batches would have made of the unattacked models."""
+    told = []
+    for result in results:
+        if (result.run.preset, result.run.protocol) == ("protocols", LARGE):
+            honest = result.cells.where(b=0.0)
+            found = interval(lambda mask, of=honest: mean(of["accuracy"][mask]), honest["seed"])  # type: ignore[misc]
+            told.append(f"{result.run.source.title} {found.value:.2f} ± {found.high - found.value:.2f}")
+    text = "Nor is the batch size. With batches four times as large the unattacked models come, at these rates, to "
+    return [f"{text}{', '.join(told)}.", ""] if told else []
 
 
 def _claim(claim: Claim, lines: Sequence[Line]) -> str:
