@@ -196,7 +196,7 @@ def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_:
         if like.settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
             samples, counts = schedule.samples_once(round_)
             if not np.array_equal(samples, last):  # full batches are all the same
-                X = like.features(samples) if whole is None else whole[torch.from_numpy(samples)]
+                X = like.features(samples) if whole is None else whole.index_select(0, torch.from_numpy(samples))
                 weights = None if (counts == 1).all() else torch.from_numpy(counts).to(X.dtype)
                 last, batch = samples, (X, torch.from_numpy(like.dataset.y_train[samples]), weights)
             aggregates = [_gradient(theta, *batch) for theta in thetas]

@@ -37,7 +37,7 @@ class Allowances:
     def __init__(self, threats: Sequence[AttackSettings], most: int, rounds: int) -> None:
         """`most` is the largest number of samples that a budget can be for in a round."""
         exact = [threat.exact_budget for threat in threats]
-        small = all(max(b.numerator, b.denominator) * most * (rounds + 1) < EXACT for b in exact)
+        small = all(max(b.numerator, b.denominator) * most * (rounds + AHEAD) < EXACT for b in exact)
         kind = np.int64 if small else object
         self._over = np.array([b.numerator for b in exact], kind)[:, None]
         self._under = np.array([b.denominator for b in exact], kind)[:, None]
