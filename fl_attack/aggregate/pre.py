@@ -7,6 +7,7 @@ gets into another.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fl_attack.aggregate.geometry import distances
 from fl_attack.aggregate.ordering import finite_rows
@@ -40,19 +41,12 @@ def bucketing(updates: Tensor, weights: Tensor, f: int, lots: Tensor, *, s: int 
 
     Karimireddy et al., https://arxiv.org/abs/2006.09365.
     """
-    order, rows = lots.tolist(), updates.movedim(-3, 0).unbind()
-    buckets = [order[start : start + s] for start in range(0, len(order), s)]
-    means = updates.new_empty(len(buckets), *rows[0].shape)
-    for mean, bucket in zip(means, buckets, strict=True):
-        if len(bucket) == 1:
-            mean.copy_(rows[bucket[0]])
-        else:  # each number is read once: with many clients that is what it costs
-            torch.add(rows[bucket[0]], rows[bucket[1]], out=mean)
-        for other in bucket[2:]:
-            mean += rows[other]
-    sizes = torch.tensor([len(bucket) for bucket in buckets]).to(updates)
-    means /= sizes.view(-1, *[1] * (means.ndim - 1))
-    return means.movedim(0, -3), torch.stack([part.sum() for part in weights[lots].split(s)])
+    by_client = updates.movedim(-3, 0)
+    starts = torch.arange(0, len(lots), s, device=lots.device)
+    # reads each number once and writes each mean once, which with many clients is what it costs
+    means = functional.embedding_bag(lots, by_client.reshape(len(by_client), -1), starts, mode="mean")
+    shape = len(starts), *by_client.shape[1:]
+    return means.view(shape).movedim(0, -3), torch.stack([part.sum() for part in weights[lots].split(s)])
 
 
 def clipping(

@@ -15,6 +15,8 @@ from torch import Tensor
 from fl_attack.aggregate.geometry import (
     CLOSE,
     LARGEST,
+    SMALLEST,
+    along,
     careful_products,
     combined,
     distances,
@@ -22,6 +24,8 @@ from fl_attack.aggregate.geometry import (
     weighted,
 )
 from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, finite_rows, middle
+
+MANY, FEW = 32, 4  # clients from which on so many iterations of the geometric median are tried without products
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
@@ -114,10 +118,40 @@ def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: flo
     """
     if not tolerance > 0 or most < 1:
         raise ValueError(f"tolerance={tolerance} must be above 0 and most={most} at least 1")
-    share, near = _weiszfeld(*products(updates), tolerance, most)
+    m = updates.shape[-3]
+    share = updates.new_full(updates.shape[:-2], 1 / m, dtype=torch.float64)
+    left = torch.ones(updates.shape[:-3], dtype=torch.bool, device=updates.device)
+    if m >= MANY:  # products with each other cost as much as a few iterations, which may be all that it takes
+        share, left = _few_steps(updates, tolerance, min(most, FEW))
+        if not bool(left.any()):
+            return combined(updates, share.to(updates))
+    some = updates[left]
+    found, near = _weiszfeld(*products(some), tolerance, most)
     if bool(near.any()):  # where the median is all but one of the updates, only products about it tell how near
-        share[near] = _weiszfeld(*careful_products(updates[near]), tolerance, most)[0]
+        found[near] = _weiszfeld(*careful_products(some[near]), tolerance, most)[0]
+    share[left] = found
     return combined(updates, share.to(updates))
+
+
+def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
+    """Shares (..., m) after a few iterations, and where that was not enough, or not exact (...)."""
+    square = torch.linalg.vector_norm(updates.flatten(-2), dim=-1).double() ** 2
+    share, moving = torch.full_like(square, 1 / square.shape[-1]), torch.ones_like(square[..., :1], dtype=torch.bool)
+    exact = (square.isfinite() & (square > SMALLEST)).all(-1)
+    if not bool(exact.any()):
+        return share, ~exact
+    largest = square.amax(-1)
+    for _ in range(most):
+        at = weighted(updates, share.to(updates))
+        apart = square - 2 * along(updates, at).double() + at.double().square().sum((-2, -1)).unsqueeze(-1)
+        exact &= apart.amin(-1) > CLOSE * largest  # else digits were lost in the difference
+        nearer = apart.clamp(min=SMALLEST).rsqrt()
+        moved = (nearer / nearer.sum(-1, keepdim=True) - share) * moving
+        share = share + moved
+        moving = moved.abs().amax(-1, keepdim=True) > tolerance  # who has arrived stays, whatever others do
+        if not bool(moving.any()):
+            break
+    return share, moving.squeeze(-1) | ~exact
 
 
 def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
@@ -129,13 +163,13 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
     moving = torch.ones_like(share[..., :1], dtype=torch.bool)
     nearest = torch.full_like(largest, torch.inf)
     for _ in range(most):
-        product = (gram @ share.unsqueeze(-1)).squeeze(-1)
+        product = (share.unsqueeze(-2) @ gram).squeeze(-2)
         apart = (square - 2 * product + (share * product).sum(-1, keepdim=True)).clamp(min=0)
         nearest = nearest.minimum(apart.amin(-1, keepdim=True))
         nearer = finite.double() / apart.sqrt().maximum(floor)
         moved = (nearer / nearer.sum(-1, keepdim=True) - share) * moving
         share = share + moved
-        moving = moved.abs().amax(-1, keepdim=True) > tolerance  # who has arrived stays, whatever others do
+        moving = moved.abs().amax(-1, keepdim=True) > tolerance
         if not bool(moving.any()):
             break
     return share, (nearest < CLOSE * largest).squeeze(-1)
@@ -167,8 +201,7 @@ def centered_clipping(
     norm, moved = first, torch.zeros_like(away[..., 0, :, :])
     for step in range(iterations):
         if step:  # |a - u|^2 = |a|^2 - 2 a u + |u|^2, without making a - u
-            along = (whole @ moved.flatten(-2).unsqueeze(-1)).squeeze(-1)
-            square = first**2 - 2 * along + moved.double().square().sum((-2, -1)).unsqueeze(-1)
+            square = first**2 - 2 * along(away, moved) + moved.double().square().sum((-2, -1)).unsqueeze(-1)
             norm = square.clamp(min=0).sqrt().where(first.isfinite(), torch.inf)
         radius = _median_of_row(norm) if tau is None else norm.new_tensor(tau)
         share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0).to(moved) / norm.shape[-1]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import protocol
-from fl_attack.engine.threads import side_by_side
+from fl_attack.engine.threads import pool
 
 SORTED_BY_A_THREAD = 2**14  # numbers that it has to be worth to wake another
 
@@ -101,8 +101,11 @@ def take_largest_(priority: Tensor, chosen: Pick, scratch: Tensor, samples: NDAr
 
 def sort_rows_(rows: NDArray[np.float64]) -> None:
     """Sorts each row, ascending, on as many threads as torch uses."""
-    parts = max(1, min(torch.get_num_threads(), rows.size // SORTED_BY_A_THREAD))
-    side_by_side(lambda part: part.sort(axis=-1), np.array_split(rows, parts))
+    threads = min(torch.get_num_threads(), rows.size // SORTED_BY_A_THREAD)
+    if threads < 2:
+        rows.sort(axis=-1)
+    else:
+        list(pool(threads).map(lambda part: part.sort(axis=-1), np.array_split(rows, threads)))
 
 
 def _exact(priority: Tensor, allowed: NDArray[np.int64], samples: NDArray[np.int64]) -> Tensor:

@@ -21,11 +21,12 @@ def side_by_side(work: Callable[[Part], Made], parts: Sequence[Part]) -> list[Ma
         return [work(part) for part in parts]
     torch.set_num_threads(1)
     try:
-        return list(_pool(threads).map(work, parts))
+        return list(pool(threads).map(work, parts))
     finally:
         torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
+def pool(threads: int) -> ThreadPoolExecutor:
+    """So many threads, which stay."""
     return ThreadPoolExecutor(threads)
