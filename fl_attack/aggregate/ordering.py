@@ -52,6 +52,15 @@ def ascending(values: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(values.contiguous().numpy()))
 
 
+def smallest(values: Tensor, count: int, ordered: Tensor) -> Tensor:
+    """1 for the `count` smallest of each row, else 0, ties go to the lower index; `ordered` are the rows in order."""
+    found = (values <= ordered[..., count - 1 : count]).to(values)
+    if bool((found.sum(-1) > count).any()):
+        first = values.sort(dim=-1, stable=True).indices[..., :count]
+        found = torch.zeros_like(found).scatter_(-1, first, 1.0)
+    return found
+
+
 def _by_numpy(flat: Tensor, wanted: range) -> Rows:
     # numpy's sort of a row is vectorised, many times as fast as torch's over an outer axis
     part = np.array(flat.mT.numpy(), order="C")  # a copy, whatever its layout

@@ -23,7 +23,7 @@ from fl_attack.aggregate.geometry import (
     products,
     weighted,
 )
-from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, finite_rows, middle
+from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, finite_rows, middle, smallest
 
 MANY, FEW = 32, 4  # clients from which on so many iterations of the geometric median are tried without products
 
@@ -83,9 +83,7 @@ def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = N
     if not 1 <= keep <= m - f:
         raise ValueError(f"keep={keep} must be from 1 to {m - f}, the clients that are not f")
     score = _krum_scores(distances(updates).ordered, f)
-    first = score.sort(dim=-1, stable=True).indices[..., :keep]
-    chosen = torch.zeros_like(score).scatter_(-1, first, 1.0)
-    return combined(updates, chosen / keep)
+    return combined(updates, smallest(score, keep, ascending(score)) / keep)
 
 
 def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
