@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fl_attack import aggregate, plugins
-from fl_attack.aggregate import PRE, RULES
+from fl_attack.aggregate import PRE, RULES, rules
 from fl_attack.aggregate.geometry import distances
 from fl_attack.errors import InputError
 
@@ -439,6 +439,28 @@ def test_distances_of_many_clients_are_all_there(m: int) -> None:
     found = squared.diagonal_scatter(torch.zeros(2, m, dtype=torch.float64), dim1=-2, dim2=-1)
     torch.testing.assert_close(found, torch.cdist(u.flatten(-2), u.flatten(-2)) ** 2, rtol=1e-9, atol=1e-9)
     assert torch.equal(ordered, squared.sort(-1).values) and torch.equal(squared, squared.mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_geometric_median_of_many_clients_is_the_same_by_steps_and_by_products(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    m = 40
+    u = torch.randn(6, m, 2, 150, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    u[1, :15] += 3.0  # takes more than a few iterations
+    u[2] += 1000.0  # digits are lost without a centre
+    u[3, 7] = math.nan
+    u[4, 1:] = u[4, :1]  # the median is one of the updates
+    u = u.to(dtype)
+    made = rule("geometric_median", m=m)
+    found = made(u)
+    left = rules._few_steps(u, 1e-6, rules.FEW)[1].tolist()
+    assert left[1:5] == [True] * 4 and left[0] is left[5] is False
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, torch.stack([made(one) for one in u]), atol=1e-4, rtol=1e-6)
+    monkeypatch.setattr(rules, "MANY", m + 1)
+    torch.testing.assert_close(found, made(u), atol=1e-4, rtol=1e-6)
+    assert (found[0] - u[0].mean(0)).abs().max() > 1e-3  # which is where the steps begin
 
 
 def test_the_geometric_median_is_iterated_to_its_tolerance() -> None:
