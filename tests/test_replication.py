@@ -14,7 +14,7 @@ from fl_attack import engine, sweep
 from fl_attack.errors import InputError
 from fl_attack.launcher import grid
 from fl_attack.replication import __main__ as replicate
-from fl_attack.replication import beyond, claims, figures, plan, reach, report, statistics
+from fl_attack.replication import beyond, claims, figures, findings, plan, reach, report, statistics
 from fl_attack.replication.cells import Cells, read, with_drops
 from fl_attack.replication.claims import CLAIMS, COUNTS
 from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Interval, Rule, interval, overall
@@ -112,6 +112,16 @@ def test_a_tenth_of_a_percent(cost: float, expected: str) -> None:
     if cost == 6.0:
         noisy = seeded(lambda row, rng: 90.0 - cost * (row["b"] == 0.001) + rng.normal() * 8, *points)
         assert set(verdicts("0.1 %", noisy).values()) == {NOISY}
+
+
+def test_a_claim_is_decided_at_the_learning_rate_chosen_and_told_at_the_others() -> None:
+    (source, _) = plan.sources(True, None)
+    points = [{"b": b, "goal": g, "lr": lr} for b in (0.0, 0.001) for g in statistics.GOALS for lr in (0.01, 0.3)]
+    cells = seeded(lambda row, rng: 90.0 - 6 * (row["b"] > 0) * (row["lr"] == 0.3) + rng.normal() * 0.01, *points)
+    lines = findings.findings([findings.Result(plan.Run("smallest", source), cells)], {source.name: 0.3})
+    told = {(line.rate, line.primary, line.finding.verdict) for line in lines}
+    assert told == {("0.3", True, REPLICATED), ("0.01", False, NOT)}
+    assert len(lines) == 2 * 4  # each measure once at each rate
 
 
 def test_the_last_iterate_and_the_late_average_are_told_apart() -> None:
