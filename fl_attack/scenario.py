@@ -35,6 +35,7 @@ class Flips(NamedTuple):
 
 
 AT_HAND = 2**30  # bytes of features that a training in this process may keep
+PIECE = 2**20  # numbers of features of a piece that stays in the cache
 NO_FLIPS = Flips(np.empty(0, np.int64), np.empty(0, np.int64), 0)
 
 
@@ -186,10 +187,10 @@ def train(scenario: Scenario, progress: Progress = lambda round_: None) -> Tenso
 
 
 def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_: None) -> list[Tensor]:
-    """`train` of experiments that differ in their learning rate alone; each minibatch is fetched once."""
+    """`train` of experiments that differ in learning rate and optimizer alone; each minibatch is fetched once."""
     like, thetas = scenarios[0], [made.start() for made in scenarios]
     whole = _at_hand(like)
-    schedule, optimizer = like.schedule, like.settings.server_optimizer
+    schedule = like.schedule
     states = [protocol.initial_state(theta) for theta in thetas]
     last: NDArray[np.int64] = np.empty(0, np.int64)
     for round_ in range(1, like.settings.rounds + 1):
@@ -199,13 +200,12 @@ def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_:
                 X = like.features(samples) if whole is None else whole.index_select(0, torch.from_numpy(samples))
                 weights = None if (counts == 1).all() else torch.from_numpy(counts).to(X.dtype)
                 last, batch = samples, (X, torch.from_numpy(like.dataset.y_train[samples]), weights)
-            aggregates = [_gradient(theta, *batch) for theta in thetas]
+            aggregates = _gradients(thetas, *batch)
         else:
             aggregates = [_moved(made, theta, round_) for made, theta in zip(scenarios, thetas, strict=True)]
         for i, made in enumerate(scenarios):
-            thetas[i], states[i] = protocol.server_step(
-                optimizer, thetas[i], aggregates[i], made.settings.lr, states[i]
-            )
+            optimizer, lr = made.settings.server_optimizer, made.settings.lr
+            thetas[i], states[i] = protocol.server_step(optimizer, thetas[i], aggregates[i], lr, states[i])
         progress(round_)
     return thetas
 
@@ -219,6 +219,19 @@ def _at_hand(like: Scenario) -> Tensor | None:
 
 def _gradient(theta: Tensor, X: Tensor, y: Tensor, counts: Tensor | None) -> Tensor:
     return model.gradient(theta.to(X.dtype), X, y, counts).to(theta.dtype)
+
+
+def _gradients(thetas: Sequence[Tensor], X: Tensor, y: Tensor, counts: Tensor | None) -> list[Tensor]:
+    """`_gradient` of several models; of many samples a piece at a time, which all models read from the cache."""
+    rows = max(1, PIECE // X.shape[1])
+    if len(X) <= 2 * rows:
+        return [_gradient(theta, X, y, counts) for theta in thetas]
+    weights = torch.ones_like(X[:, 0]) if counts is None else counts
+    sums = [torch.zeros_like(theta) for theta in thetas]
+    for X_piece, y_piece, w in zip(X.split(rows), y.split(rows), weights.split(rows), strict=True):
+        for theta, total in zip(thetas, sums, strict=True):
+            total.add_(_gradient(theta, X_piece, y_piece, w), alpha=w.sum().item())
+    return [total / weights.sum().item() for total in sums]
 
 
 def _moved(made: Scenario, theta: Tensor, round_: int) -> Tensor:
@@ -252,7 +265,7 @@ def load_target(scenario: Scenario, progress: Progress = lambda round_: None) ->
 
 
 def load_targets(scenarios: Sequence[Scenario], progress: Progress = lambda round_: None) -> list[Tensor]:
-    """`load_target` of experiments that differ in their attack and their learning rate alone."""
+    """`load_target` of experiments that differ in their attack, learning rate and optimizer alone."""
     files = [_target_file(made) for made in scenarios]
     missing = {file: made for file, made in zip(files, scenarios, strict=True) if not _is_target(file, made)}
     if missing:

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from fl_attack.engine import kernels
 from fl_attack.engine.tile import Report, Shared, Tile
-from fl_attack.protocol import Optimizer
 
 
 class Block:
     """The parameters of the cells of some tiles, and their rounds."""
 
-    def __init__(self, tiles: Sequence[Tile], theta: Tensor, optimizer: Optimizer) -> None:
-        """`theta` (M C, d), tile after tile, is changed in place; a tile that is `apart` has a block of its own."""
+    def __init__(self, tiles: Sequence[Tile], theta: Tensor) -> None:
+        """The tiles have one optimizer; one that is `apart` has a block of its own.
+
+        `theta` (M C, d), tile after tile, is changed in place.
+        """
         self.tiles, self.theta = tiles, theta
-        self.optimizer = kernels.Server(optimizer, theta, torch.cat([tile.lr for tile in tiles]))
+        self.optimizer = kernels.Server(tiles[0].optimizer, theta, torch.cat([tile.lr for tile in tiles]))
 
     def step(self, shared: Shared, room: kernels.Room, watched: bool, measured: bool) -> list[Report | None]:
         """One round of all cells; gives what each tile reports."""

@@ -38,7 +38,6 @@ def group_key(chosen: Scenario) -> Hashable:
         settings.rounds,
         settings.eval_every,
         settings.dtype,
-        settings.server_optimizer,
         settings.per_round,
     )
 

@@ -24,12 +24,14 @@ from fl_attack.engine.stopping import Stopping
 from fl_attack.engine.tile import Shared, Tile
 from fl_attack.errors import InputError
 from fl_attack.history import COLUMNS
+from fl_attack.protocol import Optimizer
 from fl_attack.scenario import Scenario
 
 Progress = Callable[[int], None]
 CACHE = 2**23  # bytes of parameters in a block
 TARGETS_KEPT = 64  # rows of targets of which the logits of all samples are worked out once
 WORTH_THREADS = 2e7  # multiplications of a product
+COPIES = {"sgd": 1, "momentum": 2, "adam": 3}  # of the parameters, that an optimizer keeps
 FEWEST = 128  # cells a tile, where there are as many, before another set of attackers gets its own
 
 
@@ -78,12 +80,12 @@ def _threads(scenarios: Sequence[Scenario]) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _alike(cell: Scenario) -> tuple[Kind, str, int]:
+def _alike(cell: Scenario) -> tuple[Optimizer, Kind, str, int]:
     """What the cells of a tile have in common."""
-    strategy = cell.settings.strategy
+    strategy, optimizer = cell.settings.strategy, cell.settings.server_optimizer
     if strategy.averages:
-        return kind_of(cell).alike, "", 0
-    return kind_of(cell).alike, strategy.model_dump_json(), cell.settings.tolerated
+        return optimizer, kind_of(cell).alike, "", 0
+    return optimizer, kind_of(cell).alike, strategy.model_dump_json(), cell.settings.tolerated
 
 
 def _same_attackers(cell: Scenario, other: Scenario) -> bool:
@@ -145,7 +147,7 @@ class _Work:
         C, d = self.cells[0].theta_shape
         held = self.batches.bytes + self.test_set.X.nbytes + (self.validation.X.nbytes if self.validation else 0)
         held += len(self.cells) * C * d * self.batches.dtype.itemsize * self.keep_theta
-        copies = {"sgd": 1, "momentum": 2, "adam": 3}[self.settings.server_optimizer] + bool(self.validation)
+        copies = max(COPIES[cell.settings.server_optimizer] for cell in self.cells) + bool(self.validation)
         each = C * self.batches.d * self.batches.dtype.itemsize * copies
         each += 8 * len(self._evaluated()) * len(COLUMNS) + 200
         size = max(1, int((self.memory - held) / each))
@@ -248,17 +250,17 @@ class _Work:
         return max(FEWEST, CACHE // (self.cells[0].theta_shape[0] * self.batches.d * self.batches.dtype.itemsize))
 
     def _blocks(self, tiles: Sequence[Tile], theta: Tensor) -> list[Block]:
-        """Consecutive tiles, as many together as fit."""
+        """Consecutive tiles of one optimizer, as many together as fit."""
         together: list[list[Tile]] = []
         fits = self._fits(sum(tile.M for tile in tiles))
         for tile in tiles:
-            alone = tile.apart or not together or together[-1][-1].apart
+            last = together[-1][-1] if together else None
+            alone = last is None or tile.apart or last.apart or tile.optimizer != last.optimizer
             if alone or sum(other.M for other in together[-1]) + tile.M > fits:
                 together.append([])
             together[-1].append(tile)
         rows = theta.split([sum(len(tile.theta) for tile in some) for some in together])
-        optimizer = self.settings.server_optimizer
-        return [Block(some, part, optimizer) for some, part in zip(together, rows, strict=True)]
+        return [Block(some, part) for some, part in zip(together, rows, strict=True)]
 
     def _shared(self, round_: int, tiles: Sequence[Tile], room: Room) -> Shared:
         batch = self.batches.at(round_, room)
@@ -294,7 +296,9 @@ class _Work:
         aimed: dict[object, Scenario] = {}
         keys: list[object] = []
         for cell in self.cells:
-            key = (cell.settings.attack.target_path, cell.settings.lr) if kind_of(cell).goal == "targeted" else None
+            settings = cell.settings
+            trained = settings.attack.target_path, settings.server_optimizer, settings.lr
+            key = trained if kind_of(cell).goal == "targeted" else None
             keys.append(key)
             if key is not None:
                 aimed.setdefault(key, cell)

@@ -47,6 +47,7 @@ class Tile:
         self.plan = Plan(cells, batches) if self.attackers.kind.refresh == "epoch" else None
         lr = torch.tensor([cell.settings.lr for cell in cells], dtype=theta.dtype, device=theta.device)
         self.lr = lr.repeat_interleave(self.C)[:, None]
+        self.optimizer = cells[0].settings.server_optimizer
         self.several_steps = cells[0].settings.local_steps > 1
         self.server = sent.Server(cells, self.attackers)
         self.seeking: Counter[str] = Counter()  # cells of greedy attackers, by their goal

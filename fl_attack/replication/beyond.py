@@ -7,6 +7,7 @@ import numpy as np
 from fl_attack.replication.cells import Cells
 from fl_attack.replication.claims import COUNTS
 from fl_attack.replication.findings import Result
+from fl_attack.replication.plan import EVEN
 from fl_attack.replication.statistics import GOALS, mean
 from fl_attack.replication.verdicts import NOISY, NOT, REPLICATED, Interval, Rule, interval
 
@@ -71,7 +72,7 @@ def frequency(results: Sequence[Result]) -> str:
     for result in (one for one in results if one.run.preset == "frequency"):
         for goal in GOALS:
             each = []
-            for every, b in ((1, 0.05), (2, 0.1), (5, 0.25), (10, 0.5)):
+            for every, b in ((every, EVEN * every) for every in (1, 2, 5, 10)):
                 each.append(told(_drop(result.cells.where(goal=goal, every=float(every), b=b), "late_drop")))
             rows.append((result.run.source.title, goal, *each))
     head = ("Data", "Attack", "every round, 5 %", "every 2nd, 10 %", "every 5th, 25 %", "every 10th, 50 %")

@@ -113,12 +113,14 @@ def compared(factor: str) -> Callable[[Path, Cells, str], None]:
 
 
 def frequencies(file: Path, cells: Cells, title: str) -> None:
-    """Drop against the share of labels flipped on average, a line for each interval between attacks."""
-    shared = Cells({**cells.columns, "rate": cells["kb"] / cells["every"]})
-    rows = means(shared, goal, lambda point: f"every {point['every'][0]:g}", "rate", "late_drop")
-    write_table(file, ("goal", "every", "labels flipped a round, on average (share)", LOST, "interval"), rows)
+    """Drop against the rounds from one attack to the next, a line for each share of labels flipped on average."""
+    attacked = cells.only(cells["b"] > 0)
+    rows = means(
+        attacked, goal, lambda point: f"{100 * point['kb'][0] / point['every'][0]:g} % a round", "every", "late_drop"
+    )
+    write_table(file, ("goal", "labels flipped, on average", "rounds between attacks", LOST, "interval"), rows)
     note = f"Mean of the last 20 epochs: it does not matter how long ago the last attack was. k = 1. {BANDS}"
-    lines(file, title, note, log=True)
+    lines(file, title, note)
 
 
 def map_of(kind: str, *columns: str) -> Callable[[Path, Cells, str], None]:
