@@ -379,7 +379,7 @@ def test_an_interrupted_replication_goes_on(
     assert replicate.main([*arguments, "--so-far"]) == 0
     assert "*Not run yet: rounding, digits 0/1, per step.*" in capsys.readouterr().out
     assert replicate.main(arguments) == 0
-    assert calls == [30, 120, 120]  # the first sweep is not computed again
+    assert calls == [30, 80, 80]  # the first sweep is not computed again
     assert "minutes in 2 calls (digits 0/1 " in (tmp_path / "out" / "REPLICATION.md").read_text()
 
 
