@@ -189,7 +189,7 @@ def train(scenario: Scenario, progress: Progress = lambda round_: None) -> Tenso
 def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_: None) -> list[Tensor]:
     """`train` of experiments that differ in learning rate and optimizer alone; each minibatch is fetched once."""
     like, thetas = scenarios[0], [made.start() for made in scenarios]
-    whole = _at_hand(like)
+    take = _taker(like)
     schedule = like.schedule
     states = [protocol.initial_state(theta) for theta in thetas]
     last: NDArray[np.int64] = np.empty(0, np.int64)
@@ -197,7 +197,7 @@ def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_:
         if like.settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
             samples, counts = schedule.samples_once(round_)
             if not np.array_equal(samples, last):  # full batches are all the same
-                X = like.features(samples) if whole is None else whole.index_select(0, torch.from_numpy(samples))
+                X = take(samples)
                 weights = None if (counts == 1).all() else torch.from_numpy(counts).to(X.dtype)
                 last, batch = samples, (X, torch.from_numpy(like.dataset.y_train[samples]), weights)
             aggregates = _gradients(thetas, *batch)
@@ -210,11 +210,12 @@ def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_:
     return thetas
 
 
-def _at_hand(like: Scenario) -> Tensor | None:
-    """The features of all samples, where they are not too many and each is used a few times."""
-    size = like.dataset.x_train.size * like.settings.torch_dtype.itemsize
-    uses = like.settings.rounds * int(like.schedule.sizes.sum()) / len(like.dataset.y_train)
-    return like.features(np.arange(len(like.dataset.y_train))) if size <= AT_HAND and uses > 2 else None
+def _taker(like: Scenario) -> Callable[[NDArray[np.int64]], Tensor]:
+    """What gives the features of samples: from all at hand, where these are not too many and used a few times."""
+    x, size, dtype = like.dataset.x_train, int(like.schedule.sizes.sum()), like.settings.torch_dtype
+    if x.size * dtype.itemsize > AT_HAND or like.settings.rounds * size <= 2 * len(x) or size == len(x):
+        return like.features
+    return data.Stored(x, like.dataset.scale, dtype).take
 
 
 def _gradient(theta: Tensor, X: Tensor, y: Tensor, counts: Tensor | None) -> Tensor:

@@ -426,6 +426,19 @@ def test_the_constant_is_one_whatever_the_scale(scale, dtype):
     assert (data.features(np.ones((2, 3), np.uint8), scale, dtype)[:, -1] == 1).all()
 
 
+@given(
+    st.floats(1e-3, 1e3), st.sampled_from([torch.float32, torch.float64]), st.sampled_from(["u1", "f4"]), st.integers(0)
+)
+@settings(deadline=None, max_examples=40)
+def test_features_of_samples_kept_as_stored_are_the_same_to_the_last_bit(scale, dtype, kind, seed):
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (20, 37)).astype(kind)
+    stored = data.Stored(raw, scale, dtype)
+    for count in (7, 7, 20, 0, 3):
+        samples = rng.integers(0, 20, count)
+        assert torch.equal(stored.take(samples), data.features(raw[samples], scale, dtype))
+
+
 # The cache.
 
 

@@ -122,6 +122,8 @@ def test_a_claim_is_decided_at_the_learning_rate_chosen_and_told_at_the_others()
     told = {(line.rate, line.primary, line.finding.verdict) for line in lines}
     assert told == {("0.3", True, REPLICATED), ("0.01", False, NOT)}
     assert len(lines) == 2 * 4  # each measure once at each rate
+    only = findings.findings([findings.Result(plan.Run("smallest", source), cells.where(lr=0.01))], {source.name: 0.3})
+    assert {(line.rate, line.primary) for line in only} == {("0.01", False)}  # a rate of its own is told as that
 
 
 def test_the_last_iterate_and_the_late_average_are_told_apart() -> None:
@@ -220,6 +222,26 @@ def test_every_run_composes_with_its_unattacked_twins(run: plan.Run) -> None:
     assert {cell.settings.attack.rounding for cell in made} <= {"carry", "floor"}
 
 
+def test_attacks_now_and_then_are_compared_at_equal_flips_in_all() -> None:
+    (source, _) = plan.sources(True, None)
+    attacks = [cell.settings.attack for cell in plan.cells(plan.Run("frequency", source, batch=32), 2, 0.1)]
+    share = {(threat.every, round(threat.budget / threat.every, 9)) for threat in attacks if threat.budget}
+    assert share == {(every, plan.EVEN) for every in (1, 2, 5, 10)}
+
+
+def test_learning_rates_are_the_chosen_one_those_of_the_run_or_of_the_preset() -> None:
+    (source, _) = plan.sources(True, None)
+
+    def rates(**how: object) -> set[float]:
+        run = plan.Run("fig14", source, batch=32, **how)  # type: ignore[arg-type]
+        return {cell.settings.lr for cell in plan.cells(run, 2, 0.3)}
+
+    assert rates() == {0.3}
+    assert rates(rates=(0.001, 0.3)) == {0.001, 0.3}
+    assert rates(rates=None) == {0.001, 0.01, 0.1}
+    assert rates(rates=None, overrides=("lr=1",)) == {1}
+
+
 def test_figures_of_one_grid_are_one_sweep(tmp_path: Path) -> None:
     (source, _) = plan.sources(True, None)
     places = {
@@ -237,13 +259,7 @@ def test_the_learning_rate_is_that_of_the_best_unattacked_model() -> None:
 
 def tiny(source: plan.Source) -> list[plan.Run]:
     """Every kind of run, as small as it can be."""
-    few = {
-        "honest": ("lr=0.1,0.3",),
-        "fig12": ("lr=0.1",),
-        "fig14": ("lr=0.1",),
-        "frequency": (),
-        "rounding": (),
-    }
+    few = {"honest": ("lr=0.1,0.3",)}
     maps = ("clients.malicious=5,10", "attack.budget=0.1,0.5,1")
     runs = []
     for run in plan._quick(source):
@@ -251,8 +267,9 @@ def tiny(source: plan.Source) -> list[plan.Run]:
         if run.preset in ("fig6", "fig7", "fig8", "fig11"):
             more = maps
         elif run.preset in ("fig5", "fig9", "protocols"):
-            more = ("lr=0.1", "clients.malicious=5,10", "attack.budget=0,0.001,0.05,0.25,0.5")
-        runs.append(replace(run, overrides=(*run.overrides, *more, "seed=0,1")))
+            more = ("clients.malicious=5,10", "attack.budget=0,0.001,0.05,0.25,0.5")
+        rates = run.rates and ()  # at the learning rate chosen alone
+        runs.append(replace(run, overrides=(*run.overrides, *more, "seed=0,1"), rates=rates))
     return runs
 
 

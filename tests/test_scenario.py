@@ -179,6 +179,7 @@ def test_the_target_is_trained_once_and_a_damaged_one_again(
 @pytest.mark.parametrize("more", [[], ["local_steps=2"], ["server_optimizer=adam"], ["clients.per_round=3"]])
 def test_targets_trained_together_are_those_trained_alone(make: Make, more: list[str]) -> None:
     alike = [make("attack.goal=targeted", "batch_size=50", f"lr={lr}", *more) for lr in (0.1, 0.3, 1)]
+    alike.append(make("attack.goal=targeted", "batch_size=50", "lr=1", *more, "server_optimizer=momentum"))
     together = scenario.train_all(alike)
     for made, theta in zip(alike, together, strict=True):
         assert torch.equal(scenario.train(made), theta)
@@ -186,6 +187,15 @@ def test_targets_trained_together_are_those_trained_alone(make: Make, more: list
     found = scenario.load_targets([alike[2], alike[0], alike[2]])
     assert torch.equal(found[0], alike[2].target) and torch.equal(found[1], alike[0].target)
     assert torch.equal(found[2], found[0])
+    assert len({tuple(theta.ravel().tolist()) for theta in together}) == 4
+
+
+@pytest.mark.parametrize("more", [[], ["clients.total=7", "batch_size=61", "partition=dirichlet", "seed=3"]])
+def test_many_samples_are_gone_through_in_pieces(make: Make, more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make("attack.goal=targeted", *more)
+    whole = scenario.train(made)
+    monkeypatch.setattr(scenario, "PIECE", 7 * made.theta_shape[1])
+    torch.testing.assert_close(scenario.train(made), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_a_target_of_ones_own_is_taken_or_refused(make: Make, tmp_path: object) -> None:

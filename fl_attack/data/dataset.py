@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fl_attack.data import cache
 from fl_attack.data.sources import SOURCES, Raw, reading
@@ -87,6 +88,31 @@ def features(raw: np.ndarray, scale: float, dtype: torch.dtype) -> torch.Tensor:
         part[:, -1] = scale
         part /= scale  # numpy again: for a minibatch, waking torch's threads costs more than the division
     return X
+
+
+class Stored:
+    """Samples of which some are taken again and again, kept as they are stored: bytes are a quarter of what is read."""
+
+    def __init__(self, raw: np.ndarray, scale: float, dtype: torch.dtype) -> None:
+        """`raw` (n, p)."""
+        small = raw.dtype.itemsize < dtype.itemsize
+        self._raw = torch.tensor(raw) if small else features(raw, scale, dtype)
+        self._scale = scale if small else None
+        self._taken = self._raw[:0]  # memory is used again: pages that are new each time take as long as the rest
+        self._features = torch.empty(0, dtype=dtype)
+
+    def take(self, samples: NDArray[np.int64]) -> torch.Tensor:
+        """`features` of samples (k,), (k, p + 1), which the next call overwrites."""
+        at = torch.from_numpy(samples)
+        if len(self._taken) != len(at):
+            self._taken = self._raw.new_empty(len(at), self._raw.shape[1])
+        torch.index_select(self._raw, 0, at, out=self._taken)
+        if self._scale is None:
+            return self._taken
+        if len(self._features) != len(at):
+            self._features = self._features.new_ones(len(at), self._raw.shape[1] + 1)
+        self._features[:, :-1].copy_(self._taken).div_(self._scale)  # a division of bytes would take longer
+        return self._features
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

@@ -61,8 +61,8 @@ class Cells:
             yield key, np.array(found[key])
 
 
-def read(folder: Path) -> Cells:
-    """The cells of a sweep's folder."""
+def read(folder: Path, lr: float | None = None) -> Cells:
+    """The cells of a sweep's folder; `lr` is that of all of them, where no learning rates are swept."""
     sweep = read_sweep(folder)
     try:
         with np.load(folder / "curves.npz", allow_pickle=False) as stored:
@@ -83,6 +83,8 @@ def read(folder: Path) -> Cells:
     }
     for name, override in FACTORS.items():
         columns[name] = sweep.columns.get(override, np.full(len(late), "", object))
+    if lr is not None and (columns["lr"] == "").all():
+        columns["lr"] = np.full(len(late), lr)
     return with_drops(columns)
 
 

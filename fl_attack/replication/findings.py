@@ -57,10 +57,11 @@ def findings(results: Sequence[Result], rates: Mapping[str, float]) -> list[Line
             source, primary, chosen = result.run.source, result.run.protocol == STEP, rates[result.run.source.name]
             swept = {float(lr) for lr in result.cells["lr"].tolist() if lr != ""}
             looks = claim.own_rate and len(swept) > 1
-            cells = result.cells.where(lr=chosen) if chosen in swept and not looks else result.cells
-            rate = "the best for each" if looks else f"{chosen:g}"
-            found = measure(claim, cells)
-            lines += [Line(claim, source, result.run.protocol, rate, primary, one) for one in found]
+            if looks or chosen in swept or not swept:
+                cells = result.cells.where(lr=chosen) if chosen in swept and not looks else result.cells
+                rate = "the best for each" if looks else f"{chosen:g}"
+                found = measure(claim, cells)
+                lines += [Line(claim, source, result.run.protocol, rate, primary, one) for one in found]
             if swept:
                 lines += _by_rate(claim, result, but=None if looks else chosen)
         names = {result.run.source.name for result in own}

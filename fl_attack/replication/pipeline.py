@@ -56,7 +56,7 @@ def _one_source(
             if progress is not None:
                 worked = worked or bool(plan.lacking(grids))
                 plan.compute(out, grids, progress, "local" if todo.quick else "ray")
-            kept = {at: read(at) for at in grids if plan.is_there(at)}
+            kept = {at: read(at, made[0].settings.lr) for at, made in grids.items() if plan.is_there(at)}
             for one in together:
                 if place[one] not in kept:
                     found.missing.append(one)

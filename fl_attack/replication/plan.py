@@ -122,11 +122,13 @@ def _whole(source: Source) -> Iterator[Run]:
         full = "0.01" if pictures else "1"
         for preset in BINARY:
             yield Run(preset, source, rates={"fig12": (0.01,), "fig14": ADAM}.get(preset, ()))
-        for preset in ("selection", "frequency", "rounding"):
+        yield Run("selection", source, overrides=("attack.budget=0,0.05,0.25",) if pictures else ())
+        for preset in ("frequency", "rounding"):
             yield Run(preset, source)
-        # as many seeds as it takes where the question came up, in pictures at 0.01; digits differ little between seeds
-        yield Run("smallest", source, overrides=() if pictures else ("seed=range(5)",), rates=(0.01,))
-        if not pictures:
+        yield Run("smallest", source, overrides=("seed=range(5)",))
+        if pictures:  # as many seeds as it takes where the question came up
+            yield Run("smallest", source, overrides=("lr=0.01",), rates=None)
+        else:
             one = ("attack.budget=0,0.25",)
             yield Run("fig12", source, LARGE, one, batch=512)
             yield Run("fig14", source, LARGE, one, batch=512, rates=ADAM)
@@ -135,7 +137,7 @@ def _whole(source: Source) -> Iterator[Run]:
             yield Run("fig12", source, FULL, (*one, f"lr={full}"), batch="full", rates=None)
             yield Run("fig14", source, FULL, (*one, f"lr=0.01,{full}"), batch="full", rates=None)
         yield Run("protocols", source, LARGE, batch=512)
-        yield Run("protocols", source, STEP, rates=(0.001, 0.01))
+        yield Run("protocols", source, STEP, rates=(0.01,) if pictures else (0.001, 0.01))
     else:  # an experiment costs ten times as much, and on CIFAR-10 thirty times
         yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",), rates=None)
         if source.name == "cifar10":
