@@ -142,14 +142,11 @@ def _whole(source: Source) -> Iterator[Run]:
         yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",), rates=None)
         if source.name == "cifar10":
             yield Run("fig9", source, overrides=("clients.malicious=10", "attack.budget=0,0.05,0.25"))
-            yield Run("fig14", source, overrides=("attack.budget=0,0.25",))
-        else:
-            yield Run("fig9", source, overrides=("clients.malicious=10",))
-            yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.25"), rates=None)
+            return
+        yield Run("fig9", source, overrides=("clients.malicious=10",))
+        yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.25"), rates=None)
         few = ("clients.malicious=10", "attack.budget=0,0.05")
         yield Run("protocols", source, LARGE, few, batch=512)
-        if source.name == "cifar10":
-            return
         yield Run("protocols", source, STEP, (*few, "lr=0.001,0.01"), rates=None)
     yield Run("protocols", source, EPOCH, (*few, "attack.refresh=epoch"))
     yield Run("protocols", source, FULL, (*few, f"lr={full}"), batch="full", rates=None)
