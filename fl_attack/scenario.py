@@ -189,17 +189,14 @@ def train(scenario: Scenario, progress: Progress = lambda round_: None) -> Tenso
 def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_: None) -> list[Tensor]:
     """`train` of experiments that differ in learning rate and optimizer alone; each minibatch is fetched once."""
     like, thetas = scenarios[0], [made.start() for made in scenarios]
-    take = _taker(like)
-    schedule = like.schedule
+    take, schedule = _taker(like), like.schedule
     states = [protocol.initial_state(theta) for theta in thetas]
     last: NDArray[np.int64] = np.empty(0, np.int64)
     for round_ in range(1, like.settings.rounds + 1):
         if like.settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
-            samples, counts = schedule.samples_once(round_)
+            samples, _ = schedule.samples_once(round_)  # each once: clients share none
             if not np.array_equal(samples, last):  # full batches are all the same
-                X = take(samples)
-                weights = None if (counts == 1).all() else torch.from_numpy(counts).to(X.dtype)
-                last, batch = samples, (X, torch.from_numpy(like.dataset.y_train[samples]), weights)
+                last, batch = samples, (take(samples), torch.from_numpy(like.dataset.y_train[samples]))
             aggregates = _gradients(thetas, *batch)
         else:
             aggregates = [_moved(made, theta, round_) for made, theta in zip(scenarios, thetas, strict=True)]
@@ -213,26 +210,26 @@ def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_:
 def _taker(like: Scenario) -> Callable[[NDArray[np.int64]], Tensor]:
     """What gives the features of samples: from all at hand, where these are not too many and used a few times."""
     x, size, dtype = like.dataset.x_train, int(like.schedule.sizes.sum()), like.settings.torch_dtype
-    if x.size * dtype.itemsize > AT_HAND or like.settings.rounds * size <= 2 * len(x) or size == len(x):
+    few_uses = like.settings.rounds * size <= 2 * len(x) or size == len(x) or like.settings.local_steps > 1
+    if few_uses or x.size * dtype.itemsize > AT_HAND:
         return like.features
     return data.Stored(x, like.dataset.scale, dtype).take
 
 
-def _gradient(theta: Tensor, X: Tensor, y: Tensor, counts: Tensor | None) -> Tensor:
+def _gradient(theta: Tensor, X: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
     return model.gradient(theta.to(X.dtype), X, y, counts).to(theta.dtype)
 
 
-def _gradients(thetas: Sequence[Tensor], X: Tensor, y: Tensor, counts: Tensor | None) -> list[Tensor]:
+def _gradients(thetas: Sequence[Tensor], X: Tensor, y: Tensor) -> list[Tensor]:
     """`_gradient` of several models; of many samples a piece at a time, which all models read from the cache."""
     rows = max(1, PIECE // X.shape[1])
     if len(X) <= 2 * rows:
-        return [_gradient(theta, X, y, counts) for theta in thetas]
-    weights = torch.ones_like(X[:, 0]) if counts is None else counts
+        return [_gradient(theta, X, y) for theta in thetas]
     sums = [torch.zeros_like(theta) for theta in thetas]
-    for X_piece, y_piece, w in zip(X.split(rows), y.split(rows), weights.split(rows), strict=True):
+    for X_piece, y_piece in zip(X.split(rows), y.split(rows), strict=True):
         for theta, total in zip(thetas, sums, strict=True):
-            total.add_(_gradient(theta, X_piece, y_piece, w), alpha=w.sum().item())
-    return [total / weights.sum().item() for total in sums]
+            total.add_(_gradient(theta, X_piece, y_piece), alpha=len(X_piece))
+    return [total / len(X) for total in sums]
 
 
 def _moved(made: Scenario, theta: Tensor, round_: int) -> Tensor:

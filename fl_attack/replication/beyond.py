@@ -68,14 +68,16 @@ def selection(results: Sequence[Result]) -> str:
 
 def frequency(results: Sequence[Result]) -> str:
     """Few large attacks against many small ones, at equal total flips."""
+    often = {1: "round", 2: "2nd", 5: "5th", 10: "10th"}
     rows: list[tuple[str, ...]] = []
     for result in (one for one in results if one.run.preset == "frequency"):
         for goal in GOALS:
             each = []
-            for every, b in ((every, EVEN * every) for every in (1, 2, 5, 10)):
-                each.append(told(_drop(result.cells.where(goal=goal, every=float(every), b=b), "late_drop")))
+            for every in often:
+                cells = result.cells.where(goal=goal, every=float(every), b=EVEN * every)
+                each.append(told(_drop(cells, "late_drop")))
             rows.append((result.run.source.title, goal, *each))
-    head = ("Data", "Attack", "every round, 5 %", "every 2nd, 10 %", "every 5th, 25 %", "every 10th, 50 %")
+    head = ("Data", "Attack", *(f"every {name}, {100 * EVEN * every:g} %" for every, name in often.items()))
     text = (
         "The same number of flips in all, in few rounds or in many. Drop of the accuracy (points), mean of the last 20 "
         "epochs, k = 1."
@@ -112,8 +114,9 @@ def noise(results: Sequence[Result]) -> str:
                 cells = result.cells.where(lr=lr, goal=goal, b=0.001)
                 drops = [_drop(cells, name) for name in DROPS]
                 spreads = spread if number == 0 else ("", "")
-                rows.append((result.run.source.title, f"{lr:g}", goal, *spreads, *map(told, drops), cause(*drops)))
-    head = ("Data", "lr", "Attack", "sd, last", "sd, late", "Drop, last", "Drop, late", "What it is")
+                where = (result.run.source.title, f"{lr:g}", str(drops[0].seeds))
+                rows.append((*where, goal, *spreads, *map(told, drops), cause(*drops)))
+    head = ("Data", "lr", "Seeds", "Attack", "sd, last", "sd, late", "Drop, last", "Drop, late", "What it is")
     text = (
         "A single run ends where its last step happens to leave it. Standard deviation over seeds of the unattacked "
         "accuracy, of the last iterate and of the mean of the last 20 epochs; the drop of both by 0.1 % of the labels, "

@@ -23,7 +23,7 @@ from fl_attack.sweep.units import NUMERICS, ON_DATA
 
 EPOCHS = 200
 EVEN = 0.05  # share of the labels that are flipped in a round, on average, by attacks now and then
-RUNS, TIMES = "runs", "seconds.txt"
+RUNS = "runs"
 ARCHIVE = "cifar10_jpeg.tar"  # CIFAR-10 as a tar of JPEG images, used under --data where the original is not
 ADAM = (0.001,)  # a learning rate that serves Adam, as that of SGD seldom does
 STEP, EPOCH, FULL, LARGE = "per step", "per epoch", "full batch", "per step, batches four times as large"
@@ -114,42 +114,48 @@ FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets th
 
 
 def _whole(source: Source) -> Iterator[Run]:
-    few: tuple[str, ...] = ()
-    full = "0.1,1"  # learning rates of steps that are few and precise
-    if source.binary:
-        yield Run("honest", source, rates=None)
-        pictures = source.name == "cifar10_plane_auto"  # an experiment costs four times as much as with digits
-        full = "0.01" if pictures else "1"
-        for preset in BINARY:
-            yield Run(preset, source, rates={"fig12": (0.01,), "fig14": ADAM}.get(preset, ()))
-        yield Run("selection", source, overrides=("attack.budget=0,0.05,0.25",) if pictures else ())
-        for preset in ("frequency", "rounding"):
-            yield Run(preset, source)
-        yield Run("smallest", source, overrides=("seed=range(5)",))
-        if pictures:  # as many seeds as it takes where the question came up
-            yield Run("smallest", source, overrides=("lr=0.01",), rates=None)
-        else:
-            one = ("attack.budget=0,0.25",)
-            yield Run("fig12", source, LARGE, one, batch=512)
-            yield Run("fig14", source, LARGE, one, batch=512, rates=ADAM)
-            yield Run("fig12", source, EPOCH, (*one, "attack.refresh=epoch"))
-            yield Run("fig14", source, EPOCH, (*one, "attack.refresh=epoch"), rates=ADAM)
-            yield Run("fig12", source, FULL, (*one, f"lr={full}"), batch="full", rates=None)
-            yield Run("fig14", source, FULL, (*one, f"lr=0.01,{full}"), batch="full", rates=None)
-        yield Run("protocols", source, LARGE, batch=512)
-        yield Run("protocols", source, STEP, rates=(0.01,) if pictures else (0.001, 0.01))
-    else:  # an experiment costs ten times as much, and on CIFAR-10 thirty times
-        yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",), rates=None)
-        if source.name == "cifar10":
-            yield Run("fig9", source, overrides=("clients.malicious=10", "attack.budget=0,0.05,0.25"))
-            return
-        yield Run("fig9", source, overrides=("clients.malicious=10",))
-        yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.25"), rates=None)
-        few = ("clients.malicious=10", "attack.budget=0,0.05")
-        yield Run("protocols", source, LARGE, few, batch=512)
-        yield Run("protocols", source, STEP, (*few, "lr=0.001,0.01"), rates=None)
+    return _two_classes(source) if source.binary else _ten_classes(source)
+
+
+def _two_classes(source: Source) -> Iterator[Run]:
+    pictures = source.name == "cifar10_plane_auto"  # an experiment costs four times as much as with digits
+    full = "0.01" if pictures else "1"  # the learning rate that serves steps which are few and precise
+    yield Run("honest", source, rates=None)
+    for preset in BINARY:
+        yield Run(preset, source, rates={"fig12": (0.01,), "fig14": ADAM}.get(preset, ()))
+    yield Run("selection", source, overrides=("attack.budget=0,0.05,0.25",) if pictures else ())
+    for preset in ("frequency", "rounding"):
+        yield Run(preset, source)
+    yield Run("smallest", source, overrides=("seed=range(5)",))
+    if pictures:  # as many seeds as it takes where the question came up
+        yield Run("smallest", source, overrides=("lr=0.01",), rates=None)
+    else:
+        one = ("attack.budget=0,0.25",)
+        yield Run("fig12", source, LARGE, one, batch=512)
+        yield Run("fig14", source, LARGE, one, batch=512, rates=ADAM)
+        yield Run("fig12", source, EPOCH, (*one, "attack.refresh=epoch"))
+        yield Run("fig14", source, EPOCH, (*one, "attack.refresh=epoch"), rates=ADAM)
+        yield Run("fig12", source, FULL, (*one, f"lr={full}"), batch="full", rates=None)
+        yield Run("fig14", source, FULL, (*one, f"lr=0.01,{full}"), batch="full", rates=None)
+    yield Run("protocols", source, LARGE, batch=512)
+    yield Run("protocols", source, STEP, rates=(0.01,) if pictures else (0.001, 0.01))
+    yield Run("protocols", source, EPOCH, ("attack.refresh=epoch",))
+    yield Run("protocols", source, FULL, (f"lr={full}",), batch="full", rates=None)
+
+
+def _ten_classes(source: Source) -> Iterator[Run]:
+    # an experiment costs ten times as much as with two, and on CIFAR-10 thirty times
+    yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",), rates=None)
+    if source.name == "cifar10":
+        yield Run("fig9", source, overrides=("clients.malicious=10", "attack.budget=0,0.05,0.25"))
+        return
+    few = ("clients.malicious=10", "attack.budget=0,0.05")
+    yield Run("fig9", source, overrides=("clients.malicious=10",))
+    yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.25"), rates=None)
+    yield Run("protocols", source, LARGE, few, batch=512)
+    yield Run("protocols", source, STEP, (*few, "lr=0.001,0.01"), rates=None)
     yield Run("protocols", source, EPOCH, (*few, "attack.refresh=epoch"))
-    yield Run("protocols", source, FULL, (*few, f"lr={full}"), batch="full", rates=None)
+    yield Run("protocols", source, FULL, (*few, "lr=0.1,1"), batch="full", rates=None)
 
 
 def _quick(source: Source) -> Iterator[Run]:

@@ -134,7 +134,7 @@ def _method(plan: Plan, found: Outcome, command: str) -> str:
         f"- *{LARGE}*: the same in steps a quarter as many;",
         f"- *{EPOCH}*: flips are chosen over all that the attackers hold at the start of an epoch, and kept for its "
         "minibatches (`attack.refresh=epoch`);",
-        f"- *{FULL}*: one step is one epoch, at learning rates of its own, near those that serve the unattacked model.",
+        f"- *{FULL}*: one step is one epoch, at learning rates of its own.",
         "",
         *([] if plan.quick else [DEAR, ""]),
         "The learning rate is not in the source at hand. Ours is the one with the best mean accuracy of the unattacked "
