@@ -253,6 +253,16 @@ def test_flipped_labels_make_another_group(settings: Compose, small_data: Small)
     assert engine.group_key(cell) != engine.group_key(cell.relabelled(1 - cell.dataset.y_train))
 
 
+def test_memory_is_that_of_the_optimizer_which_keeps_most(settings: Compose, small_data: Small) -> None:
+    def chunks(*optimizers: str) -> int:
+        changes = [[f"server_optimizer={name}", f"lr=0.{i + 1}"] for i, name in enumerate(optimizers)]
+        cells = cells_of(settings, small_data(5, features=900), ["batch_size=60"], changes)
+        work = run._Work(cells, torch.device("cpu"), 2.1e6, False, False, False)
+        return len(list(work.chunks()))
+
+    assert chunks(*["sgd"] * 8) < chunks(*["sgd"] * 7, "adam") == chunks(*["adam"] * 8)
+
+
 @pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],

@@ -242,6 +242,20 @@ def test_learning_rates_are_the_chosen_one_those_of_the_run_or_of_the_preset() -
     assert rates(rates=None, overrides=("lr=1",)) == {1}
 
 
+def test_the_question_of_a_tenth_of_a_percent_gets_twenty_seeds_where_it_came_up() -> None:
+    pictures = plan.Source("cifar10_plane_auto", "pictures", True, ("dataset=digits_01",))
+    asked = [plan.cells(replace(run, batch=32), 2, 0.003) for run in plan._whole(pictures) if run.preset == "smallest"]
+    seeds = {(cell.settings.lr, cell.settings.seed) for made in asked for cell in made}
+    assert seeds == {*((0.003, seed) for seed in range(5)), *((0.01, seed) for seed in range(20))}
+
+
+def test_full_batches_of_pictures_are_at_a_rate_at_which_they_do_not_diverge() -> None:
+    for name, rates in {"cifar10_plane_auto": {0.01}, "mnist_01": {0.01, 1.0}}.items():
+        source = plan.Source(name, name, True, ("dataset=digits_01",))
+        whole = [run for run in plan._whole(source) if run.protocol == plan.FULL]
+        assert {cell.settings.lr for run in whole for cell in plan.cells(run, 2, 0.3)} == rates
+
+
 def test_figures_of_one_grid_are_one_sweep(tmp_path: Path) -> None:
     (source, _) = plan.sources(True, None)
     places = {
