@@ -1,12 +1,17 @@
 """What each aggregation rule costs: ours over many federations at once, beside ByzFL's and Flower's one at a time.
 
-    .venv/bin/python scripts/bench_rules.py [--clients 10 50 100] [--features 785 7850] [--cells 256]
+    .venv/bin/python scripts/bench_rules.py [--clients 10 50 100] [--features 785 7850] [--cells 256] [--keep]
 
 Random updates in float32, f a fifth of the clients (or the most that the rule allows). Ours: milliseconds of all cells
 together over the number of cells, in the pieces in which the engine goes through them, side by side on all threads.
 As there, a piece is still in the processor's cache when the rule gets it. ByzFL and Flower: the same call on a few
-cells, one after the other, in the cache too. ByzFL twice: on a list of torch tensors, which is what the server of its
-own training hands over, and on a numpy array. All take turns in one run; medians.
+cells, one after the other, in the cache too. ByzFL three times: on a list of torch tensors, which is what the server of
+its own training hands over, on as many threads as ours and on one (short calls may not be worth waking another), and on
+a numpy array. All take turns in one run; medians.
+
+Each is measured in a process of its own, forked from one that has only imported the libraries. A call that needs a few
+megabytes of memory can take half of its time to have these from the system, and whether the allocator has kept some
+depends on all that the process did before. --keep tells the allocator to keep all, ours and theirs: the other extreme.
 
 `least` is what no program can do without: to read every number once (write those that the rule makes of them), or to
 multiply every two updates with each other, at the rate at which this machine adds up updates and multiplies matrices on
@@ -19,12 +24,15 @@ ours is (`steps`). What the two make of a cell is compared.
 """
 
 import argparse
+import ctypes
 import importlib.util
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +71,21 @@ TOUCHED = {"bucketing": 1.5, "clipping": 2.0, "nnm": 2.0}  # numbers read or wri
 MULTIPLIED = {"krum": 0.5, "multi_krum": 0.5, "bulyan": 0.5, "nnm": 1.5}  # products of m x d with d x m
 MOST_STEPS = 200
 NEAR = 1e-4  # of the length of ours
+KEPT = ((-1, 2**30), (-3, 2**30))  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and bytes
+IMPORTED = ["__main__", "byzfl", "flwr.serverapp.strategy.multikrum"]  # before the processes are forked
+
+
+class Case(NamedTuple):
+    """A rule on so many updates of so many features."""
+
+    name: str
+    m: int
+    d: int
+    f: int
+
+    def arrays(self, few: int) -> list[np.ndarray]:
+        """Some cells (m, d)."""
+        return [_drawn(self.m, 1, self.d, seed)[0, :, 0].contiguous().numpy() for seed in range(few)]
 
 
 def ours(name: str, f: int, m: int) -> Callable[[Tensor], Tensor]:
@@ -102,26 +125,59 @@ def flower(name: str, f: int, m: int) -> Callable[[np.ndarray], object] | None:
     return found.get(name)
 
 
-def distance(theirs: Any, mine: Tensor) -> float:
+def distance(theirs: Any, mine: np.ndarray) -> float:
     """How far ByzFL's answer is from ours, over the length of ours."""
-    found, mine = torch.as_tensor(np.asarray(theirs), dtype=torch.float64), mine.double()
-    return float((found.view_as(mine) - mine).norm() / mine.norm())
+    found, mine = np.asarray(theirs, dtype=np.float64).ravel(), mine.astype(np.float64).ravel()
+    return float(np.linalg.norm(found - mine) / np.linalg.norm(mine))
 
 
-def same(name: str, f: int, cell: list[Tensor], mine: Tensor) -> tuple[Callable[[Any], Any] | None, str]:
-    """ByzFL's rule with the settings under which it gives the same, and what is to be said of these."""
-    found = byzfl(name, f)
-    if found is None or name in OTHERWISE:
-        return found, ""
-    if name != "geometric_median":
+def ours_takes(case: Case, cells: int, repeats: int) -> tuple[float, np.ndarray]:
+    """Seconds a cell, and what our rule makes of the first cell."""
+    parts = pieces(cells, 4 * case.m * case.d)
+    threads = min(len(parts), torch.get_num_threads())
+    resident = [_drawn(case.m, parts[0].stop, case.d, seed) for seed in range(threads)]
+    rule = ours(case.name, case.f, case.m)
+
+    def piece(i: int) -> None:  # as in the engine, what a rule makes of a piece is not kept
+        rule(resident[i % threads][: parts[i].stop - parts[i].start])
+
+    took = seconds(lambda: side_by_side(piece, range(len(parts))), repeats) / cells
+    return took, rule(torch.from_numpy(case.arrays(1)[0]).view(1, case.m, 1, case.d))[0].numpy()
+
+
+def byzfl_takes(
+    case: Case, few: int, repeats: int, threads: int, as_tensors: bool, more: dict[str, Any]
+) -> float | None:
+    """Seconds a cell of ByzFL's rule; None where it has none."""
+    torch.set_num_threads(threads)
+    found = byzfl(case.name, case.f, **more)
+    arrays = case.arrays(few)
+    given = [list(torch.from_numpy(cell)) for cell in arrays] if as_tensors else arrays
+    return None if found is None else seconds(lambda: [found(cell) for cell in given], repeats) / few
+
+
+def flower_takes(case: Case, few: int, repeats: int) -> float | None:
+    """Seconds a cell of Flower's function; None where it has none."""
+    found, arrays = flower(case.name, case.f, case.m), case.arrays(few)
+    return None if found is None else seconds(lambda: [found(cell) for cell in arrays], repeats) / few
+
+
+def same(case: Case, mine: np.ndarray) -> tuple[dict[str, Any], str]:
+    """The settings under which ByzFL's rule gives the same as ours, and what is to be said of these."""
+    found, cell = byzfl(case.name, case.f), list(torch.from_numpy(case.arrays(1)[0]))
+    if found is None or case.name in OTHERWISE:
+        return {}, ""
+    if case.name != "geometric_median":
         away = distance(found(cell), mine)
-        return found, "" if away < NEAR else f"differs by {away:.1e}"
+        return {}, "" if away < NEAR else f"differs by {away:.1e}"
+    settings: dict[str, Any] = {}
     for steps in range(1, MOST_STEPS + 1):
-        found = byzfl(name, f, T=steps, nu=1e-6)
+        settings = {"T": steps, "nu": 1e-6}
+        found = byzfl(case.name, case.f, **settings)
         assert found is not None
         if distance(found(cell), mine) < NEAR:
-            return found, f"{steps} steps"
-    return found, f"not the same in {MOST_STEPS} steps"
+            return settings, f"{steps} steps"
+    return settings, f"not the same in {MOST_STEPS} steps"
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:
@@ -154,32 +210,43 @@ class Machine:
         )
 
 
-def rows(given: argparse.Namespace, machine: Machine) -> Iterator[str]:
+class Apart:
+    """Calls, each in a new process."""
+
+    def __init__(self, threads: int, keep: bool) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        self._pool = ProcessPoolExecutor(1, context, _settled, (threads, keep), max_tasks_per_child=1)
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What the function gives."""
+        return self._pool.submit(function, *args).result()
+
+
+def _settled(threads: int, keep: bool) -> None:
+    torch.set_num_threads(threads)
+    if keep:
+        for option, most in KEPT:
+            ctypes.CDLL(None).mallopt(option, most)
+
+
+def rows(given: argparse.Namespace, machine: Machine, apart: Apart) -> Iterator[str]:
     """A line for each rule, number of clients and number of features."""
     for m in given.clients:
         for d in given.features:
-            parts = pieces(given.cells, 4 * m * d)
-            resident = [_drawn(m, parts[0].stop, d, seed) for seed in range(min(len(parts), given.threads))]
-            arrays = [_drawn(m, 1, d, seed)[0, :, 0].contiguous().numpy() for seed in range(given.few)]
-            lists = [list(torch.from_numpy(cell)) for cell in arrays]
             for name in given.rules:
-                f = max(0, min(m // 5, RULES[name].most(m))) if name in RULES else m // 5
-                rule = ours(name, f, m)
-
-                def piece(i: int) -> None:  # as in the engine, what a rule makes of a piece is not kept
-                    rule(resident[i % len(resident)][: parts[i].stop - parts[i].start])  # noqa: B023
-
-                mine = seconds(lambda: side_by_side(piece, range(len(parts))), given.repeats) / given.cells  # noqa: B023
+                case = Case(name, m, d, max(0, min(m // 5, RULES[name].most(m))) if name in RULES else m // 5)
+                mine, made = apart(ours_takes, case, given.cells, given.repeats)
                 least = machine.least(name, m, d)
-                theirs, said = same(name, f, lists[0], rule(torch.from_numpy(arrays[0]).view(1, m, 1, d))[0])
-                cells = [f"{name:>18} {m:7} {d:8} {f:3} {1e3 * mine:10.3f} {1e3 * least:8.3f}"]
-                for other, given_to in ((theirs, lists), (theirs, arrays), (flower(name, f, m), arrays)):
-                    most = given_to is lists
-                    if other is None:
-                        cells.append(f"{'-':>10} {'-':>7}" + f" {'-':>8}" * most)
-                        continue
-                    took = seconds(lambda: [other(cell) for cell in given_to], given.repeats) / len(given_to)  # noqa: B023
-                    cells.append(f"{1e3 * took:10.3f} {took / mine:6.1f}x" + f" {took / least:7.1f}x" * most)
+                more, said = apart(same, case, made)
+                ways = ((given.threads, True), (1, True), (given.threads, False))
+                theirs = [apart(byzfl_takes, case, given.few, given.repeats, *way, more) for way in ways]
+                cells = [f"{name:>18} {m:7} {d:8} {case.f:3} {1e3 * mine:10.3f} {1e3 * least:8.3f}"]
+                for i, took in enumerate([*theirs, apart(flower_takes, case, given.few, given.repeats)]):
+                    if took is None:
+                        cells.append(f"{'-':>10} {'-':>8}" + f" {'-':>8}" * (i == 0))
+                    else:
+                        cells.append(f"{1e3 * took:10.3f} {took / mine:7.1f}x" + f" {took / least:7.1f}x" * (i == 0))
                 yield " ".join([*cells, said]).rstrip()
 
 
@@ -198,6 +265,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rules", nargs="+", default=[*RULES, *PRE])
+    parser.add_argument("--keep", action="store_true", help="have the allocator (glibc's) keep all memory")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if importlib.util.find_spec("byzfl") is None:
@@ -205,9 +273,10 @@ def main() -> None:
     print(f"{given.cells} cells, {given.threads} threads, float32; ms a cell, and how many times ours is as fast")
     machine = Machine(given.repeats)
     print(f"adding up updates: {machine.bytes / 1e9:.0f} GB/s; products of matrices: {machine.flops / 1e9:.0f} Gflop/s")
-    heads = (f"{'ByzFL':>10} {'torch':>7} {'at most':>8}", f"{'ByzFL':>10} {'numpy':>7}", f"{'Flower':>10} {'':>7}")
+    others = ("ByzFL", "torch"), ("ByzFL", "1 thread"), ("ByzFL", "numpy"), ("Flower", "")
+    heads = [f"{library:>10} {way:>8}" + f" {'at most':>8}" * (i == 0) for i, (library, way) in enumerate(others)]
     print(f"{'rule':>18} {'clients':>7} {'features':>8} {'f':>3} {'ours':>10} {'least':>8}", *heads)
-    for row in rows(given, machine):
+    for row in rows(given, machine, Apart(given.threads, given.keep)):
         print(row, flush=True)
 
 

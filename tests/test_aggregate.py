@@ -471,3 +471,17 @@ def test_the_geometric_median_is_iterated_to_its_tolerance() -> None:
     away = (updates - at.unsqueeze(-3)).flatten(-2)
     pulls = (away / away.norm(dim=-1, keepdim=True)).sum(-2)  # the gradient of the summed distance
     assert pulls.norm(dim=-1).max() < 1e-8
+
+
+@pytest.mark.parametrize("m", [7, 60])
+def test_the_geometric_median_does_not_stop_where_steps_shrink_only_at_first(m: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    near_a_line = torch.randn(20, m, 1, generator=generator) + 0.01 * torch.randn(20, m, 3, generator=generator)
+    around = torch.randn(20, m, 3, generator=generator) * torch.rand(20, m, 1, generator=generator)
+    for u in (near_a_line.double(), around.double()):
+        found, last = (
+            rule("geometric_median", m=m, args={"tolerance": tolerance, "most": 10_000})(u.unsqueeze(-2)).flatten(-2)
+            for tolerance in (1e-6, 1e-10)
+        )
+        summed = [(u - at.unsqueeze(-2)).norm(dim=-1).sum(-1) for at in (found, last)]
+        assert (summed[0] / summed[1]).max() < 1 + 1e-7

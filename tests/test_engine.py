@@ -3,6 +3,7 @@
 import itertools
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import reduce
@@ -316,6 +317,27 @@ def test_parts_are_worked_on_at_the_same_time_and_come_back_in_order() -> None:
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
     assert threads.side_by_side(lambda part: threading.get_ident(), [0, 1]) == [threading.get_ident()] * 2
+
+
+def test_a_part_that_fails_ends_the_others() -> None:
+    torch.set_num_threads(2)
+    begun: list[int] = []
+    failed = threading.Event()
+
+    def work(part: int) -> None:
+        begun.append(part)
+        if part == 0:
+            failed.set()
+            raise ValueError("a part")
+        failed.wait(60)
+        time.sleep(0.01)  # long enough for the other thread to say so
+
+    with pytest.raises(ValueError, match="a part"):
+        threads.side_by_side(work, range(100))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    time.sleep(0.5)
+    assert len(begun) < 10
 
 
 def test_functions_of_others_are_not_called_side_by_side(

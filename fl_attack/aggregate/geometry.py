@@ -96,13 +96,11 @@ def gram_of(updates: Tensor) -> tuple[Tensor, Tensor]:
     whole = updates.flatten(-2)
     m = whole.shape[-2]
     gram = whole.new_empty(*whole.shape[:-1], m)
-    for start in range(0, m, BLOCK):  # what is left of the diagonal, and the diagonal
+    for start in range(0, m, BLOCK):  # what is left of the diagonal, and some more
         stop = min(start + BLOCK, m)
-        block = whole[..., start:stop, :] @ whole[..., :stop, :].mT
-        corner = block[..., start:].tril()
-        gram[..., start:stop, start:stop] = corner + corner.tril(-1).mT
-        gram[..., start:stop, :start] = block[..., :start]
-        gram[..., :start, start:stop] = block[..., :start].mT
+        gram[..., start:stop, :stop] = whole[..., start:stop, :] @ whole[..., :stop, :].mT
+    gram = gram.tril()
+    gram += gram.tril(-1).mT
     return gram, gram.diagonal(dim1=-2, dim2=-1).isfinite()
 
 

@@ -9,6 +9,7 @@ client of the lower index.
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,8 @@ from fl_attack.aggregate.geometry import (
 )
 from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, finite_rows, middle, smallest
 
-MANY, FEW = 32, 4  # clients from which on so many iterations of the geometric median are tried without products
+MANY, FEW = 8, 5  # clients from which on so many iterations of the geometric median are tried without products
+SPARE = 0.1  # of the tolerance, for a next change that the last two foretell
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
@@ -111,8 +113,9 @@ def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
 def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: float = 1e-6, most: int = 200) -> Tensor:
     """The point of least summed distance to the updates: Weiszfeld's iteration, as in https://arxiv.org/abs/1912.13445.
 
-    Until no weight of an update changes by more than `tolerance`, or after `most` iterations. The iterates are means of
-    the updates, so that all distances follow from the products of the updates with each other.
+    Until no weight of an update changes by more than `tolerance`, or, as far as the last two iterations tell, would in
+    the next by more than a tenth of it; or after `most` iterations. The iterates are means of the updates, so that all
+    distances follow from the products of the updates with each other.
     """
     if not tolerance > 0 or most < 1:
         raise ValueError(f"tolerance={tolerance} must be above 0 and most={most} at least 1")
@@ -133,23 +136,33 @@ def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: flo
 
 def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
     """Shares (..., m) after a few iterations, and where that was not enough, or not exact (...)."""
-    square = torch.linalg.vector_norm(updates.flatten(-2), dim=-1).double() ** 2
-    share, moving = torch.full_like(square, 1 / square.shape[-1]), torch.ones_like(square[..., :1], dtype=torch.bool)
-    exact = (square.isfinite() & (square > SMALLEST)).all(-1)
-    if not bool(exact.any()):
-        return share, ~exact
-    largest = square.amax(-1)
-    for _ in range(most):
-        at = weighted(updates, share.to(updates))
-        apart = square - 2 * along(updates, at).double() + at.double().square().sum((-2, -1)).unsqueeze(-1)
-        exact &= apart.amin(-1) > CLOSE * largest  # else digits were lost in the difference
-        nearer = apart.clamp(min=SMALLEST).rsqrt()
-        moved = (nearer / nearer.sum(-1, keepdim=True) - share) * moving
-        share = share + moved
-        moving = moved.abs().amax(-1, keepdim=True) > tolerance  # who has arrived stays, whatever others do
-        if not bool(moving.any()):
-            break
-    return share, moving.squeeze(-1) | ~exact
+    # in numpy: of rows as short as these torch takes several times as long, and threads would wait for each other
+    square = torch.linalg.vector_norm(updates.flatten(-2), dim=-1).double().cpu().numpy() ** 2
+    share, moving = np.full_like(square, 1 / square.shape[-1]), np.ones_like(square[..., :1], dtype=np.bool_)
+    exact = (np.isfinite(square) & (square > SMALLEST)).all(-1)
+    if exact.any():
+        largest = square.max(-1)
+        before = None
+        with np.errstate(all="ignore"):  # of those that are not exact
+            for left in reversed(range(most)):
+                at = weighted(updates, torch.from_numpy(share).to(updates))
+                product = along(updates, at).double().cpu().numpy()
+                apart = square - 2 * product + (share * product).sum(-1, keepdims=True)
+                exact &= apart.min(-1) > CLOSE * largest  # else digits were lost in the difference
+                nearer = apart.clip(SMALLEST) ** -0.5
+                moved = (nearer / nearer.sum(-1, keepdims=True) - share) * moving
+                share = share + moved
+                change = np.abs(moved).max(-1, keepdims=True)
+                shrinks = 1.0 if before is None else (change / before).clip(max=1.0)
+                # who has arrived stays, whatever others do
+                moving &= (change > tolerance) & (change * shrinks > SPARE * tolerance)
+                if before is not None:
+                    exact &= (~moving | (change * shrinks**left <= tolerance))[..., 0]  # will not arrive in time
+                if not (moving[..., 0] & exact).any():
+                    break
+                before = change
+    undone = np.asarray(moving[..., 0] | ~exact)
+    return torch.from_numpy(share).to(updates.device), torch.from_numpy(undone).to(updates.device)
 
 
 def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
@@ -160,6 +173,7 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
     floor = 1e-12 * largest.sqrt() + 1e-300  # a point that is an update must not divide by zero
     moving = torch.ones_like(share[..., :1], dtype=torch.bool)
     nearest = torch.full_like(largest, torch.inf)
+    before = None
     for _ in range(most):
         product = (share.unsqueeze(-2) @ gram).squeeze(-2)
         apart = (square - 2 * product + (share * product).sum(-1, keepdim=True)).clamp(min=0)
@@ -167,9 +181,12 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
         nearer = finite.double() / apart.sqrt().maximum(floor)
         moved = (nearer / nearer.sum(-1, keepdim=True) - share) * moving
         share = share + moved
-        moving = moved.abs().amax(-1, keepdim=True) > tolerance
+        change = moved.abs().amax(-1, keepdim=True)
+        shrinks = 1.0 if before is None else (change / before).clamp(max=1.0)
+        moving &= (change > tolerance) & (change * shrinks > SPARE * tolerance)
         if not bool(moving.any()):
             break
+        before = change
     return share, (nearest < CLOSE * largest).squeeze(-1)
 
 
@@ -193,8 +210,7 @@ def centered_clipping(
         raise ValueError(f"start={start} is not known; use median or zero")
     at = median(updates, weights, f) if start == "median" else None
     away = updates if at is None else updates - at.unsqueeze(-3)
-    whole = away.flatten(-2)
-    first = torch.linalg.vector_norm(whole, dim=-1).double()
+    first = torch.linalg.vector_norm(away.flatten(-2), dim=-1).double()
     first = first.where(first.isfinite(), torch.inf)
     norm, moved = first, torch.zeros_like(away[..., 0, :, :])
     for step in range(iterations):

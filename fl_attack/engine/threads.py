@@ -3,6 +3,7 @@
 Worth it where a piece of work is many small steps, of which no single one is worth waking a thread for.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -19,11 +20,23 @@ def side_by_side(work: Callable[[Part], Made], parts: Sequence[Part]) -> list[Ma
     threads = torch.get_num_threads()
     if min(threads, len(parts)) < 2:
         return [work(part) for part in parts]
+    made: dict[int, Made] = {}
+    left = iter(range(len(parts)))
+
+    def some() -> None:
+        try:
+            for i in left:  # shared: to hand over a part at a time would cost as much as a short one takes
+                made[i] = work(parts[i])
+        finally:
+            deque(left, maxlen=0)  # where one has failed the others need not go on
+
     torch.set_num_threads(1)
     try:
-        return list(pool(threads).map(work, parts))
+        for done in [pool(threads).submit(some) for _ in range(threads)]:
+            done.result()
     finally:
         torch.set_num_threads(threads)
+    return [made[i] for i in range(len(parts))]
 
 
 @lru_cache(maxsize=1)

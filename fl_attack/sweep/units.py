@@ -17,6 +17,7 @@ from fl_attack.history import COLUMNS
 from fl_attack.scenario import Scenario
 
 NUMERICS = 4  # to be raised when a change of the code changes the numbers of a run
+OF_RULES = 2  # likewise, of a run whose server sees what each client sends
 UNIT = 512  # cells; what is lost at most when a batched sweep is interrupted
 NOT_NUMBERS = {"out", "overwrite", "verbose", "baseline", "launcher", "figures"}  # settings on which none depends
 # nor, where the fingerprint of the data is known, on the place of these
@@ -83,6 +84,8 @@ def key_of(scenarios: Sequence[Scenario]) -> str:
         target = made.settings.attack.target_path
         own = hashlib.sha256(Path(target).read_bytes()).hexdigest() if target else ""
         own += plugins.source_digest(made.settings.attack.name) + plugins.source_digest(made.settings.strategy.name)
+        if not made.settings.strategy.averages or made.settings.attack.writes == "updates":
+            own += str(OF_RULES)
         parts += [made.settings.model_dump_json(exclude=ON_DATA), made.dataset.fingerprint, own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
