@@ -212,14 +212,16 @@ def centered_clipping(
     away = updates if at is None else updates - at.unsqueeze(-3)
     first = torch.linalg.vector_norm(away.flatten(-2), dim=-1).double()
     first = first.where(first.isfinite(), torch.inf)
-    norm, moved = first, torch.zeros_like(away[..., 0, :, :])
-    for step in range(iterations):
-        if step:  # |a - u|^2 = |a|^2 - 2 a u + |u|^2, without making a - u
+    norm, moved = first, None
+    for _ in range(iterations):
+        if moved is not None:  # |a - u|^2 = |a|^2 - 2 a u + |u|^2, without making a - u
             square = first**2 - 2 * along(away, moved) + moved.double().square().sum((-2, -1)).unsqueeze(-1)
             norm = square.clamp(min=0).sqrt().where(first.isfinite(), torch.inf)
         radius = _median_of_row(norm) if tau is None else norm.new_tensor(tau)
         share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0).to(moved) / norm.shape[-1]
-        moved = combined(away, share) + moved * (1 - share.sum(-1))[..., None, None]
+        clipped = combined(away, share)
+        moved = clipped if moved is None else clipped + moved * (1 - share.sum(-1))[..., None, None]
+    assert moved is not None
     return moved if at is None else at + moved
 
 
