@@ -218,7 +218,7 @@ def centered_clipping(
             square = first**2 - 2 * along(away, moved) + moved.double().square().sum((-2, -1)).unsqueeze(-1)
             norm = square.clamp(min=0).sqrt().where(first.isfinite(), torch.inf)
         radius = _median_of_row(norm) if tau is None else norm.new_tensor(tau)
-        share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0).to(moved) / norm.shape[-1]
+        share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0).to(away) / norm.shape[-1]
         clipped = combined(away, share)
         moved = clipped if moved is None else clipped + moved * (1 - share.sum(-1))[..., None, None]
     assert moved is not None
