@@ -5,12 +5,12 @@ once. Hydra would compose every job anew, a twentieth of a second each: here job
 composed once, and their values set.
 """
 
-import copy
 import importlib
+import pickle
 import sys
 import types
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hydra import initialize_config_dir
@@ -83,7 +83,9 @@ class SweepLauncher(Launcher):
 
     def _composed(self, overrides: Sequence[str]) -> dict[str, Any]:
         groups = tuple(one for one in overrides if not self._is_value(one))
-        plain = copy.deepcopy(self._base(groups))
+        plain: dict[str, Any] = pickle.loads(
+            self._base(groups)
+        )  # a new one, in a tenth of the time that a deep copy takes
         for one in overrides:
             if self._is_value(one):
                 _set(plain, *_value(one))
@@ -95,16 +97,19 @@ class SweepLauncher(Launcher):
         plain = override[0].isalpha() and "${" not in override and not key.startswith("hydra.")
         return plain and "@" not in key and "/" not in key and not self._is_group(key)
 
-    @cache  # noqa: B019 - there is one launcher in a process
     def _is_group(self, key: str) -> bool:
-        return key in self.hydra_context.config_loader.list_groups("")
+        return key in self._groups
 
-    @cache  # noqa: B019
-    def _base(self, groups: tuple[str, ...]) -> dict[str, Any]:
+    @cached_property
+    def _groups(self) -> list[str]:
+        return self.hydra_context.config_loader.list_groups("")
+
+    @cache  # noqa: B019 - there are few launchers in a process
+    def _base(self, groups: tuple[str, ...]) -> bytes:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(groups))
         with open_dict(config):
             del config["hydra"]
-        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+        return pickle.dumps(OmegaConf.to_container(config, resolve=True))
 
 
 def grid(*overrides: str) -> "list[Cell]":

@@ -71,7 +71,11 @@ def points(made: dict[str, Scenario], theta: Tensor, round_: int, draws: int = D
     first = clean / length
     others = torch.stack([*drawn, *greedy.values()])
     rest = others - (others @ first)[:, None] * first
-    second = torch.linalg.svd(rest - rest.mean(0), full_matrices=False).Vh[0]
+    within = torch.linalg.qr(
+        X.mT
+    ).Q  # every gradient is a sum of the samples: as many directions as these, not features
+    second = within @ torch.linalg.svd((rest - rest.mean(0)) @ within, full_matrices=False).Vh[0]
+    second *= torch.sign(greedy["greedy, targeted"] @ second)  # else up and down were a matter of chance
     named = [("random flips", one) for one in drawn] + [("clean", clean), *greedy.items()]
     return [(kind, float(g @ first / length), float(g @ second / length)) for kind, g in named]
 
