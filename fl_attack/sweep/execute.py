@@ -37,7 +37,7 @@ def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress:
     settings = scenarios[todo[0].cells[0]].settings
     threads = torch.get_num_threads()
     # the longest first, so that no worker starts on one when the others are done
-    todo = sorted(todo, key=lambda unit: -len(unit.cells) * scenarios[unit.cells[0]].settings.rounds)
+    todo = sorted(todo, key=lambda unit: -len(unit.cells) * _samples_of(scenarios[unit.cells[0]]))
     jobs = [(threads, [scenarios[i].settings.model_dump_json() for i in unit.cells]) for unit in todo]
     told = [0] * len(todo)
 
@@ -49,6 +49,11 @@ def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress:
     for i, numbers in scattered:
         tell(i, len(todo[i].cells) * scenarios[todo[i].cells[0]].settings.rounds)
         keep(todo[i], numbers)
+
+
+def _samples_of(made: Scenario) -> int:
+    """Seen by a cell in all its rounds."""
+    return made.settings.rounds * int(made.schedule.sizes.sum())
 
 
 def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
