@@ -3,11 +3,12 @@
     .venv/bin/python scripts/bench_rules.py [--clients 10 50 100] [--features 785 7850] [--cells 256] [--keep]
 
 Random updates in float32, f a fifth of the clients (or the most that the rule allows). Ours: milliseconds of all cells
-together over the number of cells, in the pieces in which the engine goes through them, side by side on all threads.
+together over the number of cells, in the pieces in which the engine goes through them, side by side where several.
 As there, a piece is still in the processor's cache when the rule gets it. ByzFL and Flower: the same call on a few
 cells, one after the other, in the cache too. ByzFL three times: on a list of torch tensors, which is what the server of
 its own training hands over, on as many threads as ours and on one (short calls may not be worth waking another), and on
-a numpy array. All take turns in one run; medians.
+a numpy array (which its clipping changes, so that it finds nothing to clip the next time). All take turns in one run;
+medians.
 
 Each is measured in a process of its own, forked from one that has only imported the libraries. A call that needs a few
 megabytes of memory can take half of its time to have these from the system, and whether the allocator has kept some
@@ -70,10 +71,11 @@ OTHERWISE = ("krum", "multi_krum", "bucketing")  # other neighbours, other lots:
 TOUCHED = {"bucketing": 1.5, "clipping": 2.0, "nnm": 2.0}  # numbers read or written for each that there is; else 1
 MULTIPLIED = {"krum": 0.5, "multi_krum": 0.5, "bulyan": 0.5, "nnm": 1.5}  # products of m x d with d x m
 MOST_STEPS = 200
-NEAR, PRECISE = 1e-4, 1e-6  # of the length of ours
+NEAR, PRECISE = 1e-4, 1e-6  # of the length of the answer
 ENOUGH = 0.2  # seconds of calls
 KEPT = ((-1, 2**30), (-3, 2**30))  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and bytes
-IMPORTED = ["__main__", "byzfl", "flwr.serverapp.strategy.multikrum"]  # before the processes are forked
+# before the processes are forked
+IMPORTED = ["fl_attack.aggregate", "fl_attack.engine.sent", "byzfl", "flwr.serverapp.strategy.multikrum"]
 
 
 class Case(NamedTuple):
@@ -126,10 +128,10 @@ def flower(name: str, f: int, m: int) -> Callable[[np.ndarray], object] | None:
     return found.get(name)
 
 
-def distance(theirs: Any, mine: np.ndarray) -> float:
-    """How far ByzFL's answer is from ours, over the length of ours."""
-    found, mine = np.asarray(theirs, dtype=np.float64).ravel(), mine.astype(np.float64).ravel()
-    return float(np.linalg.norm(found - mine) / np.linalg.norm(mine))
+def distance(answer: Any, other: np.ndarray) -> float:
+    """How far an answer is from another, over the length of that."""
+    found, other = np.asarray(answer, dtype=np.float64).ravel(), other.astype(np.float64).ravel()
+    return float(np.linalg.norm(found - other) / np.linalg.norm(other))
 
 
 def ours_takes(case: Case, cells: int, repeats: int) -> tuple[float, np.ndarray]:

@@ -473,15 +473,23 @@ def test_the_geometric_median_is_iterated_to_its_tolerance() -> None:
     assert pulls.norm(dim=-1).max() < 1e-8
 
 
-@pytest.mark.parametrize("m", [7, 60])
-def test_the_geometric_median_does_not_stop_where_steps_shrink_only_at_first(m: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    near_a_line = torch.randn(20, m, 1, generator=generator) + 0.01 * torch.randn(20, m, 3, generator=generator)
-    around = torch.randn(20, m, 3, generator=generator) * torch.rand(20, m, 1, generator=generator)
-    for u in (near_a_line.double(), around.double()):
-        found, last = (
-            rule("geometric_median", m=m, args={"tolerance": tolerance, "most": 10_000})(u.unsqueeze(-2)).flatten(-2)
-            for tolerance in (1e-6, 1e-10)
-        )
-        summed = [(u - at.unsqueeze(-2)).norm(dim=-1).sum(-1) for at in (found, last)]
-        assert (summed[0] / summed[1]).max() < 1 + 1e-7
+@pytest.mark.parametrize("m", [7, 11, 41])
+@pytest.mark.parametrize("away", [0.0, 1e-8, 1e-5, 1e-3])
+def test_an_update_at_the_mean_of_the_others_does_not_hold_the_geometric_median(m: int, away: float) -> None:
+    honest = torch.randn(3, m - 2, 1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = torch.cat([honest, torch.full((3, 1, 1, 4), 500.0)], 1)
+    held = seen.mean(1, keepdim=True) + away  # where the iteration begins
+    u = torch.cat([seen, held], 1)
+    u[2] = honest[2, :1]  # nor does it leave an update that all have sent
+    found = rule("geometric_median", m=m)(u)
+    summed = (u - found.unsqueeze(1)).flatten(-2).norm(dim=-1).sum(-1)
+    from_each = torch.cdist(u.flatten(-2), u.flatten(-2)).sum(-1)
+    assert (summed[:2] < from_each[:2].amin(-1)).all() and (summed[:2] < 0.8 * from_each[:2, -1]).all()
+    torch.testing.assert_close(found[2], u[2, 0])
+    torch.testing.assert_close(found, torch.stack([rule("geometric_median", m=m)(one) for one in u]))
+
+
+def test_the_geometric_median_may_be_one_of_the_updates() -> None:
+    u = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.1], [0.0, 1.0], [0.0, -1.0], [0.01, 0.01]], dtype=torch.float64)
+    found = rule("geometric_median", m=6, args={"most": 2000})(u.unsqueeze(1))[0]
+    assert (found - u[0]).norm() < 0.02

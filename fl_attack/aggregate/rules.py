@@ -27,7 +27,6 @@ from fl_attack.aggregate.geometry import (
 from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, finite_rows, middle, smallest
 
 MANY, FEW = 8, 5  # clients from which on so many iterations of the geometric median are tried without products
-SPARE = 0.1  # of the tolerance, for a next change that the last two foretell
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
@@ -113,9 +112,10 @@ def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
 def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: float = 1e-6, most: int = 200) -> Tensor:
     """The point of least summed distance to the updates: Weiszfeld's iteration, as in https://arxiv.org/abs/1912.13445.
 
-    Until no weight of an update changes by more than `tolerance`, or, as far as the last two iterations tell, would in
-    the next by more than a tenth of it; or after `most` iterations. The iterates are means of the updates, so that all
-    distances follow from the products of the updates with each other.
+    Until no weight of an update changes by more than `tolerance`, or after `most` iterations. An iterate that an update
+    holds fast, which is how one who knows the others would stop it, is led away as Vardi and Zhang do
+    (https://doi.org/10.1073/pnas.97.4.1423). The iterates are means of the updates, so that all distances follow from
+    the products of the updates with each other.
     """
     if not tolerance > 0 or most < 1:
         raise ValueError(f"tolerance={tolerance} must be above 0 and most={most} at least 1")
@@ -142,22 +142,20 @@ def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Te
     exact = (np.isfinite(square) & (square > SMALLEST)).all(-1)
     if exact.any():
         largest = square.max(-1)
-        before = None
+        before = np.inf
         with np.errstate(all="ignore"):  # of those that are not exact
             for left in reversed(range(most)):
                 at = weighted(updates, torch.from_numpy(share).to(updates))
                 product = along(updates, at).double().cpu().numpy()
                 apart = square - 2 * product + (share * product).sum(-1, keepdims=True)
-                exact &= apart.min(-1) > CLOSE * largest  # else digits were lost in the difference
+                exact &= (apart.min(-1) > CLOSE * largest) | ~moving[..., 0]  # else digits were lost in the difference
                 nearer = apart.clip(SMALLEST) ** -0.5
                 moved = (nearer / nearer.sum(-1, keepdims=True) - share) * moving
                 share = share + moved
                 change = np.abs(moved).max(-1, keepdims=True)
-                shrinks = 1.0 if before is None else (change / before).clip(max=1.0)
-                # who has arrived stays, whatever others do
-                moving &= (change > tolerance) & (change * shrinks > SPARE * tolerance)
-                if before is not None:
-                    exact &= (~moving | (change * shrinks**left <= tolerance))[..., 0]  # will not arrive in time
+                moving &= change > tolerance  # who has arrived stays, whatever others do
+                shrinks = np.where(np.isinf(before), 0.0, (change / before).clip(max=1.0))
+                exact &= (~moving | (change * shrinks**left <= tolerance))[..., 0]  # else it will not arrive in time
                 if not (moving[..., 0] & exact).any():
                     break
                 before = change
@@ -173,21 +171,51 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
     floor = 1e-12 * largest.sqrt() + 1e-300  # a point that is an update must not divide by zero
     moving = torch.ones_like(share[..., :1], dtype=torch.bool)
     nearest = torch.full_like(largest, torch.inf)
-    before = None
+    left = torch.zeros_like(finite)  # the updates from which it has been led away
     for _ in range(most):
-        product = (share.unsqueeze(-2) @ gram).squeeze(-2)
-        apart = (square - 2 * product + (share * product).sum(-1, keepdim=True)).clamp(min=0)
-        nearest = nearest.minimum(apart.amin(-1, keepdim=True))
+        apart = _from(share, gram)
+        near, at = apart.where(finite, torch.inf).min(-1, keepdim=True)
+        nearest = nearest.minimum(near).where(moving, nearest)
         nearer = finite.double() / apart.sqrt().maximum(floor)
         moved = (nearer / nearer.sum(-1, keepdim=True) - share) * moving
         share = share + moved
-        change = moved.abs().amax(-1, keepdim=True)
-        shrinks = 1.0 if before is None else (change / before).clamp(max=1.0)
-        moving &= (change > tolerance) & (change * shrinks > SPARE * tolerance)
+        still = moved.abs().amax(-1, keepdim=True) <= tolerance
+        held = moving & still & (near < CLOSE * largest) & ~left.gather(-1, at)
+        if bool(held.any()):
+            elsewhere = _led_away(gram, finite, at, floor)
+            left = left.scatter(-1, at, held | left.gather(-1, at))
+            held = held & (_summed(_from(elsewhere, gram), finite) < _summed(apart, finite))
+            share = elsewhere.where(held, share)
+        moving = moving & (~still | held)
         if not bool(moving.any()):
             break
-        before = change
     return share, (nearest < CLOSE * largest).squeeze(-1)
+
+
+def _from(share: Tensor, gram: Tensor) -> Tensor:
+    """Squared distances (..., m) of the updates from their mean by shares."""
+    product = (share.unsqueeze(-2) @ gram).squeeze(-2)
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    return (square - 2 * product + (share * product).sum(-1, keepdim=True)).clamp(min=0)
+
+
+def _summed(apart: Tensor, finite: Tensor) -> Tensor:
+    """The summed distance (..., 1), which the geometric median makes least, from squared ones."""
+    return apart.where(finite, 0.0).sqrt().sum(-1, keepdim=True)
+
+
+def _led_away(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) -> Tensor:
+    """Shares (..., m) after a step from the update at an index (..., 1), where the others pull it away; else there."""
+    here = torch.zeros_like(finite, dtype=torch.float64).scatter(-1, at, 1.0)
+    apart = _from(here, gram).sqrt()
+    same = finite & ((apart <= floor) | (here > 0))
+    nearer = (finite & ~same).double() / apart.maximum(floor)
+    total = nearer.sum(-1, keepdim=True)
+    way = nearer / total.where(total > 0, 1.0) - here
+    # the others pull with this, and those that are here withstand with one each
+    pull = total * (way.unsqueeze(-2) @ gram @ way.unsqueeze(-1)).squeeze(-1).clamp(min=0).sqrt()
+    stays = same.sum(-1, keepdim=True) / pull.where(pull > 0, torch.inf)
+    return here + way * torch.where(pull > 0, 1.0 - stays.clamp(max=1.0), 0.0)
 
 
 def centered_clipping(

@@ -32,9 +32,10 @@ def side_by_side(work: Callable[[Part], Made], parts: Sequence[Part]) -> list[Ma
 
     torch.set_num_threads(1)
     try:
-        for done in [pool(threads).submit(some) for _ in range(threads)]:
+        for done in [pool(threads).submit(some) for _ in range(min(threads, len(parts)))]:
             done.result()
     finally:
+        deque(left, maxlen=0)  # where this one is interrupted, too
         torch.set_num_threads(threads)
     return [made[i] for i in range(len(parts))]
 

@@ -52,8 +52,8 @@ def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress:
 
 
 def _samples_of(made: Scenario) -> int:
-    """Seen by a cell in all its rounds."""
-    return made.settings.rounds * int(made.schedule.sizes.sum())
+    """Seen by a cell in all its rounds, if all clients take part."""
+    return made.settings.rounds * made.settings.local_steps * int(made.schedule.sizes.sum())
 
 
 def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:

@@ -84,7 +84,8 @@ def key_of(scenarios: Sequence[Scenario]) -> str:
         target = made.settings.attack.target_path
         own = hashlib.sha256(Path(target).read_bytes()).hexdigest() if target else ""
         own += plugins.source_digest(made.settings.attack.name) + plugins.source_digest(made.settings.strategy.name)
-        if not made.settings.strategy.averages or made.settings.attack.writes == "updates":
+        settings = made.settings
+        if not settings.strategy.averages or settings.attack.writes == "updates" or settings.detectability:
             own += str(OF_RULES)
         parts += [made.settings.model_dump_json(exclude=ON_DATA), made.dataset.fingerprint, own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
