@@ -83,9 +83,7 @@ class SweepLauncher(Launcher):
 
     def _composed(self, overrides: Sequence[str]) -> dict[str, Any]:
         groups = tuple(one for one in overrides if not self._is_value(one))
-        plain: dict[str, Any] = pickle.loads(
-            self._base(groups)
-        )  # a new one, in a tenth of the time that a deep copy takes
+        plain: dict[str, Any] = pickle.loads(self._base(groups))  # ten times as fast as a deep copy
         for one in overrides:
             if self._is_value(one):
                 _set(plain, *_value(one))
@@ -95,10 +93,7 @@ class SweepLauncher(Launcher):
         # what adds or deletes, refers to other keys, or chooses a file is left to Hydra
         key = _key(override)
         plain = override[0].isalpha() and "${" not in override and not key.startswith("hydra.")
-        return plain and "@" not in key and "/" not in key and not self._is_group(key)
-
-    def _is_group(self, key: str) -> bool:
-        return key in self._groups
+        return plain and "@" not in key and "/" not in key and key not in self._groups
 
     @cached_property
     def _groups(self) -> list[str]:

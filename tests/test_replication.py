@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -430,7 +431,7 @@ def test_bad_input_is_one_line(
     assert line.startswith("replicate: ") and told in line and line.count("\n") == 1
 
 
-def test_greedy_flips_are_the_farthest_of_those_within_reach() -> None:
+def test_greedy_flips_are_the_farthest_of_those_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     (source, _) = plan.sources(True, None)
     settings = [reach._settings((*source.overrides, "lr=0.1"), 5, 0.5, goal) for goal in statistics.GOALS]
     made = dict(zip(statistics.GOALS, engine.make_scenarios(settings), strict=True))
@@ -441,6 +442,12 @@ def test_greedy_flips_are_the_farthest_of_those_within_reach() -> None:
     along = {kind: [x for name, x, _ in found if name == kind] for kind, _, _ in found}
     assert along["clean"] == pytest.approx([1.0])
     assert along["greedy, untargeted"][0] <= min(along["random flips"]) + 1e-12
+    across = {kind: y for kind, _, y in found}
+    assert across["greedy, targeted"] > 0
+    # the principal direction among the samples is that among all features
+    monkeypatch.setattr(torch.linalg, "qr", lambda a: SimpleNamespace(Q=torch.eye(len(a), dtype=a.dtype)))
+    whole = reach.points(made, theta, 3, draws=200)
+    assert [y for _, _, y in found] == pytest.approx([y for _, _, y in whole], abs=1e-9)
 
 
 def test_a_grid_from_python_is_that_of_the_command_line() -> None:

@@ -19,7 +19,9 @@ from fl_attack import data, engine, experiment, federation, sweep
 from fl_attack.config import compose
 from fl_attack.launcher import grid
 from fl_attack.sweep import execute
-from fl_attack.sweep.units import distinct, read, units
+from fl_attack.sweep.units import distinct, key_of, read, units
+
+units_module = sys.modules[units.__module__]  # the package has a function of this name
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str]]
@@ -136,6 +138,16 @@ def test_a_changed_parameter_is_never_answered_with_an_old_result(small_data: Sm
     ]
     assert keys[0] != keys[1]
     assert keys[0] == keys[2]  # where it is written to changes no number
+
+
+@pytest.mark.parametrize("change", [(), ("strategy=median",), ("attack=sign_flip",), ("detectability=true",)])
+def test_work_under_a_rule_is_new_where_the_numbers_of_rules_have_changed(
+    small_data: Small, monkeypatch: pytest.MonkeyPatch, change: tuple[str, ...]
+) -> None:
+    (made,) = engine.make_scenarios([compose(*small_data(2), "engine=batched", "batch_size=30", "out=a", *change)])
+    before = key_of([made])
+    monkeypatch.setattr(units_module, "OF_RULES", "another")
+    assert (key_of([made]) != before) == bool(change)
 
 
 def test_the_same_data_in_another_place_are_the_same_work(small_data: Small, tmp_path: Path) -> None:
