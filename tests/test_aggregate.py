@@ -493,3 +493,12 @@ def test_the_geometric_median_may_be_one_of_the_updates() -> None:
     u = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.1], [0.0, 1.0], [0.0, -1.0], [0.01, 0.01]], dtype=torch.float64)
     found = rule("geometric_median", m=6, args={"most": 2000})(u.unsqueeze(1))[0]
     assert (found - u[0]).norm() < 0.02
+
+
+def test_the_geometric_median_near_an_update_is_not_left_for_a_worse_point() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(300, 60, 1, 1, generator=generator) + 0.01 * torch.randn(300, 60, 1, 50, generator=generator)
+    args = {"tolerance": 1e-9, "most": 3000}
+    found, best = rule("geometric_median", m=60)(u).double(), rule("geometric_median", m=60, args=args)(u.double())
+    summed, least = ((u.double() - at.unsqueeze(1)).flatten(-2).norm(dim=-1).sum(-1) for at in (found, best))
+    assert (summed / least).max() < 1 + 1e-5
