@@ -5,14 +5,17 @@
 Random updates in float32, f a fifth of the clients (or the most that the rule allows). Ours: milliseconds of all cells
 together over the number of cells, in the pieces in which the engine goes through them, side by side where several.
 As there, a piece is still in the processor's cache when the rule gets it. ByzFL and Flower: the same call on a few
-cells, one after the other, in the cache too. ByzFL three times: on a list of torch tensors, which is what the server of
+cells, one after the other, in the cache too. ByzFL three ways: on a list of torch tensors, which is what the server of
 its own training hands over, on as many threads as ours and on one (short calls may not be worth waking another), and on
-a numpy array (which its clipping changes, so that it finds nothing to clip the next time). All take turns in one run;
-medians.
+a numpy array (which its clipping changes, so that it finds nothing to clip the next time).
 
 Each is measured in a process of its own, forked from one that has only imported the libraries. A call that needs a few
 megabytes of memory can take half of its time to have these from the system, and whether the allocator has kept some
 depends on all that the process did before. --keep tells the allocator to keep all, ours and theirs: the other extreme.
+
+A row is measured in several rounds (--rounds), in each of which all take turns in new processes: times are the medians
+over the rounds, a ratio the median of the ratios of each round, whose halves saw the machine within a second. `lowest`
+is the least of these.
 
 `least` is what no program can do without: to read every number once (write those that the rule makes of them), or to
 multiply every two updates with each other, at the rate at which this machine adds up updates and multiplies matrices on
@@ -72,7 +75,7 @@ TOUCHED = {"bucketing": 1.5, "clipping": 2.0, "nnm": 2.0}  # numbers read or wri
 MULTIPLIED = {"krum": 0.5, "multi_krum": 0.5, "bulyan": 0.5, "nnm": 1.5}  # products of m x d with d x m
 MOST_STEPS = 200
 NEAR, PRECISE = 1e-4, 1e-6  # of the length of the answer
-ENOUGH = 0.2  # seconds of calls
+ENOUGH = 0.1  # seconds of calls
 KEPT = ((-1, 2**30), (-3, 2**30))  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and bytes
 # before the processes are forked
 IMPORTED = ["fl_attack.aggregate", "fl_attack.engine.sent", "byzfl", "flwr.serverapp.strategy.multikrum"]
@@ -134,8 +137,8 @@ def distance(answer: Any, other: np.ndarray) -> float:
     return float(np.linalg.norm(found - other) / np.linalg.norm(other))
 
 
-def ours_takes(case: Case, cells: int, repeats: int) -> tuple[float, np.ndarray]:
-    """Seconds a cell, and what our rule makes of the first cell."""
+def ours_takes(case: Case, cells: int) -> float:
+    """Seconds a cell."""
     parts = pieces(cells, 4 * case.m * case.d)
     threads = min(len(parts), torch.get_num_threads())
     resident = [_drawn(case.m, parts[0].stop, case.d, seed) for seed in range(threads)]
@@ -144,25 +147,28 @@ def ours_takes(case: Case, cells: int, repeats: int) -> tuple[float, np.ndarray]
     def piece(i: int) -> None:  # as in the engine, what a rule makes of a piece is not kept
         rule(resident[i % threads][: parts[i].stop - parts[i].start])
 
-    took = seconds(lambda: side_by_side(piece, range(len(parts))), repeats) / cells
-    return took, rule(torch.from_numpy(case.arrays(1)[0]).view(1, case.m, 1, case.d))[0].numpy()
+    return seconds(lambda: side_by_side(piece, range(len(parts)))) / cells
 
 
-def byzfl_takes(
-    case: Case, few: int, repeats: int, threads: int, as_tensors: bool, more: dict[str, Any]
-) -> float | None:
+def ours_makes(case: Case) -> np.ndarray:
+    """What our rule makes of the first cell."""
+    rule = ours(case.name, case.f, case.m)
+    return rule(torch.from_numpy(case.arrays(1)[0]).view(1, case.m, 1, case.d))[0].numpy()
+
+
+def byzfl_takes(case: Case, few: int, threads: int, as_tensors: bool, more: dict[str, Any]) -> float | None:
     """Seconds a cell of ByzFL's rule; None where it has none."""
     torch.set_num_threads(threads)
     found = byzfl(case.name, case.f, **more)
     arrays = case.arrays(few)
     given = [list(torch.from_numpy(cell)) for cell in arrays] if as_tensors else arrays
-    return None if found is None else seconds(lambda: [found(cell) for cell in given], repeats) / few
+    return None if found is None else seconds(lambda: [found(cell) for cell in given]) / few
 
 
-def flower_takes(case: Case, few: int, repeats: int) -> float | None:
+def flower_takes(case: Case, few: int) -> float | None:
     """Seconds a cell of Flower's function; None where it has none."""
     found, arrays = flower(case.name, case.f, case.m), case.arrays(few)
-    return None if found is None else seconds(lambda: [found(cell) for cell in arrays], repeats) / few
+    return None if found is None else seconds(lambda: [found(cell) for cell in arrays]) / few
 
 
 def same(case: Case, mine: np.ndarray) -> tuple[dict[str, Any], str]:
@@ -186,10 +192,10 @@ def same(case: Case, mine: np.ndarray) -> tuple[dict[str, Any], str]:
     return settings, f"not the same in {MOST_STEPS} steps"
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """The median of some calls, the first of which warms up; of short ones more."""
+def seconds(call: Callable[[], object]) -> float:
+    """Of a call, after one that warms up; of short ones the median of several."""
     ticks: list[float] = []
-    while len(ticks) <= repeats or sum(ticks) < ENOUGH:
+    while len(ticks) < 2 or sum(ticks) < ENOUGH:
         began = time.perf_counter()
         call()
         ticks.append(time.perf_counter() - began)
@@ -199,15 +205,15 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
 class Machine:
     """How fast this machine reads and multiplies, on the threads that torch uses."""
 
-    def __init__(self, repeats: int) -> None:
+    def __init__(self) -> None:
         threads = torch.get_num_threads()
         resident = [torch.randn(100, 7850) for _ in range(threads)]
         again = [part for _ in range(32) for part in resident]
         reads = (Tensor.sum, lambda part: torch.ones(100) @ part, lambda part: torch.dot(part.view(-1), part.view(-1)))
-        took = min(seconds(lambda: side_by_side(read, again), repeats) for read in reads)  # noqa: B023
+        took = min(seconds(lambda: side_by_side(read, again)) for read in reads)  # noqa: B023
         self.bytes = sum(part.nbytes for part in again) / took
         square = torch.randn(2048, 2048)
-        self.flops = 2 * len(square) ** 3 / seconds(lambda: square @ square, repeats)
+        self.flops = 2 * len(square) ** 3 / seconds(lambda: square @ square)
 
     def least(self, name: str, m: int, d: int) -> float:
         """Seconds without which a rule can't be."""
@@ -242,17 +248,24 @@ def rows(given: argparse.Namespace, machine: Machine, apart: Apart) -> Iterator[
         for d in given.features:
             for name in given.rules:
                 case = Case(name, m, d, max(0, min(m // 5, RULES[name].most(m))) if name in RULES else m // 5)
-                mine, made = apart(ours_takes, case, given.cells, given.repeats)
                 least = machine.least(name, m, d)
-                more, said = apart(same, case, made)
+                more, said = apart(same, case, apart(ours_makes, case))
                 ways = ((given.threads, True), (1, True), (given.threads, False))
-                theirs = [apart(byzfl_takes, case, given.few, given.repeats, *way, more) for way in ways]
-                cells = [f"{name:>18} {m:7} {d:8} {case.f:3} {1e3 * mine:10.3f} {1e3 * least:8.3f}"]
-                for i, took in enumerate([*theirs, apart(flower_takes, case, given.few, given.repeats)]):
-                    if took is None:
-                        cells.append(f"{'-':>10} {'-':>8}" + f" {'-':>8}" * (i == 0))
-                    else:
-                        cells.append(f"{1e3 * took:10.3f} {took / mine:7.1f}x" + f" {took / least:7.1f}x" * (i == 0))
+                mine, others = [], []
+                for _ in range(given.rounds):
+                    mine.append(apart(ours_takes, case, given.cells))
+                    theirs = [apart(byzfl_takes, case, given.few, *way, more) for way in ways]
+                    others.append([*theirs, apart(flower_takes, case, given.few)])
+                at = 1e3 * statistics.median(mine)
+                cells = [f"{name:>18} {m:7} {d:8} {case.f:3} {at:10.3f} {1e3 * least:8.3f}"]
+                for i, took in enumerate(zip(*others, strict=True)):
+                    if None in took:
+                        cells.append(f"{'-':>10} {'-':>8}" + f" {'-':>8} {'-':>8}" * (i == 0))
+                        continue
+                    ratios, at = [a / b for a, b in zip(took, mine, strict=True)], statistics.median(took)
+                    cells.append(f"{1e3 * at:10.3f} {statistics.median(ratios):7.1f}x")
+                    if i == 0:
+                        cells.append(f"{min(ratios):7.1f}x {at / least:7.1f}x")
                 yield " ".join([*cells, said]).rstrip()
 
 
@@ -268,7 +281,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="+", default=[785, 7850])
     parser.add_argument("--cells", type=int, default=256)
     parser.add_argument("--few", type=int, default=4, help="cells that the others are called on")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rules", nargs="+", default=[*RULES, *PRE])
     parser.add_argument("--keep", action="store_true", help="have the allocator (glibc's) keep all memory")
@@ -277,10 +290,10 @@ def main() -> None:
     if importlib.util.find_spec("byzfl") is None:
         print("ByzFL: skipped, not installed (pip install byzfl)")
     print(f"{given.cells} cells, {given.threads} threads, float32; ms a cell, and how many times ours is as fast")
-    machine = Machine(given.repeats)
+    machine = Machine()
     print(f"adding up updates: {machine.bytes / 1e9:.0f} GB/s; products of matrices: {machine.flops / 1e9:.0f} Gflop/s")
     others = ("ByzFL", "torch"), ("ByzFL", "1 thread"), ("ByzFL", "numpy"), ("Flower", "")
-    heads = [f"{library:>10} {way:>8}" + f" {'at most':>8}" * (i == 0) for i, (library, way) in enumerate(others)]
+    heads = [f"{a:>10} {b:>8}" + f" {'lowest':>8} {'at most':>8}" * (i == 0) for i, (a, b) in enumerate(others)]
     print(f"{'rule':>18} {'clients':>7} {'features':>8} {'f':>3} {'ours':>10} {'least':>8}", *heads)
     for row in rows(given, machine, Apart(given.threads, given.keep)):
         print(row, flush=True)

@@ -96,11 +96,13 @@ def gram_of(updates: Tensor) -> tuple[Tensor, Tensor]:
     whole = updates.flatten(-2)
     m = whole.shape[-2]
     gram = whole.new_empty(*whole.shape[:-1], m)
-    for start in range(0, m, BLOCK):  # what is left of the diagonal, and some more
+    for start in range(0, m, BLOCK):  # the diagonal and what is below
         stop = min(start + BLOCK, m)
-        gram[..., start:stop, :stop] = whole[..., start:stop, :] @ whole[..., :stop, :].mT
-    gram = gram.tril()
-    gram += gram.tril(-1).mT
+        below = whole[..., start:, :] @ whole[..., start:stop, :].mT
+        corner = below[..., : stop - start, :]
+        gram[..., start:stop, start:stop] = corner.tril() + corner.tril(-1).mT  # not symmetric to the last digit
+        gram[..., stop:, start:stop] = below[..., stop - start :, :]
+        gram[..., start:stop, stop:] = below[..., stop - start :, :].mT
     return gram, gram.diagonal(dim1=-2, dim2=-1).isfinite()
 
 

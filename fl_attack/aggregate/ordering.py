@@ -62,8 +62,9 @@ def smallest(values: Tensor, count: int, ordered: Tensor) -> Tensor:
 
 
 def _by_numpy(flat: Tensor, wanted: range) -> Rows:
-    # numpy's sort of a row is vectorised, many times as fast as torch's over an outer axis
-    part = np.array(flat.mT.numpy(), order="C")  # a copy, whatever its layout
+    # numpy's sort of a row is vectorised, many times as fast as torch's over an outer axis; to turn the numbers around
+    # takes as long as to sort them unless they are near, which a first copy sees to
+    part = np.array(flat.contiguous().mT.numpy(), order="C")  # a copy, whatever its layout
     part.sort(-1)
     return torch.from_numpy(part[:, wanted.start : wanted.stop]).mT
 

@@ -17,7 +17,7 @@ from fl_attack.engine.batches import Batch
 from fl_attack.engine.threads import side_by_side
 from fl_attack.scenario import Scenario
 
-BYTES_AT_ONCE = 2**23  # of updates: what a rule goes over several times should stay in the processor's cache
+BYTES_AT_ONCE = 6 * 2**20  # of updates: what a rule goes over several times should stay in the processor's cache
 Direction = Callable[[slice], Tensor]
 
 

@@ -17,7 +17,7 @@ from fl_attack.history import COLUMNS
 from fl_attack.scenario import Scenario
 
 NUMERICS = 4  # to be raised when a change of the code changes the numbers of a run
-OF_RULES = 2  # likewise, of a run whose server sees what each client sends
+OF_RULES = 3  # likewise, of a run whose server sees what each client sends
 UNIT = 512  # cells; what is lost at most when a batched sweep is interrupted
 NOT_NUMBERS = {"out", "overwrite", "verbose", "baseline", "launcher", "figures"}  # settings on which none depends
 # nor, where the fingerprint of the data is known, on the place of these
