@@ -50,10 +50,10 @@ class Distances(NamedTuple):
 
 def distances(updates: Tensor) -> Distances:
     """Between clients, squared: in the precision of the updates where that costs no digits, else in float64."""
-    gram, finite = gram_of(updates)
+    gram = gram_of(updates)
     squared = _apart(gram)
     ordered = ascending(squared)
-    well = _keep_digits(gram, ordered, finite)
+    well = _keep_digits(gram, ordered)
     if not bool(well.all()):  # decided for each federation, so that none goes another way for the company it is in
         squared, ordered = squared.double(), ordered.double()
         gram, finite = careful_products(updates[~well])
@@ -68,9 +68,9 @@ def products(updates: Tensor) -> tuple[Tensor, Tensor]:
 
     The centre is zero where that costs the differences of the updates no digits, else their median.
     """
-    gram, finite = gram_of(updates)
-    well = _keep_digits(gram, ascending(_apart(gram)), finite)
-    gram = gram.double()
+    gram = gram_of(updates)
+    well = _keep_digits(gram, ascending(_apart(gram)))
+    gram, finite = gram.double(), well.unsqueeze(-1).repeat_interleave(gram.shape[-1], -1)
     if not bool(well.all()):
         gram[~well], finite[~well] = careful_products(updates[~well])
     return gram, finite
@@ -84,26 +84,23 @@ def _apart(gram: Tensor) -> Tensor:
     return found
 
 
-def _keep_digits(gram: Tensor, ordered: Tensor, finite: Tensor) -> Tensor:
-    """(...) whether the distances that follow from these products are as exact as the updates."""
-    square = gram.diagonal(dim1=-2, dim2=-1)
+def _keep_digits(gram: Tensor, ordered: Tensor) -> Tensor:
+    """(...) whether the distances that follow from these products are as exact as the updates, all of them finite."""
+    shortest, longest = gram.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)  # not a number, or infinite, if any of them is
     typical = ordered[..., max(0, gram.shape[-1] // 2 - 1)]  # to the others, of each
-    return (finite & (square > SMALLEST)).all(-1) & (typical.amin(-1) > CLOSE * square.amax(-1))
+    return (shortest > SMALLEST) & (typical.amin(-1) > CLOSE * longest)
 
 
-def gram_of(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each two updates, (..., m, m), and whose norm is finite (..., m)."""
+def gram_of(updates: Tensor) -> Tensor:
+    """Products (..., m, m) of each two updates."""
     whole = updates.flatten(-2)
     m = whole.shape[-2]
     gram = whole.new_empty(*whole.shape[:-1], m)
     for start in range(0, m, BLOCK):  # the diagonal and what is below
         stop = min(start + BLOCK, m)
-        below = whole[..., start:, :] @ whole[..., start:stop, :].mT
-        corner = below[..., : stop - start, :]
-        gram[..., start:stop, start:stop] = corner.tril() + corner.tril(-1).mT  # not symmetric to the last digit
-        gram[..., stop:, start:stop] = below[..., stop - start :, :]
-        gram[..., start:stop, stop:] = below[..., stop - start :, :].mT
-    return gram, gram.diagonal(dim1=-2, dim2=-1).isfinite()
+        gram[..., start:, start:stop] = whole[..., start:, :] @ whole[..., start:stop, :].mT
+    place = torch.arange(m, device=gram.device)
+    return torch.where(place.unsqueeze(-1) >= place, gram, gram.mT)
 
 
 def careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:

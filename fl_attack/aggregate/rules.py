@@ -138,28 +138,27 @@ def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Te
     """Shares (..., m) after a few iterations, and where that was not enough, or not exact (...)."""
     # in numpy: of rows as short as these torch takes several times as long, and threads would wait for each other
     square = torch.linalg.vector_norm(updates.flatten(-2), dim=-1).double().cpu().numpy() ** 2
-    share, moving = np.full_like(square, 1 / square.shape[-1]), np.ones_like(square[..., :1], dtype=np.bool_)
+    share, moving = np.full_like(square, 1 / square.shape[-1]), np.ones_like(square[..., 0], dtype=np.bool_)
     exact = (np.isfinite(square) & (square > SMALLEST)).all(-1)
     if exact.any():
-        largest = square.max(-1)
-        before = np.inf
+        least, before = CLOSE * square.max(-1), moving
         with np.errstate(all="ignore"):  # of those that are not exact
-            for left in reversed(range(most)):
+            for step in range(most):
                 at = weighted(updates, torch.from_numpy(share).to(updates))
                 product = along(updates, at).double().cpu().numpy()
                 apart = square - 2 * product + (share * product).sum(-1, keepdims=True)
-                exact &= (apart.min(-1) > CLOSE * largest) | ~moving[..., 0]  # else digits were lost in the difference
-                nearer = apart.clip(SMALLEST) ** -0.5
-                moved = (nearer / nearer.sum(-1, keepdims=True) - share) * moving
+                exact &= (apart.min(-1) > least) | ~moving  # else digits were lost in the difference
+                nearer = 1 / np.sqrt(np.maximum(apart, SMALLEST))
+                moved = (nearer / nearer.sum(-1, keepdims=True) - share) * moving[..., None]
                 share = share + moved
-                change = np.abs(moved).max(-1, keepdims=True)
-                moving &= change > tolerance  # who has arrived stays, whatever others do
-                shrinks = np.where(np.isinf(before), 0.0, (change / before).clip(max=1.0))
-                exact &= (~moving | (change * shrinks**left <= tolerance))[..., 0]  # else it will not arrive in time
-                if not (moving[..., 0] & exact).any():
+                change = np.abs(moved).max(-1)
+                moving = moving & (change > tolerance)  # who has arrived stays, whatever others do
+                if step == 1:  # whose steps shrink too slowly will not arrive in time
+                    exact &= ~moving | (change * (change / before).clip(max=1.0) ** (most - 2) <= tolerance)
+                if not (moving & exact).any():
                     break
                 before = change
-    undone = np.asarray(moving[..., 0] | ~exact)
+    undone = np.asarray(moving | ~exact)
     return torch.from_numpy(share).to(updates.device), torch.from_numpy(undone).to(updates.device)
 
 
