@@ -502,3 +502,32 @@ def test_the_geometric_median_near_an_update_is_not_left_for_a_worse_point() -> 
     found, best = rule("geometric_median", m=60)(u).double(), rule("geometric_median", m=60, args=args)(u.double())
     summed, least = ((u.double() - at.unsqueeze(1)).flatten(-2).norm(dim=-1).sum(-1) for at in (found, best))
     assert (summed / least).max() < 1 + 1e-5
+
+
+@pytest.mark.parametrize("pull", [1.003, 1.01, 1.03])
+def test_the_geometric_median_beside_an_update_is_as_exact_as_the_updates(pull: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    one, half = (torch.randn(n, 100, generator=generator, dtype=torch.float64) for n in (1, 9))
+    half /= half.norm(dim=-1, keepdim=True)
+    ways = torch.linalg.qr(torch.randn(100, 2, generator=generator, dtype=torch.float64))[0]
+    # these two draw the median away from the update in the middle, which holds it with a pull of 1
+    two = pull / 2 * ways[:, 0] + torch.tensor([[1.0], [-1.0]]) * math.sqrt(1 - pull**2 / 4) * ways[:, 1]
+    middle = 6 * one / one.norm()
+    u = torch.cat([middle, middle + half, middle - half, middle + two]).float().unsqueeze(1)
+    args = {"tolerance": 1e-9, "most": 20_000}
+    found = rule("geometric_median", m=21, args=args)(u).double()
+    exact = rule("geometric_median", m=21, args=args | {"tolerance": 1e-13})(u.double())
+    assert 1e-5 < (exact - u[0]).norm() < 0.01 and (found - exact).norm() < 3e-6
+
+
+def test_the_step_away_from_an_update_is_vardis_and_zhangs() -> None:
+    u = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u[2] = u[4] = 2.0  # sent by two
+    share = rules._led_away(
+        u @ u.T, torch.ones(7, dtype=torch.bool), torch.tensor([2]), torch.tensor([1e-9], dtype=torch.float64)
+    )
+    others = u[[0, 1, 3, 5, 6]]
+    away = (others - u[2]).norm(dim=-1, keepdim=True)
+    weiszfeld, pull = (others / away).sum(0) / (1 / away).sum(), ((others - u[2]) / away).sum(0).norm()
+    assert 2 < pull < 5
+    torch.testing.assert_close(share @ u, (1 - 2 / pull) * weiszfeld + 2 / pull * u[2])
