@@ -1,6 +1,6 @@
 """What each aggregation rule costs: ours over many federations at once, beside ByzFL's and Flower's one at a time.
 
-    .venv/bin/python scripts/bench_rules.py [--clients 10 50 100] [--features 785 7850] [--cells 256] [--keep]
+    .venv/bin/python scripts/bench_rules.py [--clients 10 50 100] [--features 785 7850] [--rounds 5] [--keep]
 
 Random updates in float32, f a fifth of the clients (or the most that the rule allows). Ours: milliseconds of all cells
 together over the number of cells, in the pieces in which the engine goes through them, side by side where several.
