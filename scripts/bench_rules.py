@@ -256,16 +256,15 @@ def rows(given: argparse.Namespace, machine: Machine, apart: Apart) -> Iterator[
                     mine.append(apart(ours_takes, case, given.cells))
                     theirs = [apart(byzfl_takes, case, given.few, *way, more) for way in ways]
                     others.append([*theirs, apart(flower_takes, case, given.few)])
-                at = 1e3 * statistics.median(mine)
-                cells = [f"{name:>18} {m:7} {d:8} {case.f:3} {at:10.3f} {1e3 * least:8.3f}"]
+                cells = [f"{name:>18} {m:7} {d:8} {case.f:3} {1e3 * statistics.median(mine):10.3f} {1e3 * least:8.3f}"]
                 for i, took in enumerate(zip(*others, strict=True)):
                     if None in took:
                         cells.append(f"{'-':>10} {'-':>8}" + f" {'-':>8} {'-':>8}" * (i == 0))
                         continue
-                    ratios, at = [a / b for a, b in zip(took, mine, strict=True)], statistics.median(took)
-                    cells.append(f"{1e3 * at:10.3f} {statistics.median(ratios):7.1f}x")
+                    median, ratios = statistics.median(took), [a / b for a, b in zip(took, mine, strict=True)]
+                    cells.append(f"{1e3 * median:10.3f} {statistics.median(ratios):7.1f}x")
                     if i == 0:
-                        cells.append(f"{min(ratios):7.1f}x {at / least:7.1f}x")
+                        cells.append(f"{min(ratios):7.1f}x {median / least:7.1f}x")
                 yield " ".join([*cells, said]).rstrip()
 
 

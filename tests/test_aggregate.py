@@ -531,3 +531,44 @@ def test_the_step_away_from_an_update_is_vardis_and_zhangs() -> None:
     weiszfeld, pull = (others / away).sum(0) / (1 / away).sum(), ((others - u[2]) / away).sum(0).norm()
     assert 2 < pull < 5
     torch.testing.assert_close(share @ u, (1 - 2 / pull) * weiszfeld + 2 / pull * u[2])
+
+
+def test_the_geometric_median_of_a_federation_does_not_go_on_for_the_company_it_is_in() -> None:
+    generator = torch.Generator().manual_seed(3)
+    u = torch.randn(60, 9, 1, 20, generator=generator, dtype=torch.float64)
+    nearness = torch.logspace(-3, 0, 60, dtype=torch.float64).view(60, 1, 1)
+    u[:, 0] = u.mean(1) + nearness * u[:, 0]  # the nearer, the more iterations
+    gram = u.flatten(-2) @ u.flatten(-2).mT
+    everyone = torch.ones(60, 9, dtype=torch.bool)
+    for tolerance in (0.003, 0.03):
+        by_steps = rules._few_steps(u, tolerance, rules.FEW)
+        by_products = rules._weiszfeld(gram, everyone, tolerance, 200)
+        assert 0 < by_steps[1].sum() < 60 and 0 < by_products[1].sum() < 60
+        for i in range(60):
+            one = slice(i, i + 1)
+            alone = rules._few_steps(u[one], tolerance, rules.FEW)
+            assert torch.equal(by_steps[1][one], alone[1])
+            if not alone[1]:  # else nobody looks at the shares
+                torch.testing.assert_close(by_steps[0][one], alone[0], atol=1e-12, rtol=0.0)
+            share, near = rules._weiszfeld(gram[one], everyone[one], tolerance, 200)
+            torch.testing.assert_close(by_products[0][one], share, atol=1e-12, rtol=0.0)
+            assert torch.equal(by_products[1][one], near)
+
+
+def test_a_geometric_median_that_takes_many_iterations_is_left_to_products_after_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    u = torch.randn(2, 9, 1, 20, generator=torch.Generator().manual_seed(0))
+    u[:, :4] += 3.0
+    along, calls = rules.along, []
+    monkeypatch.setattr(rules, "along", lambda *given: calls.append(1) or along(*given))
+    assert rules._few_steps(u, 1e-6, rules.FEW)[1].all() and len(calls) == 2
+    calls.clear()
+    assert not rules._few_steps(u[:, 4:], 1e-2, rules.FEW)[1].any() and len(calls) > 2
+
+
+@pytest.mark.parametrize("name", ["krum", "multi_krum", "geometric_median"])
+def test_updates_whose_squares_underflow_keep_their_digits(name: str) -> None:
+    u = torch.randn(50, 9, 1, 20, generator=torch.Generator().manual_seed(0))
+    small = 2.0**-70  # 1e-21, of which a square has two or three bits
+    torch.testing.assert_close(rule(name, m=9)(u * small) / small, rule(name, m=9)(u), atol=1e-5, rtol=1e-5)

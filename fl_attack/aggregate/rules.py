@@ -141,7 +141,8 @@ def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Te
     share, moving = np.full_like(square, 1 / square.shape[-1]), np.ones_like(square[..., 0], dtype=np.bool_)
     exact = (np.isfinite(square) & (square > SMALLEST)).all(-1)
     if exact.any():
-        least, before = CLOSE * square.max(-1), moving
+        least = CLOSE * square.max(-1)
+        change = np.full_like(least, np.inf)
         with np.errstate(all="ignore"):  # of those that are not exact
             for step in range(most):
                 at = weighted(updates, torch.from_numpy(share).to(updates))
@@ -151,13 +152,12 @@ def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Te
                 nearer = 1 / np.sqrt(np.maximum(apart, SMALLEST))
                 moved = (nearer / nearer.sum(-1, keepdims=True) - share) * moving[..., None]
                 share = share + moved
-                change = np.abs(moved).max(-1)
+                before, change = change, np.abs(moved).max(-1)
                 moving = moving & (change > tolerance)  # who has arrived stays, whatever others do
                 if step == 1:  # whose steps shrink too slowly will not arrive in time
                     exact &= ~moving | (change * (change / before).clip(max=1.0) ** (most - 2) <= tolerance)
                 if not (moving & exact).any():
                     break
-                before = change
     undone = np.asarray(moving | ~exact)
     return torch.from_numpy(share).to(updates.device), torch.from_numpy(undone).to(updates.device)
 
