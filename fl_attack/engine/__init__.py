@@ -1,4 +1,4 @@
-"""The batched engine: many experiments that share their minibatches, as a few large matrix products."""
+"""The batched engine: experiments without clients, those of a linear model as a few large matrix products."""
 
 from fl_attack.engine.groups import check, group, group_key, make_scenarios
 from fl_attack.engine.outcome import Outcome

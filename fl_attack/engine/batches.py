@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fl_attack import data, model
+from fl_attack import data
 from fl_attack.engine.kernels import Room
+from fl_attack.models import outputs
 from fl_attack.scenario import Scenario
 
 LINE = 16  # numbers of single precision in a line of the processor's cache
@@ -79,7 +80,7 @@ class Batch:
         """(C, n) of the labels; for two classes, which are signed instead, empty."""
         if self._classes == 2:
             return self.X.new_empty(0)
-        return model.encode(self.y, self._classes, self.X.dtype).mT.contiguous()
+        return outputs.encode(self.y, self._classes, self.X.dtype).mT.contiguous()
 
 
 class Batches:
@@ -100,7 +101,7 @@ class Batches:
         self.like, self.device = like, device
         x, settings = like.dataset.x_train, like.settings
         self.classes, self.dtype = like.classes, settings.torch_dtype
-        nonzero = np.ones(x.shape[1], bool) if every_feature else _nonzero_columns(x)
+        nonzero = np.ones(x.shape[1], bool) if every_feature or like.dataset.standardize else _nonzero_columns(x)
         self.seen = torch.from_numpy(np.append(nonzero, True))  # the constant last
         self.y = torch.tensor(like.dataset.y_train)
         self.sign = (1 - 2 * self.y).to(self.dtype)[:, None] if self.classes == 2 else None
@@ -223,7 +224,7 @@ class Batches:
 
     def _piece(self, at: Tensor) -> Tensor:
         dataset = self.like.dataset
-        X = self.fitted(data.features(dataset.x_train[at.numpy()], dataset.scale, self.dtype))
+        X = self.fitted(data.features(dataset.x_train[at.numpy()], dataset.scaling, self.dtype))
         return X if self.sign is None else X.mul_(self.sign[at])
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fl_attack.detect import MEASURES
 from fl_attack.engine.batches import Batch
-from fl_attack.engine.tile import Report, Tile
+from fl_attack.engine.linear.tile import Report, Tile
 from fl_attack.scenario import Flips
 
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack.engine.measure import Samples
+from fl_attack.engine.linear.measure import Samples
 from fl_attack.history import EarlyStop
 from fl_attack.scenario import Scenario
 

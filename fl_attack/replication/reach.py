@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_attack import adversary, engine, model
+from fl_attack import adversary, engine
 from fl_attack.config import Settings, compose
+from fl_attack.models import logistic
 from fl_attack.plots.lines import reach
 from fl_attack.replication.figures import write_table
 from fl_attack.replication.plan import Source
@@ -50,7 +51,7 @@ def points(made: dict[str, Scenario], theta: Tensor, round_: int, draws: int = D
     allowed = chosen["untargeted"].allowed
 
     def gradient(labels: Tensor) -> Tensor:
-        return model.gradient(theta, X, labels, torch.from_numpy(counts).double()).flatten()
+        return logistic.gradient(theta, X, labels, torch.from_numpy(counts).double()).flatten()
 
     def relabelled(where: np.ndarray, labels: np.ndarray) -> Tensor:
         changed = y.clone()
