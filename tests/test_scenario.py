@@ -9,6 +9,7 @@ import torch
 
 from fl_attack import adversary, scenario, targets
 from fl_attack.config import Settings
+from fl_attack.data import cache
 from fl_attack.errors import InputError
 from fl_attack.models import logistic, outputs
 from fl_attack.scenario import Scenario
@@ -166,15 +167,15 @@ def test_the_target_is_trained_once_and_a_damaged_one_again(
 ) -> None:
     monkeypatch.setenv("FL_ATTACK_CACHE", str(tmp_path))
     overrides = ("attack.goal=targeted", f"local_steps={steps}", "batch_size=50")
-    first = make(*overrides).target
-    (file,) = scenario.cache.folder().glob("targets/*.npz")
+    first = targets.target(make(*overrides))
+    (file,) = cache.folder().glob("targets/*.npz")
     with monkeypatch.context() as patch:
-        patch.setattr(scenario, "train_all", lambda *_: pytest.fail("trained again"))
-        assert torch.equal(make(*overrides).target, first)
+        patch.setattr(targets, "train_all", lambda *_: pytest.fail("trained again"))
+        assert torch.equal(targets.target(make(*overrides)), first)
     file.write_bytes(file.read_bytes()[:50])
-    assert torch.equal(make(*overrides).target, first)
-    make(*overrides, "lr=0.01").target  # noqa: B018
-    assert len(list(scenario.cache.folder().glob("targets/*.npz"))) == 2
+    assert torch.equal(targets.target(make(*overrides)), first)
+    targets.target(make(*overrides, "lr=0.01"))
+    assert len(list(cache.folder().glob("targets/*.npz"))) == 2
 
 
 @pytest.mark.parametrize("more", [[], ["local_steps=2"], ["server_optimizer=adam"], ["clients.per_round=3"]])
@@ -186,7 +187,7 @@ def test_targets_trained_together_are_those_trained_alone(make: Make, more: list
         assert torch.equal(targets.train(made), theta)
     assert not torch.equal(together[0], together[1])
     found = targets.load_targets([alike[2], alike[0], alike[2]])
-    assert torch.equal(found[0], alike[2].target) and torch.equal(found[1], alike[0].target)
+    assert torch.equal(found[0], targets.target(alike[2])) and torch.equal(found[1], targets.target(alike[0]))
     assert torch.equal(found[2], found[0])
     assert len({tuple(theta.ravel().tolist()) for theta in together}) == 4
 
@@ -203,9 +204,9 @@ def test_a_target_of_ones_own_is_taken_or_refused(make: Make, tmp_path: object) 
     file = f"{tmp_path}/mine.npz"
     overrides = ("attack.goal=targeted", f"attack.target_path={file}")
     with pytest.raises(InputError, match=r"mine\.npz can't be read as a target"):
-        make(*overrides).target  # noqa: B018
+        targets.target(make(*overrides))
     np.savez(file, theta=np.ones((2, 2)))
     with pytest.raises(InputError, match=r"shape \(2, 2\).*\(3, 7\)"):
-        make(*overrides).target  # noqa: B018
+        targets.target(make(*overrides))
     np.savez(file, theta=np.ones((3, 7)))
-    assert (make(*overrides).target == 1).all()
+    assert (targets.target(make(*overrides)) == 1).all()
