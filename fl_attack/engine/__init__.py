@@ -2,6 +2,6 @@
 
 from fl_attack.engine.groups import check, group, group_key, make_scenarios
 from fl_attack.engine.outcome import Outcome
-from fl_attack.engine.run import run_cells
+from fl_attack.engine.run import cells_at_once, run_cells
 
-__all__ = ["Outcome", "check", "group", "group_key", "make_scenarios", "run_cells"]
+__all__ = ["Outcome", "cells_at_once", "check", "group", "group_key", "make_scenarios", "run_cells"]

@@ -72,7 +72,8 @@ def units(scenarios: Sequence[Scenario]) -> list[Unit]:
     batched = [i for i, made in enumerate(scenarios) if made.settings.engine.name == "batched"]
     cuts = [[i] for i, made in enumerate(scenarios) if made.settings.engine.name != "batched"]
     for group in engine.group([scenarios[i] for i in batched]):
-        pieces = np.array_split(np.array(batched)[group], -(-len(group) // UNIT))
+        size = min(UNIT, engine.cells_at_once(scenarios[batched[group[0]]]))
+        pieces = np.array_split(np.array(batched)[group], -(-len(group) // size))
         cuts += [piece.tolist() for piece in pieces]
     return [Unit(cut, key_of([scenarios[i] for i in cut])) for cut in cuts]
 
@@ -83,7 +84,8 @@ def key_of(scenarios: Sequence[Scenario]) -> str:
     for made in scenarios:
         target = made.settings.attack.target_path
         own = hashlib.sha256(Path(target).read_bytes()).hexdigest() if target else ""
-        own += plugins.source_digest(made.settings.attack.name) + plugins.source_digest(made.settings.strategy.name)
+        of_users = made.settings.attack.name, made.settings.strategy.name, made.settings.model.name
+        own += "".join(map(plugins.source_digest, of_users))
         settings = made.settings
         if not settings.strategy.averages or settings.attack.writes == "updates" or settings.detectability:
             own += str(OF_RULES)
