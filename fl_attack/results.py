@@ -1,7 +1,5 @@
 """What a run leaves behind in its folder; every file is written whole or not at all."""
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
 from fl_attack.history import COLUMNS, History, rounds_to_recover
 from fl_attack.scenario import Scenario
+from fl_attack.sweep_table import write_csv
 from fl_attack.targets import target
 
 SUMMARY = "summary.json"  # written last: a folder that has one is finished
@@ -47,11 +46,7 @@ def clear(out: Path) -> None:
 
 def write_rounds(out: Path, history: History) -> None:
     """`rounds.csv`, a row for each evaluated round so far."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(history.rows)
-    _write(out / "rounds.csv", lambda stream: stream.write(text.getvalue().encode()))
+    write_csv(out / "rounds.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in history.rows])
 
 
 def write(out: Path, scenario: Scenario, history: History, finished: bool = True, twin: History | None = None) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fl_attack import targets
-from fl_attack.engine import groups, linear, sequential
+from fl_attack.engine import groups, linear, sequential, stacked
 from fl_attack.engine.outcome import Outcome
 from fl_attack.engine.threads import side_by_side
 from fl_attack.errors import InputError
 from fl_attack.scenario import Scenario
 
 Progress = Callable[[int], None]
+LINEAR_CELLS = 512
 
 
 def run_cells(
@@ -69,7 +70,30 @@ def run_cells(
             keep_theta=keep_theta,
             full_rows=full_rows,
         )
-    return _side_by_side(scenarios, device, progress, keep_flips, keep_theta, full_rows)
+    together = [i for i, cell in enumerate(scenarios) if not full_rows and stacked.can_run(cell)]
+    apart = [i for i in range(len(scenarios)) if i not in set(together)]
+    found: dict[int, Outcome] = {}
+    with torch.inference_mode():
+        if together:
+            outcomes = stacked.run_cells(
+                [scenarios[i] for i in together],
+                device=device,
+                memory_gb=memory_gb,
+                progress=progress,
+                keep_flips=keep_flips,
+                keep_theta=keep_theta,
+            )
+            found |= zip(together, outcomes, strict=True)
+    alone = _side_by_side([scenarios[i] for i in apart], device, progress, keep_flips, keep_theta, full_rows)
+    found |= zip(apart, alone, strict=True)
+    return [found[i] for i in range(len(scenarios))]
+
+
+def cells_at_once(cell: Scenario) -> int:
+    """How many cells like this one are worth computing together; what an interruption may lose."""
+    if is_linear(cell):
+        return LINEAR_CELLS
+    return stacked.CELLS["cpu"] if stacked.can_run(cell) else torch.get_num_threads()
 
 
 def is_linear(cell: Scenario) -> bool:

@@ -220,10 +220,13 @@ class Mlp(Network):
         """Logits, (..., n, classes)."""
         return _unstacked(self.forward(theta, X)[-1], theta)
 
-    def forward(self, theta: Tensor, X: Tensor) -> list[Tensor]:
-        """What goes into each layer but the first, and the logits: (M, n, width) each."""
-        layers, X = self.layers(theta), X.flatten(1)
-        found = [shared_product(X, *layers[0])]
+    def forward(self, theta: Tensor, X: Tensor, first: Tensor | None = None) -> list[Tensor]:
+        """What goes into each layer but the first, and the logits: (M, n, width) each.
+
+        `first` is what the first layer gives, (M, n, width), where that is known; it is lost.
+        """
+        layers = self.layers(theta)
+        found = [shared_product(X.flatten(1), *layers[0]) if first is None else first]
         for W, b in layers[1:]:
             found.append(torch.baddbmm(b[:, None], found[-1].relu_(), W.mT))
         return found
@@ -252,15 +255,16 @@ class Mlp(Network):
     def pull_back(self, theta: Tensor, X: Tensor, activations: list[Tensor], R: Tensor) -> Tensor:
         """The gradient (..., 1, P) of which R (M, n, classes) is the part by the logits."""
         deltas = self.deltas(theta, activations, R)
-        X, parts = X.flatten(1), []
-        for i, delta in enumerate(deltas):
-            M, n, width = delta.shape
-            if i == 0:
-                W = (delta.mT.reshape(M * width, n) @ X).view(M, -1)
-            else:
-                W = torch.bmm(delta.mT, activations[i - 1]).view(M, -1)
-            parts += [W, delta.sum(1)]
+        X = X.flatten(1)
+        M, n, width = deltas[0].shape
+        parts = [(deltas[0].mT.reshape(M * width, n) @ X).view(M, -1), deltas[0].sum(1)]
+        for W, b in self.pull_back_others(activations, deltas):
+            parts += [W.flatten(1), b]
         return torch.cat(parts, 1).view(theta.shape)
+
+    def pull_back_others(self, activations: list[Tensor], deltas: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The gradient by the weights (M, out, in) and biases (M, out) of all layers but the first."""
+        return [(torch.bmm(delta.mT, into), delta.sum(1)) for delta, into in zip(deltas[1:], activations, strict=False)]
 
     def deltas(self, theta: Tensor, activations: list[Tensor], R: Tensor) -> list[Tensor]:
         """Derivatives by what each layer puts out, before its rectifier: (M, n, width), the last is R."""
@@ -271,14 +275,20 @@ class Mlp(Network):
 
     def scores(self, theta: Tensor, v: Tensor, X: Tensor) -> Tensor:
         """See `Model.scores`, (..., n, classes)."""
-        activations = self.forward(theta, X)
-        first = shared_product(X.flatten(1), *self.layers(v)[0])
-        return _unstacked(self.forward_scores(theta, v, activations, first), theta)
+        (first, first_bias), *others = self.layers(v)
+        along_first = shared_product(X.flatten(1), first, first_bias)
+        return _unstacked(self.forward_scores(theta, self.forward(theta, X), along_first, others), theta)
 
-    def forward_scores(self, theta: Tensor, v: Tensor, activations: list[Tensor], first: Tensor) -> Tensor:
-        """`scores` (M, n, classes), given the first layer's derivative along v, (M, n, width), which is lost."""
-        dZ = first
-        for (W, _), (V, c), into in zip(self.layers(theta)[1:], self.layers(v)[1:], activations, strict=False):
+    def forward_scores(
+        self, theta: Tensor, activations: list[Tensor], along_first: Tensor, others: Sequence[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """`scores` (M, n, classes) along a direction.
+
+        `along_first` (M, n, width), which is lost, is what the first layer gives along it; `others` are its weights and
+        biases in the other layers.
+        """
+        dZ = along_first
+        for (W, _), (V, c), into in zip(self.layers(theta)[1:], others, activations, strict=False):
             dZ = torch.baddbmm(c[:, None], dZ.mul_(into > 0), W.mT).baddbmm_(into, V.mT)
         return self.class_scores(activations[-1], dZ)
 

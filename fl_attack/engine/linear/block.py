@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fl_attack.engine import kernels
-from fl_attack.engine.linear.tile import Report, Shared, Tile
+from fl_attack.engine.linear.tile import Shared, Tile
+from fl_attack.engine.log import Report
 
 
 class Block:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import targets
-from fl_attack.engine import sequential
+from fl_attack.engine import ending
 from fl_attack.engine.attackers import Kind, kind_of
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.kernels import Room
@@ -142,7 +142,7 @@ class _Work:
         held += len(self.cells) * C * d * self.batches.dtype.itemsize * self.keep_theta
         copies = max(COPIES[cell.settings.server_optimizer] for cell in self.cells) + bool(self.validation)
         each = C * self.batches.d * self.batches.dtype.itemsize * copies
-        each += 8 * len(self._evaluated()) * len(COLUMNS) + 200
+        each += 8 * len(ending.evaluated_rounds(self.settings)) * len(COLUMNS) + 200
         size = max(1, int((self.memory - held) / each))
         pieces = -(-len(order) // size)
         for piece in np.array_split(np.array(order), pieces):
@@ -163,7 +163,7 @@ class _Work:
         log = Log(len(cells), len(self.batches.y), self.keep_flips, self.full_rows)
         stopping = None if self.validation is None else Stopping(cells, self.validation, theta)
         ended = self._measure(0, theta, log, stopping)
-        evaluated, room = self._evaluated(), Room(self.device, self.batches.dtype)
+        evaluated, room = ending.evaluated_rounds(self.settings), Room(self.device, self.batches.dtype)
         for round_ in range(1, self.settings.rounds + 1):
             shared = self._shared(round_, tiles, room)
             told = round_ in evaluated
@@ -178,7 +178,9 @@ class _Work:
             progress(len(cells) * (self.settings.rounds - round_ + 1 if ended else 1))
             if ended:
                 break
-        return self._outcomes(cells, theta, tiles, log, stopping, time.perf_counter() - began)
+        flips = np.concatenate([tile.attackers.flips for tile in tiles])
+        whole = self.batches.unfitted if self.keep_theta else None
+        return ending.outcomes(cells, theta, whole, log, flips, stopping, time.perf_counter() - began)
 
     def _measure(
         self, round_: int, theta: Tensor, log: Log, stopping: Stopping | None, tiles: Sequence[Tile] = ()
@@ -190,36 +192,6 @@ class _Work:
             return False
         flips = np.concatenate([tile.attackers.flips for tile in tiles]) if tiles else np.zeros(log.M, np.int64)
         return stopping.note(round_, np.asarray(losses), theta, flips)
-
-    def _outcomes(
-        self,
-        cells: list[Scenario],
-        theta: Tensor,
-        tiles: Sequence[Tile],
-        log: Log,
-        stopping: Stopping | None,
-        seconds: float,
-    ) -> list[Outcome]:
-        finite = theta.view(len(cells), -1).isfinite().all(1).cpu().numpy()
-        flips = np.concatenate([tile.attackers.flips for tile in tiles])
-        last = np.full(len(cells), self.settings.rounds)
-        if stopping:
-            finite |= stopping.over
-            theta, flips, last = stopping.best, stopping.flips, stopping.rounds
-        C, outcomes = cells[0].theta_shape[0], []
-        for i, cell in enumerate(cells):
-            if not finite[i]:
-                outcome = sequential.run(cell, client_by_client=True)
-            else:
-                whole = self.batches.unfitted(theta[i * C : (i + 1) * C]) if self.keep_theta else None
-                outcome = Outcome(log.table(i, last[i]), int(flips[i]), whole, log.flips(i, last[i]))
-            outcome.seconds = seconds / len(cells)
-            outcomes.append(outcome)
-        return outcomes
-
-    def _evaluated(self) -> set[int]:
-        rounds, every = self.settings.rounds, self.settings.eval_every
-        return {0, *range(every, rounds + 1, every), rounds}
 
     def _cuts(self, cells: list[Scenario]) -> list[tuple[int, int]]:
         """Where tiles begin and end: at another kind of attack, once there are enough at other attackers, when full."""

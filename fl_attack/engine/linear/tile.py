@@ -15,6 +15,8 @@ from fl_attack.engine.attackers import Attackers, Change, Turn, no_change
 from fl_attack.engine.batches import Batch, Batches, Layout
 from fl_attack.engine.linear import client_updates as sent
 from fl_attack.engine.linear.epoch_flips import Plan
+from fl_attack.engine.log import Report
+from fl_attack.models import outputs
 from fl_attack.scenario import Scenario
 
 
@@ -26,15 +28,6 @@ class Shared(NamedTuple):
     gram: Tensor | None  # (n, writable) inner products of the samples; None where a product with X is cheaper
     steered: Tensor | None  # (T, C, writable) logits of the targets
     targets: Tensor  # (T C, d)
-
-
-class Report(NamedTuple):
-    """What there is to say of a round in which a tile was watched."""
-
-    change: Change
-    allowed: NDArray[np.int64]  # (M,)
-    cosine: Tensor | None  # (M,) between the aggregate and the clean gradient, NaN where one of them is zero
-    detection: Tensor | None  # (M, detect.MEASURES)
 
 
 class Tile:
@@ -208,7 +201,13 @@ class Tile:
             v = self._weighted(R, batch) @ batch.X if targets is None else targets - self.theta
             return v @ batch.X[:n].mT
 
-        return self.attackers.view(batch, turn, scores, logits, shared.round_)
+        def by_class(signed: Tensor) -> Tensor:
+            """(M, n, classes) of signed logits or scores (M C, n)."""
+            if self.C > 1:
+                return signed.view(self.M, self.C, n).mT
+            return outputs.class_logits((signed * batch.sign[:n])[..., None])
+
+        return self.attackers.view(batch, turn, lambda: by_class(scores()), lambda: by_class(logits), shared.round_)
 
     def _targets(self, shared: Shared, cells: slice) -> Tensor | None:
         """(cells C, d) of targeted cells."""
