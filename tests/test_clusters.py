@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from fl_attack import federation, scenario
 from fl_attack.config import Settings
+from fl_attack.engine import sequential
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation.client import client_app
 from fl_attack.federation.grid import BlockGrid
@@ -67,6 +68,24 @@ def test_stock_and_block_end_in_the_same_bits(settings: Compose, small_data: Sma
         run(recorders)
     assert all(same(block, stock) for block, stock in zip(*by_grid, strict=True))
     assert all(recorder.history.flip_count for recorder in by_grid[0])
+
+
+@pytest.mark.slow
+def test_networks_end_in_the_same_bits_on_both_grids(settings: Compose) -> None:
+    cases = [
+        ["model=mlp", "model.args.widths=[9]", "worker_momentum=0.9", "strategy=median"],
+        ["model=cnn", "attack.goal=targeted"],
+    ]
+    by_grid = [
+        [Recorder(scenario.make(settings(*COMMON, "dtype=float64", *case, f"engine.grid={grid}"))) for case in cases]
+        for grid in ("block", "stock")
+    ]
+    for recorders in by_grid:
+        run(recorders)
+    assert all(same(block, stock) for block, stock in zip(*by_grid, strict=True))
+    for recorder in by_grid[0]:
+        alone = sequential.run(recorder.scenario).history()
+        assert (alone.theta - recorder.history.theta).norm() <= 1e-9 * alone.theta.norm()
 
 
 def failing_app() -> ClientApp:

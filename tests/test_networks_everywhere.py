@@ -28,7 +28,7 @@ MLP = ("model=mlp", "model.args.widths=[12,9]")
 @pytest.fixture(scope="module")
 def grid() -> Iterator[BlockGrid]:
     """One Ray and one grid of ten clients for the module."""
-    with ray_session(None, False), BlockGrid(federation.client_app, 10, 2, 1.0) as grid:
+    with ray_session(None, False), BlockGrid(federation.client_app, 10, 2, 0.1) as grid:
         yield grid
 
 
@@ -242,17 +242,6 @@ def test_flower_and_batched_give_one_trajectory(settings: Compose, grid: BlockGr
     start(grid, recorder)
     (batched,) = engine.run_cells([scenario.make(settings(*common, "engine=batched"))])
     assert_same(recorder.history, batched.history())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [MLP, ("model=cnn", "attack.goal=targeted")])
-def test_flowers_own_engine_gives_the_same(settings: Compose, grid: BlockGrid, model: tuple[str, ...]) -> None:
-    chosen = settings(*SMALL, "batch_size=30", "rounds=5", "eval_every=5", *model, "engine.grid=stock")
-    recorder = Recorder(scenario.make(chosen))
-    federation.run(lambda federate: federate(recorder), chosen)
-    on_blocks = Recorder(scenario.make(chosen))
-    start(grid, on_blocks)
-    assert_same(recorder.history, on_blocks.history, rtol=0)
 
 
 NET = """
