@@ -468,6 +468,16 @@ def test_harm_draws_each_attack_over_write_access_and_a_user_s_flips_are_flips(t
     assert looks == {"none": ":", "greedy": "-", "mine.py:flip": "-", "sign_flip": "--", "ipm": "--"}
 
 
+def test_the_long_path_of_a_user_s_attack_is_shortened_and_leaves_room_for_the_figure(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    path = "/a/long/way/to/the/folder/of/a/user/who/keeps/everything/in/its/place/mine.py:flip"
+    swept = HARM | {"attack": ["none", "greedy", path, "sign_flip"]}
+    plots.harm(sweep(tmp_path, value=lambda attack, **more: 0.5, **swept))  # a warning would be an error here
+    (legend,) = figures[0].legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown[2].endswith("mine.py:flip") and len(shown[2]) == 32
+
+
 def test_the_ratio_of_harm_is_the_drop_by_the_worst_flips_over_that_by_the_worst_updates(tmp_path):
     files = plots.harm(sweep(tmp_path, value=skewed, seed=range(SEEDS), **HARM))
     with files[-1].open() as lines:
