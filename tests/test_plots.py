@@ -368,9 +368,25 @@ def test_attacks_on_updates_do_not_stand_at_a_budget_of_labels(kind, tmp_path, m
     else:
         expected = [[mean_of(malicious=m, budget=b) for m in (1, 2)] for b in (0.5, 1.0)]
         np.testing.assert_allclose(axes.collections[0].get_array(), expected)
-    assert "12 cells of attacks on updates" in " ".join(figures[0]._supxlabel.get_text().split())
+    assert "12 cells that flip no labels" in " ".join(figures[0]._supxlabel.get_text().split())
     with pytest.raises(InputError, match="no budget of labels"):
         plots.PLOTS[kind](sweep(tmp_path, value=skewed, **(swept | {"attack": ["ipm", "sign_flip"]})))
+
+
+def test_unattacked_cells_are_a_point_at_budget_zero_and_no_panel_of_a_heat_map(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    swept = {"malicious": [1, 2], "budget": [0.5, 1.0], "attack": ["none", "greedy"]}
+
+    def value(*, attack, budget, **more):
+        return skewed(attack=attack, budget=budget, **more) if attack != "none" else 0.95
+
+    folder = sweep(tmp_path, value=value, **swept)
+    plots.budget(folder)
+    panels = {axes.get_title("left"): axes for axes in figures[0].axes}
+    assert all(set(line.get_xdata()) == {0} for line in panels["attack.name = none"].lines)
+    plots.heatmap(folder)
+    assert [axes.get_title("left") for axes in figures[1].axes[:-1]] == [""]
+    assert np.isfinite(figures[1].axes[0].collections[0].get_array()).all()
 
 
 def test_the_budget_plot_has_a_line_for_each_rule_and_averages_none_of_them(tmp_path, monkeypatch):
