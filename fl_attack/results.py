@@ -16,6 +16,7 @@ from fl_attack.errors import InputError
 from fl_attack.history import COLUMNS, History, rounds_to_recover
 from fl_attack.scenario import Scenario
 from fl_attack.sweep_table import write_csv
+from fl_attack.targets import target
 
 SUMMARY = "summary.json"  # written last: a folder that has one is finished
 BASELINE = "baseline"
@@ -55,12 +56,12 @@ def write(out: Path, scenario: Scenario, history: History, finished: bool = True
     _write(out / "config.yaml", lambda stream: stream.write(to_yaml(settings).encode()))
     write_rounds(out, history)
     arrays = {
-        "model.npz": {"theta": history.theta.numpy()},
+        "model.npz": scenario.model.state(history.theta),
         "partition.npz": {"client": scenario.partition.client, "malicious": scenario.partition.malicious},
         "flips.npz": history.flip_table(),
     }
     if settings.attacked and settings.attack.goal == "targeted":
-        arrays["target.npz"] = {"theta": scenario.target.numpy()}
+        arrays["target.npz"] = scenario.model.state(target(scenario))
     for name, content in arrays.items():
         _write(out / name, partial(_savez, content))
     if finished:

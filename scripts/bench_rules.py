@@ -44,7 +44,7 @@ from torch import Tensor
 
 from fl_attack import aggregate
 from fl_attack.aggregate import PRE, RULES
-from fl_attack.engine.sent import pieces
+from fl_attack.engine.linear.client_updates import pieces
 from fl_attack.engine.threads import side_by_side
 
 BYZFL = {
@@ -78,7 +78,12 @@ NEAR, PRECISE = 1e-4, 1e-6  # of the length of the answer
 ENOUGH = 0.1  # seconds of calls
 KEPT = ((-1, 2**30), (-3, 2**30))  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and bytes
 # before the processes are forked
-IMPORTED = ["fl_attack.aggregate", "fl_attack.engine.sent", "byzfl", "flwr.serverapp.strategy.multikrum"]
+IMPORTED = [
+    "fl_attack.aggregate",
+    "fl_attack.engine.linear.client_updates",
+    "byzfl",
+    "flwr.serverapp.strategy.multikrum",
+]
 
 
 class Case(NamedTuple):

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_attack import adversary, engine, model
+from fl_attack import adversary, engine
 from fl_attack.config import Settings, compose
+from fl_attack.models import logistic
 from fl_attack.plots.lines import gradients
 from fl_attack.replication.figures import DIGITS
 from fl_attack.replication.plan import Source
@@ -71,7 +72,7 @@ def points(
 
     def gradient(labels: Tensor) -> Tensor:
         """The gradient (C d,) of the round under these labels."""
-        return model.gradient(theta, X, labels, torch.from_numpy(counts).double()).flatten()
+        return logistic.gradient(theta, X, labels, torch.from_numpy(counts).double()).flatten()
 
     def relabelled(where: np.ndarray, labels: np.ndarray) -> Tensor:
         """The true labels with others at these places of the minibatch."""
