@@ -258,9 +258,15 @@ class Sweep:
             label += np.array([prefix + format_value(value) for value in self.cells[name].tolist()], object)
         return label
 
-    def label_attacks(self) -> "Sweep":
-        """The cells without attacks on updates, which have no budget of labels; NotDrawableError without any."""
-        mask = self.column(WRITES) != "updates"
+    def label_attacks(self, unattacked: bool = True) -> "Sweep":
+        """The cells without attacks on updates, which have no budget of labels; NotDrawableError without any.
+
+        `unattacked` says whether cells without an attack are kept where attacks vary: they are those of budget 0.
+        """
+        writes = self.column(WRITES)
+        mask = writes != "updates"
+        if not unattacked and {NAME, "attack"} & set(self.swept):
+            mask &= writes != "none"
         if not mask.any():
             raise NotDrawableError("attacks on updates have no budget of labels; the sweep has no others")
         cells = self.cells.only(mask)
@@ -283,7 +289,7 @@ class Sweep:
         """Sentences that belong under a figure, and how many cells it lacks."""
         lost = self.total - len(self) - self.left_out
         lacking = [
-            f"Left out: {self.left_out} cells of attacks on updates, which have no budget of labels.",
+            f"Left out: {self.left_out} cells that flip no labels.",
             f"Left out: {lost} of {self.total} cells broke off.",
         ]
         return " ".join(filter(None, [*sentences, *itertools.compress(lacking, (self.left_out, lost))]))

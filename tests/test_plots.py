@@ -14,6 +14,7 @@ from scipy import stats
 from fl_attack import plots, sweep_table
 from fl_attack.errors import InputError
 from fl_attack.plots import by_budget, by_round, canvas, maps, marks
+from fl_attack.plots import lines as by_table
 from fl_attack.sweep_table import RESULTS
 
 GOALS = ("untargeted", "targeted")
@@ -111,6 +112,18 @@ def test_pooled_deviation_knows_no_difference_between_groups():
     assert sweep_table.pooled_deviation([one, other, np.array([55.0])]) == pytest.approx(((2 + 2) / 3) ** 0.5)
     assert sweep_table.pooled_deviation([one]) == pytest.approx(one.std(ddof=1))
     assert np.isnan(sweep_table.pooled_deviation([np.array([5.0])]))
+
+
+def test_a_table_written_is_read_back_to_the_same_bits_or_to_its_digits(tmp_path):
+    rows = [("a,b", 0.1 + 0.2, 3, ""), ("c", np.float64(1 / 3), 4, float("nan"))]
+    header = ["name", "x", "n", "more"]
+    _, found = sweep_table.read_csv(sweep_table.write_csv(tmp_path / "a" / "t.csv", header, rows), "a sweep")
+    assert [(row["name"], float(row["x"]), row["n"], row["more"]) for row in found] == [
+        ("a,b", 0.1 + 0.2, "3", ""),
+        ("c", 1 / 3, "4", "nan"),
+    ]
+    _, found = sweep_table.read_csv(sweep_table.write_csv(tmp_path / "t.csv", header, rows, 4), "a sweep")
+    assert [row["x"] for row in found] == ["0.3", "0.3333"]
 
 
 def test_split_orders_numbers_as_numbers():
@@ -282,9 +295,9 @@ def test_with_one_k_the_budget_plot_has_a_line_for_each_goal(tmp_path, monkeypat
 
 def test_columns_draw_means_and_intervals_over_seeds_with_a_panel_for_each_setting(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
-    files = plots.columns(full(tmp_path), "clients.malicious", "final_accuracy", "attack.goal")
+    files = plots.columns(full(tmp_path), "clients.malicious", "minimum_accuracy", "attack.goal")
     assert [file.name for file in files] == [
-        f"columns_clients.malicious_final_accuracy_attack.goal.{kind}" for kind in ("png", "pdf")
+        f"columns_clients.malicious_minimum_accuracy_attack.goal.{kind}" for kind in ("png", "pdf")
     ]
     assert all(map(is_whole, files))
     assert [axes.get_title("left") for axes in figures[0].axes] == [f"attack.budget = {b:g}" for b in (0.25, 0.5, 1)]
@@ -292,11 +305,11 @@ def test_columns_draw_means_and_intervals_over_seeds_with_a_panel_for_each_setti
         for (line, _, (bars,)), goal in zip(axes.containers, sorted(GOALS), strict=True):
             assert line.get_xdata().tolist() == [1, 2, 4]
             for at, m in enumerate((1, 2, 4)):
-                cells = [100 * accuracy(m, b, goal, seed) for seed in range(3)]
+                cells = [100 * (accuracy(m, b, goal, seed) - 0.3) for seed in range(3)]
                 mean, half = np.mean(cells), stats.t.ppf(0.975, 2) * stats.sem(cells)
                 assert line.get_ydata()[at] == pytest.approx(mean)
                 assert bars.get_segments()[at][:, 1] == pytest.approx([mean - half, mean + half])
-    assert axes.get_ylabel() == "" and figures[0].axes[0].get_ylabel() == "final test accuracy (%)"
+    assert axes.get_ylabel() == "" and figures[0].axes[0].get_ylabel() == "minimum test accuracy (%)"
     assert axes.get_xlabel() == "clients.malicious"
 
 
@@ -368,9 +381,25 @@ def test_attacks_on_updates_do_not_stand_at_a_budget_of_labels(kind, tmp_path, m
     else:
         expected = [[mean_of(malicious=m, budget=b) for m in (1, 2)] for b in (0.5, 1.0)]
         np.testing.assert_allclose(axes.collections[0].get_array(), expected)
-    assert "12 cells of attacks on updates" in " ".join(figures[0]._supxlabel.get_text().split())
+    assert "12 cells that flip no labels" in " ".join(figures[0]._supxlabel.get_text().split())
     with pytest.raises(InputError, match="no budget of labels"):
         plots.PLOTS[kind](sweep(tmp_path, value=skewed, **(swept | {"attack": ["ipm", "sign_flip"]})))
+
+
+def test_unattacked_cells_are_a_point_at_budget_zero_and_no_panel_of_a_heat_map(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    swept = {"malicious": [1, 2], "budget": [0.5, 1.0], "attack": ["none", "greedy"]}
+
+    def value(*, attack, budget, **more):
+        return skewed(attack=attack, budget=budget, **more) if attack != "none" else 0.95
+
+    folder = sweep(tmp_path, value=value, **swept)
+    plots.budget(folder)
+    panels = {axes.get_title("left"): axes for axes in figures[0].axes}
+    assert all(set(line.get_xdata()) == {0} for line in panels["attack.name = none"].lines)
+    plots.heatmap(folder)
+    assert [axes.get_title("left") for axes in figures[1].axes[:-1]] == [""]
+    assert np.isfinite(figures[1].axes[0].collections[0].get_array()).all()
 
 
 def test_the_budget_plot_has_a_line_for_each_rule_and_averages_none_of_them(tmp_path, monkeypatch):
@@ -468,6 +497,16 @@ def test_harm_draws_each_attack_over_write_access_and_a_user_s_flips_are_flips(t
     assert looks == {"none": ":", "greedy": "-", "mine.py:flip": "-", "sign_flip": "--", "ipm": "--"}
 
 
+def test_the_long_path_of_a_user_s_attack_is_shortened_and_leaves_room_for_the_figure(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    path = "/a/long/way/to/the/folder/of/a/user/who/keeps/everything/in/its/place/mine.py:flip"
+    swept = HARM | {"attack": ["none", "greedy", path, "sign_flip"]}
+    plots.harm(sweep(tmp_path, value=lambda attack, **more: 0.5, **swept))  # a warning would be an error here
+    (legend,) = figures[0].legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown[2].endswith("mine.py:flip") and len(shown[2]) == 32
+
+
 def test_the_ratio_of_harm_is_the_drop_by_the_worst_flips_over_that_by_the_worst_updates(tmp_path):
     files = plots.harm(sweep(tmp_path, value=skewed, seed=range(SEEDS), **HARM))
     with files[-1].open() as lines:
@@ -533,6 +572,48 @@ def test_curves_draw_the_attacked_run_and_its_honest_twin_by_their_names(tmp_pat
     plots.curves(tmp_path)
     lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
     assert lines == {"honest": [[0, 0.1], [1, 0.9]], "attacked": [[0, 0.1], [1, 0.5]]}
+
+
+def test_lines_of_a_table_are_drawn_with_their_bands_under_their_names(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    header = ("goal", "k", "global_budget", "final_accuracy", "interval")
+    rows = [
+        *(("untargeted", "k = 1", x, 90 - 100 * x, 1.0) for x in (0.5, 0.0, 0.001)),
+        *(("untargeted", "k = 0.5", x, 80 - 50 * x, 2.0) for x in (0.0, 0.001, 0.5)),
+        *(("targeted", "k = 1", x, 70 - 20 * x, 3.0) for x in (0.0, 0.001, 0.5)),
+    ]
+    file = sweep_table.write_csv(tmp_path / "fig.csv", header, rows)
+    by_table.lines(file, "a title", "a note", log=True, floor=0.0)
+    panels = {axes.get_title("left"): axes for axes in figures[0].axes}
+    assert set(panels) == {"untargeted", "targeted"}
+    for name, axes in panels.items():
+        lines = {line.get_label(): line for line in axes.lines}
+        assert set(lines) == {row[1] for row in rows if row[0] == name}
+        for (label, line), band in zip(lines.items(), axes.collections, strict=True):
+            expected = sorted(row[2:] for row in rows if row[:2] == (name, label))
+            np.testing.assert_allclose(line.get_xydata(), [row[:2] for row in expected])
+            x, mean, half = expected[1]
+            corners = band.get_paths()[0].vertices
+            heights = corners[np.isclose(corners[:, 0], x), 1]
+            assert (heights.min(), heights.max()) == pytest.approx((mean - half, mean + half))
+        assert axes.get_ylim()[0] == 0 and axes.get_xscale() == "symlog"
+    assert figures[0].axes[0].get_ylabel() == "final test accuracy (%)"
+
+
+def test_gradients_are_drawn_where_the_table_has_them(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    points = [
+        ("b = 0.1", "random flips", 0.9, 0.1),
+        ("b = 0.1", "random flips", 0.8, -0.2),
+        ("b = 0.1", "clean", 1.0, 0.0),
+    ]
+    file = sweep_table.write_csv(tmp_path / "fig1.csv", ("budget", "kind", "first", "second"), points)
+    by_table.gradients(file, "a title", "a note")
+    (axes,) = figures[0].axes
+    found = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label()[0] != "_"}
+    assert found == {"random flips": [[0.9, 0.1], [0.8, -0.2]], "clean": [[1.0, 0.0]]}
+    (arrow,) = [text for text in axes.texts if text.arrow_patch is not None]
+    assert arrow.xy == pytest.approx((1, 0)) and arrow.get_position() == (0, 0)
 
 
 # --- the border ------------------------------------------------------------------------------------

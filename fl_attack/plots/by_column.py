@@ -90,7 +90,7 @@ def _places(across: Array) -> tuple[Array, list[str]]:
 def _scale(axes: Any, levels: list[str], across: Array) -> None:
     """Name the places of an axis of text, or stretch one of positive numbers that span a factor of 50."""
     if levels:
-        names = [format_value(one) for one in levels]
+        names = [canvas.shortened(format_value(one)) for one in levels]
         long = len("  ".join(names)) > 60
         axes.set_xticks(range(len(names)), names, rotation=25 * long, ha="right" if long else "center")
         axes.set_xlim(-0.5, len(names) - 0.5)

@@ -48,7 +48,7 @@ def panels(names: Sequence[str], width: float, height: float, x: str, y: str) ->
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize="small")
-        axes.set_title(name, fontsize="medium", loc="left")
+        axes.set_title(shortened(name, int(11 * width)), fontsize="medium", loc="left")
         if number + across >= len(names):
             axes.set_xlabel(x, fontsize="small")
             axes.tick_params(labelbottom=True)
@@ -64,6 +64,11 @@ def distinct(values: Array, most: int, what: str) -> list[Any]:
         names = ", ".join(map(format_value, found[:2]))
         raise NotDrawableError(f"{what}: a figure bears at most {most}, the sweep has {len(found)} ({names}, ...)")
     return found
+
+
+def shortened(text: str, most: int = 32) -> str:
+    """The end of a text that is longer than so many characters: of the path of a user's function its name."""
+    return text if len(text) <= most else f"\N{HORIZONTAL ELLIPSIS}{text[1 - most :]}"
 
 
 def label(column: str) -> str:

@@ -57,8 +57,10 @@ def matrix(folder: Path, rows: str = NAME, columns: str = "strategy.name") -> li
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         image = axes.pcolormesh(grid.mean, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
-        axes.set_xticks(np.arange(len(xs)) + 0.5, [format_value(x) for x in xs], rotation=35, ha="right")
-        axes.set_yticks(np.arange(len(ys)) + 0.5, [format_value(y) for y in ys])
+        axes.set_xticks(
+            np.arange(len(xs)) + 0.5, [canvas.shortened(format_value(x)) for x in xs], rotation=35, ha="right"
+        )
+        axes.set_yticks(np.arange(len(ys)) + 0.5, [canvas.shortened(format_value(y)) for y in ys])
         axes.tick_params(length=0)
         axes.set_ylim(len(ys), 0)
         for (row, column), value in np.ndenumerate(grid.mean):

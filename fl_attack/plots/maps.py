@@ -46,7 +46,7 @@ def heatmap(folder: Path, column: str = ACCURACY) -> list[Path]:
     NotDrawableError
         Where k or b has a single value, or there are more settings than panels.
     """
-    sweep = read_sweep(folder).label_attacks()
+    sweep = read_sweep(folder).label_attacks(unattacked=False)
     panel = sweep.labels(sweep.varied(KB))
     figure = _maps(sweep.column(K), sweep.column(B), sweep.numbers(column), panel, "cividis", canvas.label(column))
     name = "Final test accuracy" if column == ACCURACY else canvas.label(column)
@@ -59,7 +59,7 @@ def difference(folder: Path) -> list[Path]:
 
     Returns `difference.png` and `.pdf`; NotDrawableError where goals, k or b do not vary.
     """
-    sweep = read_sweep(folder).label_attacks()
+    sweep = read_sweep(folder).label_attacks(unattacked=False)
     cells, values = goal_differences(sweep)
     panel = sweep.labels(sweep.varied(KB, GOAL))
     k, b, unit = sweep.column(K)[cells], sweep.column(B)[cells], "difference in accuracy (percentage points)"

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from fl_attack.plots.canvas import shortened
 from fl_attack.sweep_table import Floats, NotDrawableError, format_value
 
 PRINTED = 12  # rows or columns of the largest map whose values are printed
@@ -103,7 +104,12 @@ def legend(figure: Any, panels: dict[str, Any], title: str = "") -> None:
     }
     if lines and list(lines) != [""]:
         figure.legend(
-            lines.values(), lines, loc="outside right center", frameon=False, fontsize="small", title=title or None
+            lines.values(),
+            map(shortened, lines),
+            loc="outside right center",
+            frameon=False,
+            fontsize="small",
+            title=title or None,
         )
 
 
