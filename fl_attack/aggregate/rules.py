@@ -26,7 +26,7 @@ from fl_attack.aggregate.geometry import (
 )
 from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, finite_rows, middle, smallest
 
-MANY, FEW = 8, 5  # clients from which on so many iterations of the geometric median are tried without products
+MANY, FEW = 8, 5  # from MANY clients on, FEW iterations of the geometric median are tried without inner products
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
@@ -139,40 +139,62 @@ def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
 
 
 def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: float = 1e-6, most: int = 200) -> Tensor:
-    """The point of least summed distance to the updates: Weiszfeld's iteration, as in https://arxiv.org/abs/1912.13445.
+    """The point of least summed distance to the updates, by Weiszfeld's iteration.
 
-    Until no weight of an update changes by more than `tolerance`, or after `most` iterations. An iterate that an update
-    holds fast, which is how one who knows the others would stop it, is led away as Vardi and Zhang do
-    (https://doi.org/10.1073/pnas.97.4.1423). The iterates are means of the updates, so that all distances follow from
-    the products of the updates with each other.
+    The iterates are weighted means of the updates, so that all distances follow from inner products of the updates. An
+    update at which the iteration would stop, which a client who knows the others can send, is left by a step of Vardi
+    and Zhang's.
+
+    Parameters
+    ----------
+    updates, weights, f
+        As in all rules.
+    tolerance : float
+        The iteration ends when no share of an update changes by more.
+    most : int
+        Iterations at most.
+
+    Returns
+    -------
+    (..., C, d) tensor
+
+    Raises
+    ------
+    ValueError
+        Where an argument is out of range.
+
+    References
+    ----------
+    Pillutla, Kakade, Harchaoui (2019). Robust aggregation for federated learning. arXiv 1912.13445.
+    Vardi, Zhang (2000). The multivariate L1-median and associated data depth. https://doi.org/10.1073/pnas.97.4.1423.
     """
     if not tolerance > 0 or most < 1:
         raise ValueError(f"tolerance={tolerance} must be above 0 and most={most} at least 1")
     m = updates.shape[-3]
     share = updates.new_full(updates.shape[:-2], 1 / m, dtype=torch.float64)
-    left = torch.ones(updates.shape[:-3], dtype=torch.bool, device=updates.device)
-    if m >= MANY:  # products with each other cost as much as a few iterations, which may be all that it takes
-        share, left = _few_steps(updates, tolerance, min(most, FEW))
-        if not bool(left.any()):
+    unfinished = torch.ones(updates.shape[:-3], dtype=torch.bool, device=updates.device)
+    if m >= MANY:  # inner products cost as much as a few iterations without them, which may be all that it takes
+        share, unfinished = _few_iterations(updates, tolerance, min(most, FEW))
+        if not bool(unfinished.any()):
             return combined(updates, share.to(updates))
-    some = updates[left]
+    some = updates[unfinished]
     found, near = _weiszfeld(*products(some), tolerance, most)
-    if bool(near.any()):  # where the median is all but one of the updates, only products about it tell how near
+    if bool(near.any()):  # where the median is nearly one of the updates, only products about it tell how near
         found[near] = _weiszfeld(*careful_products(some[near]), tolerance, most)[0]
-    share[left] = found
+    share[unfinished] = found
     return combined(updates, share.to(updates))
 
 
-def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
-    """Shares (..., m) after a few iterations, and where that was not enough, or not exact (...)."""
-    # in numpy: of rows as short as these torch takes several times as long, and threads would wait for each other
+def _few_iterations(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
+    """Shares (..., m) after `most` iterations without inner products, and where they do not suffice, (...)."""
+    # in numpy: torch takes several times as long for rows as short as these, and threads would wait for each other
     square = torch.linalg.vector_norm(updates.flatten(-2), dim=-1).double().cpu().numpy() ** 2
     share, moving = np.full_like(square, 1 / square.shape[-1]), np.ones_like(square[..., 0], dtype=np.bool_)
     exact = (np.isfinite(square) & (square > SMALLEST)).all(-1)
     if exact.any():
         least = CLOSE * square.max(-1)
         change = np.full_like(least, np.inf)
-        with np.errstate(all="ignore"):  # of those that are not exact
+        with np.errstate(all="ignore"):  # in federations that are not exact
             for step in range(most):
                 at = weighted(updates, torch.from_numpy(share).to(updates))
                 product = along(updates, at).double().cpu().numpy()
@@ -182,8 +204,8 @@ def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Te
                 moved = (nearer / nearer.sum(-1, keepdims=True) - share) * moving[..., None]
                 share = share + moved
                 before, change = change, np.abs(moved).max(-1)
-                moving = moving & (change > tolerance)  # who has arrived stays, whatever others do
-                if step == 1:  # whose steps shrink too slowly will not arrive in time
+                moving = moving & (change > tolerance)  # a federation that has converged stays, whatever others do
+                if step == 1:  # where steps shrink too slowly, the iterations will not suffice
                     exact &= ~moving | (change * (change / before).clip(max=1.0) ** (most - 2) <= tolerance)
                 if not (moving & exact).any():
                     break
@@ -192,16 +214,16 @@ def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Te
 
 
 def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
-    """Shares (..., m) of the updates in their geometric median, and whether it is all but one of them (...)."""
+    """Shares (..., m) of the updates in their geometric median, and whether it is nearly one of them, (...) of bool."""
     share = finite.double() / finite.sum(-1, keepdim=True)
     square = gram.diagonal(dim1=-2, dim2=-1)
     largest = square.amax(-1, keepdim=True)
     floor = 1e-12 * largest.sqrt() + 1e-300  # a point that is an update must not divide by zero
     moving = torch.ones_like(share[..., :1], dtype=torch.bool)
     nearest = torch.full_like(largest, torch.inf)
-    left = torch.zeros_like(finite)  # the updates from which it has been led away
+    left = torch.zeros_like(finite)  # the updates from which a step was made
     for _ in range(most):
-        apart = _from(share, gram)
+        apart = _squared_distances_from(share, gram)
         near, at = apart.where(finite, torch.inf).min(-1, keepdim=True)
         nearest = nearest.minimum(near).where(moving, nearest)
         nearer = finite.double() / apart.sqrt().maximum(floor)
@@ -210,9 +232,11 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
         still = moved.abs().amax(-1, keepdim=True) <= tolerance
         held = moving & still & (near < CLOSE * largest) & ~left.gather(-1, at)
         if bool(held.any()):
-            elsewhere = _led_away(gram, finite, at, floor)
+            elsewhere = vardi_zhang_step(gram, finite, at, floor)
             left = left.scatter(-1, at, held | left.gather(-1, at))
-            held = held & (_summed(_from(elsewhere, gram), finite) < _summed(apart, finite))
+            held = held & (
+                _summed_distance(_squared_distances_from(elsewhere, gram), finite) < _summed_distance(apart, finite)
+            )
             share = elsewhere.where(held, share)
         moving = moving & (~still | held)
         if not bool(moving.any()):
@@ -220,27 +244,30 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
     return share, (nearest < CLOSE * largest).squeeze(-1)
 
 
-def _from(share: Tensor, gram: Tensor) -> Tensor:
-    """Squared distances (..., m) of the updates from their mean by shares."""
+def _squared_distances_from(share: Tensor, gram: Tensor) -> Tensor:
+    """Squared distances (..., m) of the updates from their mean weighted by shares (..., m)."""
     product = (share.unsqueeze(-2) @ gram).squeeze(-2)
     square = gram.diagonal(dim1=-2, dim2=-1)
     return (square - 2 * product + (share * product).sum(-1, keepdim=True)).clamp(min=0)
 
 
-def _summed(apart: Tensor, finite: Tensor) -> Tensor:
-    """The summed distance (..., 1), which the geometric median makes least, from squared ones."""
+def _summed_distance(apart: Tensor, finite: Tensor) -> Tensor:
+    """Summed distance (..., 1) to the finite updates, which the geometric median minimises, from squared ones."""
     return apart.where(finite, 0.0).sqrt().sum(-1, keepdim=True)
 
 
-def _led_away(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) -> Tensor:
-    """Shares (..., m) after a step from the update at an index (..., 1), where the others pull it away; else there."""
+def vardi_zhang_step(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) -> Tensor:
+    """Shares (..., m) after a step of Vardi and Zhang's from the update at an index (..., 1).
+
+    The step goes towards the others where they pull harder than the updates at this place hold; else it is none.
+    """
     here = torch.zeros_like(finite, dtype=torch.float64).scatter(-1, at, 1.0)
-    apart = _from(here, gram).sqrt()
+    apart = _squared_distances_from(here, gram).sqrt()
     same = finite & ((apart <= floor) | (here > 0))
     nearer = (finite & ~same).double() / apart.maximum(floor)
     total = nearer.sum(-1, keepdim=True)
     way = nearer / total.where(total > 0, 1.0) - here
-    # the others pull with this, and those that are here withstand with one each
+    # each of the others pulls with a force of one, in all with this; each update that is here holds with one
     pull = total * (way.unsqueeze(-2) @ gram @ way.unsqueeze(-1)).squeeze(-1).clamp(min=0).sqrt()
     stays = same.sum(-1, keepdim=True) / pull.where(pull > 0, torch.inf)
     return here + way * torch.where(pull > 0, 1.0 - stays.clamp(max=1.0), 0.0)
@@ -255,10 +282,33 @@ def centered_clipping(
     iterations: int = 3,
     start: Literal["median", "zero"] = "median",
 ) -> Tensor:
-    """Steps from the coordinate-wise median, or zero, by the mean of the differences to it, each clipped to tau.
+    """Steps from a centre by the mean of the differences of the updates to it, each clipped to a norm.
 
-    By default tau is the median distance of the updates from where a step starts. Karimireddy et al. start from the
-    aggregate of the round before (https://arxiv.org/abs/2012.10333); here nothing is kept between rounds.
+    Karimireddy et al. start from the aggregate of the round before; here nothing is kept between rounds.
+
+    Parameters
+    ----------
+    updates, weights, f
+        As in all rules.
+    tau : float, optional
+        The norm; by default the median distance of the updates from where a step starts.
+    iterations : int
+        The number of steps.
+    start : "median" or "zero"
+        The first centre: the coordinate-wise median, or zero.
+
+    Returns
+    -------
+    (..., C, d) tensor
+
+    Raises
+    ------
+    ValueError
+        Where an argument is out of range.
+
+    References
+    ----------
+    Karimireddy, He, Jaggi (2021). Learning from history for Byzantine robust optimization. arXiv 2012.10333.
     """
     if (tau is not None and not tau > 0) or iterations < 1:
         raise ValueError(f"tau={tau} must be above 0 and iterations={iterations} at least 1")
@@ -284,7 +334,9 @@ def centered_clipping(
 def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None = None) -> Tensor:
     """Mean of the updates, each scaled down to the norm c; by default to the median of their norms.
 
-    Sun et al. 2019, https://arxiv.org/abs/1911.07963 (a fixed c).
+    References
+    ----------
+    Sun et al. (2019). Can you really backdoor federated learning? arXiv 1911.07963 (with a fixed c).
     """
     share, finite = _clip_shares(updates, c)
     return combined(
@@ -293,7 +345,7 @@ def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None =
 
 
 def clip(updates: Tensor, c: float | None) -> Tensor:
-    """Updates scaled down to the norm c, None: the median of their norms; those that are not finite become zero."""
+    """Updates scaled down to the norm c, by default to the median of their norms; those not finite become zero."""
     share, finite = _clip_shares(updates, c)
     if not bool(finite.all()):
         updates = updates.where(finite[..., None, None], 0.0)
@@ -301,12 +353,12 @@ def clip(updates: Tensor, c: float | None) -> Tensor:
 
 
 def _clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
-    """What clipping to the norm c leaves of each update (..., m), and which are finite."""
+    """The factor (..., m) that scales each update down to the norm c, and which are finite, (..., m) of bool."""
     if c is not None and not c > 0:
         raise ValueError(f"c={c} must be above 0")
     norm = torch.linalg.vector_norm(updates.flatten(-2), dim=-1)
     finite = norm.isfinite()
-    if not bool(finite.all()):  # of a finite update the norm may overflow
+    if not bool(finite.all()):  # the norm of a finite update may overflow
         finite = finite_rows(updates)
     radius = _median_of_row(norm.where(finite, torch.inf)) if c is None else norm.new_tensor(c)
     return torch.clamp(radius / norm.where(finite & (norm > 0), 1.0), max=1.0), finite
