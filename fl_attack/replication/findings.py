@@ -24,9 +24,7 @@ class Outcome:
     rates: dict[str, float] = field(default_factory=dict)  # the learning rate chosen for each data set
     figures: list[str] = field(default_factory=list)  # file names without suffix
     missing: list[Run] = field(default_factory=list)
-    seconds: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # by data set, one entry for each call that computed something
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of each call that computed, by data set
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,10 @@ class Rule:
 
 
 def overall(verdicts: Iterable[str]) -> str:
-    """The verdict on several measurements: replicated where all are, partly where some are, not where none is."""
+    """The verdict on several measurements together.
+
+    Replicated where all are, partly where some are, not replicated where one is refuted and none is borne out.
+    """
     found = set(verdicts)
     if not found:
         return NOISY
