@@ -14,6 +14,7 @@ from scipy import stats
 from fl_attack import plots, sweep_table
 from fl_attack.errors import InputError
 from fl_attack.plots import by_budget, by_round, canvas, maps, marks
+from fl_attack.plots import lines as by_table
 from fl_attack.sweep_table import RESULTS
 
 GOALS = ("untargeted", "targeted")
@@ -111,6 +112,18 @@ def test_pooled_deviation_knows_no_difference_between_groups():
     assert sweep_table.pooled_deviation([one, other, np.array([55.0])]) == pytest.approx(((2 + 2) / 3) ** 0.5)
     assert sweep_table.pooled_deviation([one]) == pytest.approx(one.std(ddof=1))
     assert np.isnan(sweep_table.pooled_deviation([np.array([5.0])]))
+
+
+def test_a_table_written_is_read_back_to_the_same_bits_or_to_its_digits(tmp_path):
+    rows = [("a,b", 0.1 + 0.2, 3, ""), ("c", np.float64(1 / 3), 4, float("nan"))]
+    header = ["name", "x", "n", "more"]
+    _, found = sweep_table.read_csv(sweep_table.write_csv(tmp_path / "a" / "t.csv", header, rows), "a sweep")
+    assert [(row["name"], float(row["x"]), row["n"], row["more"]) for row in found] == [
+        ("a,b", 0.1 + 0.2, "3", ""),
+        ("c", 1 / 3, "4", "nan"),
+    ]
+    _, found = sweep_table.read_csv(sweep_table.write_csv(tmp_path / "t.csv", header, rows, 4), "a sweep")
+    assert [row["x"] for row in found] == ["0.3", "0.3333"]
 
 
 def test_split_orders_numbers_as_numbers():
@@ -559,6 +572,48 @@ def test_curves_draw_the_attacked_run_and_its_honest_twin_by_their_names(tmp_pat
     plots.curves(tmp_path)
     lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
     assert lines == {"honest": [[0, 0.1], [1, 0.9]], "attacked": [[0, 0.1], [1, 0.5]]}
+
+
+def test_lines_of_a_table_are_drawn_with_their_bands_under_their_names(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    header = ("goal", "k", "global_budget", "final_accuracy", "interval")
+    rows = [
+        *(("untargeted", "k = 1", x, 90 - 100 * x, 1.0) for x in (0.5, 0.0, 0.001)),
+        *(("untargeted", "k = 0.5", x, 80 - 50 * x, 2.0) for x in (0.0, 0.001, 0.5)),
+        *(("targeted", "k = 1", x, 70 - 20 * x, 3.0) for x in (0.0, 0.001, 0.5)),
+    ]
+    file = sweep_table.write_csv(tmp_path / "fig.csv", header, rows)
+    by_table.lines(file, "a title", "a note", log=True, floor=0.0)
+    panels = {axes.get_title("left"): axes for axes in figures[0].axes}
+    assert set(panels) == {"untargeted", "targeted"}
+    for name, axes in panels.items():
+        lines = {line.get_label(): line for line in axes.lines}
+        assert set(lines) == {row[1] for row in rows if row[0] == name}
+        for (label, line), band in zip(lines.items(), axes.collections, strict=True):
+            expected = sorted(row[2:] for row in rows if row[:2] == (name, label))
+            np.testing.assert_allclose(line.get_xydata(), [row[:2] for row in expected])
+            x, mean, half = expected[1]
+            corners = band.get_paths()[0].vertices
+            heights = corners[np.isclose(corners[:, 0], x), 1]
+            assert (heights.min(), heights.max()) == pytest.approx((mean - half, mean + half))
+        assert axes.get_ylim()[0] == 0 and axes.get_xscale() == "symlog"
+    assert figures[0].axes[0].get_ylabel() == "final test accuracy (%)"
+
+
+def test_gradients_are_drawn_where_the_table_has_them(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    points = [
+        ("b = 0.1", "random flips", 0.9, 0.1),
+        ("b = 0.1", "random flips", 0.8, -0.2),
+        ("b = 0.1", "clean", 1.0, 0.0),
+    ]
+    file = sweep_table.write_csv(tmp_path / "fig1.csv", ("budget", "kind", "first", "second"), points)
+    by_table.gradients(file, "a title", "a note")
+    (axes,) = figures[0].axes
+    found = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label()[0] != "_"}
+    assert found == {"random flips": [[0.9, 0.1], [0.8, -0.2]], "clean": [[1.0, 0.0]]}
+    (arrow,) = [text for text in axes.texts if text.arrow_patch is not None]
+    assert arrow.xy == pytest.approx((1, 0)) and arrow.get_position() == (0, 0)
 
 
 # --- the border ------------------------------------------------------------------------------------

@@ -205,6 +205,59 @@ def test_f1_early_stopping_and_adam() -> None:
     assert set(statistics.at_best(adam.where(optimizer="adam"))["lr"]) == {0.01}
 
 
+def rows_of(file: Path) -> list[tuple[object, ...]]:
+    """The rows of a figure's table, with numbers from the third column on."""
+    with file.open() as lines:
+        _, *rows = csv.reader(lines)
+    return [(*row[:2], *map(float, row[2:])) for row in rows]
+
+
+def test_the_tables_of_figures_hold_means_over_seeds_under_the_names_of_their_lines(tmp_path: Path) -> None:
+    points = [{"k": k, "b": b, "goal": goal} for k in (0.5, 1.0) for b in (0.0, 0.2) for goal in statistics.GOALS]
+    loss = {"untargeted": 100.0, "targeted": 50.0}
+    skew = (0.0, 1.0, 2.0, 3.0, 14.0)  # the mean is 4, the median 2
+
+    def accuracy(row: dict[str, object], _: np.random.Generator) -> float:
+        return 80 - loss[str(row["goal"])] * float(row["k"]) * float(row["b"]) + skew[int(row["seed"])]  # type: ignore[arg-type, call-overload]
+
+    cells = seeded(accuracy, *points)
+    half = 2.776445 * np.std(skew, ddof=1) / 5**0.5
+    figures.by_budget(tmp_path / "a.csv", cells, "a title")
+    expected = [
+        (goal, f"k = {k:g}", k * b, 84 - loss[goal] * k * b, pytest.approx(half, rel=1e-4))
+        for goal in statistics.GOALS
+        for k in (0.5, 1.0)
+        for b in (0.0, 0.2)
+    ]
+    assert sorted(rows_of(tmp_path / "a.csv")) == sorted(expected, key=lambda row: row[:4])
+    figures.deviation(tmp_path / "b.csv", cells, "a title")
+    assert [row[:4] for row in rows_of(tmp_path / "b.csv")] == [
+        ("", goal, k, pytest.approx(np.std(skew, ddof=1), rel=1e-4)) for k in (0.5, 1.0) for goal in statistics.GOALS
+    ]
+    whole = cells.where(k=1.0)
+    figures.compared("selection")(tmp_path / "c.csv", whole, "a title")
+    drops = {row[0]: row[3] for row in rows_of(tmp_path / "c.csv") if row[2] == 0.2}
+    assert drops == {goal: pytest.approx(loss[goal] * 0.2) for goal in statistics.GOALS}
+
+
+def test_early_stopping_optimizers_and_frequencies_are_lines_of_their_names(tmp_path: Path) -> None:
+    lower = {("null", "sgd"): 0.0, ("10", "sgd"): 5.0, ("null", "adam"): 20.0}
+    points = [{"b": b, "patience": p, "optimizer": o} for b in (0.0, 0.2) for p, o in lower]
+    cells = seeded(
+        lambda row, rng: 90.0 - lower[str(row["patience"]), str(row["optimizer"])] * (row["b"] == 0.2), *points
+    )
+    figures.stopped(tmp_path / "a.csv", cells.where(optimizer="sgd"), "a title")
+    found = {row[1]: row[3] for row in rows_of(tmp_path / "a.csv") if row[2] == 0.2}
+    assert found == {"last model, lr 0.1": 90, "stopped early, lr 0.1": 85}
+    figures.optimizers(tmp_path / "b.csv", cells.where(patience="null"), "a title")
+    found = {row[1]: row[3] for row in rows_of(tmp_path / "b.csv") if row[2] == 0.2}
+    assert found == {"sgd, lr 0.1": 90, "adam, lr 0.1": 70}
+    often = [{"b": 0.0}, {"b": 0.05, "every": 1.0}, {"b": 0.1, "every": 2.0}]
+    few = seeded(lambda row, rng: 90.0 - 3 * (row["b"] == 0.05) - 7 * (row["b"] == 0.1), *often)
+    figures.frequencies(tmp_path / "c.csv", few, "a title")
+    assert [row[1:4] for row in rows_of(tmp_path / "c.csv")] == [("5 % a round", 1, 3), ("5 % a round", 2, 7)]
+
+
 def test_ten_classes() -> None:
     points = [{"b": b, "goal": goal} for b in (0.0, 0.05) for goal in statistics.GOALS]
     cells = seeded(lambda row, rng: 90.0 - 14 * (row["b"] > 0) + rng.normal() * 0.1, *points)
