@@ -217,6 +217,7 @@ class Settings(Strict):
     figures: tuple[tuple[str, ...], ...] = ()
     out: Annotated[str, Field(min_length=1)]
     overwrite: bool
+    resume: bool = True
     verbose: bool
 
     @property
@@ -327,3 +328,12 @@ def versions() -> dict[str, str]:
 def to_yaml(settings: Settings) -> str:
     """Settings as the YAML that a run leaves behind."""
     return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
+
+
+def from_yaml(text: str) -> Settings:
+    """The settings of which `to_yaml` made this; InputError where it is something else."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # whatever YAML's parser and OmegaConf raise
+        raise InputError(f"these are no settings: {explain(error)}") from None
+    return settings_from(plain)

@@ -74,11 +74,19 @@ class SweepLauncher(Launcher):
 
         constant = [set(overrides) for overrides in job_overrides]
         shared = set.intersection(*constant) if len(constant) > 1 else set()
-        cells = []
+        cells: list[Cell] = []
+        named = any(_key(one) == "out" for overrides in job_overrides for one in overrides)
         for overrides in job_overrides:
             told = [override for override in overrides if override not in shared or _key(override) == "seed"]
             settings = settings_from(self._composed(overrides))
+            if cells and not named:  # composed at another time, so that the default is another
+                settings = settings.model_copy(update={"out": cells[0].settings.out})
             cells.append(Cell({_key(one): one.partition("=")[2].replace("\\:", ":") for one in told}, settings))
+        if outs := {cell.settings.out for cell in cells[1:]} - {cells[0].settings.out}:
+            raise InputError(
+                f"out={cells[0].settings.out} and out={min(outs)}: a sweep leaves one table in one folder; give each "
+                "folder a sweep of its own"
+            )
         return cells
 
     def _composed(self, overrides: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from hydra.errors import HydraException
 
 from fl_attack.errors import InputError, RunError
 
+NOT_HERE = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
+
 
 def conf_folder() -> Path:
     """The folder of the YAML files: inside an installed package, or beside it in a checkout."""
@@ -23,7 +25,18 @@ def opened(overrides: Iterable[str]) -> list[str]:
 
 
 def many(arguments: list[str]) -> list[str]:
-    """Arguments of the program; one that names an experiment is a multirun, with or without -m."""
+    """Arguments of the program; one that names an experiment is a multirun, with or without -m.
+
+    InputError where they ask for what one command can't do.
+    """
+    for argument in arguments:
+        key, _, value = argument.lstrip("+~").partition("=")
+        if key in NOT_HERE:
+            raise InputError(f"{key} has no effect here: all results go to out, as in out={value or 'results/mine'}")
+        if key == "experiment" and "," in value:
+            raise InputError(
+                f"{argument} names several; an experiment is a grid of its own: give each a command, and an out"
+            )
     named = any(argument.lstrip("+").startswith("experiment=") for argument in arguments)
     told = {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & {argument.split("=")[0] for argument in arguments}
     return ["-m", *arguments] if named and not told else arguments

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,11 +89,15 @@ def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
         # without "local", Ray would join whatever cluster was last started on this machine
         local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
         level = logging.INFO if verbose else logging.CRITICAL
+        on_terminate = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**({"address": address} if address else local), logging_level=level, log_to_driver=verbose)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"engine.ray_address={address} can't be joined" if address else "Ray can't be started"
             raise RunError(f"{where}: {' '.join(str(error).split())}") from None
+        finally:
+            if on_terminate is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own, which ends the program without a word
     try:
         yield
     finally:

@@ -2,13 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from fl_attack.errors import InputError
 from fl_attack.plots import canvas
@@ -40,6 +41,12 @@ from fl_attack.plots.table import (
 
 def curves(folder: Path) -> list[Path]:
     """Accuracy of a run by round, attacked and (where there is a baseline) honest: `curves.png`."""
+    file = folder / "summary.json"
+    return curves_of(folder, json.loads(file.read_text()) if file.exists() else {"budget": 0})
+
+
+def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
+    """The same from a summary that is not in the folder yet, since it says that the run is whole."""
     figure, panels = canvas.panels([""], 6.4, 3.8, "round", "test accuracy")
     axes = panels[""]
     attacked = read_rounds(folder)
@@ -54,8 +61,6 @@ def curves(folder: Path) -> list[Path]:
         label="attacked" if len(axes.lines) else "run",
     )
     axes.set(ylim=(0, 1.02), xlim=(0, max(attacked["round"])))
-    file = folder / "summary.json"
-    summary = json.loads(file.read_text()) if file.exists() else {"budget": 0}
     if summary["budget"]:
         setting = f"write access k = {summary['write_access']:.3g}, local budget b = {summary['budget']:.3g}"
         axes.set_title(setting, fontsize="medium", loc="left")
@@ -251,12 +256,35 @@ def _maps(x: Floats, y: Floats, values: Floats, panel: Array, colours: str, unit
 
 def draw(folder: Path, kind: str, *names: str) -> list[Path]:
     """A figure by its kind and the columns it is of; InputError where there is none such."""
+    columns_of(kind, *names)
+    return PLOTS[kind](folder, *names)
+
+
+def columns_of(kind: str, *names: str) -> list[str]:
+    """The columns that a figure is of, those by default included; InputError where there is no such kind."""
     if kind not in PLOTS:
         raise InputError(f"{kind} is not a kind of plot; known: {', '.join(PLOTS)}")
     takes = list(signature(PLOTS[kind]).parameters.values())[1:]
     if not sum(one.default is Parameter.empty for one in takes) <= len(names) <= len(takes):
         raise InputError(USAGE)
-    return PLOTS[kind](folder, *names)
+    return [name for name in (*names, *(one.default for one in takes[len(names) :])) if name]
+
+
+def all_asked(folder: Path) -> list[Path]:
+    """Every figure that the swept columns allow, and those that the `config.yaml` of the sweep asks for."""
+    written = all_of_sweep(folder)
+    for figure in asked(folder):
+        written += draw(folder, *figure)
+    return list(dict.fromkeys(written))
+
+
+def asked(folder: Path) -> list[list[str]]:
+    """`figures` of the settings that a sweep has left; none where these can't be read."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        return [[str(part) for part in figure] for figure in settings["figures"]]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
+        return []
 
 
 def main(arguments: list[str]) -> int:
@@ -265,8 +293,12 @@ def main(arguments: list[str]) -> int:
         if not arguments or arguments[-1] in ("-h", "--help"):
             raise InputError(USAGE)
         folder, *rest = arguments
-        kind, *names = rest or ["all" if (Path(folder) / "sweep.csv").exists() else "curves"]
-        for file in draw(Path(folder), kind, *names):
+        if not rest and (Path(folder) / "sweep.csv").exists():
+            files = all_asked(Path(folder))
+        else:
+            kind, *names = rest or ["curves"]
+            files = draw(Path(folder), kind, *names)
+        for file in files:
             print(file)
     except InputError as error:
         print(f"fl-attack: {error}", file=sys.stderr)

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from fl_attack.config import Settings
 from fl_attack.data.cache import write_whole
 from fl_attack.detect import MEASURES
+from fl_attack.folder import CURVES, TABLE
 from fl_attack.history import COLUMNS, best_row, rounds_to_recover
+from fl_attack.identity import NOT_NUMBERS
 from fl_attack.scenario import Scenario
-from fl_attack.sweep.units import NOT_NUMBERS, Numbers
+from fl_attack.sweep.units import Numbers
 
-TABLE, CURVES = "sweep.csv", "curves.npz"
 RESULTS = (
     "write_access",
     "budget",
@@ -54,9 +55,9 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
         measured = one.table[: len(evaluations), COLUMNS.index("test_accuracy")]
         accuracy[i, : len(measured)] = measured
     write_whole(out / CURVES, lambda stream: np.savez(stream, accuracy=accuracy, round=evaluations))
-    swept = list(dict.fromkeys(key for cell in cells for key in cell.overrides if key not in RESULTS))
+    columns = columns_of(cells)
     text = io.StringIO()
-    table = csv.DictWriter(text, ["cell", *swept, *RESULTS], restval="", lineterminator="\n")
+    table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     table.writeheader()
     honest = {
         _twin(made.settings): one
@@ -64,9 +65,15 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
         if made.settings.harmless and not one.error
     }
     for i, (cell, made, one) in enumerate(zip(cells, scenarios, numbers, strict=True)):
-        mine = {key: value for key, value in cell.overrides.items() if key in swept}
+        mine = {key: value for key, value in cell.overrides.items() if key in columns}
         table.writerow({"cell": i} | mine | row_of(made, one, honest.get(_twin(made.settings))))
     write_whole(out / TABLE, lambda stream: stream.write(text.getvalue().encode()))
+
+
+def columns_of(cells: Sequence[Cell]) -> list[str]:
+    """The columns of the table of these cells."""
+    swept = dict.fromkeys(key for cell in cells for key in cell.overrides if key not in RESULTS)
+    return ["cell", *swept, *RESULTS]
 
 
 def _twin(settings: Settings) -> str:
