@@ -39,7 +39,10 @@ def main() -> None:
     def guarded(config: DictConfig) -> None:
         # SystemExit passes through Hydra, which would add lines of its own to any other exception of a job
         with _one_line(wants_traceback):
-            task(config)
+            try:
+                task(config)
+            except SystemExit as error:  # of somebody's library or file: the run is not finished
+                raise RunError(f"something called sys.exit({error.code}) before the run was finished") from None
 
     with _one_line(wants_traceback):
         sys.argv[1:] = many(opened(sys.argv[1:]))

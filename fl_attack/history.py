@@ -158,10 +158,7 @@ class Recorder:
         """
         settings = self.scenario.settings
         if not theta.isfinite().all():
-            raise RunError(
-                f"the run diverged: theta is not finite after round {round_} of {settings.rounds} "
-                f"(lr={settings.lr:g}); a smaller lr keeps it finite"
-            )
+            raise RunError(self._why_not_finite(round_, aggregate, updates))
         before, self.history.theta = self.history.theta, theta
         if len(flips.samples):
             self.history.flips.append((round_, flips))
@@ -174,6 +171,26 @@ class Recorder:
             self.history.theta = self._best
         self._last, self.round = flips, round_
         self.on_round(round_, self._row)
+
+    def _why_not_finite(self, round_: int, aggregate: Tensor | None, updates: Tensor | None) -> str:
+        """What made theta NaN or infinite: an attack, the rule, or the step itself."""
+        settings, when = self.scenario.settings, f"in round {round_} of {self.scenario.settings.rounds}"
+        if updates is not None and settings.attacked and settings.attack.writes == "updates":
+            malicious = np.isin(self.scenario.schedule.drawn(round_), self.scenario.partition.malicious)
+            finite = updates.flatten(1).isfinite().all(1).numpy()
+            if finite[~malicious].all() and not finite.all():
+                return (
+                    f"attack={settings.attack.name} sent values that are not finite {when}, and "
+                    f"strategy={settings.strategy.name} let them pass"
+                )
+        sound = updates is not None and bool(updates.isfinite().all())
+        if sound and aggregate is not None and not aggregate.isfinite().all():
+            name = settings.strategy.path or settings.strategy.name
+            return f"strategy {name} gave values that are not finite {when}, from updates that all are"
+        return (
+            f"the run diverged: theta is not finite after round {round_} of {settings.rounds} "
+            f"(lr={settings.lr:g}); a smaller lr keeps it finite"
+        )
 
     def state(self) -> State:
         """All that `restore` needs to go on after the last round recorded."""

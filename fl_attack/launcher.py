@@ -24,7 +24,7 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, RunError
 from fl_attack.overrides import conf_folder, explain, opened
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ class SweepLauncher(Launcher):
         """Run the jobs; the results are in the folder that they name."""
         from fl_attack import sweep  # slow to import; bad input is told before
 
-        print(f"results in {sweep.run(self.cells(job_overrides))}")
+        try:
+            print(f"results in {sweep.run(self.cells(job_overrides))}")
+        except SystemExit as error:  # of somebody's library or file: the sweep is not finished
+            raise RunError(f"something called sys.exit({error.code}) before the sweep was finished") from None
         return [JobReturn(overrides=one, status=JobStatus.COMPLETED, _return_value=None) for one in job_overrides]
 
     def cells(self, job_overrides: Sequence[Sequence[str]]) -> "list[Cell]":

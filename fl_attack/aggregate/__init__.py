@@ -96,8 +96,11 @@ def make(
             raise InputError(f"strategy.f={f} is too many for strategy={name} of {left} clients; {way}")
         combine = _bound(RULES[name].combine, name, "strategy.args", f, left, args)
     elif plugins.is_path(name):
-        function = partial(plugins.load(name), **args)
-        combine = lambda updates, weights, lots: function(updates, weights, f)  # noqa: E731
+        try:
+            signature(plugins.load(name)).bind(None, None, f, **args)
+        except TypeError as error:
+            raise InputError(f"strategy.args of {name}: {error}; a rule takes updates, weights, f and these") from None
+        combine = lambda updates, weights, lots: _of_user(name, updates, weights, f, args)  # noqa: E731
     else:
         raise InputError(
             f"strategy.name={name} is not a strategy; known: {', '.join((*RULES, 'byzfl', 'flower'))}, or the import "
@@ -111,6 +114,21 @@ def make(
         return combine(updates, weights, lots)
 
     return all_of_it
+
+
+def _of_user(name: str, updates: Tensor, weights: Tensor, f: int, args: Mapping[str, Any]) -> Tensor:
+    """What a user's rule makes of copies; RunError where it is no aggregate."""
+    made = plugins.call(name, updates.clone(), weights.clone(), f, **args)
+    wanted = (*updates.shape[:-3], *updates.shape[-2:])
+    told = f"wanted: an aggregate of shape {wanted}, real and finite where the updates are"
+    if not isinstance(made, Tensor):
+        plugins.refuse(name, type(made).__name__, told)
+    if tuple(made.shape) != wanted or made.dtype.is_complex:
+        plugins.refuse(name, f"shape {tuple(made.shape)}, {str(made.dtype).removeprefix('torch.')}", told)
+    broken = ~made.isfinite().flatten(-2).all(-1) & updates.isfinite().flatten(-3).all(-1)
+    if broken.any():
+        plugins.refuse(name, "NaN or infinity", told)
+    return made.to(updates)
 
 
 def _steps(pre: Sequence[str | Mapping[str, Mapping[str, Any]]], f: int, m: int) -> tuple[list[Any], int]:

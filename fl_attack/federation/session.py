@@ -16,6 +16,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fl_attack import attack
 from fl_attack.config import Settings
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation.client import client_app
@@ -36,6 +37,7 @@ def check(scenario: Scenario) -> None:
     if not scenario.settings.verbose:
         logging.getLogger("flwr").setLevel(logging.CRITICAL)
     make_strategy(scenario)
+    attack.try_args(scenario.settings.attack.name, scenario.settings.attack.args, scenario.classes)
 
 
 def run(drive: Drive, settings: Settings, app: ClientApp = client_app) -> None:

@@ -121,7 +121,10 @@ class WatchedStrategy(Strategy):
         ordered = complete(list(replies), self._asked, server_round)
         # read first: strategies of Flower's take the arrays out of the replies
         moved = torch.stack([wire.read_answer(reply.content).theta for reply in ordered])
-        arrays, metrics = self.strategy.aggregate_train(server_round, ordered)
+        try:
+            arrays, metrics = self.strategy.aggregate_train(server_round, ordered)
+        except SystemExit as error:
+            raise RunError(f"{type(self.strategy).__name__} called sys.exit({error.code})") from None
         if arrays is None:
             raise RunError(
                 f"{type(self.strategy).__name__} gave no parameters in round {server_round}: it has its own minimum of "
@@ -228,7 +231,7 @@ def make_strategy(scenario: Scenario) -> Strategy:
     module, _, name = settings.path.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever a user's module raises as it is imported
         raise InputError(
             f"strategy.path={settings.path} can't be imported ({error}); give the import path of a Flower strategy, "
             "as in flwr.serverapp.strategy.FedMedian"
@@ -237,7 +240,7 @@ def make_strategy(scenario: Scenario) -> Strategy:
         raise InputError(f"strategy.path={settings.path} is not a subclass of flwr.serverapp.strategy.Strategy")
     try:
         return kind(**(everybody(scenario) | settings.args))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"strategy.path={settings.path} does not take strategy.args={settings.args}: {error}"
         ) from None
