@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fl_attack import launcher
+from fl_attack import __version__, launcher
 from fl_attack.errors import InputError, Interrupted, RunError
 from fl_attack.overrides import conf_folder, explain, many, opened
 
@@ -32,6 +32,12 @@ def task(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line; exits 0, 2 for bad input, 1 for a run that broke off, 130 after Ctrl-C."""
+    for name, mode in {"stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:  # closed by who started the program: there is nobody to tell
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the program ends
+    if "--version" in sys.argv[1:]:
+        print(f"fl-attack {__version__}")
+        return
     wants_traceback = os.environ.get(TRACEBACK, "0") not in ("", "0")
     signal.signal(signal.SIGTERM, _terminated)
     os.environ[TRACEBACK] = "1"  # Hydra then hands its errors on instead of printing several lines itself

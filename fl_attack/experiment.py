@@ -1,6 +1,5 @@
 """From settings to results: the one place where data, engine, files and terminal meet."""
 
-import itertools
 import signal
 import sys
 import threading
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from fl_attack import engine, federation, folder, identity, plots, results, scenario
 from fl_attack.checkpoint import Checkpoint
-from fl_attack.config import AttackSettings, Settings
+from fl_attack.config import AttackSettings, Settings, without_effect
 from fl_attack.errors import Interrupted, RunError
 from fl_attack.history import History, OnRound, Recorder, Row
 from fl_attack.scenario import Scenario
@@ -49,9 +48,14 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
     def goes_on(at: Path) -> bool:
         return results.is_of(at, attacked.settings)
 
+    for note in without_effect(settings, sweep=False):
+        print(f"note: {note}", file=sys.stderr, flush=True)
     with folder.taken(Path(settings.out), "run", settings.overwrite, goes_on) as place, _told(place.work):
         if not settings.resume or not goes_on(place.work):
             folder.clear(place.work)
+        if settings.attacked and settings.attack.goal == "targeted":
+            with Progress("target", settings.rounds) as progress:
+                scenario.load_target(attacked, progress)
         results.write_config(place.work, attacked.settings)
         summaries = _run(attacked, place.work, runner)
         folder.settle(place)
@@ -65,9 +69,6 @@ def _run(attacked: Scenario, work: Path, runner: federation.Runner) -> dict[str,
     if settings.baseline and settings.attacked:
         honest = Scenario(unattacked(settings), attacked.dataset, attacked.partition, attacked.schedule)
         runs = {"honest": (honest, work / results.BASELINE)} | runs
-    if settings.attacked and settings.attack.goal == "targeted":
-        with Progress("target", settings.rounds) as progress:
-            scenario.load_target(attacked, progress)
     summaries: dict[str, dict[str, Any]] = {}
     twin: History | None = None
 
@@ -107,7 +108,14 @@ def _told(work: Path) -> Iterator[None]:
 
 def _batched(runs: Mapping[str, Scenario], keep: Keep) -> None:
     settings = next(iter(runs.values())).settings
-    names, done, due = list(runs), itertools.count(1), time.monotonic() + SAVE_EVERY
+    names, done, due = list(runs), 0, time.monotonic() + SAVE_EVERY
+
+    def step(rounds: int) -> None:
+        """Count rounds of one run; what is shown is the mean over the runs."""
+        nonlocal done
+        before, done = done, done + rounds
+        for round_ in range(before // len(runs) + 1, done // len(runs) + 1):
+            progress(round_)
 
     def watch(cells: list[int], so_far: Callable[[], list[engine.Outcome]]) -> None:
         """Write the rounds so far now and then, and before an interruption."""
@@ -125,7 +133,7 @@ def _batched(runs: Mapping[str, Scenario], keep: Keep) -> None:
             list(runs.values()),
             device=settings.engine.device,
             memory_gb=settings.engine.memory_gb,
-            progress=lambda _: progress(next(done)),
+            progress=step,
             watch=watch,
         )
     for name, outcome in zip(runs, outcomes, strict=True):
@@ -158,7 +166,6 @@ def _between_rounds() -> Iterator[Callable[[], int]]:
 
 def _federated(runs: Runs, settings: Settings, keep: Keep, runner: federation.Runner) -> None:
     unfinished: dict[str, Recorder] = {}
-    print(f"starting Ray and {settings.clients.total} clients", file=sys.stderr, flush=True)
 
     def drive(federate: federation.Federate) -> None:
         for name, (which, where) in runs.items():

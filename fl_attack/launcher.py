@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fl_attack.errors import InputError, RunError
-from fl_attack.overrides import conf_folder, explain, opened
+from fl_attack.overrides import conf_folder, explain, opened, unknown_key
 
 if TYPE_CHECKING:
     from fl_attack.sweep import Cell
@@ -65,7 +65,9 @@ class SweepLauncher(Launcher):
         from fl_attack import sweep  # slow to import; bad input is told before
 
         try:
-            print(f"results in {sweep.run(self.cells(job_overrides))}")
+            out = sweep.run(self.cells(job_overrides))
+            cells, lost = sweep.broken_off(out)
+            print(f"results in {out}" + (f"; {lost} of {cells} cells broke off: see the column error" if lost else ""))
         except SystemExit as error:  # of somebody's library or file: the sweep is not finished
             raise RunError(f"something called sys.exit({error.code}) before the sweep was finished") from None
         return [JobReturn(overrides=one, status=JobStatus.COMPLETED, _return_value=None) for one in job_overrides]
@@ -77,6 +79,8 @@ class SweepLauncher(Launcher):
 
         constant = [set(overrides) for overrides in job_overrides]
         shared = set.intersection(*constant) if len(constant) > 1 else set()
+        if not job_overrides:
+            raise InputError("the sweep has no cell: one of its ranges or lists is empty")
         cells: list[Cell] = []
         named = any(_key(one) == "out" for overrides in job_overrides for one in overrides)
         for overrides in job_overrides:
@@ -153,7 +157,7 @@ def _set(plain: dict[str, Any], key: str, value: Any) -> None:
     for part in path:
         plain = plain.get(part) if isinstance(plain, dict) else None  # type: ignore[assignment]
     if not isinstance(plain, dict) or last not in plain:
-        raise InputError(f"{key} is not a known key here; fl-attack --help lists them")
+        raise InputError(unknown_key(key))
     plain[last] = value
 
 

@@ -14,12 +14,24 @@ from numpy.typing import NDArray
 from fl_attack.config import Settings, from_yaml, to_yaml, versions
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
-from fl_attack.folder import BASELINE, SUMMARY
+from fl_attack.folder import BASELINE, OF_RUN, SUMMARY
 from fl_attack.history import COLUMNS, History, rounds_to_recover
 from fl_attack.identity import NOT_NUMBERS
 from fl_attack.scenario import Scenario
 
-__all__ = ["BASELINE", "SUMMARY", "is_of", "summary", "table", "write", "write_config", "write_rounds", "write_summary"]
+FILES = OF_RUN
+__all__ = [
+    "BASELINE",
+    "FILES",
+    "SUMMARY",
+    "is_of",
+    "summary",
+    "table",
+    "write",
+    "write_config",
+    "write_rounds",
+    "write_summary",
+]
 
 
 def write_rounds(out: Path, history: History) -> None:

@@ -153,7 +153,7 @@ class _Work:
         copies = max(COPIES[cell.settings.server_optimizer] for cell in self.cells) + bool(self.validation)
         each = C * self.batches.d * self.batches.dtype.itemsize * copies
         each += 8 * len(self._evaluated()) * len(COLUMNS) + 200
-        size = max(1, int((self.memory - held) / each))
+        size = max(1, int(min((self.memory - held) / each, len(order))))
         pieces = -(-len(order) // size)
         for piece in np.array_split(np.array(order), pieces):
             yield piece.tolist()

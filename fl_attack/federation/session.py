@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,8 +93,12 @@ def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
         local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
         level = logging.INFO if verbose else logging.CRITICAL
         on_terminate = signal.getsignal(signal.SIGTERM)
+        print(f"joining Ray at {address}" if address else "starting Ray", file=sys.stderr, flush=True)
         try:
             ray.init(**({"address": address} if address else local), logging_level=level, log_to_driver=verbose)
+        except KeyboardInterrupt:
+            ray.shutdown()
+            raise
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"engine.ray_address={address} can't be joined" if address else "Ray can't be started"
             raise RunError(f"{where}: {' '.join(str(error).split())}") from None

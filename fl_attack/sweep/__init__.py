@@ -4,17 +4,19 @@ Cells are cut into units of work. A unit that is done is kept under a key of eve
 when all are there, the tables are written, which holds no times and so comes out the same however often it was cut.
 """
 
+import csv
 import itertools
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 from fl_attack import engine, federation, folder, plots
-from fl_attack.config import to_yaml
+from fl_attack.config import to_yaml, without_effect
 from fl_attack.data.cache import write_whole
-from fl_attack.errors import InputError, Interrupted
+from fl_attack.errors import InputError, Interrupted, RunError
 from fl_attack.identity import key_of
 from fl_attack.scenario import Scenario
 from fl_attack.sweep.execute import compute
@@ -22,7 +24,7 @@ from fl_attack.sweep.progress import Progress
 from fl_attack.sweep.table import Cell, columns_of, write_tables
 from fl_attack.sweep.units import Numbers, Unit, by_cell, distinct, read, saver, units
 
-__all__ = ["Cell", "Numbers", "Progress", "Unit", "key_of", "run", "tabulate", "tabulate_together"]
+__all__ = ["Cell", "Numbers", "Progress", "Unit", "broken_off", "key_of", "run", "tabulate", "tabulate_together"]
 Drawn = Callable[[Path], object]
 
 
@@ -37,7 +39,23 @@ def run(cells: Sequence[Cell], progress: Progress | None = None) -> Path:
         Where a signal ends it; the message says what is kept and where.
     """
     _check_figures(cells)
-    return tabulate(cells, progress, partial(_draw_all, figures=cells[0].settings.figures))
+    notes = [dict.fromkeys(without_effect(cell.settings, sweep=True)) for cell in cells]
+    for note in [note for note in notes[0] if all(note in of_cell for of_cell in notes)]:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    out = tabulate(cells, progress, partial(_draw_all, figures=cells[0].settings.figures))
+    total, lost = broken_off(out)
+    if lost == total:
+        with (out / folder.TABLE).open() as lines:
+            error = next(csv.DictReader(lines))["error"]
+        raise RunError(f"all {total} cells broke off, the first because {error}; see the column error of {out}")
+    return out
+
+
+def broken_off(out: Path) -> tuple[int, int]:
+    """How many cells a sweep has, and how many of them broke off."""
+    with (out / folder.TABLE).open() as lines:
+        errors = [row["error"] for row in csv.DictReader(lines)]
+    return len(errors), sum(map(bool, errors))
 
 
 def tabulate(cells: Sequence[Cell], progress: Progress | None = None, finish: Drawn = lambda folder: None) -> Path:
@@ -145,6 +163,9 @@ def _check_figures(cells: Sequence[Cell]) -> None:
 
 
 def _draw_all(out: Path, figures: Sequence[Sequence[str]]) -> None:
+    cells, lost = broken_off(out)
+    if cells == lost:
+        return
     plots.all_of_sweep(out)
     for figure in figures:
         plots.draw(out, *figure)

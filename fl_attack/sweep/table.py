@@ -38,6 +38,9 @@ RESULTS = (
 )
 
 
+OF_MODEL = RESULTS[RESULTS.index("final_accuracy") : RESULTS.index("flips")]
+
+
 class Cell(NamedTuple):
     """One experiment of a grid."""
 
@@ -106,6 +109,8 @@ def row_of(made: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dic
         "rounds": int(rounds[-1]),
         "error": str(numbers.error),
     }
+    if found["error"]:  # a model that broke off has no results
+        found |= dict.fromkeys(OF_MODEL, "")
     return {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in found.items()}
 
 
