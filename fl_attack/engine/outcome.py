@@ -9,10 +9,8 @@ from torch import Tensor
 
 from fl_attack import adversary, protocol
 from fl_attack.errors import RunError
-from fl_attack.history import COLUMNS, History, Recorder
+from fl_attack.history import COLUMNS, History, Recorder, row_of
 from fl_attack.scenario import Flips, Scenario
-
-COUNTS = ("round", "flips", "allowed")  # the columns that are whole numbers
 
 
 @dataclass
@@ -29,10 +27,7 @@ class Outcome:
     def history(self) -> History:
         """The same as a run of this experiment alone records it."""
         assert self.theta is not None
-        rows = [
-            {name: int(value) if name in COUNTS else value for name, value in zip(COLUMNS, row, strict=True)}
-            for row in self.table.tolist()
-        ]
+        rows = [row_of(values) for values in self.table.tolist()]
         return History(self.theta.double(), rows, self.flips, self.seconds)
 
 

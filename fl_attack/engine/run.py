@@ -28,6 +28,7 @@ from fl_attack.protocol import Optimizer
 from fl_attack.scenario import Scenario
 
 Progress = Callable[[int], None]
+Watch = Callable[[list[int], Callable[[], list[Outcome]]], None]
 CACHE = 2**23  # bytes of parameters in a block
 TARGETS_KEPT = 64  # rows of targets of which the logits of all samples are worked out once
 WORTH_THREADS = 2e7  # multiplications of a product
@@ -41,13 +42,15 @@ def run_cells(
     device: str = "cpu",
     memory_gb: float = 2.0,
     progress: Progress = lambda rounds: None,
+    watch: Watch = lambda cells, so_far: None,
     keep_flips: bool = True,
     keep_theta: bool = True,
     full_rows: bool = True,
 ) -> list[Outcome]:
     """Run experiments of one `group_key` together; gives what each leaves, in their order.
 
-    `progress` is told how many rounds of one cell are done since it was last told. `memory_gb` bounds what is held at
+    `progress` is told how many rounds of one cell are done since it was last told. `watch` is called after every round
+    with the cells that run and what gives their outcomes so far. `memory_gb` bounds what is held at
     a time, except flips that are kept. Without `full_rows` the columns `cosine` and `repeated`, which cost extra
     products, are NaN. A cell whose parameters are not finite any more ends there, with an error, and disturbs no
     other. InputError where the experiments can't run together, or not here.
@@ -62,7 +65,7 @@ def run_cells(
         work = _Work(scenarios, torch.device(device), memory_gb * 2**30, keep_flips, keep_theta, full_rows)
         outcomes: dict[int, Outcome] = {}
         for chunk in work.chunks():
-            outcomes |= zip(chunk, work.run(chunk, progress), strict=True)
+            outcomes |= zip(chunk, work.run(chunk, progress, watch), strict=True)
     return [outcomes[i] for i in range(len(scenarios))]
 
 
@@ -150,12 +153,12 @@ class _Work:
         copies = max(COPIES[cell.settings.server_optimizer] for cell in self.cells) + bool(self.validation)
         each = C * self.batches.d * self.batches.dtype.itemsize * copies
         each += 8 * len(self._evaluated()) * len(COLUMNS) + 200
-        size = max(1, int((self.memory - held) / each))
+        size = max(1, int(min((self.memory - held) / each, len(order))))
         pieces = -(-len(order) // size)
         for piece in np.array_split(np.array(order), pieces):
             yield piece.tolist()
 
-    def run(self, chunk: list[int], progress: Progress) -> list[Outcome]:
+    def run(self, chunk: list[int], progress: Progress, watch: Watch) -> list[Outcome]:
         """All rounds of some cells."""
         began = time.perf_counter()
         cells = [self.cells[i] for i in chunk]
@@ -171,6 +174,10 @@ class _Work:
         stopping = None if self.validation is None else Stopping(cells, self.validation, theta)
         ended = self._measure(0, theta, log, stopping)
         evaluated, room = self._evaluated(), Room(self.device, self.batches.dtype)
+
+        def so_far() -> list[Outcome]:
+            return self._outcomes(cells, theta, tiles, log, stopping, time.perf_counter() - began, ended=False)
+
         for round_ in range(1, self.settings.rounds + 1):
             shared = self._shared(round_, tiles, room)
             told = round_ in evaluated
@@ -183,6 +190,7 @@ class _Work:
             if told:
                 ended = self._measure(round_, theta, log, stopping, tiles)
             progress(len(cells) * (self.settings.rounds - round_ + 1 if ended else 1))
+            watch(chunk, so_far)
             if ended:
                 break
         return self._outcomes(cells, theta, tiles, log, stopping, time.perf_counter() - began)
@@ -206,6 +214,7 @@ class _Work:
         log: Log,
         stopping: Stopping | None,
         seconds: float,
+        ended: bool = True,
     ) -> list[Outcome]:
         finite = theta.view(len(cells), -1).isfinite().all(1).cpu().numpy()
         flips = np.concatenate([tile.attackers.flips for tile in tiles])
@@ -215,7 +224,7 @@ class _Work:
             theta, flips, last = stopping.best, stopping.flips, stopping.rounds
         C, outcomes = cells[0].theta_shape[0], []
         for i, cell in enumerate(cells):
-            if not finite[i]:
+            if not finite[i] and ended:
                 outcome = run_alone(cell)
             else:
                 whole = self.batches.unfitted(theta[i * C : (i + 1) * C]) if self.keep_theta else None

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fl_attack import adversary, scenario
+from fl_attack.errors import RunError
 from fl_attack.federation import wire
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
@@ -141,6 +142,8 @@ def train(message: Message, context: Context) -> Message:
         asked = wire.read_request(message.content)
         with torch.inference_mode():  # gradients are in closed form; torch need not watch
             answer = client(asked.settings, number).train(Asked(asked.theta, asked.round_, asked.anchor))
+    except RunError as error:  # its message says all
+        raise RuntimeError(str(error)) from error
     except Exception as error:
         raise RuntimeError(f"client {number}: {type(error).__name__}: {error}") from error
     return Message(
