@@ -57,8 +57,9 @@ def distances(updates: Tensor) -> Distances:
     well = _keep_digits(gram, ordered)
     if not bool(well.all()):  # decided for each federation, so that none goes another way for the company it is in
         squared, ordered = squared.double(), ordered.double()
-        gram, finite = careful_products(updates[~well])
-        careful = _apart(gram).clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
+        gram, finite, unit = _careful(updates[~well])
+        scale = power_of_two(2 * unit.clamp(-400, 400)).unsqueeze(-1)  # beyond, squares can't be told as they are
+        careful = (_apart(gram) * scale).clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
         careful.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
         squared[~well], ordered[~well] = careful, ascending(careful)
     return Distances(squared, ordered)
@@ -105,7 +106,15 @@ def gram_of(updates: Tensor) -> Tensor:
 
 
 def careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """As `products`, about the median, so that a common shift costs no digits, and in units of the typical update.
+    """As `products`, but in units of the square of the typical update."""
+    gram, finite, _ = _careful(updates)
+    return gram, finite
+
+
+def _careful(updates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Products (..., m, m), which updates are finite (..., m), and the exponent of the unit of length (..., 1).
+
+    They are about the median, so that a common shift costs no digits, and in units of the typical update.
 
     All scales are powers of two, so that a change of scale by one changes no bit, and whole numbers stay exact.
     """
@@ -115,9 +124,10 @@ def careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:
     largest = away.abs().amax(-1)
     exponent = exponent_of(largest)
     away = away * power_of_two(-exponent).unsqueeze(-1)
-    exponent = exponent - upper_median(exponent.double().where(finite & (largest > 0), torch.inf)).to(exponent)
+    unit = upper_median(exponent.double().where(finite & (largest > 0), torch.inf)).to(exponent)
+    exponent = exponent - unit
     finite, exponent = finite & (exponent <= LONGEST), exponent.clamp(-LONGEST, LONGEST)
-    return (away @ away.mT) * power_of_two(exponent.unsqueeze(-1) + exponent.unsqueeze(-2)), finite
+    return (away @ away.mT) * power_of_two(exponent.unsqueeze(-1) + exponent.unsqueeze(-2)), finite, unit
 
 
 def norms(updates: Tensor) -> Tensor:
