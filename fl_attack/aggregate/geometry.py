@@ -57,8 +57,10 @@ def distances(updates: Tensor) -> Distances:
     exact = _are_exact(gram, ordered)
     if not bool(exact.all()):  # decided for each federation, so that its result does not depend on the others
         squared, ordered = squared.double(), ordered.double()
-        gram, finite = careful_products(updates[~exact])
-        careful = _squared_distances(gram).clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
+        gram, finite, unit = _careful(updates[~exact])
+        scale = power_of_two(2 * unit.clamp(-400, 400)).unsqueeze(-1)  # beyond, squares can't be held as they are
+        careful = _squared_distances(gram) * scale
+        careful = careful.clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
         careful.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
         squared[~exact], ordered[~exact] = careful, ascending(careful)
     return Distances(squared, ordered)
@@ -110,7 +112,15 @@ def gram_of(updates: Tensor) -> Tensor:
 
 
 def careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """As `products`, always about the median so that a common shift costs no digits, in units of the typical update.
+    """As `products`, but in units of the square of the typical update."""
+    gram, finite, _ = _careful(updates)
+    return gram, finite
+
+
+def _careful(updates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inner products (..., m, m), which updates are finite (..., m), and the exponent of the unit of length (..., 1).
+
+    They are about the coordinate-wise median, so that a common shift costs no digits, in units of the typical update.
 
     All scales are powers of two, so that a change of scale by one changes no bit, and whole numbers stay exact.
     """
@@ -120,9 +130,10 @@ def careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:
     largest = away.abs().amax(-1)
     exponent = exponent_of(largest)
     away = away * power_of_two(-exponent).unsqueeze(-1)
-    exponent = exponent - upper_median(exponent.double().where(finite & (largest > 0), torch.inf)).to(exponent)
+    unit = upper_median(exponent.double().where(finite & (largest > 0), torch.inf)).to(exponent)
+    exponent = exponent - unit
     finite, exponent = finite & (exponent <= LONGEST), exponent.clamp(-LONGEST, LONGEST)
-    return (away @ away.mT) * power_of_two(exponent.unsqueeze(-1) + exponent.unsqueeze(-2)), finite
+    return (away @ away.mT) * power_of_two(exponent.unsqueeze(-1) + exponent.unsqueeze(-2)), finite, unit
 
 
 def norms(updates: Tensor) -> Tensor:
