@@ -1,6 +1,7 @@
 """The command `fl-attack`: Hydra's overrides in, results and one table out."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fl_attack import launcher
-from fl_attack.errors import InputError, RunError
+from fl_attack import __version__, launcher
+from fl_attack.errors import InputError, Interrupted, RunError
 from fl_attack.overrides import conf_folder, explain, many, opened
 
 TRACEBACK = "HYDRA_FULL_ERROR"
@@ -31,17 +32,27 @@ def task(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line; exits 0, 2 for bad input, 1 for a run that broke off, 130 after Ctrl-C."""
+    for name, mode in {"stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:  # closed by who started the program: there is nobody to tell
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the program ends
+    if "--version" in sys.argv[1:]:
+        print(f"fl-attack {__version__}")
+        return
     wants_traceback = os.environ.get(TRACEBACK, "0") not in ("", "0")
-    sys.argv[1:] = many(opened(sys.argv[1:]))
-    launcher.register()
+    signal.signal(signal.SIGTERM, _terminated)
     os.environ[TRACEBACK] = "1"  # Hydra then hands its errors on instead of printing several lines itself
 
     def guarded(config: DictConfig) -> None:
         # SystemExit passes through Hydra, which would add lines of its own to any other exception of a job
         with _one_line(wants_traceback):
-            task(config)
+            try:
+                task(config)
+            except SystemExit as error:  # of somebody's library or file: the run is not finished
+                raise RunError(f"something called sys.exit({error.code}) before the run was finished") from None
 
     with _one_line(wants_traceback):
+        sys.argv[1:] = many(opened(sys.argv[1:]))
+        launcher.register()
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(guarded)()
 
 
@@ -58,8 +69,15 @@ def _one_line(wants_traceback: bool) -> Iterator[None]:
         if wants_traceback:
             raise
         _exit(f"{type(error).__name__}: {explain(error)} ({TRACEBACK}=1 shows where)", 1)
+    except Interrupted as signalled:
+        _exit(str(signalled) or "interrupted", signalled.code)
     except KeyboardInterrupt:
-        _exit("interrupted; what was done is in the output folder", 130)
+        _exit("interrupted", 130)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """Ends the program as Ctrl-C does, so that what was measured is kept."""
+    raise Interrupted("terminated", 128 + number)
 
 
 def _exit(message: str, code: int) -> NoReturn:

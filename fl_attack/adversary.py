@@ -123,7 +123,7 @@ def _chosen(
         noise=noise,
         selection=threat.selection,
     )
-    proposal = attack.find(threat.name).function(view, **threat.args)
+    proposal = attack.propose(threat.name, view, threat.args, (len(samples),), scenario.classes)
     owner = np.searchsorted(evil, scenario.partition.client[samples])
     group = torch.zeros(len(y), dtype=torch.int64) if pooled else torch.from_numpy(owner)
     allowed = torch.tensor(budgets, device=theta.device)
@@ -211,5 +211,5 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
         direction=lambda: direction(scenario, theta, round_),
         noise=lambda: update_noise(scenario, round_).to(theta.device),
     )
-    sent = attack.find(threat.name).function(view, **threat.args)
+    sent = attack.craft(threat.name, view, threat.args)
     return torch.where(malicious[:, None, None], sent, honest)

@@ -21,7 +21,7 @@ from fl_attack import __version__, attack, models
 from fl_attack.aggregate import RULES, is_known
 from fl_attack.attack import Goal, Knowledge, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
-from fl_attack.overrides import conf_folder, explain, opened
+from fl_attack.overrides import conf_folder, did_you_mean, explain, opened, unknown_key
 from fl_attack.protocol import LrSchedule, Optimizer
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -233,6 +233,7 @@ class Settings(Strict):
     figures: tuple[tuple[str, ...], ...] = ()
     out: Annotated[str, Field(min_length=1)]
     overwrite: bool
+    resume: bool = True
     verbose: bool
 
     @property
@@ -295,6 +296,34 @@ class Settings(Strict):
         return self
 
 
+def without_effect(settings: Settings, sweep: bool) -> list[str]:
+    """What is set but changes nothing, a line for each."""
+    threat, early, place = settings.attack, settings.early_stop, settings.dataset
+    flips = not settings.attacked or threat.writes == "labels"
+    located = {"npz": "path", "image_folder": "path", "digits": ""}.get(place.loader, "root")
+    few, no_labels = f"there are {settings.rounds} rounds", f"attack={threat.name} flips no labels"
+    of_sweep = "it is of a sweep (-m)"
+    checks: list[tuple[bool, str, str]] = [
+        (settings.attacked and threat.start > settings.rounds, f"attack.start={threat.start}", few),
+        (not flips and threat.scope != "pooled", f"attack.scope={threat.scope}", no_labels),
+        (not flips and threat.rounding != "floor", f"attack.rounding={threat.rounding}", no_labels),
+        (not flips and threat.refresh != "step", f"attack.refresh={threat.refresh}", no_labels),
+        (
+            threat.knowledge_fraction != 0.5 and threat.knowledge != "noisy",
+            f"attack.knowledge_fraction={threat.knowledge_fraction}",
+            "it is of attack.knowledge=noisy",
+        ),
+        (early.share != 0.1 and early.patience is None, f"early_stop.share={early.share}", "patience is not set"),
+        (settings.eval_every > settings.rounds, f"eval_every={settings.eval_every}", f"{few}; the last is evaluated"),
+        (bool(settings.figures) and not sweep, "figures", f"{of_sweep}; a run draws its curves"),
+        (settings.launcher != "auto" and not sweep, f"launcher={settings.launcher}", of_sweep),
+        (settings.detectability and not sweep, "detectability=true", f"{of_sweep}; a run always measures it"),
+        (place.path is not None and located != "path", f"dataset.path={place.path}", f"dataset.loader={place.loader}"),
+        (place.root != "data" and located != "root", f"dataset.root={place.root}", f"dataset.loader={place.loader}"),
+    ]
+    return [f"{what} has no effect: {why}" for applies, what, why in checks if applies]
+
+
 def compose(*overrides: str) -> Settings:
     """The settings that a command line of these overrides gives; InputError where it gives none."""
     try:
@@ -325,11 +354,22 @@ def _one_line(error: ValidationError) -> str:
     if kind == "missing":
         return f"{key} is missing"
     if kind == "extra_forbidden":
-        return f"{key} is not a known key"
-    allowed = " or ".join(message.removeprefix("Input should be ") for message in said)
+        return unknown_key(key)
+    allowed = " or ".join(_in_plain_words(message) for message in said)
     for long, short in {"greater than or equal to": "at least", "less than or equal to": "at most"}.items():
         allowed = allowed.replace(long, short)
-    return f"{key}={given} is not allowed: it must be {allowed}"
+    near = did_you_mean(str(given), re.findall(r"'(\w+)'", allowed))
+    return f"{key}={given} is not allowed: it must be {allowed}{near}"
+
+
+def _in_plain_words(message: str) -> str:
+    """What pydantic says of a value, without the names of its types and patterns."""
+    if "should match pattern" in message:
+        return "cpu, cuda, or cuda: and a number"
+    plain = message.removeprefix("Input should be ").replace("a valid tuple", "a list, as in [0,1]")
+    return plain.replace("String should have at least 1 character", "a text that is not empty").replace(
+        "a valid dictionary", "keys with values"
+    )
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
@@ -347,3 +387,12 @@ def versions() -> dict[str, str]:
 def to_yaml(settings: Settings) -> str:
     """Settings as the YAML that a run leaves behind."""
     return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
+
+
+def from_yaml(text: str) -> Settings:
+    """The settings of which `to_yaml` made this; InputError where it is something else."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # whatever YAML's parser and OmegaConf raise
+        raise InputError(f"these are no settings: {explain(error)}") from None
+    return settings_from(plain)

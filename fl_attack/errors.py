@@ -7,3 +7,11 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that could not go on; the message is one line."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that a signal ended; the message is one line, with what is kept and where."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code  # what the program exits with: 130 after Ctrl-C, 143 after SIGTERM

@@ -1,76 +1,142 @@
 """From settings to results: the one place where data, engine, files and terminal meet."""
 
-import itertools
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
-from fl_attack import engine, federation, plots, results, scenario, targets
-from fl_attack.config import AttackSettings, Settings
-from fl_attack.errors import RunError
+from fl_attack import engine, federation, folder, identity, plots, results, scenario, targets
+from fl_attack.checkpoint import Checkpoint
+from fl_attack.config import AttackSettings, Settings, without_effect
+from fl_attack.errors import Interrupted, RunError
 from fl_attack.history import History, OnRound, Recorder, Row
 from fl_attack.scenario import Scenario
 
 SAVE_EVERY = 10.0  # seconds
+Runs = Mapping[str, tuple[Scenario, Path]]  # the experiment and, before it, its unattacked twin; where each goes
 
 
 class Keep(Protocol):
     """Writes the history of a run, by its name."""
 
     def __call__(self, name: str, history: History, finished: bool = True) -> None:
-        """Write it; an unfinished one without a summary."""
+        """Write it; of an unfinished one no figures are worked out."""
 
 
 def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[str, dict[str, Any]]:
     """Run an experiment and leave its results in `settings.out`; gives the summaries of its runs by name.
 
-    InputError before any work starts where the settings can't be met; RunError where a run can't go on, with what it
-    had so far written.
+    Raises
+    ------
+    InputError
+        Before any work starts, where the settings can't be met or `out` holds what would be lost.
+    RunError
+        Where a run can't go on, with what it had so far written.
+    Interrupted
+        Where a signal ends it; the message says what is kept and where.
     """
-    out = Path(settings.out)
     attacked = scenario.make(settings)
     batched = settings.engine.name == "batched"
     (engine.check if batched else federation.check)(attacked)
-    results.prepare(out, settings.overwrite)
-    runs: dict[str, tuple[Scenario, Path]] = {"attacked" if settings.attacked else "honest": (attacked, out)}
+
+    def goes_on(at: Path) -> bool:
+        return results.is_of(at, attacked.settings)
+
+    for note in without_effect(settings, sweep=False):
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    with folder.taken(Path(settings.out), "run", settings.overwrite, goes_on) as place, _told(place.work):
+        if not settings.resume or not goes_on(place.work):
+            folder.clear(place.work)
+        if settings.attacked and settings.attack.goal == "targeted":
+            with Progress("target", settings.rounds) as progress:
+                targets.load_target(attacked, progress)
+        results.write_config(place.work, attacked.settings)
+        summaries = _run(attacked, place.work, runner)
+        folder.settle(place)
+    return summaries
+
+
+def _run(attacked: Scenario, work: Path, runner: federation.Runner) -> dict[str, dict[str, Any]]:
+    """All files of an experiment, in a folder that is held."""
+    settings = attacked.settings
+    runs: dict[str, tuple[Scenario, Path]] = {"attacked" if settings.attacked else "honest": (attacked, work)}
     if settings.baseline and settings.attacked:
         honest = Scenario(unattacked(settings), attacked.dataset, attacked.partition, attacked.schedule)
-        runs = {"honest": (honest, out / results.BASELINE)} | runs
-    if settings.attacked and settings.attack.goal == "targeted":
-        with Progress("target", settings.rounds) as progress:
-            targets.load_target(attacked, progress)
+        runs = {"honest": (honest, work / results.BASELINE)} | runs
     summaries: dict[str, dict[str, Any]] = {}
     twin: History | None = None
 
     def keep(name: str, history: History, finished: bool = True) -> None:
         nonlocal twin
-        which, folder = runs[name]
-        results.write(folder, which, history, finished, twin)
+        which, where = runs[name]
+        results.write(where, which, history)
         if finished:
             summaries[name] = results.summary(which, history, twin)
-        twin = history if name == "honest" else twin
+        if name == "honest":
+            twin = history
 
-    if batched:
-        results.clear(out)
-        _batched({name: which for name, (which, _) in runs.items()}, keep)
+    if settings.engine.name == "batched":
+        _batched(runs, keep)
     else:
         _federated(runs, settings, keep, runner)
-    plots.curves(out)
+    last = summaries["attacked" if settings.attacked else "honest"]
+    plots.curves_of(work, last)
+    for name, facts in summaries.items():  # the twin first: the summary in the folder itself says that all is there
+        results.write_summary(runs[name][1], facts)
+    for _, where in runs.values():
+        Checkpoint(where, "").remove()
     return summaries
 
 
-def _batched(runs: dict[str, Scenario], keep: Keep) -> None:
-    settings = next(iter(runs.values())).settings
-    done = itertools.count(1)
-    with Progress("batched", settings.rounds) as progress:
+@contextmanager
+def _told(work: Path) -> Iterator[None]:
+    """A signal that ends the block says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as signalled:
+        kept = any((work / part / "rounds.csv").exists() for part in (".", results.BASELINE))
+        what = f"what was measured is in {work}; the same command goes on" if kept else "nothing was measured yet"
+        code = signalled.code if isinstance(signalled, Interrupted) else 130
+        raise Interrupted(f"interrupted; {what}", code) from None
+
+
+def _batched(runs: Runs, keep: Keep) -> None:
+    """All runs at once, in this process."""
+    settings = next(iter(runs.values()))[0].settings
+    names, done, due = list(runs), 0, time.monotonic() + SAVE_EVERY
+
+    def step(rounds: int) -> None:
+        """Count rounds of one run; what is shown is the mean over the runs."""
+        nonlocal done
+        before, done = done, done + rounds
+        for round_ in range(before // len(runs) + 1, done // len(runs) + 1):
+            progress(round_)
+
+    def watch(cells: list[int], so_far: Callable[[], list[engine.Outcome]]) -> None:
+        """Write the rounds so far now and then, and before an interruption."""
+        nonlocal due
+        if not signalled() and time.monotonic() < due:
+            return
+        for cell, outcome in zip(cells, so_far(), strict=True):
+            keep(names[cell], outcome.history(), finished=False)
+        due = time.monotonic() + SAVE_EVERY
+        if code := signalled():
+            raise Interrupted("", code)
+
+    with Progress("batched", settings.rounds) as progress, _between_rounds() as signalled:
         outcomes = engine.run_cells(
-            list(runs.values()),
+            [which for which, _ in runs.values()],
+            checkpoints=[Checkpoint(where, identity.key_of([which])) for which, where in runs.values()],
             device=settings.engine.device,
             memory_gb=settings.engine.memory_gb,
-            progress=lambda _: progress(next(done)),
+            progress=step,
+            watch=watch,
         )
     for name, outcome in zip(runs, outcomes, strict=True):
         keep(name, outcome.history(), outcome.error is None)
@@ -78,18 +144,37 @@ def _batched(runs: dict[str, Scenario], keep: Keep) -> None:
         raise RunError(errors[0])
 
 
-def _federated(
-    runs: dict[str, tuple[Scenario, Path]], settings: Settings, keep: Keep, runner: federation.Runner
-) -> None:
+@contextmanager
+def _between_rounds() -> Iterator[Callable[[], int]]:
+    """What tells whether Ctrl-C or SIGTERM has come, as an exit code, else 0; a second one ends the block at once."""
+    came = 0
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        came, again = 128 + number, came
+        if again:
+            raise Interrupted("", came)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _federated(runs: Runs, settings: Settings, keep: Keep, runner: federation.Runner) -> None:
     unfinished: dict[str, Recorder] = {}
-    print(f"starting Ray and {settings.clients.total} clients", file=sys.stderr, flush=True)
 
     def drive(federate: federation.Federate) -> None:
-        results.clear(Path(settings.out))
-        for name, (which, folder) in runs.items():
+        for name, (which, where) in runs.items():
             with Progress(name, settings.rounds) as progress:
-                recorder = unfinished[name] = Recorder(which)
-                recorder.on_round = both(progress, saver(folder, recorder.history))
+                recorder = Recorder(which, checkpoint=Checkpoint(where, identity.key_of([which])))
+                recorder.on_round = both(progress, saver(where, recorder.history))
+                unfinished[name] = recorder
                 federate(recorder)
             keep(name, unfinished.pop(name).history)
 
@@ -97,7 +182,8 @@ def _federated(
         runner(drive, settings)
     except BaseException:
         for name, recorder in unfinished.items():  # what there is of the run that broke off
-            keep(name, recorder.history, finished=False)
+            if recorder.history.rows:
+                keep(name, recorder.history, finished=False)
         raise
 
 

@@ -1,7 +1,7 @@
 """What one run was like, round by round."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import detect
+from fl_attack.checkpoint import Checkpoint, State
 from fl_attack.detect import MEASURES
 from fl_attack.errors import RunError
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
@@ -29,6 +30,7 @@ COLUMNS = (
     *MEASURES,  # of the updates that the clients sent
     "validation_loss",  # on the server's validation split; NaN without early stopping
 )
+COUNTS = ("round", "flips", "allowed")  # the columns that are whole numbers
 WITHIN = 0.01  # of accuracy: what counts as recovered
 Row = dict[str, Any]
 OnRound = Callable[[int, Row], None]  # gets the round and the row last measured
@@ -63,6 +65,11 @@ class History:
             "sample": np.concatenate([empty, *(flips.samples for _, flips in self.flips)]),
             "label": np.concatenate([empty, *(flips.labels for _, flips in self.flips)]),
         }
+
+
+def row_of(values: Sequence[float]) -> Row:
+    """A row from its values in the order of `COLUMNS`."""
+    return {name: int(value) if name in COUNTS else value for name, value in zip(COLUMNS, values, strict=True)}
 
 
 def best_row(validation_loss: NDArray[np.float64]) -> int:
@@ -111,9 +118,16 @@ def rounds_to_recover(
 class Recorder:
     """Turns what happens in a run into its history; an engine calls `record` after every round."""
 
-    def __init__(self, scenario: Scenario, on_round: OnRound = lambda round_, row: None) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        on_round: OnRound = lambda round_, row: None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         self.scenario = scenario
         self.on_round = on_round
+        self.checkpoint = checkpoint  # where an engine keeps how far it is, and may find it
+        self.round = 0  # the last one recorded
         self.history = History(scenario.start())
         self._test_set = scenario.test_set()
         self._validation_set: tuple[Tensor, Tensor] | None = None
@@ -156,10 +170,7 @@ class Recorder:
         """
         settings = self.scenario.settings
         if not theta.isfinite().all():
-            raise RunError(
-                f"the run diverged: theta is not finite after round {round_} of {settings.rounds} "
-                f"(lr={settings.lr:g}); a smaller lr keeps it finite"
-            )
+            raise RunError(self._why_not_finite(round_, aggregate, updates))
         before, self.history.theta = self.history.theta, theta
         if len(flips.samples):
             self.history.flips.append((round_, flips))
@@ -170,8 +181,66 @@ class Recorder:
                 self._best = theta
         if self._early_stop and (self.stopped or round_ == settings.rounds):
             self.history.theta = self._best
-        self._last = flips
+        self._last, self.round = flips, round_
         self.on_round(round_, self._row)
+
+    def _why_not_finite(self, round_: int, aggregate: Tensor | None, updates: Tensor | None) -> str:
+        """What made theta NaN or infinite: an attack, the rule, or the step itself."""
+        settings, when = self.scenario.settings, f"in round {round_} of {self.scenario.settings.rounds}"
+        if updates is not None and settings.attacked and settings.attack.writes == "updates":
+            malicious = np.isin(self.scenario.schedule.drawn(round_), self.scenario.partition.malicious)
+            finite = updates.flatten(1).isfinite().all(1).cpu().numpy()
+            if finite[~malicious].all() and not finite.all():
+                return (
+                    f"attack={settings.attack.name} sent values that are not finite {when}, and "
+                    f"strategy={settings.strategy.name} let them pass"
+                )
+        sound = updates is not None and bool(updates.isfinite().all())
+        if sound and aggregate is not None and not aggregate.isfinite().all():
+            name = settings.strategy.path or settings.strategy.name
+            return f"strategy {name} gave values that are not finite {when}, from updates that all are"
+        return (
+            f"the run diverged: theta is not finite after round {round_} of {settings.rounds} "
+            f"(lr={settings.lr:g}); a smaller lr keeps it finite"
+        )
+
+    def state(self) -> State:
+        """All that `restore` needs to go on after the last round recorded."""
+        history, made = self.history, [flips for _, flips in self.history.flips]
+        return {
+            "round": self.round,
+            "seconds": history.seconds,
+            "theta": history.theta,
+            "rows": np.array([[row[name] for name in COLUMNS] for row in history.rows], float),
+            "flip_rounds": np.array([round_ for round_, _ in history.flips], np.int64),
+            "flip_counts": np.array([len(flips.samples) for flips in made], np.int64),
+            "flip_allowed": np.array([flips.allowed for flips in made], np.int64),
+            "flip_samples": np.concatenate([np.empty(0, np.int64), *(flips.samples for flips in made)]),
+            "flip_labels": np.concatenate([np.empty(0, np.int64), *(flips.labels for flips in made)]),
+            "early_stop": self._early_stop
+            and {"lowest": self._early_stop.lowest, "since": self._early_stop.since, "best": self._best},
+        }
+
+    def restore(self, state: State) -> None:
+        """Be as the recorder was whose `state` this is."""
+        history, self.round = self.history, state["round"]
+        history.seconds, history.theta = state["seconds"], state["theta"]
+        history.rows = [row_of(values) for values in state["rows"].tolist()]
+        self._row = history.rows[-1]
+        ends = np.cumsum(state["flip_counts"])[:-1]
+        parts = zip(
+            np.split(state["flip_samples"], ends),
+            np.split(state["flip_labels"], ends),
+            state["flip_allowed"].tolist(),
+            strict=True,
+        )
+        made = [Flips(*part) for part in parts] if len(state["flip_counts"]) else []
+        history.flips = list(zip(state["flip_rounds"].tolist(), made, strict=True))
+        if history.flips and history.flips[-1][0] == self.round:
+            self._last = history.flips[-1][1]
+        if self._early_stop:
+            kept = state["early_stop"]
+            self._early_stop.lowest, self._early_stop.since, self._best = kept["lowest"], kept["since"], kept["best"]
 
     def _measure(
         self, round_: int, before: Tensor, aggregate: Tensor | None, flips: Flips, updates: Tensor | None

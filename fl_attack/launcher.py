@@ -25,8 +25,8 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from fl_attack.errors import InputError
-from fl_attack.overrides import conf_folder, explain, opened
+from fl_attack.errors import InputError, RunError
+from fl_attack.overrides import conf_folder, explain, opened, unknown_key
 
 if TYPE_CHECKING:
     from fl_attack.sweep import Cell
@@ -76,7 +76,12 @@ class SweepLauncher(Launcher):
         """Run the jobs; the results are in the folder that they name."""
         from fl_attack import sweep  # slow to import; bad input is told before
 
-        print(f"results in {sweep.run(self.cells(job_overrides))}")
+        try:
+            out = sweep.run(self.cells(job_overrides))
+            cells, lost = sweep.broken_off(out)
+            print(f"results in {out}" + (f"; {lost} of {cells} cells broke off: see the column error" if lost else ""))
+        except SystemExit as error:  # of somebody's library or file: the sweep is not finished
+            raise RunError(f"something called sys.exit({error.code}) before the sweep was finished") from None
         return [JobReturn(overrides=one, status=JobStatus.COMPLETED, _return_value=None) for one in job_overrides]
 
     def cells(self, job_overrides: Sequence[Sequence[str]]) -> "list[Cell]":
@@ -86,11 +91,21 @@ class SweepLauncher(Launcher):
 
         constant = [set(overrides) for overrides in job_overrides]
         shared = set.intersection(*constant) if len(constant) > 1 else set()
-        cells = []
+        if not job_overrides:
+            raise InputError("the sweep has no cell: one of its ranges or lists is empty")
+        cells: list[Cell] = []
+        named = any(_key(one) == "out" for overrides in job_overrides for one in overrides)
         for overrides in job_overrides:
             told = [override for override in overrides if override not in shared or _key(override) == "seed"]
             settings = settings_from(self._composed(overrides))
+            if cells and not named:  # composed at another time, so that the default is another
+                settings = settings.model_copy(update={"out": cells[0].settings.out})
             cells.append(Cell({_key(one): one.partition("=")[2].replace("\\:", ":") for one in told}, settings))
+        if outs := {cell.settings.out for cell in cells[1:]} - {cells[0].settings.out}:
+            raise InputError(
+                f"out={cells[0].settings.out} and out={min(outs)}: a sweep leaves one table in one folder; give each "
+                "folder a sweep of its own"
+            )
         return cells
 
     def _composed(self, overrides: Sequence[str]) -> dict[str, Any]:
@@ -164,7 +179,7 @@ def _set(plain: dict[str, Any], key: str, value: Any) -> None:
     for part in path:
         plain = plain.get(part) if isinstance(plain, dict) else None  # type: ignore[assignment]
     if not isinstance(plain, dict) or last not in plain:
-        raise InputError(f"{key} is not a known key here; fl-attack --help lists them")
+        raise InputError(unknown_key(key))
     plain[last] = value
 
 

@@ -1,14 +1,28 @@
 """The command line and its errors; imports nothing slow, so that help and slips of the pen are told at once."""
 
+import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from fl_attack.errors import InputError, RunError
+
+NOT_HERE = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
+
+
+# of Hydra's command line
+OPTIONS = (
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
+    *("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
+)
 
 
 def conf_folder() -> Path:
@@ -23,7 +37,25 @@ def opened(overrides: Iterable[str]) -> list[str]:
 
 
 def many(arguments: list[str]) -> list[str]:
-    """Arguments of the program; one that names an experiment is a multirun, with or without -m."""
+    """Arguments of the program; one that names an experiment is a multirun, with or without -m.
+
+    InputError where they ask for what one command can't do.
+    """
+    for argument in arguments:
+        if argument.startswith("-") and argument.partition("=")[0] not in OPTIONS:
+            way = argument.lstrip("-").partition("=")[0]
+            raise InputError(f"{argument} is not an option; settings are given as {way or 'key'}=value, without dashes")
+        key, _, value = argument.lstrip("+~").partition("=")
+        if (conf_folder() / key).is_dir() and value and (value == "null" or value[0] in "[{"):
+            raise InputError(f"{argument} is not allowed; choose one by its name, as in attack=none")
+        if key in NOT_HERE:
+            raise InputError(f"{key} has no effect here: all results go to out, as in out={value or 'results/mine'}")
+        if key == "experiment" and "," in value:
+            raise InputError(
+                f"{argument} names several; an experiment is a grid of its own: give each a command, and an out"
+            )
+    if {"--cfg", "-c"} & {*arguments} and {"-m", "--multirun"} & {*arguments}:
+        raise InputError("--cfg shows the settings of one run; leave out -m")
     named = any(argument.lstrip("+").startswith("experiment=") for argument in arguments)
     told = {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & {argument.split("=")[0] for argument in arguments}
     return ["-m", *arguments] if named and not told else arguments
@@ -36,16 +68,58 @@ def explain(error: Exception) -> str:
         return text
     key = re.search(r"Could not (?:override|append to config.*?) '([^']*)'", text)
     if key:
-        return f"{key[1]} is not a known key here; fl-attack --help lists them"
+        return unknown_key(key[1])
     choice = re.search(
         r"Could not find '([^'/]*)/([^']*)' Available options in '[^']*': (.*?)(?: Config search|$)", text
     )
     if choice:
-        return f"{choice[1]}={choice[2]} is not known; known: {', '.join(choice[3].split())}"
+        known = choice[3].split()
+        return f"{choice[1]}={choice[2]} is not known; known: {', '.join(known)}{did_you_mean(choice[2], known)}"
     if "hydra.cc" in text and "override_grammar" in text:
         typed = next((part for part in sys.argv[1:] if _unreadable(part)), "an override")
         return f"{typed} can't be read; quote values with special characters: key='\"value\"'"
     return text
+
+
+def unknown_key(key: str) -> str:
+    """What is wrong with a key that is not there: it is of another choice, or misspelt."""
+    choices = known_keys().get(key)
+    if choices:
+        return f"{key} is not a known key here: it needs {' or '.join(choices)}"
+    return (
+        f"{key} is not a known key{did_you_mean(key, [*known_keys(), *_groups()]) or '; fl-attack --help lists them'}"
+    )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest of the known words, as the end of a message; empty where none is near."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.75)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+@cache
+def known_keys() -> dict[str, list[str]]:
+    """Every key of `conf/`, and the choices that have it: none where it is always there."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(conf_folder().glob("**/*.yaml")):
+        group = file.parent.name if file.parent != conf_folder() else ""
+        if group in ("experiment", "fl_attack", "help", "launcher", "sweeper", "hydra"):
+            continue
+        for key in _keys(yaml.safe_load(file.read_text()) or {}, f"{group}." if group else ""):
+            if not key.startswith(("hydra.", "defaults")):
+                found.setdefault(key, []).extend([f"{group}={file.stem}"] if group else [])
+    return found
+
+
+def _groups() -> list[str]:
+    return [folder.name for folder in conf_folder().iterdir() if folder.is_dir()]
+
+
+def _keys(tree: dict[str, Any], before: str) -> Iterator[str]:
+    for name, value in tree.items():
+        yield f"{before}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{before}{name}.")
 
 
 def _unreadable(override: str) -> bool:

@@ -1,15 +1,18 @@
 """Functions of users, by import path: `module.function`, `module:function` or `path/to/file.py:function`."""
 
+import copy
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, RunError
 
 
 def is_path(name: str) -> bool:
@@ -23,7 +26,7 @@ def load(path: str) -> Callable[..., Any]:
     module, function = _parts(path)
     try:
         found = getattr(_from_file(Path(module)) if module.endswith(".py") else _imported(module), function, None)
-    except Exception as error:  # whatever a user's module raises as it is imported
+    except (Exception, SystemExit) as error:  # whatever a user's module raises as it is imported
         raise InputError(f"{path} can't be imported: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if not callable(found):
         raise InputError(f"{path}: there is no function {function} in {module}")
@@ -37,6 +40,34 @@ def spelled_out(name: str, folder: str) -> str:
     module, function = _parts(name)
     file = Path(folder, module if module.endswith(".py") else module.replace(".", "/") + ".py")
     return f"{file.resolve()}:{function}" if file.is_file() else name
+
+
+def place_of(name: str) -> str:
+    """The function of an import path with the file and line where it begins, for messages."""
+    code = getattr(inspect.unwrap(load(name)), "__code__", None)
+    if code is None:
+        return name
+    file = Path(code.co_filename)
+    shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    return f"{name.replace(str(file), file.name)} ({shown}:{code.co_firstlineno})"
+
+
+def call(name: str, *given: Any, **args: Any) -> Any:
+    """What the function of an import path gives; it gets copies of `args`, and can change none for the next call.
+
+    RunError names the function and what it raised, `sys.exit` included.
+    """
+    try:
+        return load(name)(*given, **copy.deepcopy(args))
+    except (Exception, SystemExit) as error:
+        said = f"sys.exit({error.code})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
+        raise RunError(f"{place_of(name)} raised {' '.join(said.split())} in line {lines[-1]}") from error
+
+
+def refuse(name: str, gave: str, wanted: str) -> NoReturn:
+    """RunError: what the function of an import path gave, and what is wanted of it."""
+    raise RunError(f"{place_of(name)} gave {gave}; {wanted}")
 
 
 def source_digest(name: str) -> str:

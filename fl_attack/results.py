@@ -1,7 +1,6 @@
 """What a run leaves behind in its folder; every file is written whole or not at all."""
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,38 +9,29 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_attack.config import Settings, to_yaml, versions
+from fl_attack.config import Settings, from_yaml, to_yaml, versions
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
+from fl_attack.folder import BASELINE, OF_RUN, SUMMARY
 from fl_attack.history import COLUMNS, History, rounds_to_recover
+from fl_attack.identity import NOT_NUMBERS
 from fl_attack.scenario import Scenario
 from fl_attack.sweep_table import write_csv
 from fl_attack.targets import target
 
-SUMMARY = "summary.json"  # written last: a folder that has one is finished
-BASELINE = "baseline"
-FILES = ("config.yaml", "rounds.csv", SUMMARY, "model.npz", "partition.npz", "flips.npz", "target.npz", "curves.png")
-
-
-def prepare(out: Path, overwrite: bool) -> None:
-    """Make the folder of a run; InputError where it holds a finished one or can't be written to."""
-    if (out / SUMMARY).exists() and not overwrite:
-        raise InputError(f"out={out} holds a finished run; use another folder or overwrite=true")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"out={out} can't be written to: {error.strerror or error}; use another folder") from None
-
-
-def clear(out: Path) -> None:
-    """Remove what an earlier run left in the folder; other files stay."""
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
-    if (out / BASELINE / "config.yaml").exists():
-        shutil.rmtree(out / BASELINE)
+FILES = OF_RUN
+__all__ = [
+    "BASELINE",
+    "FILES",
+    "SUMMARY",
+    "is_of",
+    "summary",
+    "table",
+    "write",
+    "write_config",
+    "write_rounds",
+    "write_summary",
+]
 
 
 def write_rounds(out: Path, history: History) -> None:
@@ -49,11 +39,24 @@ def write_rounds(out: Path, history: History) -> None:
     write_csv(out / "rounds.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in history.rows])
 
 
-def write(out: Path, scenario: Scenario, history: History, finished: bool = True, twin: History | None = None) -> None:
-    """All files of a run but its figure; the summary only of a finished one. `twin` is the run without the attack."""
-    settings = scenario.settings
-    out.mkdir(parents=True, exist_ok=True)
+def write_config(out: Path, settings: Settings) -> None:
+    """`config.yaml`, which also says whose the folder is while the run is not finished."""
     _write(out / "config.yaml", lambda stream: stream.write(to_yaml(settings).encode()))
+
+
+def is_of(out: Path, settings: Settings) -> bool:
+    """Whether the folder is that of a run of these settings, as its `config.yaml` tells."""
+    try:
+        found = from_yaml((out / "config.yaml").read_text())
+    except (OSError, InputError, UnicodeDecodeError):
+        return False
+    return found.model_dump_json(exclude=NOT_NUMBERS) == settings.model_dump_json(exclude=NOT_NUMBERS)
+
+
+def write(out: Path, scenario: Scenario, history: History) -> None:
+    """All files of a run, finished or not, but its figure and its summary."""
+    settings = scenario.settings
+    write_config(out, settings)
     write_rounds(out, history)
     arrays = {
         "model.npz": scenario.model.state(history.theta),
@@ -64,9 +67,12 @@ def write(out: Path, scenario: Scenario, history: History, finished: bool = True
         arrays["target.npz"] = scenario.model.state(target(scenario))
     for name, content in arrays.items():
         _write(out / name, partial(_savez, content))
-    if finished:
-        text = json.dumps(summary(scenario, history, twin), indent=2) + "\n"
-        _write(out / SUMMARY, lambda stream: stream.write(text.encode()))
+
+
+def write_summary(out: Path, facts: dict[str, Any]) -> None:
+    """`summary.json`, the last file of a run: it says that the run is finished."""
+    text = json.dumps(facts, indent=2) + "\n"
+    _write(out / SUMMARY, lambda stream: stream.write(text.encode()))
 
 
 def summary(scenario: Scenario, history: History, twin: History | None = None) -> dict[str, Any]:

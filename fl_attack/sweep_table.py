@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from fl_attack.data.cache import write_whole
 from fl_attack.detect import MEASURES
 from fl_attack.errors import InputError
+from fl_attack.folder import CURVES, TABLE
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
-TABLE, CURVES = "sweep.csv", "curves.npz"
 RESULTS = (  # the columns of a sweep's table after the overrides
     "writes",  # what the attack changes: labels, updates or none
     "write_access",

@@ -29,6 +29,7 @@ SHAPES = {"resnet18": (32, 32, 3)}
 CLIENTS, MALICIOUS, BATCH = 10, 3, 128
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "convolution_backward", "aten::mkldnn_convolution")
 STEPS = 5  # of a measurement: the median of so many is one number
+KEPT = {"keep_flips": False, "keep_theta": False}
 PATIENCE = 1.0  # seconds of a step that is taken once instead
 
 
@@ -151,7 +152,13 @@ def stack_against_loop(file: str, count: int, rounds: int, steps: int = 20) -> l
 
         def together(cells: Sequence[Scenario] = cells) -> object:
             return stacked.run_cells(
-                cells, device="cpu", memory_gb=2, progress=lambda n: None, keep_flips=False, keep_theta=False
+                cells,
+                device="cpu",
+                memory_gb=2,
+                progress=lambda n: None,
+                watch=lambda *_: None,
+                keep_flips=False,
+                keep_theta=False,
             )
 
         def apart(cells: Sequence[Scenario] = cells) -> object:

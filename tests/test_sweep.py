@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 import ray
 
-from fl_attack import data, engine, experiment, federation, sweep
+from fl_attack import data, engine, experiment, federation, identity, sweep
 from fl_attack.config import compose
+from fl_attack.identity import key_of
 from fl_attack.launcher import grid
 from fl_attack.sweep import execute
-from fl_attack.sweep.units import distinct, key_of, read, units
-
-units_module = sys.modules[units.__module__]  # the package has a function of this name
+from fl_attack.sweep.units import distinct, read, units
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str]]
@@ -146,7 +145,7 @@ def test_work_under_a_rule_is_new_where_the_numbers_of_rules_have_changed(
 ) -> None:
     (made,) = engine.make_scenarios([compose(*small_data(2), "engine=batched", "batch_size=30", "out=a", *change)])
     before = key_of([made])
-    monkeypatch.setattr(units_module, "OF_RULES", "another")
+    monkeypatch.setattr(identity, "OF_RULES", "another")
     assert (key_of([made]) != before) == bool(change)
 
 

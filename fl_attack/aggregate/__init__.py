@@ -137,12 +137,30 @@ def _rule(name: str, f: int, m: int, args: Mapping[str, Any], byzfl_class: str |
         _check_call(lambda: function(*_probe(m), f, **args), f"strategy.args of strategy={name}")
         return lambda updates, weights, client_order: function(updates, weights, f, **args)
     if plugins.is_path(name):
-        user_function = partial(plugins.load(name), **args)
-        return lambda updates, weights, client_order: user_function(updates, weights, f)
+        try:
+            signature(plugins.load(name)).bind(None, None, f, **args)
+        except TypeError as error:
+            raise InputError(f"strategy.args of {name}: {error}; a rule takes updates, weights, f and these") from None
+        return lambda updates, weights, client_order: _user_rule(name, updates, weights, f, args)
     raise InputError(
         f"strategy.name={name} is not a strategy; known: {', '.join((*RULES, 'byzfl', 'flower'))}, or the import "
         "path of a function"
     )
+
+
+def _user_rule(name: str, updates: Tensor, weights: Tensor, f: int, args: Mapping[str, Any]) -> Tensor:
+    """What a user's rule makes of copies of its input; RunError where it is no aggregate."""
+    made = plugins.call(name, updates.clone(), weights.clone(), f, **args)
+    expected = (*updates.shape[:-3], *updates.shape[-2:])
+    wanted = f"wanted: an aggregate of shape {expected}, real and finite where the updates are"
+    if not isinstance(made, Tensor):
+        plugins.refuse(name, type(made).__name__, wanted)
+    if tuple(made.shape) != expected or made.dtype.is_complex:
+        plugins.refuse(name, f"shape {tuple(made.shape)}, {str(made.dtype).removeprefix('torch.')}", wanted)
+    broken = ~made.isfinite().flatten(-2).all(-1) & updates.isfinite().flatten(-3).all(-1)
+    if broken.any():
+        plugins.refuse(name, "NaN or infinity", wanted)
+    return made.to(updates)
 
 
 def _pre_aggregators(pre: Sequence[PreEntry], f: int, m: int) -> tuple[list[Any], int]:

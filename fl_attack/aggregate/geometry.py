@@ -12,8 +12,9 @@ from fl_attack.aggregate.ordering import ascending, finite_rows, middle
 
 BLOCK = 32  # clients; smaller blocks compute fewer products twice, but each takes longer
 CLOSE = 0.01  # squared distances below this share of the squared norms have lost digits
-SMALLEST = 1e-30  # a smaller squared norm may have lost all
-LONGEST = 1e140  # a longer update counts as not finite
+SMALLEST = 1e-26  # a squared norm that is a smaller share of the others may have lost all
+UNDERFLOW = 1e-30  # squares of numbers whose squared norm is smaller may have
+LONGEST = 464  # exponent: an update longer than the typical one by 2 to the power of this counts as not finite
 FAR, LARGEST = 1e300, 1e307  # squared distance to one that is not finite; the largest sum of these
 
 
@@ -56,8 +57,10 @@ def distances(updates: Tensor) -> Distances:
     exact = _are_exact(gram, ordered)
     if not bool(exact.all()):  # decided for each federation, so that its result does not depend on the others
         squared, ordered = squared.double(), ordered.double()
-        gram, finite = careful_products(updates[~exact])
-        careful = _squared_distances(gram).clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
+        gram, finite, unit = _careful(updates[~exact])
+        scale = power_of_two(2 * unit.clamp(-400, 400)).unsqueeze(-1)  # beyond, squares can't be held as they are
+        careful = _squared_distances(gram) * scale
+        careful = careful.clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
         careful.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
         squared[~exact], ordered[~exact] = careful, ascending(careful)
     return Distances(squared, ordered)
@@ -93,7 +96,7 @@ def _are_exact(gram: Tensor, ordered: Tensor) -> Tensor:
     """Whether all updates are finite and the distances from their products as exact as they are, (...) of bool."""
     shortest, longest = gram.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)  # NaN or Inf if any of them is
     typical = ordered[..., max(0, gram.shape[-1] // 2 - 1)]  # each client's median distance to the others
-    return (shortest > SMALLEST) & (typical.amin(-1) > CLOSE * longest)
+    return (longest > UNDERFLOW) & (shortest > SMALLEST * longest) & (typical.amin(-1) > CLOSE * longest)
 
 
 def gram_of(updates: Tensor) -> Tensor:
@@ -109,17 +112,59 @@ def gram_of(updates: Tensor) -> Tensor:
 
 
 def careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """As `products`, always about the median so that a common shift costs no digits; nothing overflows on the way."""
+    """As `products`, but in units of the square of the typical update."""
+    gram, finite, _ = _careful(updates)
+    return gram, finite
+
+
+def _careful(updates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inner products (..., m, m), which updates are finite (..., m), and the exponent of the unit of length (..., 1).
+
+    They are about the coordinate-wise median, so that a common shift costs no digits, in units of the typical update.
+
+    All scales are powers of two, so that a change of scale by one changes no bit, and whole numbers stay exact.
+    """
     m, finite = updates.shape[-3], finite_rows(updates)
-    away = (
-        (updates - middle(updates, (m - 1) // 2, m // 2 + 1).unsqueeze(-3))
-        .where(finite[..., None, None], 0.0)
-        .flatten(-2)
-    )
-    largest = away.abs().amax(-1, keepdim=True)
-    away = away / largest.where(largest > 0, 1.0)
-    norm = torch.linalg.vector_norm(away, dim=-1)
-    unit = away / norm.where(norm > 0, 1.0).unsqueeze(-1)
-    norm = norm.double() * largest.squeeze(-1)
-    finite, norm = finite & (norm <= LONGEST), norm.clamp(max=LONGEST)
-    return (unit @ unit.mT).double() * norm.unsqueeze(-1) * norm.unsqueeze(-2), finite
+    centre = middle(updates, (m - 1) // 2, m // 2 + 1).unsqueeze(-3)
+    away = (updates.double() - centre.double()).where(finite[..., None, None], 0.0).flatten(-2)
+    largest = away.abs().amax(-1)
+    exponent = exponent_of(largest)
+    away = away * power_of_two(-exponent).unsqueeze(-1)
+    unit = upper_median(exponent.double().where(finite & (largest > 0), torch.inf)).to(exponent)
+    exponent = exponent - unit
+    finite, exponent = finite & (exponent <= LONGEST), exponent.clamp(-LONGEST, LONGEST)
+    return (away @ away.mT) * power_of_two(exponent.unsqueeze(-1) + exponent.unsqueeze(-2)), finite, unit
+
+
+def norms(updates: Tensor) -> Tensor:
+    """Norms (..., m) in float64, as exact as the updates at any scale; Inf where an update is not finite."""
+    found = torch.linalg.vector_norm(updates.flatten(-2), dim=-1)
+    small, large = (1e-15, 1e15) if found.dtype == torch.float32 else (1e-140, 1e140)
+    exact = (found > small) & (found < large)
+    found = found.double()
+    if not bool(exact.all()):  # squares may have overflowed, or lost digits
+        some = updates[~exact].flatten(-2)
+        exponent = exponent_of(some.abs().amax(-1).double().where(some.isfinite().all(-1), 0.0))
+        unit = (some.double() * power_of_two(-exponent).unsqueeze(-1)).to(updates)
+        found[~exact] = torch.linalg.vector_norm(unit, dim=-1).double() * power_of_two(exponent)
+    known: Tensor = found.where(found.isfinite(), torch.inf)
+    return known
+
+
+def upper_median(values: Tensor) -> Tensor:
+    """Median (..., 1) of the finite values of each row, the upper of two middle ones; zero where there is none."""
+    count = values.isfinite().sum(-1, keepdim=True)
+    ordered = values.sort(-1).values
+    return ordered.gather(-1, (count // 2).clamp(max=values.shape[-1] - 1)).where(count > 0, 0.0)
+
+
+def exponent_of(values: Tensor) -> Tensor:
+    """The exponent of a power of two near each value, 0 for zero; its power is a number of full precision."""
+    found: Tensor = torch.frexp(values.double()).exponent.clamp(-1000, 1000)
+    return found
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2 to the power of whole numbers, in float64."""
+    found: Tensor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
+    return found

@@ -7,7 +7,9 @@ others: no rule but the mean lets it through. Ties go to the client of the lower
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,12 +23,66 @@ from fl_attack.aggregate.geometry import (
     careful_products,
     combined,
     distances,
+    exponent_of,
+    norms,
+    power_of_two,
     products,
+    upper_median,
     weighted,
 )
-from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, finite_rows, middle, smallest
+from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, middle, smallest
 
+FAR_OFF = 64.0  # an update is far away from this multiple of the typical squared norm on
+TINY = 1e-30  # smaller shares may lose digits in float32
+ORDINARY, WILD = 2.0**16, 2.0**40  # typical norms from 1 / ORDINARY to ORDINARY need no scaling; WILD times it is far
 MANY, FEW = 8, 5  # from MANY clients on, FEW iterations of the geometric median are tried without inner products
+
+
+def at_ordinary_scale(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The rule with updates of unusual length scaled to an ordinary one and back, exactly, by powers of two.
+
+    Lengths among the arguments, whose names are `tau` and `c`, are scaled too. Each federation is computed as it would
+    be alone, those with an update that is far longer than the typical one in float64.
+    """
+
+    @wraps(rule)
+    def scaled(updates: Tensor, weights: Tensor, f: int, **args: Any) -> Tensor:
+        """The aggregate of the scaled updates, scaled back."""
+        norm = norms(updates)
+        typical = upper_median(norm).squeeze(-1)
+        wild = norm.where(norm.isfinite(), 0.0).amax(-1) > WILD * typical
+        unusual = (typical > 0) & (wild | (typical < 1 / ORDINARY) | (typical > ORDINARY))
+        if not bool(unusual.any()):
+            return rule(updates, weights, f, **args)
+        found = updates.new_empty(*updates.shape[:-3], *updates.shape[-2:])
+        if not bool(unusual.all()):
+            found[~unusual] = rule(updates[~unusual], weights, f, **args)
+        exponent = exponent_of(typical)
+        for at in unusual.nonzero().tolist():  # there are seldom many
+            place = tuple(at)
+            down, up = (float(power_of_two(sign * exponent[place])) for sign in (-1, 1))
+            lengths = {key: args[key] * down for key in ("tau", "c") if args.get(key) is not None}
+            own = (updates[place].double() * down).to(torch.float64 if bool(wild[place]) else updates.dtype)
+            found[place] = (rule(own, weights, f, **args | lengths).double() * up).to(updates)
+        return found
+
+    return scaled
+
+
+def in_range(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The rule, computed on smaller numbers where its sums overflow."""
+
+    @wraps(rule)
+    def scaled(updates: Tensor, weights: Tensor, f: int, **args: Any) -> Tensor:
+        """The aggregate, finite wherever it can be."""
+        found = rule(updates, weights, f, **args)
+        if bool(found.sum().isfinite()):
+            return found
+        down = 2.0 ** -(4 + updates.shape[-3].bit_length())
+        again = rule(updates * down, weights, f, **args) / down
+        return found.where(found.isfinite(), again)
+
+    return scaled
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
@@ -35,6 +91,7 @@ def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     return weighted(updates, weights / weights.sum())
 
 
+@in_range
 def median(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     """Coordinate-wise median; of an even number of values the mean of the two middle ones.
 
@@ -46,6 +103,7 @@ def median(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     return middle(updates, (m - 1) // 2, m // 2 + 1)
 
 
+@in_range
 def trimmed_mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     """Coordinate-wise mean without the f smallest and the f largest values.
 
@@ -57,6 +115,7 @@ def trimmed_mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     return middle(updates, f, m - f)
 
 
+@in_range
 def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     """Coordinate-wise mean of the m - f values nearest to the median.
 
@@ -113,6 +172,7 @@ def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = N
     return combined(updates, smallest(score, keep, ascending(score)) / keep)
 
 
+@in_range
 def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     """Coordinate-wise mean of the m - 4f values nearest to the median, of m - 2f updates chosen one by one by Krum.
 
@@ -138,6 +198,7 @@ def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     return meamed(selected, weights, 2 * f)
 
 
+@at_ordinary_scale
 def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: float = 1e-6, most: int = 200) -> Tensor:
     """The point of least summed distance to the updates, by Weiszfeld's iteration.
 
@@ -176,13 +237,13 @@ def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: flo
     if m >= MANY:  # inner products cost as much as a few iterations without them, which may be all that it takes
         share, unfinished = _few_iterations(updates, tolerance, min(most, FEW))
         if not bool(unfinished.any()):
-            return combined(updates, share.to(updates))
+            return _mean_by_shares(updates, share)
     some = updates[unfinished]
     found, near = _weiszfeld(*products(some), tolerance, most)
     if bool(near.any()):  # where the median is nearly one of the updates, only products about it tell how near
         found[near] = _weiszfeld(*careful_products(some[near]), tolerance, most)[0]
     share[unfinished] = found
-    return combined(updates, share.to(updates))
+    return _mean_by_shares(updates, share)
 
 
 def _few_iterations(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
@@ -190,7 +251,7 @@ def _few_iterations(updates: Tensor, tolerance: float, most: int) -> tuple[Tenso
     # in numpy: torch takes several times as long for rows as short as these, and threads would wait for each other
     square = torch.linalg.vector_norm(updates.flatten(-2), dim=-1).double().cpu().numpy() ** 2
     share, moving = np.full_like(square, 1 / square.shape[-1]), np.ones_like(square[..., 0], dtype=np.bool_)
-    exact = (np.isfinite(square) & (square > SMALLEST)).all(-1)
+    exact = (np.isfinite(square) & (square > SMALLEST * square.max(-1, keepdims=True))).all(-1)
     if exact.any():
         least = CLOSE * square.max(-1)
         change = np.full_like(least, np.inf)
@@ -200,7 +261,7 @@ def _few_iterations(updates: Tensor, tolerance: float, most: int) -> tuple[Tenso
                 product = along(updates, at).double().cpu().numpy()
                 apart = square - 2 * product + (share * product).sum(-1, keepdims=True)
                 exact &= (apart.min(-1) > least) | ~moving  # else digits were lost in the difference
-                nearer = 1 / np.sqrt(np.maximum(apart, SMALLEST))
+                nearer = 1 / np.sqrt(np.maximum(apart, SMALLEST * square))
                 moved = (nearer / nearer.sum(-1, keepdims=True) - share) * moving[..., None]
                 share = share + moved
                 before, change = change, np.abs(moved).max(-1)
@@ -217,8 +278,11 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
     """Shares (..., m) of the updates in their geometric median, and whether it is nearly one of them, (...) of bool."""
     share = finite.double() / finite.sum(-1, keepdim=True)
     square = gram.diagonal(dim1=-2, dim2=-1)
-    largest = square.amax(-1, keepdim=True)
+    # in units of the typical update, over which a minority has no power
+    largest = upper_median(square.where(finite, torch.inf))
     floor = 1e-12 * largest.sqrt() + 1e-300  # a point that is an update must not divide by zero
+    # a step of an update that is far away moves the point as far as it is away
+    tolerable = tolerance / (square / (FAR_OFF * largest).where(largest > 0, torch.inf)).sqrt().clamp(min=1.0)
     moving = torch.ones_like(share[..., :1], dtype=torch.bool)
     nearest = torch.full_like(largest, torch.inf)
     left = torch.zeros_like(finite)  # the updates from which a step was made
@@ -229,7 +293,7 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
         nearer = finite.double() / apart.sqrt().maximum(floor)
         moved = (nearer / nearer.sum(-1, keepdim=True) - share) * moving
         share = share + moved
-        still = moved.abs().amax(-1, keepdim=True) <= tolerance
+        still = (moved.abs() <= tolerable).all(-1, keepdim=True)
         held = moving & still & (near < CLOSE * largest) & ~left.gather(-1, at)
         if bool(held.any()):
             elsewhere = vardi_zhang_step(gram, finite, at, floor)
@@ -242,6 +306,13 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
         if not bool(moving.any()):
             break
     return share, (nearest < CLOSE * largest).squeeze(-1)
+
+
+def _mean_by_shares(updates: Tensor, share: Tensor) -> Tensor:
+    """The mean (..., C, d) by shares (..., m), in float64 where the precision of the updates might not hold a share."""
+    if bool(((share > 0) & (share < TINY)).any()) and updates.dtype == torch.float32:
+        return combined(updates.double(), share).to(updates)
+    return combined(updates, share.to(updates))
 
 
 def _squared_distances_from(share: Tensor, gram: Tensor) -> Tensor:
@@ -273,6 +344,7 @@ def vardi_zhang_step(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) ->
     return here + way * torch.where(pull > 0, 1.0 - stays.clamp(max=1.0), 0.0)
 
 
+@at_ordinary_scale
 def centered_clipping(
     updates: Tensor,
     weights: Tensor,
@@ -316,8 +388,7 @@ def centered_clipping(
         raise ValueError(f"start={start} is not known; use median or zero")
     at = median(updates, weights, f) if start == "median" else None
     away = updates if at is None else updates - at.unsqueeze(-3)
-    first = torch.linalg.vector_norm(away.flatten(-2), dim=-1).double()
-    first = first.where(first.isfinite(), torch.inf)
+    first = norms(away)
     norm, moved = first, None
     for _ in range(iterations):
         if moved is not None:  # |a - u|^2 = |a|^2 - 2 a u + |u|^2, without making a - u
@@ -339,9 +410,9 @@ def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None =
     Sun et al. (2019). Can you really backdoor federated learning? arXiv 1911.07963 (with a fixed c).
     """
     share, finite = _clip_shares(updates, c)
-    return combined(
-        updates.where(finite[..., None, None], 0.0) if not bool(finite.all()) else updates, share / share.shape[-1]
-    )
+    if not bool(finite.all()):
+        updates = updates.where(finite[..., None, None], 0.0)
+    return _mean_by_shares(updates, share / share.shape[-1])
 
 
 def clip(updates: Tensor, c: float | None) -> Tensor:
@@ -349,18 +420,18 @@ def clip(updates: Tensor, c: float | None) -> Tensor:
     share, finite = _clip_shares(updates, c)
     if not bool(finite.all()):
         updates = updates.where(finite[..., None, None], 0.0)
-    return updates * share[..., None, None]
+    if bool((share < TINY).any()):
+        return (updates.double() * share[..., None, None]).to(updates)
+    return updates * share[..., None, None].to(updates)
 
 
 def _clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
     """The factor (..., m) that scales each update down to the norm c, and which are finite, (..., m) of bool."""
     if c is not None and not c > 0:
         raise ValueError(f"c={c} must be above 0")
-    norm = torch.linalg.vector_norm(updates.flatten(-2), dim=-1)
+    norm = norms(updates)
     finite = norm.isfinite()
-    if not bool(finite.all()):  # the norm of a finite update may overflow
-        finite = finite_rows(updates)
-    radius = _median_of_row(norm.where(finite, torch.inf)) if c is None else norm.new_tensor(c)
+    radius = _median_of_row(norm) if c is None else norm.new_tensor(c)
     return torch.clamp(radius / norm.where(finite & (norm > 0), 1.0), max=1.0), finite
 
 

@@ -1,10 +1,12 @@
 """What malicious clients do: the table of attacks, the direction that some of them push against, and budgets."""
 
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fl_attack import plugins
@@ -27,11 +29,14 @@ __all__ = [
     "Updates",
     "View",
     "attacked_before",
+    "craft",
     "direction",
     "find",
     "flip_allowance",
     "flipped_target",
+    "propose",
     "select",
+    "try_args",
 ]
 
 Goal = Literal["untargeted", "targeted"]
@@ -85,6 +90,91 @@ def check_args(name: str, args: Mapping[str, Any]) -> None:
     if unknown and not any(one.kind is Parameter.VAR_KEYWORD for one in parameters):
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise InputError(f"args.{unknown[0]} is not an argument of name={name}; {takes}")
+    for one in parameters:
+        if one.default is Parameter.empty and one.name in known and one.name not in args:
+            raise InputError(f"args.{one.name} is missing; name={name} has no default for it")
+    hints = typing.get_type_hints(find(name).function)
+    for key, value in args.items():
+        _check_type(f"args.{key}", value, hints.get(key, Any))
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    """InputError where a value is not of the type that an argument is annotated with."""
+    kinds = [kind for part in (typing.get_args(hint) or (hint,)) for kind in (typing.get_args(part) or (part,))]
+    wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", NoneType: "null"}
+    if typing.get_origin(hint) is not Literal and any(kind not in wanted for kind in kinds):
+        return  # an annotation that we can't judge
+    if typing.get_origin(hint) is Literal:
+        fits, named = value in kinds, [str(kind) for kind in kinds]
+    else:
+        numbers = (float, int) if float in kinds else ()
+        fits = isinstance(value, (*kinds, *numbers)) and (not isinstance(value, bool) or bool in kinds)
+        named = [wanted[kind] for kind in kinds]
+    if not fits:
+        raise InputError(f"{key}={value} is not allowed; it must be {' or '.join(named)}")
+
+
+def try_args(name: str, args: Mapping[str, Any], classes: int) -> None:
+    """InputError where an attack of the table refuses the values of these arguments, with so many classes."""
+    if name not in ATTACKS:
+        return
+    some = torch.zeros(classes, classes)
+    try:
+        if ATTACKS[name].writes == "labels":
+            noise = torch.zeros(classes, 2)
+            ATTACKS[name].function(
+                View(torch.arange(classes), noise[:, 0], scores=some, logits=some, noise=noise), **args
+            )
+        else:
+            updates, malicious = torch.zeros(3, 1, 2), torch.tensor([True, False, False])
+            lazy = {"direction": lambda: updates[0], "noise": lambda: updates}
+            ATTACKS[name].function(Updates(updates, malicious, **lazy), **args)
+    except Exception as error:  # a value that the function refuses
+        raise InputError(f"attack.args of attack={name}: {' '.join(str(error).split())}") from None
+
+
+def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int], classes: int) -> Proposal:
+    """What an attack on labels proposes, in `shape` (..., n); RunError where a user's function gives no proposal."""
+    if name in ATTACKS:
+        made: Proposal = ATTACKS[name].function(view, **args)
+        return made
+    made = plugins.call(name, view.copied(), **args)
+    if not (isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, Tensor) for part in made)):
+        plugins.refuse(name, _told(made), "wanted: Proposal(labels, priority), two tensors")
+    labels, priority = made
+    for what, given in (("labels", labels), ("priority", priority)):
+        if tuple(given.shape) not in {tuple(shape), tuple(shape[-1:])}:
+            plugins.refuse(name, f"{what} of {_told(given)}", f"wanted: one for each of {shape[-1]} samples")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        plugins.refuse(name, f"labels of {_told(labels)}", "wanted: whole numbers, as in int64")
+    if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
+        odd = labels[(labels < 0) | (labels >= classes)][0].item()
+        plugins.refuse(name, f"the label {odd}", f"wanted: 0 to {classes - 1}")
+    if priority.dtype.is_complex or priority.isnan().any():
+        what = _told(priority) if priority.dtype.is_complex else "NaN"
+        plugins.refuse(name, f"a priority of {what}", "wanted: real numbers, -inf where no flip is wanted")
+    return Proposal(labels.long(), priority)
+
+
+def craft(name: str, view: Updates, args: Mapping[str, Any]) -> Tensor:
+    """What an attack on updates sends, (..., m, C, d); RunError where a user's function gives something else."""
+    if name in ATTACKS:
+        made: Tensor = ATTACKS[name].function(view, **args)
+        return made
+    made = plugins.call(name, view.copied(), **args)
+    shape = view.updates.shape
+    if not isinstance(made, Tensor) or made.shape[-3:] != shape[-3:] or made.shape not in (shape, shape[-3:]):
+        plugins.refuse(name, _told(made), f"wanted: an update for each client, {_told(view.updates)}")
+    if made.dtype.is_complex or made.isnan().any():
+        what = _told(made) if made.dtype.is_complex else "NaN"
+        plugins.refuse(name, what, f"wanted: real numbers, {_told(view.updates)}")
+    return made.to(view.updates)
+
+
+def _told(made: Any) -> str:
+    if not isinstance(made, Tensor):
+        return f"{type(made).__name__}"
+    return f"shape {tuple(made.shape)}, {str(made.dtype).removeprefix('torch.')}"
 
 
 def direction(goal: Goal, theta: Tensor, clean_gradient: Tensor | None, target: Tensor | None) -> Tensor:

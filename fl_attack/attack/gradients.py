@@ -4,6 +4,7 @@ An attack is one function `Updates -> Tensor` and one row of `attack.ATTACKS`: i
 place of their update. Updates are gradients, m clients, each (C, d); leading axes broadcast.
 """
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 
@@ -20,6 +21,15 @@ class Updates:
         self.updates = updates  # (..., m, C, d) what each client of the round would send, were all honest
         self.malicious = malicious  # (..., m) bool
         self._direction, self._noise = direction, noise
+
+    def copied(self) -> "Updates":
+        """The same in memory of its own, so that whoever writes into it changes nothing else."""
+        return Updates(
+            self.updates.clone(),
+            self.malicious.clone(),
+            direction=lambda: self.direction.clone(),
+            noise=lambda: self.noise.clone(),
+        )
 
     @cached_property
     def direction(self) -> Tensor:
@@ -60,6 +70,8 @@ def sign_flip(view: Updates, *, scale: float = 1.0) -> Tensor:
 
 def gaussian(view: Updates, *, sigma: float = 200.0) -> Tensor:
     """Noise of mean 0 and standard deviation sigma. Blanchard et al. 2017 (200), https://arxiv.org/abs/1703.02757."""
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma={sigma} is not allowed; it must be 0 or more")
     return view.noise.to(view.updates) * sigma
 
 

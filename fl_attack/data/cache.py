@@ -4,6 +4,7 @@ An entry of the cache is a folder of .npy files, opened as memory maps so that a
 one copy, beside a `meta.json` with the checksum of each. What is missing, truncated or altered is built anew.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock
 
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, RunError
 
 Arrays = dict[str, np.ndarray]
 Facts = dict[str, Any]
@@ -142,6 +143,8 @@ def _checksum(file: Path) -> int:
     return zlib.crc32(np.memmap(file, np.uint8, "r"))  # type: ignore[arg-type]  # mapped: half the time of reading
 
 
-def _refusal(path: Path, error: OSError) -> InputError:
+def _refusal(path: Path, error: OSError) -> InputError | RunError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # nothing that the user typed is wrong
+        return RunError(f"{path} can't be written: {error.strerror}")
     way_out = "; set FL_ATTACK_CACHE to a writable folder" if path.is_relative_to(folder()) else ""
     return InputError(f"{path.parent} can't be written to: {error.strerror or error}{way_out}")

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ def _read_cifar10(root: Path) -> Raw:
 
 def _read_npz(file: Path) -> Raw:
     keys = Raw._fields[:4]
+    if file.is_file() and not zipfile.is_zipfile(file):
+        raise InputError(f"{file} is not an .npz file, or damaged; an .npz dataset holds {', '.join(keys)}")
     with reading(file), file.open("rb") as stream:  # numpy leaves a damaged file that it has opened open
         stored = np.load(stream, allow_pickle=False)
         if missing := [key for key in keys if key not in stored]:

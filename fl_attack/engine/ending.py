@@ -28,8 +28,11 @@ def outcomes(
     flips: NDArray[np.int64],
     stopping: Stopping | None,
     seconds: float,
+    ended: bool = True,
 ) -> list[Outcome]:
     """What each cell leaves; one that diverged is run again client by client, to end with the round where it did.
+
+    Before all have `ended` it is what each would leave so far, and none is run again.
 
     `theta` (M rows, columns) are the parameters at the end, of which `parameters` gives those of a cell as a whole
     from its rows, where they are kept; `flips` (M,) those of all rounds.
@@ -42,7 +45,7 @@ def outcomes(
         theta, flips, last = stopping.best, stopping.flips, stopping.rounds
     found = []
     for i, (cell, rows) in enumerate(zip(cells, theta.chunk(M), strict=True)):
-        if not finite[i]:
+        if not finite[i] and ended:
             outcome = sequential.run(cell, client_by_client=True)
         else:
             whole = parameters(rows) if parameters else None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fl_attack import data, scenario
+from fl_attack import attack, data, scenario
 from fl_attack.config import Settings
 from fl_attack.errors import InputError
 from fl_attack.scenario import Scenario
@@ -22,6 +22,7 @@ def check(chosen: Scenario) -> None:
     if chosen.settings.strategy.name == "flower":
         raise InputError("strategy=flower is not known to engine=batched; use engine=flower, or a rule of ours")
     chosen.rule()
+    attack.try_args(chosen.settings.attack.name, chosen.settings.attack.args, chosen.classes)
 
 
 def group_key(chosen: Scenario) -> Hashable:

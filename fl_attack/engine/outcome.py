@@ -6,10 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack.history import COLUMNS, History
+from fl_attack.history import History, row_of
 from fl_attack.scenario import Flips
-
-COUNTS = ("round", "flips", "allowed")  # the columns that are whole numbers
 
 
 @dataclass
@@ -26,8 +24,5 @@ class Outcome:
     def history(self) -> History:
         """The same as a run of this experiment alone records it."""
         assert self.theta is not None
-        rows = [
-            {name: int(value) if name in COUNTS else value for name, value in zip(COLUMNS, row, strict=True)}
-            for row in self.table.tolist()
-        ]
+        rows = [row_of(values) for values in self.table.tolist()]
         return History(self.theta.double(), rows, self.flips, self.seconds)

@@ -1,10 +1,13 @@
 """Many experiments at once: the way that suits their model."""
 
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from fl_attack import targets
+from fl_attack.checkpoint import Checkpoint
 from fl_attack.engine import groups, linear, sequential, stacked
 from fl_attack.engine.outcome import Outcome
 from fl_attack.engine.threads import side_by_side
@@ -13,6 +16,7 @@ from fl_attack.scenario import Scenario
 
 Progress = Callable[[int], None]
 LINEAR_CELLS = 512
+Watch = Callable[[list[int], Callable[[], list[Outcome]]], None]
 
 
 def run_cells(
@@ -21,6 +25,8 @@ def run_cells(
     device: str = "cpu",
     memory_gb: float = 2.0,
     progress: Progress = lambda rounds: None,
+    watch: Watch = lambda cells, so_far: None,
+    checkpoints: Sequence[Checkpoint] = (),
     keep_flips: bool = True,
     keep_theta: bool = True,
     full_rows: bool = True,
@@ -37,6 +43,10 @@ def run_cells(
         What may be held at a time, in 2^30 bytes, except flips that are kept.
     progress
         Is told how many rounds of one cell are done since it was last told.
+    watch
+        Is called after every round with the numbers of the cells that run, and what gives their outcomes so far.
+    checkpoints
+        One for each experiment, or none: where those that run by themselves keep how far they are, and go on.
     keep_flips, keep_theta
         Whether outcomes hold the flips and the last parameters.
     full_rows
@@ -66,6 +76,7 @@ def run_cells(
             device=device,
             memory_gb=memory_gb,
             progress=progress,
+            watch=watch,
             keep_flips=keep_flips,
             keep_theta=keep_theta,
             full_rows=full_rows,
@@ -80,12 +91,42 @@ def run_cells(
                 device=device,
                 memory_gb=memory_gb,
                 progress=progress,
+                watch=lambda cells, so_far: watch([together[i] for i in cells], so_far),
                 keep_flips=keep_flips,
                 keep_theta=keep_theta,
             )
             found |= zip(together, outcomes, strict=True)
-    alone = _side_by_side([scenarios[i] for i in apart], device, progress, keep_flips, keep_theta, full_rows)
-    found |= zip(apart, alone, strict=True)
+    aimed = [scenarios[i] for i in apart if scenarios[i].settings.attacked]
+    for cell in (cell for cell in aimed if cell.settings.attack.goal == "targeted"):
+        targets.target(cell)  # here, so that no two threads train the same
+    lock = threading.Lock()
+
+    def report(rounds: int) -> None:
+        with lock:
+            progress(rounds)
+
+    def look(i: int, so_far: Callable[[], Outcome]) -> None:
+        with lock:
+            watch([i], lambda: [so_far()])
+
+    def one(i: int) -> Outcome:
+        with torch.inference_mode():
+            outcome = sequential.run(
+                scenarios[i],
+                device=device,
+                progress=report,
+                watch=partial(look, i),
+                checkpoint=checkpoints[i] if checkpoints else None,
+                full_rows=full_rows,
+            )
+        if not keep_theta:
+            outcome.theta = None
+        if not keep_flips:
+            outcome.flips = []
+        return outcome
+
+    on_cpu = torch.device(device).type == "cpu"
+    found |= zip(apart, side_by_side(one, apart) if on_cpu else map(one, apart), strict=True)
     return [found[i] for i in range(len(scenarios))]
 
 
@@ -99,30 +140,3 @@ def cells_at_once(cell: Scenario) -> int:
 def is_linear(cell: Scenario) -> bool:
     """Whether the matrix products of a linear model are all that the rounds of a cell take."""
     return cell.model.linear and not cell.settings.worker_momentum
-
-
-def _side_by_side(
-    scenarios: Sequence[Scenario],
-    device: str,
-    progress: Progress,
-    keep_flips: bool,
-    keep_theta: bool,
-    full_rows: bool,
-) -> list[Outcome]:
-    """Each experiment by itself, on the CPU as many at a time as torch uses threads."""
-    aimed = [cell for cell in scenarios if cell.settings.attacked and cell.settings.attack.goal == "targeted"]
-    for cell in aimed:
-        targets.target(cell)  # here, so that no two threads train the same
-
-    def one(cell: Scenario) -> Outcome:
-        with torch.inference_mode():
-            outcome = sequential.run(cell, device=device, progress=progress, full_rows=full_rows)
-        if not keep_theta:
-            outcome.theta = None
-        if not keep_flips:
-            outcome.flips = []
-        return outcome
-
-    if torch.device(device).type != "cpu":
-        return [one(cell) for cell in scenarios]
-    return side_by_side(one, scenarios)

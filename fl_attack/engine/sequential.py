@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fl_attack import adversary, protocol
+from fl_attack.checkpoint import Checkpoint, State
 from fl_attack.engine.outcome import Outcome
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, Recorder
@@ -22,6 +23,8 @@ def run(
     *,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] = lambda rounds: None,
+    watch: Callable[[Callable[[], Outcome]], None] = lambda so_far: None,
+    checkpoint: Checkpoint | None = None,
     full_rows: bool = True,
     client_by_client: bool = False,
 ) -> Outcome:
@@ -35,6 +38,10 @@ def run(
         Where gradients are computed.
     progress
         Is told 1 after every round, and at an early end how many more rounds need not be run.
+    watch
+        Gets after every round what gives the outcome so far.
+    checkpoint
+        Where the run keeps how far it is, and goes on from what it finds.
     full_rows
         Whether the columns `cosine` and those of `detect.MEASURES` are measured, which takes passes of their own.
     client_by_client
@@ -45,16 +52,37 @@ def run(
     Outcome
         With `error` where the parameters became infinite; the rows then end before.
     """
-    started = time.perf_counter()
     recorder, settings = Recorder(cell), cell.settings
     recorder.measure_on(torch.device(device))
     theta = epoch_theta = recorder.history.theta
     state, momenta, rule = protocol.initial_state(theta), cell.momenta(theta), cell.rule()
     together = not client_by_client and mean_is_enough(cell)
     error = None
+    kept = checkpoint.load() if checkpoint else None
+    if kept:
+        recorder.restore(kept["recorder"])
+        theta, epoch_theta, momenta.table = (kept[name].to(device) for name in ("theta", "epoch_theta", "momenta"))
+        first, second = (part.to(device) for part in kept["optimizer"][1:])
+        state = protocol.ServerState(kept["optimizer"][0], first, second)
+        progress(recorder.round)
+    started = time.perf_counter() - recorder.history.seconds
+
+    def reached() -> State:
+        """How far the run is, as `kept` above."""
+        recorder.history.seconds = time.perf_counter() - started
+        parts = {"theta": theta, "epoch_theta": epoch_theta, "momenta": momenta.table, "optimizer": tuple(state)}
+        return {"recorder": recorder.state(), **parts}
+
+    def outcome() -> Outcome:
+        history = recorder.history
+        table = np.array([[row[name] for name in COLUMNS] for row in history.rows])
+        seconds = time.perf_counter() - started
+        return Outcome(table, history.flip_count, history.theta.cpu(), list(history.flips), seconds, error)
+
     try:
-        recorder.record(0, theta)
-        for round_ in range(1, settings.rounds + 1):
+        if not kept:
+            recorder.record(0, theta)
+        for round_ in range(recorder.round + 1, settings.rounds + 1) if not recorder.stopped else ():
             if adversary.epoch_start(cell, round_) == round_:
                 epoch_theta = theta
             measured = full_rows and (round_ % settings.eval_every == 0 or round_ == settings.rounds)
@@ -75,15 +103,17 @@ def run(
             theta, state = protocol.server_step(settings.server_optimizer, theta, aggregate, lr, state)
             recorder.record(round_, theta, aggregate if full_rows else None, flips, updates if full_rows else None)
             progress(settings.rounds - round_ + 1 if recorder.stopped else 1)
+            watch(outcome)
             if recorder.stopped:
                 break
+            if checkpoint:
+                checkpoint.offer(reached)
     except RunError as failure:
         error = str(failure)
         progress(settings.rounds - (recorder.history.rows[-1]["round"] if recorder.history.rows else 0))
-    history = recorder.history
-    table = np.array([[row[name] for name in COLUMNS] for row in history.rows])
-    seconds = time.perf_counter() - started
-    return Outcome(table, history.flip_count, history.theta.cpu(), history.flips, seconds, error)
+    if checkpoint and error is None:
+        checkpoint.save(reached())  # for the twin, should its run be cut off
+    return outcome()
 
 
 def mean_is_enough(cell: Scenario) -> bool:

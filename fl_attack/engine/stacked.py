@@ -10,6 +10,7 @@ Shapes: M cells, n samples, C classes, P parameters, T targets; activations are 
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -45,6 +46,7 @@ def run_cells(
     device: str,
     memory_gb: float,
     progress: Callable[[int], None],
+    watch: Callable[[list[int], Callable[[], list[Outcome]]], None],
     keep_flips: bool,
     keep_theta: bool,
 ) -> list[Outcome]:
@@ -57,7 +59,7 @@ def run_cells(
     for start in range(0, len(order), size):
         chunk = order[start : start + size]
         stack = Stack([cells[i] for i in chunk], torch.device(device), memory_gb * 2**29, keep_flips, keep_theta)
-        found |= zip(chunk, stack.run(progress), strict=True)
+        found |= zip(chunk, stack.run(progress, partial(watch, chunk)), strict=True)
     return [found[i] for i in range(len(cells))]
 
 
@@ -127,8 +129,10 @@ class Stack:
         whole = torch.cat(found) if found else torch.empty(0, self.theta.shape[1])
         return whole.to(device, self.batches.dtype), place
 
-    def run(self, progress: Callable[[int], None]) -> list[Outcome]:
-        """All rounds."""
+    def run(
+        self, progress: Callable[[int], None], watch: Callable[[Callable[[], list[Outcome]]], None]
+    ) -> list[Outcome]:
+        """All rounds; `watch` gets after each what gives the outcomes so far."""
         began, evaluated = time.perf_counter(), ending.evaluated_rounds(self.settings)
         over = self._measure(0)
         for round_ in range(1, self.settings.rounds + 1):
@@ -136,11 +140,15 @@ class Stack:
             if round_ in evaluated:
                 over = self._measure(round_)
             progress(len(self.cells) * (self.settings.rounds - round_ + 1 if over else 1))
+            watch(lambda: self._outcomes(time.perf_counter() - began, ended=False))
             if over:
                 break
+        return self._outcomes(time.perf_counter() - began, ended=True)
+
+    def _outcomes(self, seconds: float, ended: bool) -> list[Outcome]:
+        """See `ending.outcomes`."""
         whole = (lambda rows: rows.cpu()) if self.keep_theta else None
-        seconds = time.perf_counter() - began
-        return ending.outcomes(self.cells, self.theta, whole, self.log, self._flips(), self.stopping, seconds)
+        return ending.outcomes(self.cells, self.theta, whole, self.log, self._flips(), self.stopping, seconds, ended)
 
     def _flips(self) -> NDArray[np.int64]:
         """Flips of each cell in all rounds, (M,)."""
@@ -223,7 +231,7 @@ class Stack:
             return self.model.forward_scores(theta, here, along_first, self.model.pull_back_others(own, deltas))
 
         view = tile.attackers.view(batch, turn, scores, lambda: here[-1], round_)
-        proposal = attack.find(threat.name).function(view, **threat.args)
+        proposal = attack.propose(threat.name, view, threat.args, (len(tile.cells), n), tile.cells[0].classes)
         scratch = self.room.take("sorted", len(tile.cells), n)
         return tile.attackers.proposed(proposal, batch, turn, scratch)
 

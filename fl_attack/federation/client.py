@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fl_attack import adversary, protocol, scenario
+from fl_attack.errors import RunError
 from fl_attack.federation import wire
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
@@ -144,6 +145,8 @@ def train(message: Message, context: Context) -> Message:
             here = client(asked.settings, number)
             device = here.scenario.settings.engine.client_device
             answer = here.train(asked if device == "cpu" else _on(asked, device))
+    except RunError as error:  # its message says all
+        raise RuntimeError(str(error)) from error
     except Exception as error:
         raise RuntimeError(f"client {number}: {type(error).__name__}: {error}") from error
     momentum = None if answer.momentum is None else answer.momentum.cpu()

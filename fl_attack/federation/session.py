@@ -2,7 +2,10 @@
 
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +18,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fl_attack import attack
 from fl_attack.config import Settings
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation.client import client_app
@@ -38,6 +42,7 @@ def check(scenario: Scenario) -> None:
     if not scenario.settings.verbose:
         logging.getLogger("flwr").setLevel(logging.CRITICAL)
     make_strategy(scenario)
+    attack.try_args(scenario.settings.attack.name, scenario.settings.attack.args, scenario.classes)
 
 
 def run(drive: Drive, settings: Settings, app: ClientApp = client_app) -> None:
@@ -105,11 +110,19 @@ def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
         # without "local", Ray would join whatever cluster was last started on this machine
         local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
         level = logging.INFO if verbose else logging.CRITICAL
+        on_terminate = signal.getsignal(signal.SIGTERM)
+        print(f"joining Ray at {address}" if address else "starting Ray", file=sys.stderr, flush=True)
         try:
             ray.init(**({"address": address} if address else local), logging_level=level, log_to_driver=verbose)
+        except KeyboardInterrupt:
+            ray.shutdown()
+            raise
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"engine.ray_address={address} can't be joined" if address else "Ray can't be started"
             raise RunError(f"{where}: {' '.join(str(error).split())}") from None
+        finally:
+            if on_terminate is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own, which ends the program without a word
     try:
         yield
     finally:

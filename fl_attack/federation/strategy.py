@@ -1,6 +1,7 @@
 """The server: the mean as a Flower strategy, and what is kept of every round whatever the strategy."""
 
 import importlib
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +12,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy import concatenate, int64
 
-from fl_attack import adversary, protocol
+from fl_attack import adversary, checkpoint, protocol
+from fl_attack.checkpoint import State
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation import wire
 from fl_attack.history import Recorder
@@ -44,6 +46,34 @@ class RuleStrategy(FedAvg):
         )
         return wire.pack(self._theta, raw=True), None
 
+    def state(self) -> State:
+        """What the rounds to come need of those gone by."""
+        return {"theta": self._theta, "optimizer": tuple(self._state)}
+
+    def restore(self, state: State) -> None:
+        """Be as the strategy was whose `state` this is."""
+        self._theta, self._state = state["theta"], protocol.ServerState(*state["optimizer"])
+
+
+def state_of(strategy: Strategy) -> State:
+    """What a strategy, ours or another, remembers between rounds; TypeError where that can't be stored."""
+    if isinstance(strategy, RuleStrategy):
+        return strategy.state()
+    return {
+        name: {"record": wire.to_plain(value)} if isinstance(value, ArrayRecord) else value
+        for name, value in vars(strategy).items()
+        if not callable(value)
+    }
+
+
+def restore(strategy: Strategy, state: State) -> None:
+    """Make a strategy be as the one whose `state_of` this is."""
+    if isinstance(strategy, RuleStrategy):
+        return strategy.restore(state)
+    for name, value in state.items():
+        record = isinstance(value, dict) and list(value) == ["record"]
+        setattr(strategy, name, wire.from_plain(value["record"]) if record else value)
+
 
 class _StoppedEarly(Exception):  # noqa: N818 - no error
     """The way out of the loop over rounds of Flower's `Strategy.start`, which knows no other."""
@@ -61,6 +91,9 @@ class WatchedStrategy(Strategy):
         self.recorder = recorder
         self.client_of = client_of
         self._asked = 0
+        self._clock = time.perf_counter()  # when the first round would have begun, had there been no interruption
+        self._done = 0  # rounds of an earlier process, which Flower's loop does not count
+        self._arrays = wire.pack(recorder.history.theta, raw=isinstance(strategy, RuleStrategy))
         self._epoch_theta = wire.pack(recorder.history.theta, raw=True)
         self._momenta = recorder.scenario.momenta(recorder.history.theta)
 
@@ -68,7 +101,7 @@ class WatchedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """As the strategy does, for the clients that are drawn in this round."""
-        made = self.recorder.scenario
+        made, server_round = self.recorder.scenario, server_round + self._done
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         if self.client_of is not None:
             drawn = set(made.schedule.drawn(server_round).tolist())
@@ -100,6 +133,7 @@ class WatchedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """As the strategy does, on replies that are complete and in order; RunError where they are not."""
+        server_round += self._done
         ordered = complete(list(replies), self._asked, server_round)
         # read first: strategies of Flower's take the arrays out of the replies
         answers = [wire.read_answer(reply.content) for reply in ordered]
@@ -107,7 +141,10 @@ class WatchedStrategy(Strategy):
         momenta = [answer.momentum for answer in answers if answer.momentum is not None]
         if momenta:
             self._momenta.note([answer.client for answer in answers], torch.stack(momenta))
-        arrays, metrics = self.strategy.aggregate_train(server_round, ordered)
+        try:
+            arrays, metrics = self.strategy.aggregate_train(server_round, ordered)
+        except SystemExit as error:
+            raise RunError(f"{type(self.strategy).__name__} called sys.exit({error.code})") from None
         if arrays is None:
             raise RunError(
                 f"{type(self.strategy).__name__} gave no parameters in round {server_round}: it has its own minimum of "
@@ -119,9 +156,59 @@ class WatchedStrategy(Strategy):
             aggregate = (self.recorder.history.theta - theta) / self.recorder.scenario.lr(server_round)
         before, lr = self.recorder.history.theta, self.recorder.scenario.lr(server_round)
         self.recorder.record(server_round, theta, aggregate, all_flips(ordered), (before - moved) / lr)
+        self._arrays = arrays
         if self.recorder.stopped:
             raise _StoppedEarly
+        if self.recorder.checkpoint is not None:
+            self.recorder.checkpoint.offer(self.state)
         return arrays, metrics
+
+    def state(self) -> State | None:
+        """How far the federation is; None where the strategy keeps what can't be stored."""
+        try:
+            strategy = checkpoint.storable(state_of(self.strategy))
+        except TypeError:
+            return None
+        self.recorder.history.seconds = time.perf_counter() - self._clock
+        return {
+            "recorder": self.recorder.state(),
+            "strategy": strategy,
+            "arrays": wire.to_plain(self._arrays),
+            "epoch_theta": wire.to_plain(self._epoch_theta),
+            "momenta": self._momenta.table,
+        }
+
+    def run(self, grid: Grid) -> None:
+        """All rounds, or those that an earlier process has not made."""
+        recorder, kept = self.recorder, self.recorder.checkpoint
+        history, settings = recorder.history, recorder.scenario.settings
+        state = kept.load() if kept else None
+        if state is None:
+            recorder.record(0, history.theta)
+        else:
+            recorder.restore(state["recorder"])
+            restore(self.strategy, state["strategy"])
+            self._arrays, self._epoch_theta = (wire.from_plain(state[name]) for name in ("arrays", "epoch_theta"))
+            self._momenta.table = state["momenta"]
+            self._done = recorder.round
+            if self._done < settings.rounds and not recorder.stopped:
+                print(f"going on after round {self._done} of {settings.rounds}", file=sys.stderr, flush=True)
+            recorder.on_round(recorder.round, history.rows[-1])
+        self._clock = time.perf_counter() - history.seconds
+        try:
+            if not recorder.stopped and self._done < settings.rounds:
+                self.start(
+                    grid,
+                    self._arrays,
+                    num_rounds=settings.rounds - self._done,
+                    train_config=ConfigRecord({wire.SETTINGS: settings.model_dump_json()}),
+                )
+        except _StoppedEarly:
+            pass
+        finally:
+            history.seconds = time.perf_counter() - self._clock
+        if kept is not None and (state := self.state()) is not None:
+            kept.save(state)  # for the twin, should its run be cut off
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -170,7 +257,7 @@ def make_strategy(scenario: Scenario) -> Strategy:
     module, _, name = settings.path.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever a user's module raises as it is imported
         raise InputError(
             f"strategy.path={settings.path} can't be imported ({error}); give the import path of a Flower strategy, "
             "as in flwr.serverapp.strategy.FedMedian"
@@ -179,7 +266,7 @@ def make_strategy(scenario: Scenario) -> Strategy:
         raise InputError(f"strategy.path={settings.path} is not a subclass of flwr.serverapp.strategy.Strategy")
     try:
         return kind(**(everybody(scenario) | settings.args))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"strategy.path={settings.path} does not take strategy.args={settings.args}: {error}"
         ) from None
@@ -221,18 +308,5 @@ def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
 
 def start(grid: Grid, recorder: Recorder) -> None:
     """Run all rounds of the recorder's scenario over a grid."""
-    scenario, history = recorder.scenario, recorder.history
-    strategy = make_strategy(scenario)
-    started = time.perf_counter()
-    recorder.record(0, history.theta)
-    try:
-        WatchedStrategy(strategy, recorder, introduced(grid, scenario)).start(
-            grid,
-            wire.pack(history.theta, raw=isinstance(strategy, RuleStrategy)),
-            num_rounds=scenario.settings.rounds,
-            train_config=ConfigRecord({wire.SETTINGS: scenario.settings.model_dump_json()}),
-        )
-    except _StoppedEarly:
-        pass
-    finally:
-        history.seconds = time.perf_counter() - started
+    strategy = make_strategy(recorder.scenario)
+    WatchedStrategy(strategy, recorder, introduced(grid, recorder.scenario)).run(grid)

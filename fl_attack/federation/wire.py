@@ -61,6 +61,27 @@ def unpack(arrays: ArrayRecord) -> Tensor:
     return torch.from_numpy(array.numpy().astype(np.float64))
 
 
+def to_plain(arrays: ArrayRecord) -> dict[str, dict[str, Any]]:
+    """A record as what a checkpoint can store, to the bit."""
+    return {
+        name: {
+            "dtype": array.dtype,
+            "shape": tuple(array.shape),
+            "stype": array.stype,
+            "data": np.frombuffer(array.data, np.uint8),
+        }
+        for name, array in arrays.items()
+    }
+
+
+def from_plain(plain: dict[str, dict[str, Any]]) -> ArrayRecord:
+    """The record of which `to_plain` made this."""
+    arrays = ArrayRecord()
+    for name, parts in plain.items():
+        arrays[name] = Array(parts["dtype"], parts["shape"], parts["stype"], parts["data"].tobytes())
+    return arrays
+
+
 def read_request(content: Any) -> Request:
     """What a message to a client asks."""
     array, config = content[ARRAYS]["theta"], content[CONFIG]

@@ -10,21 +10,28 @@ from contextlib import suppress
 from inspect import Parameter, signature
 from pathlib import Path
 
+import yaml
+
 from fl_attack.errors import InputError
+from fl_attack.folder import TABLE
 from fl_attack.plots.by_budget import budget, spread
 from fl_attack.plots.by_column import columns
-from fl_attack.plots.by_round import curves, rounds
+from fl_attack.plots.by_round import curves, curves_of, rounds
 from fl_attack.plots.comparisons import harm, matrix
 from fl_attack.plots.equal_budgets import networks
 from fl_attack.plots.maps import difference, heatmap
-from fl_attack.sweep_table import ACCURACY, GOAL, KB, TABLE, NotDrawableError, read_sweep
+from fl_attack.sweep_table import ACCURACY, GOAL, KB, NotDrawableError, read_sweep
 
 __all__ = [
     "PLOTS",
+    "all_asked",
     "all_of_sweep",
+    "asked",
     "budget",
     "columns",
+    "columns_of",
     "curves",
+    "curves_of",
     "difference",
     "draw",
     "harm",
@@ -96,12 +103,35 @@ def draw(folder: Path, kind: str, *names: str) -> list[Path]:
     InputError
         Where there is no such kind or column, or the sweep does not hold what the figure shows.
     """
+    columns_of(kind, *names)
+    return PLOTS[kind](folder, *names)
+
+
+def columns_of(kind: str, *names: str) -> list[str]:
+    """The columns that a figure is of, those by default included; InputError where there is no such kind."""
     if kind not in PLOTS:
         raise InputError(f"{kind} is not a kind of plot; known: {', '.join(PLOTS)}")
     takes = list(signature(PLOTS[kind]).parameters.values())[1:]
     if not sum(one.default is Parameter.empty for one in takes) <= len(names) <= len(takes):
         raise InputError(USAGE)
-    return PLOTS[kind](folder, *names)
+    return [name for name in (*names, *(one.default for one in takes[len(names) :])) if name]
+
+
+def all_asked(folder: Path) -> list[Path]:
+    """Every figure that the swept columns allow, and those that the `config.yaml` of the sweep asks for."""
+    written = all_of_sweep(folder)
+    for figure in asked(folder):
+        written += draw(folder, *figure)
+    return list(dict.fromkeys(written))
+
+
+def asked(folder: Path) -> list[list[str]]:
+    """The figures that the `config.yaml` of a sweep asks for, each a kind and columns; none where it can't be read."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        return [[str(part) for part in figure] for figure in settings["figures"]]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
+        return []
 
 
 def main(arguments: list[str]) -> int:
@@ -110,8 +140,12 @@ def main(arguments: list[str]) -> int:
         if not arguments or arguments[-1] in ("-h", "--help"):
             raise InputError(USAGE)
         folder, *rest = arguments
-        kind, *names = rest or ["all" if (Path(folder) / TABLE).exists() else "curves"]
-        for file in draw(Path(folder), kind, *names):
+        if not rest and (Path(folder) / TABLE).exists():
+            files = all_asked(Path(folder))
+        else:
+            kind, *names = rest or ["curves"]
+            files = draw(Path(folder), kind, *names)
+        for file in files:
             print(file)
     except InputError as error:
         print(f"fl-attack: {error}", file=sys.stderr)

@@ -2,7 +2,9 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,12 @@ def curves(folder: Path) -> list[Path]:
     InputError
         Where the folder has no readable `rounds.csv`.
     """
+    file = folder / "summary.json"
+    return curves_of(folder, json.loads(file.read_text()) if file.exists() else {"budget": 0})
+
+
+def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
+    """As `curves`, with a summary that is not in the folder yet, since it says that the run is whole."""
     figure, panels = canvas.panels([""], 6.4, 3.8, "round", "test accuracy")
     axes = panels[""]
     attacked = read_rounds(folder)
@@ -39,8 +47,6 @@ def curves(folder: Path) -> list[Path]:
     label = "attacked" if len(axes.lines) else "run"
     axes.plot(attacked["round"], attacked["test_accuracy"], color=canvas.ATTACKED, label=label)
     axes.set(ylim=(0, 1.02), xlim=(0, max(attacked["round"])))
-    file = folder / "summary.json"
-    summary = json.loads(file.read_text()) if file.exists() else {"budget": 0}
     if summary["budget"]:
         setting = f"write access k = {summary['write_access']:.3g}, local budget b = {summary['budget']:.3g}"
         axes.set_title(setting, fontsize="medium", loc="left")

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from fl_attack import plots
+from fl_attack.folder import TABLE
 from fl_attack.plots.lines import lines
 from fl_attack.replication.statistics import GOALS, at_best, spread
-from fl_attack.sweep_table import TABLE, Cells, jackknife_interval, write_csv
+from fl_attack.sweep_table import Cells, jackknife_interval, write_csv
 
 LOST = "accuracy lost (points)"
 DIGITS = 6  # significant digits of the tables

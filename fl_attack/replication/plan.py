@@ -17,9 +17,10 @@ from fl_attack.data.cache import folder as cache_folder
 from fl_attack.data.cache import write_whole
 from fl_attack.data.sources import CIFAR10_FILES
 from fl_attack.errors import InputError
+from fl_attack.folder import TABLE
+from fl_attack.identity import NUMERICS, ON_DATA
 from fl_attack.launcher import grid
-from fl_attack.sweep.units import NUMERICS, ON_DATA
-from fl_attack.sweep_table import TABLE, Cells
+from fl_attack.sweep_table import Cells
 
 EPOCHS = 200
 MEAN_SHARE = 0.05  # share of the labels flipped in a round on average, by attacks in every so many rounds

@@ -4,68 +4,125 @@ Cells are cut into units of work. A unit that is done is kept under a key of eve
 when all are there, the tables are written, which holds no times and so comes out the same however often it was cut.
 """
 
+import csv
 import itertools
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
-from fl_attack import engine, federation, plots, results
-from fl_attack.config import Settings, to_yaml
+from fl_attack import engine, federation, folder, plots
+from fl_attack.config import to_yaml, without_effect
 from fl_attack.data.cache import write_whole
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, Interrupted, RunError
+from fl_attack.identity import key_of
+from fl_attack.scenario import Scenario
 from fl_attack.sweep.execute import compute
 from fl_attack.sweep.progress import Progress
-from fl_attack.sweep.table import Cell, write_tables
-from fl_attack.sweep.units import Numbers, Unit, by_cell, distinct, key_of, read, saver, units
-from fl_attack.sweep_table import CURVES, TABLE
+from fl_attack.sweep.table import Cell, columns_of, write_tables
+from fl_attack.sweep.units import Numbers, Unit, by_cell, distinct, read, saver, units
 
-__all__ = ["Cell", "Numbers", "Progress", "Unit", "key_of", "run", "tabulate", "tabulate_together"]
-KEPT = "units"
+__all__ = ["Cell", "Numbers", "Progress", "Unit", "broken_off", "key_of", "run", "tabulate", "tabulate_together"]
+Drawn = Callable[[Path], object]
 
 
 def run(cells: Sequence[Cell], progress: Progress | None = None) -> Path:
-    """Compute a grid, leave its tables in the `out` that all cells name and draw what they allow; gives that folder."""
-    out = tabulate(cells, progress)
-    plots.all_of_sweep(out)
-    for figure in cells[0].settings.figures:
-        plots.draw(out, *figure)
+    """Compute a grid, leave its tables in the `out` that all cells name and draw what they allow; gives that folder.
+
+    Raises
+    ------
+    InputError
+        Before any work starts, where a cell can't be run, a figure can't be drawn, or `out` holds what would be lost.
+    Interrupted
+        Where a signal ends it; the message says what is kept and where.
+    """
+    _check_figures(cells)
+    notes = [dict.fromkeys(without_effect(cell.settings, sweep=True)) for cell in cells]
+    for note in [note for note in notes[0] if all(note in of_cell for of_cell in notes)]:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    out = tabulate(cells, progress, partial(_draw_all, figures=cells[0].settings.figures))
+    total, lost = broken_off(out)
+    if lost == total:
+        with (out / folder.TABLE).open() as lines:
+            error = next(csv.DictReader(lines))["error"]
+        raise RunError(f"all {total} cells broke off, the first because {error}; see the column error of {out}")
     return out
 
 
-def tabulate(cells: Sequence[Cell], progress: Progress | None = None) -> Path:
+def broken_off(out: Path) -> tuple[int, int]:
+    """How many cells a sweep has, and how many of them broke off."""
+    with (out / folder.TABLE).open() as lines:
+        errors = [row["error"] for row in csv.DictReader(lines)]
+    return len(errors), sum(map(bool, errors))
+
+
+def tabulate(cells: Sequence[Cell], progress: Progress | None = None, finish: Drawn = lambda folder: None) -> Path:
     """Compute a grid and leave its tables, without figures, in the `out` that all cells name; gives that folder.
 
-    InputError before any work starts where a cell can't be run or `out` holds a finished sweep. What an interrupted
-    call has kept is used again by the next one of the same grid.
+    InputError before any work starts where a cell can't be run or `out` holds what would be lost. What an interrupted
+    call has kept is used again by the next one of the same grid. `finish` is called with the folder of the tables:
+    the sweep counts as finished only after that.
     """
     out = Path(cells[0].settings.out)
-    tabulate_together([cells], out / KEPT, progress)
+    tabulate_together([cells], None, progress, finish)
     return out
 
 
-def tabulate_together(grids: Sequence[Sequence[Cell]], kept: Path, progress: Progress | None = None) -> None:
+def tabulate_together(
+    grids: Sequence[Sequence[Cell]],
+    kept: Path | None,
+    progress: Progress | None = None,
+    finish: Drawn = lambda folder: None,
+) -> None:
     """As `tabulate` of each grid, which have an `out` each; what they have in common is computed once.
 
-    `kept` is the folder of what an interrupted call leaves for the next one. `progress` reckons with all cells.
+    `kept` is the folder of what an interrupted call leaves for the next one; None is one in the `out` of a single
+    grid. `progress` reckons with all cells.
     """
-    firsts = [cells[0].settings for cells in grids]
-    for first in firsts:
-        if (Path(first.out) / TABLE).exists() and not first.overwrite:
-            raise InputError(f"out={first.out} holds a finished sweep; use another folder or overwrite=true")
     cells = list(itertools.chain(*grids))
     scenarios = engine.make_scenarios([cell.settings for cell in cells])
     for made in scenarios:
         (engine.check if made.settings.engine.name == "batched" else federation.check)(made)
-    for first in firsts:
-        _prepare(Path(first.out), first)
     apart, place = distinct(scenarios)
+    work = units(apart)
+    own = {f"{unit.key}.npz" for unit in work}
+
+    def goes_on(at: Path) -> bool:
+        there = {file.name for file in (at / folder.UNITS).glob("*.npz")}
+        return bool(there & own) or not there
+
+    with ExitStack() as held:
+        places = []
+        for grid in grids:
+            first = grid[0].settings
+            places.append(held.enter_context(folder.taken(Path(first.out), "sweep", first.overwrite, goes_on)))
+        kept = places[0].work / folder.UNITS if kept is None else kept
+        held.enter_context(_told(places[0].work, kept))
+        for grid, at in zip(grids, places, strict=True):
+            text = to_yaml(grid[0].settings).encode()
+            write_whole(at.work / "config.yaml", lambda stream, text=text: stream.write(text))  # type: ignore[misc]
+        numbers = _computed(work, apart, kept, grids[0][0].settings.overwrite, progress, len(cells))
+        all_of_it = zip(cells, scenarios, (numbers[at] for at in place), strict=True)
+        for grid, at in zip(grids, places, strict=True):
+            write_tables(at.work, *zip(*itertools.islice(all_of_it, len(grid)), strict=True))
+            finish(at.work)
+        shutil.rmtree(kept, ignore_errors=True)
+        for at in places:
+            folder.settle(at)
+
+
+def _computed(
+    work: Sequence[Unit], scenarios: Sequence[Scenario], kept: Path, anew: bool, progress: Progress | None, cells: int
+) -> dict[int, Numbers]:
+    """The numbers of all scenarios: what is kept, unless all is done `anew`, and the others computed."""
     done: dict[int, Numbers] = {}
-    with nullcontext(progress) if progress else Progress(len(cells)) as progress:
-        progress.skip(len(cells) - len(apart))
+    with nullcontext(progress) if progress else Progress(cells) as progress:
+        progress.skip(cells - len(scenarios))
         todo = []
-        for unit in units(apart):
-            numbers = None if firsts[0].overwrite else read(kept / f"{unit.key}.npz")
+        for unit in work:
+            numbers = None if anew else read(kept / f"{unit.key}.npz")
             if numbers is None:
                 todo.append(unit)
             else:
@@ -76,17 +133,39 @@ def tabulate_together(grids: Sequence[Sequence[Cell]], kept: Path, progress: Pro
             write_whole(kept / f"{unit.key}.npz", saver(numbers))
             done.update(by_cell(unit, numbers))
 
-        compute(todo, apart, progress, keep)
-    all_of_it = zip(cells, scenarios, (done[at] for at in place), strict=True)
-    for grid in grids:
-        write_tables(Path(grid[0].settings.out), *zip(*itertools.islice(all_of_it, len(grid)), strict=True))
-    shutil.rmtree(kept, ignore_errors=True)
+        compute(todo, scenarios, progress, keep)
+    return done
 
 
-def _prepare(out: Path, settings: Settings) -> None:
-    results.prepare(out, overwrite=True)
-    if settings.overwrite:
-        for pattern in (TABLE, CURVES, "*.png", "*.pdf"):
-            for file in out.glob(pattern):
-                file.unlink()
-    write_whole(out / "config.yaml", lambda stream: stream.write(to_yaml(settings).encode()))
+@contextmanager
+def _told(out: Path, kept: Path) -> Iterator[None]:
+    """A signal that ends the block says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as signalled:
+        there = any(kept.glob("*.npz"))
+        what = f"what is done is in {out}; the same command goes on from there" if there else "nothing was done yet"
+        raise Interrupted(f"interrupted; {what}", getattr(signalled, "code", 130)) from None
+
+
+def _check_figures(cells: Sequence[Cell]) -> None:
+    """InputError where a figure that is asked for is of no kind, or of columns that the table will not have."""
+    columns = columns_of(cells)
+    for figure in cells[0].settings.figures:
+        if not figure:
+            raise InputError("figures holds an empty list; give a kind of plot and its columns")
+        if unknown := [name for name in plots.columns_of(*figure) if name not in columns]:
+            raise InputError(
+                f"figures={[*figure]}: the sweep has no column {unknown[0]}; known: {', '.join(columns)}".replace(
+                    "'", ""
+                )
+            )
+
+
+def _draw_all(out: Path, figures: Sequence[Sequence[str]]) -> None:
+    cells, lost = broken_off(out)
+    if cells == lost:
+        return
+    plots.all_of_sweep(out)
+    for figure in figures:
+        plots.draw(out, *figure)

@@ -27,7 +27,7 @@ class Progress:
     def add(self, cells: float) -> None:
         """Count cells, or parts of one."""
         self.done += cells
-        self.bar.update(cells)
+        self.bar.update(round(self.done, 1) - self.bar.n)  # parts of cells would be shown to the last digit
         tenth = int(self.done * 10 / self.cells + 1e-6)
         if self.bar.disable and tenth > self.told:
             self.told = tenth

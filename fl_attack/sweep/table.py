@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 from fl_attack.config import Settings
 from fl_attack.data.cache import write_whole
 from fl_attack.detect import MEASURES
+from fl_attack.folder import CURVES, TABLE
 from fl_attack.history import COLUMNS, best_row, rounds_to_recover
+from fl_attack.identity import NOT_NUMBERS
 from fl_attack.scenario import Scenario
-from fl_attack.sweep.units import NOT_NUMBERS, Numbers
-from fl_attack.sweep_table import CURVES, RESULTS, TABLE, write_csv
+from fl_attack.sweep.units import Numbers
+from fl_attack.sweep_table import RESULTS, write_csv
+
+OF_MODEL = RESULTS[RESULTS.index("final_accuracy") : RESULTS.index("flips")]  # of a model that did not break off
 
 
 class Cell(NamedTuple):
@@ -34,7 +38,7 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
         measured = one.table[: len(evaluations), COLUMNS.index("test_accuracy")]
         accuracy[i, : len(measured)] = measured
     write_whole(out / CURVES, lambda stream: np.savez(stream, accuracy=accuracy, round=evaluations))
-    swept = list(dict.fromkeys(key for cell in cells for key in cell.overrides if key not in RESULTS))
+    columns = columns_of(cells)
     honest = {
         _twin_key(scenario.settings): one
         for scenario, one in zip(scenarios, numbers, strict=True)
@@ -43,8 +47,15 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
     rows = []
     for i, (cell, scenario, one) in enumerate(zip(cells, scenarios, numbers, strict=True)):
         results = row_of(scenario, one, honest.get(_twin_key(scenario.settings)))
-        rows.append([i, *(cell.overrides.get(key, "") for key in swept), *(results[name] for name in RESULTS)])
-    write_csv(out / TABLE, ["cell", *swept, *RESULTS], rows)
+        row = {"cell": i} | {key: value for key, value in cell.overrides.items() if key not in RESULTS} | results
+        rows.append([row.get(name, "") for name in columns])
+    write_csv(out / TABLE, columns, rows)
+
+
+def columns_of(cells: Sequence[Cell]) -> list[str]:
+    """The columns of the table of these cells."""
+    swept = dict.fromkeys(key for cell in cells for key in cell.overrides if key not in RESULTS)
+    return ["cell", *swept, *RESULTS]
 
 
 def _twin_key(settings: Settings) -> str:
@@ -93,6 +104,8 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
         "rounds": int(rounds[-1]),
         "error": str(numbers.error),
     }
+    if found["error"]:  # a model that broke off has no results
+        found |= dict.fromkeys(OF_MODEL, "")
     return {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in found.items()}
 
 

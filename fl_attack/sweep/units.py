@@ -1,26 +1,19 @@
 """The work of a sweep, cut into units: what each is known by, what is kept of it."""
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from fl_attack import __version__, engine, plugins
+from fl_attack import engine
 from fl_attack.config import AttackSettings
 from fl_attack.data import Partition
 from fl_attack.history import COLUMNS
+from fl_attack.identity import NOT_NUMBERS, key_of
 from fl_attack.scenario import Scenario
-
-NUMERICS = 4  # to be raised when a change of the code changes the numbers of a run
-OF_RULES = 3  # likewise, of a run whose server sees what each client sends
-NOT_NUMBERS = {"out", "overwrite", "verbose", "baseline", "launcher", "figures"}  # settings on which none depends
-# nor, where the fingerprint of the data is known, on the place of these
-ON_DATA: Mapping[str, bool | set[str]] = {**dict.fromkeys(NOT_NUMBERS, True), "dataset": {"root", "path"}}
 
 
 @dataclass(frozen=True)
@@ -75,21 +68,6 @@ def units(scenarios: Sequence[Scenario]) -> list[Unit]:
         pieces = np.array_split(np.array(batched)[group], -(-len(group) // size))
         cuts += [piece.tolist() for piece in pieces]
     return [Unit(cut, key_of([scenarios[i] for i in cut])) for cut in cuts]
-
-
-def key_of(scenarios: Sequence[Scenario]) -> str:
-    """A hash of all that the numbers of these cells depend on, and of the version of the numerics."""
-    parts = [f"{__version__}/{NUMERICS}/{torch.__version__}/{np.__version__}"]
-    for made in scenarios:
-        target = made.settings.attack.target_path
-        own = hashlib.sha256(Path(target).read_bytes()).hexdigest() if target else ""
-        of_users = made.settings.attack.name, made.settings.strategy.name, made.settings.model.name
-        own += "".join(map(plugins.source_digest, of_users))
-        settings = made.settings
-        if not settings.strategy.averages or settings.attack.writes == "updates" or settings.detectability:
-            own += str(OF_RULES)
-        parts += [made.settings.model_dump_json(exclude=ON_DATA), made.dataset.fingerprint, own]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def stacked(outcomes: Sequence[tuple[NDArray[np.float64], int, str]]) -> Numbers:

@@ -130,5 +130,5 @@ class Server:
             direction=lambda: v(cells),
             noise=lambda: adversary.update_noise(self.like, round_).to(updates),
         )
-        sent = attack.find(threat.name).function(view, **threat.args)
+        sent = attack.craft(threat.name, view, threat.args)
         return torch.where(malicious[..., None, None], sent, updates)

@@ -56,7 +56,7 @@ class Plan:
             self._flipped = functional.pad(priority, (0, 1))
             return
         labels = torch.empty(M, n, dtype=torch.int64, device=theta.device)
-        function, args = attack.find(made.kind.name).function, made.like.settings.attack.args
+        args, classes = made.like.settings.attack.args, made.like.classes
         drawn = adversary.label_noise(made.like, round_, int(self.layout.ends[-1]))
         noise = torch.from_numpy(drawn[self.batches.whole_samples.argsort().argsort()]).to(theta)
         for batch, part in pieces:
@@ -69,7 +69,7 @@ class Plan:
                 noise=noise[part],
                 selection=made.like.settings.attack.selection,
             )
-            proposal = function(view, **args)
+            proposal = attack.propose(made.kind.name, view, args, (M, width), classes)
             labels[:, part], priority[:, part] = proposal.labels, proposal.priority.to(theta)
         made.take_largest_(priority, samples, turn, torch.empty_like(priority))
         y = self.batches.y[torch.from_numpy(samples)].to(theta.device)

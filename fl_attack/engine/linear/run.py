@@ -26,6 +26,7 @@ from fl_attack.history import COLUMNS
 from fl_attack.scenario import Scenario
 
 Progress = Callable[[int], None]
+Watch = Callable[[list[int], Callable[[], list[Outcome]]], None]
 CACHE = 2**23  # bytes of parameters in a block
 TARGETS_KEPT = 64  # rows of targets of which the logits of all samples are worked out once
 WORTH_THREADS = 2e7  # multiplications of a product
@@ -39,6 +40,7 @@ def run_cells(
     device: str,
     memory_gb: float,
     progress: Progress,
+    watch: Watch,
     keep_flips: bool,
     keep_theta: bool,
     full_rows: bool,
@@ -48,7 +50,7 @@ def run_cells(
         work = _Work(scenarios, torch.device(device), memory_gb * 2**30, keep_flips, keep_theta, full_rows)
         outcomes: dict[int, Outcome] = {}
         for chunk in work.chunks():
-            outcomes |= zip(chunk, work.run(chunk, progress), strict=True)
+            outcomes |= zip(chunk, work.run(chunk, progress, watch), strict=True)
     return [outcomes[i] for i in range(len(scenarios))]
 
 
@@ -143,12 +145,12 @@ class _Work:
         copies = max(COPIES[cell.settings.server_optimizer] for cell in self.cells) + bool(self.validation)
         each = C * self.batches.d * self.batches.dtype.itemsize * copies
         each += 8 * len(ending.evaluated_rounds(self.settings)) * len(COLUMNS) + 200
-        size = max(1, int((self.memory - held) / each))
+        size = max(1, int(min((self.memory - held) / each, len(order))))
         pieces = -(-len(order) // size)
         for piece in np.array_split(np.array(order), pieces):
             yield piece.tolist()
 
-    def run(self, chunk: list[int], progress: Progress) -> list[Outcome]:
+    def run(self, chunk: list[int], progress: Progress, watch: Watch) -> list[Outcome]:
         """All rounds of some cells."""
         began = time.perf_counter()
         cells = [self.cells[i] for i in chunk]
@@ -164,6 +166,13 @@ class _Work:
         stopping = None if self.validation is None else Stopping(cells, self.validation, theta)
         ended = self._measure(0, theta, log, stopping)
         evaluated, room = ending.evaluated_rounds(self.settings), Room(self.device, self.batches.dtype)
+
+        def outcomes(ended: bool) -> list[Outcome]:
+            flips = np.concatenate([tile.attackers.flips for tile in tiles])
+            whole = self.batches.unfitted if self.keep_theta else None
+            seconds = time.perf_counter() - began
+            return ending.outcomes(cells, theta, whole, log, flips, stopping, seconds, ended)
+
         for round_ in range(1, self.settings.rounds + 1):
             shared = self._shared(round_, tiles, room)
             told = round_ in evaluated
@@ -176,11 +185,10 @@ class _Work:
             if told:
                 ended = self._measure(round_, theta, log, stopping, tiles)
             progress(len(cells) * (self.settings.rounds - round_ + 1 if ended else 1))
+            watch(chunk, lambda: outcomes(ended=False))
             if ended:
                 break
-        flips = np.concatenate([tile.attackers.flips for tile in tiles])
-        whole = self.batches.unfitted if self.keep_theta else None
-        return ending.outcomes(cells, theta, whole, log, flips, stopping, time.perf_counter() - began)
+        return outcomes(ended=True)
 
     def _measure(
         self, round_: int, theta: Tensor, log: Log, stopping: Stopping | None, tiles: Sequence[Tile] = ()

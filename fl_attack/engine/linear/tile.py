@@ -161,7 +161,8 @@ class Tile:
                 assert logits is not None
                 view = self._view(R, shared, logits, turn)
                 threat = attackers.like.settings.attack
-                proposal = attack.find(threat.name).function(view, **threat.args)
+                shape, classes = (self.M, turn.n), attackers.like.classes
+                proposal = attack.propose(threat.name, view, threat.args, shape, classes)
                 change = attackers.proposed(proposal, batch, turn, scratch)
             else:
                 assert scores is not None

@@ -1,0 +1,32 @@
+"""What the numbers of an experiment depend on: the key under which they are kept and found again."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fl_attack import __version__, plugins
+from fl_attack.scenario import Scenario
+
+NUMERICS = 4  # to be raised when a change of the code changes the numbers of a run
+OF_RULES = 4  # likewise, of a run whose server sees what each client sends
+NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "launcher", "figures"}  # change no number
+# nor, where the fingerprint of the data is known, does the place of these
+ON_DATA: Mapping[str, bool | set[str]] = {**dict.fromkeys(NOT_NUMBERS, True), "dataset": {"root", "path"}}
+
+
+def key_of(scenarios: Sequence[Scenario]) -> str:
+    """A hash of all that the numbers of these cells depend on, and of the version of the numerics."""
+    parts = [f"{__version__}/{NUMERICS}/{torch.__version__}/{np.__version__}"]
+    for made in scenarios:
+        target = made.settings.attack.target_path
+        own = hashlib.sha256(Path(target).read_bytes()).hexdigest() if target else ""
+        of_users = made.settings.attack.name, made.settings.strategy.name, made.settings.model.name
+        own += "".join(map(plugins.source_digest, of_users))
+        settings = made.settings
+        if not settings.strategy.averages or settings.attack.writes == "updates" or settings.detectability:
+            own += str(OF_RULES)
+        parts += [made.settings.model_dump_json(exclude=ON_DATA), made.dataset.fingerprint, own]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,297 @@
+"""A result is never overwritten or mixed by accident, and what was measured survives whatever ends a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fl_attack import checkpoint, engine, experiment, folder, plots, sweep
+from fl_attack.config import compose
+from fl_attack.errors import Interrupted
+
+Small = Callable[..., list[str]]
+Command = Callable[..., tuple[int, str, str]]
+BYTES = ("model.npz", "flips.npz", "rounds.csv", "partition.npz", "curves.png", "config.yaml")
+
+
+def short(small_data: Small, out: Path, *more: str) -> list[str]:
+    return [*small_data(2), "engine=batched", "rounds=6", "batch_size=full", f"out={out}", *more]
+
+
+def names(at: Path) -> set[str]:
+    return {file.name for file in at.rglob("*")}
+
+
+@pytest.mark.parametrize("first", ["run", "sweep"])
+def test_a_folder_is_of_one_run_or_one_sweep(command: Command, small_data: Small, tmp_path: Path, first: str) -> None:
+    run, grid = short(small_data, tmp_path / "o"), ["-m", *short(small_data, tmp_path / "o", "seed=1,2")]
+    one, other = (run, grid) if first == "run" else (grid, run)
+    assert command(*one)[0] == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "o").rglob("*") if file.is_file()}
+    code, _, told = command(*other)
+    assert (code, told.count("\n")) == (2, 1)
+    assert f"holds a finished {first}, not a " in told
+    assert {file: file.read_bytes() for file in (tmp_path / "o").rglob("*") if file.is_file()} == before
+    assert command(*other, "overwrite=true")[0] == 0
+    fresh = [one.replace("/o", "/fresh") if one.startswith("out=") else one for one in other]
+    assert command(*fresh)[0] == 0
+    assert names(tmp_path / "o") == names(tmp_path / "fresh")  # nothing of the old kind is left
+
+
+def test_a_folder_in_use_is_refused_to_others(command: Command, small_data: Small, tmp_path: Path) -> None:
+    with folder.taken(tmp_path / "o", "run", False, lambda at: False):
+        for more in ([], ["overwrite=true"]):
+            code, _, told = command(*short(small_data, tmp_path / "o", *more))
+            assert code == 2
+            assert "is in use by another process" in told
+        assert command("-m", *short(small_data, tmp_path / "o", "seed=1,2"))[0] == 2
+    assert command(*short(small_data, tmp_path / "o"))[0] == 0
+    assert not (tmp_path / "o" / folder.LOCK).exists()
+
+
+def test_runs_started_at_the_same_time_have_folders_of_their_own() -> None:
+    outs = {compose().out for _ in range(20)}
+    assert len(outs) == 20
+
+
+def test_a_sweep_without_out_has_one_folder(
+    command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = [*small_data(2), "engine=batched", "rounds=3", "batch_size=full", "attack=greedy,random_flip"]
+    code, printed, _ = command("-m", *run)
+    assert code == 0
+    assert (tmp_path / printed.strip().rpartition("results in ")[2] / "sweep.csv").exists()
+
+
+def test_a_sweep_over_folders_is_refused(command: Command, small_data: Small, tmp_path: Path) -> None:
+    run = [one for one in short(small_data, tmp_path) if not one.startswith("out=")]
+    code, _, told = command("-m", *run, f"out={tmp_path}/a,{tmp_path}/b")
+    assert (code, told.count("\n")) == (2, 1)
+    assert "give each folder a sweep of its own" in told
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir"])
+def test_folders_of_hydra_are_refused(command: Command, tmp_path: Path, key: str) -> None:
+    code, _, told = command(f"{key}={tmp_path}/h", f"out={tmp_path}/o")
+    assert (code, told.count("\n")) == (2, 1)
+    assert f"{key} has no effect here" in told and "out=" in told
+
+
+def test_several_experiments_at_once_are_refused(command: Command, tmp_path: Path) -> None:
+    code, _, told = command("experiment=harm,recovery", f"out={tmp_path}/o")
+    assert (code, told.count("\n")) == (2, 1)
+    assert "names several" in told
+
+
+def test_a_sweep_stopped_as_it_draws_is_not_finished(
+    command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = [
+        "-m",
+        *short(small_data, tmp_path / "o", "attack.budget=0.1,0.5", "figures=[[columns,attack.budget,flips]]"),
+    ]
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "all_of_sweep", stops)
+        code, _, told = command(*grid)
+        assert code == 130
+        assert f"what is done is in {tmp_path}/o" in told
+    assert not list((tmp_path / "o").glob("*.png"))
+    monkeypatch.setattr(sweep.execute, "batched_numbers", lambda *_: pytest.fail("computed again"))
+    assert command(*grid)[0] == 0
+    drawn = {file.name for file in (tmp_path / "o").glob("*.png")}
+    assert "columns_attack.budget_flips.png" in drawn
+    for file in (tmp_path / "o").glob("*.p*"):
+        file.unlink()
+    assert plots.main([str(tmp_path / "o")]) == 0  # all that the sweep drew, and nothing less
+    assert {file.name for file in (tmp_path / "o").glob("*.png")} == drawn
+    assert command(*grid)[0] == 2
+
+
+@pytest.mark.parametrize("figure", ["[nonsense]", "[columns,attack.budget,nothing]", "[matrix]", "[columns]"])
+def test_a_figure_that_can_not_be_is_refused_before_anything_is_computed(
+    command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str
+) -> None:
+    monkeypatch.setattr(sweep.execute, "batched_numbers", lambda *_: pytest.fail("computed"))
+    code, _, told = command("-m", *short(small_data, tmp_path / "o", "attack.budget=0.1,0.5", f"figures=[{figure}]"))
+    assert (code, told.count("\n")) == (2, 1)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("kind", ["run", "sweep"])
+def test_an_unfinished_result_of_other_settings_is_not_replaced_unless_asked_to(
+    command: Command, small_data: Small, tmp_path: Path, kind: str
+) -> None:
+    run = short(small_data, tmp_path / "o")
+    run = ["-m", *run, "seed=1,2"] if kind == "sweep" else run
+    assert command(*run)[0] == 0
+    if kind == "run":
+        (tmp_path / "o" / "summary.json").unlink()
+    else:
+        (tmp_path / "o" / "units").mkdir()
+        (tmp_path / "o" / "units" / "1234.npz").touch()
+    code, _, told = command(*run, "lr=0.3")
+    assert (code, told.count("\n")) == (2, 1)
+    assert f"holds an unfinished {kind} of other settings" in told
+    assert command(*run, "lr=0.3", "overwrite=true")[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["run", "sweep"])
+def test_an_old_result_stays_until_the_new_one_is_whole(
+    command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    run, at = short(small_data, tmp_path / "o"), tmp_path / "o"
+    run = ["-m", *run, "attack.budget=0.1,0.5"] if kind == "sweep" else run
+    assert command(*run)[0] == 0
+    (at / "mine.txt").write_text("notes")
+    before = {file: file.read_bytes() for file in at.rglob("*") if file.is_file()}
+
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "curves_of", stops)
+        patch.setattr(plots, "all_of_sweep", stops)
+        assert command(*run, "lr=0.3", "overwrite=true")[0] == 130
+    assert {file: file.read_bytes() for file in before} == before
+    assert command(*run, "lr=0.3")[0] == 2  # the old one still is whole
+    assert command(*run, "lr=0.3", "overwrite=true")[0] == 0
+    assert {file: file.read_bytes() for file in before} != before
+    assert (at / "mine.txt").exists() and not (at / folder.UNFINISHED).exists()
+    assert names(at) == {file.name for file in before} | ({"baseline"} if kind == "run" else set())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_batched_run_keeps_what_was_measured(
+    small_data: Small, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "o"
+    run = [*small_data(2), "engine=batched", "rounds=1000000", "eval_every=50", "batch_size=full", f"out={out}"]
+    process = subprocess.Popen([sys.executable, "-m", "fl_attack", *run], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "config.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.5)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert told.splitlines()[-1] == f"fl-attack: interrupted; what was measured is in {out}; the same command goes on"
+    for at in (out, out / "baseline"):
+        assert len((at / "rounds.csv").read_text().splitlines()) > 3
+        assert np.isfinite(np.load(at / "model.npz")["theta"]).all()
+    assert len(np.load(out / "flips.npz")["round"]) > 0
+    assert not (out / "summary.json").exists()
+
+
+def test_what_an_interrupted_batched_run_keeps_is_the_beginning_of_the_whole(
+    small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = [*small_data(3), "engine=batched", "batch_size=30"]
+    experiment.run(compose(*base, "rounds=7", f"out={tmp_path}/short"))
+
+    def stops(*arguments: object, watch: Callable[..., None], **keys: object) -> object:
+        def also(cells: list[int], so_far: Callable[[], list[engine.Outcome]]) -> None:
+            also.round += 1  # type: ignore[attr-defined]
+            if also.round == 7:  # type: ignore[attr-defined]
+                os.kill(os.getpid(), signal.SIGINT)
+            watch(cells, so_far)
+
+        also.round = 0  # type: ignore[attr-defined]
+        return run_cells(*arguments, watch=also, **keys)
+
+    run_cells = engine.run_cells
+    monkeypatch.setattr(engine, "run_cells", stops)
+    with pytest.raises(Interrupted, match="interrupted; what was measured is in"):
+        experiment.run(compose(*base, "rounds=20", f"out={tmp_path}/cut"))
+    for name in ("model.npz", "flips.npz", "rounds.csv"):
+        for at in ("", "baseline"):
+            one, other = ((tmp_path / of / at / name).read_bytes() for of in ("short", "cut"))
+            assert one == other
+
+
+def test_a_state_comes_back_to_the_bit(tmp_path: Path) -> None:
+    state = {
+        "tensor": torch.tensor([[1.5, float("nan")], [float("inf"), -0.0]], dtype=torch.float64),
+        "array": np.arange(3, dtype=np.int64),
+        "nested": {"list": [1, 2.5, "text", None, True], "tuple": (np.float32(0.1), [])},
+    }
+    checkpoint.save(tmp_path, state, "key")
+    found = checkpoint.load(tmp_path, "key")
+    assert found is not None
+    assert found["tensor"].numpy().tobytes() == state["tensor"].numpy().tobytes()  # type: ignore[attr-defined]
+    assert found["array"].dtype == np.int64 and found["array"].tolist() == [0, 1, 2]
+    assert found["nested"] == {"list": [1, 2.5, "text", None, True], "tuple": (float(np.float32(0.1)), [])}
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, {"set": {1}}, "key")
+
+
+def test_a_foreign_or_damaged_state_is_left_aside_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checkpoint.load(tmp_path, "key") is None
+    assert capsys.readouterr().err == ""
+    checkpoint.save(tmp_path, {"a": np.arange(1000)}, "key")
+    assert checkpoint.load(tmp_path, "another") is None
+    assert "is of other settings" in capsys.readouterr().err
+    file = tmp_path / checkpoint.FILE
+    whole = file.read_bytes()
+    for damage in (whole[:-30], whole[:200] + b"?" + whole[201:], b"", b"PK nonsense"):
+        file.write_bytes(damage)
+        assert checkpoint.load(tmp_path, "key") is None
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "is damaged" in told
+
+
+RESUMED = {
+    "epochs and early stopping": ["attack.refresh=epoch", "early_stop.patience=400", "server_optimizer=adam"],
+    "a strategy of Flower's": ["strategy=flower", "strategy.path=flwr.serverapp.strategy.FedAdam"],
+    "without a twin": ["baseline=false", "clients.per_round=0.5", "eval_every=3"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", RESUMED.values(), ids=RESUMED)
+def test_a_run_that_is_killed_goes_on_and_ends_in_the_same_bytes(
+    command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    def run(out: str) -> list[str]:
+        return [*small_data(3), "rounds=300", "batch_size=30", f"out={tmp_path}/{out}", *more]
+
+    begin = (
+        "import sys; from fl_attack import checkpoint, __main__; checkpoint.Checkpoint.__init__.__defaults__ = (0.0,); "
+        "checkpoint.SHARE = 0; sys.argv[0] = 'fl-attack'; __main__.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", begin, *run("killed")], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / checkpoint.FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    state = np.load(tmp_path / "killed" / checkpoint.FILE)
+    (tmp_path / "killed" / ".rounds.csv.0123abcd").touch()  # what a killed process was writing
+    done = json.loads(state["tree"].tobytes())["state"]["dict"]["recorder"]["dict"]["round"]
+    assert 0 < done < 300
+    code, _, told = command(*run("killed"), "resume=true")
+    assert code == 0
+    assert f"going on after round {done} of 300" in told
+    assert command(*run("whole"))[0] == 0
+    for at in ("", "baseline") if "baseline=false" not in more else ("",):
+        for name in BYTES[:-1]:
+            if (tmp_path / "whole" / at / name).exists():
+                assert (tmp_path / "killed" / at / name).read_bytes() == (tmp_path / "whole" / at / name).read_bytes()
+    assert names(tmp_path / "killed") == names(tmp_path / "whole")
