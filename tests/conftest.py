@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("steady")
 
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MOST_WORKERS = 8  # each takes about a gigabyte
-USE_RAY = {"shared_ray", "own_ray", "grid"}  # fixtures
+RUN_RAY = {"shared_ray", "own_ray", "grid"}  # fixtures
 DATA = Path(os.environ.get("FL_ATTACK_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -40,16 +40,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """What uses Ray is slow, and runs in one worker: several at a time would wait for each other's processors."""
-    if USE_RAY & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("ray"):
+    """What runs Ray is slow."""
+    if RUN_RAY & set(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.ray)
+    if item.get_closest_marker("ray"):
         item.add_marker(pytest.mark.slow)
-        item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Workers begin with what takes longest, so that they end together."""
+    """Workers take parts of the list and then of each other's: Ray's tests fall to one, long ones come early."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("ray", "slow")])
 
 
 def pytest_unconfigure() -> None:

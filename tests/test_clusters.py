@@ -132,6 +132,7 @@ def test_an_address_without_a_cluster_is_told_in_one_line(own_ray: None, setting
 
 def test_without_an_address_ray_is_started_here_whatever_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, object] = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
     with ray_session(None, verbose=False):
         pass

@@ -28,6 +28,13 @@ Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str, str]]
 
 
+@pytest.fixture
+def refused_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Ray is running, and starting one fails the test."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+
+
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "rounds.csv").open() as lines:
         return list(csv.DictReader(lines))
@@ -85,11 +92,10 @@ BAD = {
 
 @pytest.mark.parametrize("overrides", BAD)
 def test_bad_input_is_one_line_and_exit_code_2_before_ray_starts(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: str
+    command: Command, refused_ray: None, tmp_path: Path, overrides: str
 ) -> None:
     import re
 
-    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
     out = [] if "out=" in overrides else [f"out={tmp_path}/out"]
     code, printed, told = command(*out, *overrides.split())
     assert code == 2
@@ -162,9 +168,8 @@ def test_a_run_can_be_replayed_from_what_it_leaves_by_another_program(
 
 @pytest.mark.parametrize("goal", ["untargeted", "targeted"])
 def test_the_batched_engine_leaves_the_same_artefacts_without_ray(
-    command: Command, small_data: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, goal: str
+    command: Command, small_data: Small, refused_ray: None, tmp_path: Path, goal: str
 ) -> None:
-    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
     data, out = small_data(3), tmp_path / "out"
     run = ["engine=batched", "batch_size=full", "rounds=15", f"attack.goal={goal}", "attack.budget=0.3", "lr=0.5"]
     assert command(*data, *run, f"out={out}")[0] == 0
