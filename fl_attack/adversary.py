@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import attack, model
+from fl_attack import attack, protocol, targets
+from fl_attack.models import outputs
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario, client_update
 
 LABEL_NOISE, UPDATE_NOISE, KNOWN = 3, 4, 5  # name random streams among those of one seed, as protocol.BATCHES does
@@ -103,7 +104,8 @@ def _chosen(
     else:
         samples, everyone = np.sort(np.concatenate([schedule.shards[c] for c in evil])), np.arange(len(schedule.shards))
         counts = np.ones_like(samples)
-    X, y = scenario.features(samples), torch.from_numpy(scenario.dataset.y_train[samples])
+    X, y, _ = scenario.batch(samples, counts, theta.device)
+    at = theta.to(X.dtype)
 
     def noise() -> Tensor:
         if threat.refresh == "step":
@@ -111,25 +113,22 @@ def _chosen(
         else:
             pool = np.sort(np.concatenate(schedule.shards))
         drawn = label_noise(scenario, round_, len(pool))[np.searchsorted(pool, samples)]
-        return torch.from_numpy(drawn).to(X.dtype)
-
-    def logits() -> Tensor:
-        Z = model.logits(theta.to(X.dtype), X)
-        return torch.cat([torch.zeros_like(Z), Z], -1) if Z.shape[-1] == 1 else Z
+        return torch.from_numpy(drawn).to(X)
 
     view = attack.View(
         y,
-        torch.from_numpy(counts),
-        scores=lambda: model.scores(direction(scenario, theta, round_).to(X.dtype), X),
-        logits=logits,
+        torch.from_numpy(counts).to(theta.device),
+        scores=lambda: scenario.model.scores(at, direction(scenario, theta, round_).to(X.dtype), X),
+        logits=lambda: outputs.class_logits(scenario.model.logits(at, X)),
         noise=noise,
         selection=threat.selection,
     )
     proposal = attack.find(threat.name).function(view, **threat.args)
     owner = np.searchsorted(evil, scenario.partition.client[samples])
     group = torch.zeros(len(y), dtype=torch.int64) if pooled else torch.from_numpy(owner)
-    chosen = attack.select(proposal.priority, group, torch.tensor(budgets)) & (proposal.labels != y)
-    return Flips(samples[chosen.numpy()], proposal.labels[chosen].numpy(), sum(budgets))
+    allowed = torch.tensor(budgets, device=theta.device)
+    chosen = attack.select(proposal.priority, group.to(theta.device), allowed) & (proposal.labels != y)
+    return Flips(samples[chosen.cpu().numpy()], proposal.labels[chosen].cpu().numpy(), sum(budgets))
 
 
 def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:
@@ -148,7 +147,7 @@ def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
     """The direction v that the attackers push the gradient against, from what they know, (C, d)."""
     threat, schedule = scenario.settings.attack, scenario.schedule
     if threat.goal == "targeted":
-        return attack.direction(threat.goal, theta, None, scenario.target)
+        return attack.direction(threat.goal, theta, None, targets.target(scenario).to(theta.device))
     step = threat.refresh == "step" or threat.writes != "labels"
     everyone = schedule.drawn(round_) if step else np.arange(len(schedule.shards))
     clients = known(scenario, everyone, round_)
@@ -185,13 +184,16 @@ def part(fraction: float, of: int) -> int:
     return min(of, max(1, math.floor(fraction * of + 0.5)))
 
 
-def updates(scenario: Scenario, theta: Tensor, round_: int, flips: Flips = NO_FLIPS) -> Tensor:
-    """What the clients of a round would send with these flips: gradients, (m, C, d), in the order of the clients."""
-    sent = [
-        (theta - client_update(scenario, int(client), theta, round_, flips)[0]) / scenario.settings.lr
-        for client in scenario.schedule.drawn(round_)
-    ]
-    return torch.stack(sent)
+def updates(
+    scenario: Scenario, theta: Tensor, round_: int, flips: Flips = NO_FLIPS, momenta: Tensor | None = None
+) -> Tensor:
+    """What the clients of a round would send with these flips, as gradients, (m, A, B), in the order of the clients.
+
+    `momenta` (m, A, B) are those of the clients before the round, where they have one.
+    """
+    moved = [client_update(scenario, int(c), theta, round_, flips)[0] for c in scenario.schedule.drawn(round_)]
+    sent = torch.stack([(theta - one) / scenario.lr(round_) for one in moved])
+    return protocol.with_momentum(scenario.settings.worker_momentum, momenta, sent)
 
 
 def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> Tensor:
@@ -200,13 +202,14 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
     if threat.writes != "updates" or rounds_before(scenario, round_) is None:
         return honest
     malicious = torch.from_numpy(np.isin(scenario.schedule.drawn(round_), scenario.partition.malicious))
+    malicious = malicious.to(theta.device)
     if not malicious.any():
         return honest
     view = attack.Updates(
         honest,
         malicious,
         direction=lambda: direction(scenario, theta, round_),
-        noise=lambda: update_noise(scenario, round_),
+        noise=lambda: update_noise(scenario, round_).to(theta.device),
     )
     sent = attack.find(threat.name).function(view, **threat.args)
     return torch.where(malicious[:, None, None], sent, honest)

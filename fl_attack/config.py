@@ -17,12 +17,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_attack import __version__, attack
-from fl_attack.aggregate import RULES, known
+from fl_attack import __version__, attack, models
+from fl_attack.aggregate import RULES, is_known
 from fl_attack.attack import Goal, Knowledge, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
 from fl_attack.overrides import conf_folder, explain, opened
-from fl_attack.protocol import Optimizer
+from fl_attack.protocol import LrSchedule, Optimizer
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -74,6 +74,7 @@ class DatasetSettings(Strict):
     path: str | None = None
     classes: tuple[int | str, ...] | None = None
     scale: Positive | None = None
+    standardize: bool = False
 
 
 class PartitionSettings(Strict):
@@ -86,9 +87,18 @@ class PartitionSettings(Strict):
 
 
 class ModelSettings(Strict):
-    """What is trained."""
+    """What is trained; see `models.make`."""
 
-    name: Literal["logistic"] = "logistic"
+    name: str = "logistic"
+    args: dict[str, Any] = {}
+    loss: Literal["cross_entropy", "label_smoothing", "focal", "brier"] = "cross_entropy"
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if models.find(self.name).kind is None and self.loss != "cross_entropy":
+            raise ValueError(f"loss={self.loss} has no meaning with name={self.name}; use cross_entropy, or model=mlp")
+        models.check_args(self.name, self.args)
+        return self
 
 
 class AttackSettings(Strict):
@@ -158,7 +168,7 @@ class StrategySettings(Strict):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        if self.name != "flower" and not known(self.name):
+        if self.name != "flower" and not is_known(self.name):
             names = ", ".join((*RULES, "byzfl", "flower"))
             raise ValueError(f"name={self.name} is not a strategy; known: {names}, or the import path of a function")
         if self.name == "flower" and not self.path:
@@ -175,6 +185,7 @@ class EngineSettings(Strict):
     name: Literal["flower", "batched"]
     grid: Literal["block", "stock"] = "block"
     actors: Count | None = None
+    client_device: Literal["cpu", "cuda"] = "cpu"
     ray_address: str | None = None
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     memory_gb: Positive = 2.0
@@ -208,6 +219,11 @@ class Settings(Strict):
     batch_size: Count | Literal["full"]
     local_steps: Count
     lr: Positive
+    lr_schedule: LrSchedule = "constant"
+    lr_every: Count | None = None
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    worker_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     server_optimizer: Optimizer
     early_stop: EarlyStopSettings
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -261,6 +277,10 @@ class Settings(Strict):
             raise ValueError(
                 f"server_optimizer={self.server_optimizer} is not applied by strategy=flower, which has its own; use "
                 "server_optimizer=sgd, or a strategy such as flwr.serverapp.strategy.FedAdam"
+            )
+        if self.lr_every is not None and self.lr_schedule not in ("step", "inverse"):
+            raise ValueError(
+                f"lr_every={self.lr_every} has no meaning with lr_schedule={self.lr_schedule}; use step or inverse"
             )
         if self.attacked and self.attack.knowledge in ("honest", "noisy") and self.clients.honest == 0:
             raise ValueError(

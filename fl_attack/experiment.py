@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
-from fl_attack import engine, federation, plots, results, scenario
+from fl_attack import engine, federation, plots, results, scenario, targets
 from fl_attack.config import AttackSettings, Settings
 from fl_attack.errors import RunError
 from fl_attack.history import History, OnRound, Recorder, Row
@@ -41,7 +41,7 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
         runs = {"honest": (honest, out / results.BASELINE)} | runs
     if settings.attacked and settings.attack.goal == "targeted":
         with Progress("target", settings.rounds) as progress:
-            scenario.load_target(attacked, progress)
+            targets.load_target(attacked, progress)
     summaries: dict[str, dict[str, Any]] = {}
     twin: History | None = None
 

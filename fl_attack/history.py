@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import detect, model
+from fl_attack import detect
 from fl_attack.detect import MEASURES
 from fl_attack.errors import RunError
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
@@ -116,12 +116,24 @@ class Recorder:
         self.on_round = on_round
         self.history = History(scenario.start())
         self._test_set = scenario.test_set()
+        self._validation_set: tuple[Tensor, Tensor] | None = None
         self._last = NO_FLIPS
         self._row: Row = {}
         patience = scenario.settings.early_stop.patience
         self._early_stop = None if patience is None else EarlyStop(np.array([patience]))
         if self._early_stop:
             self._validation_set, self._best = scenario.validation_set(), self.history.theta
+
+    def measure_on(self, device: torch.device) -> None:
+        """Keep what is measured on a device: the one that `record` is given parameters on."""
+        X, y = self._test_set
+        self._test_set = X.to(device), y.to(device)
+        if self._validation_set:
+            X, y = self._validation_set
+            self._validation_set = X.to(device), y.to(device)
+        self.history.theta = self.history.theta.to(device)
+        if self._early_stop:
+            self._best = self._best.to(device)
 
     @property
     def stopped(self) -> bool:
@@ -165,10 +177,12 @@ class Recorder:
         self, round_: int, before: Tensor, aggregate: Tensor | None, flips: Flips, updates: Tensor | None
     ) -> Row:
         X, y = self._test_set
-        quality = model.quality(self.history.theta.to(X.dtype), X, y)
+        quality = self.scenario.model.measure(self.history.theta.to(X.dtype), X, y)
         cosine = math.nan
         if aggregate is not None:
             clean = self.scenario.gradient(before, self.scenario.schedule.drawn(round_), round_)
+            if decay := self.scenario.settings.weight_decay:
+                clean = clean + decay * before
             norms = (aggregate.norm() * clean.norm()).item()
             cosine = (aggregate * clean).sum().item() / norms if norms > 0 else math.nan
         _, here, there = np.intersect1d(flips.samples, self._last.samples, assume_unique=True, return_indices=True)
@@ -193,11 +207,11 @@ class Recorder:
         if updates is None or not made.settings.attacked:
             return [math.nan] * len(MEASURES)
         malicious = np.isin(made.schedule.drawn(round_), made.partition.malicious)
-        found: list[float] = detect.measures(updates, torch.from_numpy(malicious)).tolist()
+        found: list[float] = detect.measures(updates, torch.from_numpy(malicious).to(updates.device)).tolist()
         return found
 
     def _validation_loss(self) -> float:
-        if not self._early_stop:
+        if self._validation_set is None:
             return math.nan
         X, y = self._validation_set
-        return model.losses(model.logits(self.history.theta.to(X.dtype), X), y).double().mean().item()
+        return self.scenario.model.mean_loss(self.history.theta.to(X.dtype), X, y)

@@ -6,6 +6,7 @@ composed once, and their values set.
 """
 
 import importlib
+import itertools
 import pickle
 import sys
 import types
@@ -46,11 +47,22 @@ class AllAtOnce(BasicSweeper):
         return [self.launcher.launch(self.jobs(arguments), initial_job_idx=0)]
 
     def jobs(self, arguments: list[str]) -> Sequence[Sequence[str]]:
-        """The overrides of each job: the command line, or `hydra.sweeper.params`, expanded."""
+        """The overrides of each job: the command line, or `hydra.sweeper.params`, expanded.
+
+        A key of the file such as `clients.malicious+attack.budget: 3+1.0,10+0.1` sets several together.
+        """
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        (jobs,) = self.split_arguments(parser.parse_overrides([*self._parse_config(), *arguments]), None)
-        return jobs
+        params = self._parse_config()
+        joint = [_together(param) for param in params if "+" in _key(param)]
+        alone = [param for param in params if "+" not in _key(param)]
+        (jobs,) = self.split_arguments(parser.parse_overrides([*alone, *arguments]), None)
+        chosen = {_key(argument) for argument in arguments}
+        return [
+            [*(one for case in cases for one in case if _key(one) not in chosen), *job]
+            for cases in itertools.product(*joint)
+            for job in jobs
+        ]
 
 
 class SweepLauncher(Launcher):
@@ -125,6 +137,16 @@ def grid(*overrides: str) -> "list[Cell]":
 
 def _unused(config: DictConfig) -> None:
     """What Hydra would run for each job."""
+
+
+def _together(param: str) -> list[list[str]]:
+    """The cases of a parameter that sets several keys, as overrides; InputError where their numbers differ."""
+    keys, _, values = param.partition("=")
+    names = keys.split("+")
+    cases = [case.strip().split("+") for case in values.split(",")]
+    if wrong := next((case for case in cases if len(case) != len(names)), None):
+        raise InputError(f"hydra.sweeper.params: {keys} sets {len(names)} keys, but {'+'.join(wrong)} {len(wrong)}")
+    return [[f"{name}={value}" for name, value in zip(names, case, strict=True)] for case in cases]
 
 
 def _key(override: str) -> str:

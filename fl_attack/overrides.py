@@ -18,8 +18,8 @@ def conf_folder() -> Path:
 
 
 def opened(overrides: Iterable[str]) -> list[str]:
-    """Overrides that may also set what no YAML names: the arguments of a strategy or an attack."""
-    return [re.sub(r"^\+*(?=(strategy|attack)\.args[.=])", "++", override) for override in overrides]
+    """Overrides that may also set what no YAML names: the arguments of a model, a strategy or an attack."""
+    return [re.sub(r"^\+*(?=(model|strategy|attack)\.args[.=])", "++", override) for override in overrides]
 
 
 def many(arguments: list[str]) -> list[str]:

@@ -4,7 +4,8 @@ Indices are positions in the training set. A client's minibatches are a function
 that any process can work out any client's part, and do it again.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
@@ -14,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import model
 from fl_attack.errors import InputError
 
 Optimizer = Literal["sgd", "momentum", "adam"]
+LrSchedule = Literal["constant", "cosine", "step", "inverse"]
+Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]  # of theta (A, B), inputs (n, ...), labels (n,)
 ROUNDS_AT_ONCE = 256
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
@@ -145,14 +147,69 @@ def shuffled(seed: int, round_: int, clients: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, LOTS, round_]).permutation(clients)
 
 
-def local_update(theta: Tensor, X: Tensor, y: Tensor, lr: float) -> Tensor:
-    """Parameters (C, d) after one SGD step on each minibatch of X (steps, size, d), y (steps, size).
+def lr_factor(schedule: LrSchedule, round_: int, rounds: int, every: int | None = None, decay: float = 0.1) -> float:
+    """By what the learning rate of a round, counted from 1, is multiplied.
 
-    theta keeps its own precision; gradients are computed in that of X.
+    Parameters
+    ----------
+    schedule
+        `constant` 1; `cosine` `(1 + cos(pi (t - 1) / T)) / 2` (Loshchilov and Hutter 2017,
+        https://arxiv.org/abs/1608.03983); `step` `decay^((t - 1) // every)`; `inverse` `1 / (1 + (t - 1) / every)`.
+    round_, rounds
+        t and T.
+    every
+        Rounds; None is a third of all, rounded up.
+    decay
+        Of `step`.
+    """
+    past, every = round_ - 1, every or -(-rounds // 3)
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * past / rounds)) / 2
+    if schedule == "step":
+        return float(decay ** (past // every))
+    if schedule == "inverse":
+        return 1 / (1 + past / every)
+    return 1.0
+
+
+def local_update(
+    gradient: Gradient, theta: Tensor, X: Tensor, y: Tensor, lr: float, weight_decay: float = 0.0
+) -> Tensor:
+    """Parameters (A, B) after one SGD step on each minibatch of X (steps, size, ...), y (steps, size).
+
+    theta keeps its own precision; gradients are computed in that of X. The step is along the gradient and
+    `weight_decay` times theta, as in `torch.optim.SGD`.
     """
     for X_step, y_step in zip(X, y, strict=True):
-        theta = theta - lr * model.gradient(theta.to(X.dtype), X_step, y_step).to(theta.dtype)
+        step = gradient(theta.to(X.dtype), X_step, y_step).to(theta.dtype)
+        theta = theta - lr * (step + weight_decay * theta if weight_decay else step)
     return theta
+
+
+class Momenta:
+    """The momentum of each client's updates, `m <- beta m + (1 - beta) u`, from zero.
+
+    Karimireddy et al. 2021, https://arxiv.org/abs/2012.10333. A client that sits a round out keeps what it has.
+    """
+
+    def __init__(self, beta: float, clients: int, start: Tensor) -> None:
+        """`start` (A, B) is any tensor of the updates' shape."""
+        self.beta = beta
+        self.table = start.new_zeros(clients if beta else 0, *start.shape)
+
+    def of(self, clients: Sequence[int] | NDArray[np.int64]) -> Tensor | None:
+        """Momenta before a round, (m, A, B); None where there are none."""
+        return self.table[torch.as_tensor(clients, device=self.table.device)] if self.beta else None
+
+    def note(self, clients: Sequence[int] | NDArray[np.int64], moved: Tensor) -> None:
+        """Take the momenta (m, A, B) after a round."""
+        if self.beta:
+            self.table[torch.as_tensor(clients, device=self.table.device)] = moved
+
+
+def with_momentum(beta: float, before: Tensor | None, update: Tensor) -> Tensor:
+    """The momentum after an update, both of one shape; the update itself where there is none."""
+    return update if before is None else beta * before + (1 - beta) * update
 
 
 class ServerState(NamedTuple):

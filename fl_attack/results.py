@@ -1,7 +1,5 @@
 """What a run leaves behind in its folder; every file is written whole or not at all."""
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +15,8 @@ from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
 from fl_attack.history import COLUMNS, History, rounds_to_recover
 from fl_attack.scenario import Scenario
+from fl_attack.sweep_table import write_csv
+from fl_attack.targets import target
 
 SUMMARY = "summary.json"  # written last: a folder that has one is finished
 BASELINE = "baseline"
@@ -46,11 +46,7 @@ def clear(out: Path) -> None:
 
 def write_rounds(out: Path, history: History) -> None:
     """`rounds.csv`, a row for each evaluated round so far."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(history.rows)
-    _write(out / "rounds.csv", lambda stream: stream.write(text.getvalue().encode()))
+    write_csv(out / "rounds.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in history.rows])
 
 
 def write(out: Path, scenario: Scenario, history: History, finished: bool = True, twin: History | None = None) -> None:
@@ -60,12 +56,12 @@ def write(out: Path, scenario: Scenario, history: History, finished: bool = True
     _write(out / "config.yaml", lambda stream: stream.write(to_yaml(settings).encode()))
     write_rounds(out, history)
     arrays = {
-        "model.npz": {"theta": history.theta.numpy()},
+        "model.npz": scenario.model.state(history.theta),
         "partition.npz": {"client": scenario.partition.client, "malicious": scenario.partition.malicious},
         "flips.npz": history.flip_table(),
     }
     if settings.attacked and settings.attack.goal == "targeted":
-        arrays["target.npz"] = {"theta": scenario.target.numpy()}
+        arrays["target.npz"] = scenario.model.state(target(scenario))
     for name, content in arrays.items():
         _write(out / name, partial(_savez, content))
     if finished:

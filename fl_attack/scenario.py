@@ -4,26 +4,20 @@ A scenario is a pure function of the settings, so every process makes its own fr
 memory-mapped and shared.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import __version__, aggregate, attack, data, model, plugins, protocol
+from fl_attack import aggregate, data, models, plugins, protocol
 from fl_attack.config import Settings, settings_from
-from fl_attack.data import cache
-from fl_attack.errors import InputError
-
-Progress = Callable[[int], None]
 
 
 class Flips(NamedTuple):
@@ -34,8 +28,18 @@ class Flips(NamedTuple):
     allowed: int
 
 
-AT_HAND = 2**30  # bytes of features that a training in this process may keep
-PIECE = 2**20  # numbers of features of a piece that stays in the cache
+class CleanGradient(NamedTuple):
+    """The clean gradient that was computed last, and of what; theta is compared by identity, since none is changed."""
+
+    theta: Tensor
+    samples: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    gradient: Tensor
+
+
+WORTH_ADDING = (
+    0.6  # share of flipped samples up to which a pass over them alone is less work than one backwards over all
+)
 NO_FLIPS = Flips(np.empty(0, np.int64), np.empty(0, np.int64), 0)
 
 
@@ -55,8 +59,15 @@ class Scenario:
 
     @property
     def theta_shape(self) -> tuple[int, int]:
-        """Outputs C and features d, the constant included."""
-        return model.output_count(self.classes), self.dataset.x_train.shape[1] + 1
+        """Of the parameters: (C, d) of logistic regression, the constant included; (1, P) of a network."""
+        return self.model.shape
+
+    @cached_property
+    def model(self) -> models.Model:
+        """What is trained."""
+        chosen = self.settings.model
+        args = json.dumps(chosen.args, sort_keys=True)
+        return _model(chosen.name, args, chosen.loss, self.dataset.image_shape, self.classes, self.settings.seed)
 
     @property
     def write_access(self) -> float:
@@ -65,37 +76,68 @@ class Scenario:
         return theirs / int((self.partition.client >= 0).sum())
 
     def start(self) -> Tensor:
-        """The parameters before the first round: zero."""
-        return torch.zeros(self.theta_shape, dtype=torch.float64)
+        """The parameters before the first round, in float64."""
+        return self.model.start()
 
     def features(self, samples: NDArray[np.int64]) -> Tensor:
-        """Features of training samples, (n, d)."""
+        """The model's inputs of training samples: features (n, d), or (n, C, H, W) of a network's images."""
         x = np.asarray(self.dataset.x_train)  # indexing the bare array is quicker than the memory map
-        raw = x if len(samples) == len(x) and (np.diff(samples) == 1).all() else x[samples]
-        return data.features(raw, self.dataset.scale, self.settings.torch_dtype)
+        return self._inputs(x if len(samples) == len(x) and (np.diff(samples) == 1).all() else x[samples])
+
+    def _inputs(self, raw: NDArray[np.float64]) -> Tensor:
+        """The model's inputs of raw values (n, p)."""
+        X = data.features(raw, self.dataset.scaling, self.settings.torch_dtype, self.model.constant)
+        return X if self.model.constant else self.dataset.images(X)
 
     def test_set(self) -> tuple[Tensor, Tensor]:
-        """Features and labels that the server measures the model on."""
-        X = data.features(self.dataset.x_test, self.dataset.scale, self.settings.torch_dtype)
-        return X, torch.tensor(self.dataset.y_test)
+        """Inputs and labels that the server measures the model on."""
+        return self._inputs(self.dataset.x_test), torch.tensor(self.dataset.y_test)
 
     def validation_set(self) -> tuple[Tensor, Tensor]:
-        """Features and labels that the server holds out to see when to stop."""
+        """Inputs and labels that the server holds out to see when to stop."""
         samples = self.partition.validation
         return self.features(samples), torch.from_numpy(self.dataset.y_train[samples])
 
     def gradient(self, theta: Tensor, clients: Iterable[int], round_: int) -> Tensor:
-        """Clean gradient of the clients' samples in a round, (C, d), in the precision of theta."""
+        """Clean gradient of the clients' samples in a round, shaped as theta and in its precision."""
         return self.gradient_of(theta, *self.schedule.samples(clients, round_))
 
     def gradient_of(self, theta: Tensor, samples: NDArray[np.int64], counts: NDArray[np.int64]) -> Tensor:
-        """Clean gradient of samples that count so often, (C, d), in the precision of theta."""
-        return _gradient(theta, *self.batch(samples, counts))
+        """Clean gradient of samples that count so often, shaped as theta and in its precision.
 
-    def batch(self, samples: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (n, d), labels (n,) and how often each counts (n,), in the precision of the features."""
-        X = self.features(samples)
-        return X, torch.from_numpy(self.dataset.y_train[samples]), torch.from_numpy(counts).to(X.dtype)
+        The last one is remembered: attackers, clients and measures ask for the same.
+        """
+        last = self.memo.get("gradient")
+        if last and last.theta is theta and all(map(np.array_equal, last[1:3], (samples, counts))):
+            found: Tensor = last.gradient
+            return found
+        X, y, w = self.batch(samples, counts, theta.device)
+        gradient = self.model.gradient(theta.to(X.dtype), X, y, w).to(theta.dtype)
+        self.memo["gradient"] = CleanGradient(theta, samples, counts, gradient)
+        return gradient
+
+    @cached_property
+    def memo(self) -> dict[str, Any]:
+        """What has been worked out of this experiment and may be asked for again."""
+        return {}
+
+    def batch(
+        self, samples: NDArray[np.int64], counts: NDArray[np.int64], device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (n, ...), labels (n,) and how often each counts (n,), in the precision of the inputs."""
+        X = self.features(samples).to(device)
+        y = torch.from_numpy(self.dataset.y_train[samples]).to(device)
+        return X, y, torch.from_numpy(counts).to(X)
+
+    def lr(self, round_: int) -> float:
+        """Learning rate of a round, of the clients' steps and the server's."""
+        settings = self.settings
+        factor = protocol.lr_factor(settings.lr_schedule, round_, settings.rounds, settings.lr_every, settings.lr_decay)
+        return settings.lr * factor
+
+    def momenta(self, start: Tensor) -> protocol.Momenta:
+        """The clients' momenta before the first round, which starts from parameters `start` (A, B)."""
+        return protocol.Momenta(self.settings.worker_momentum, self.settings.clients.total, start)
 
     def rule(self) -> aggregate.Combine:
         """The server's rule: updates (..., m, C, d), weights (m,) and lots (m,) to the aggregate (..., C, d)."""
@@ -118,15 +160,15 @@ class Scenario:
             found[i, self.schedule.drawn(i + 1)] = True
         return found
 
-    @cached_property
-    def target(self) -> Tensor:
-        """The parameters that a targeted attacker steers to, (C, d)."""
-        return load_target(self)
-
     def relabelled(self, y_train: NDArray[np.int64]) -> "Scenario":
         """The same experiment with other training labels."""
-        dataset = self.dataset.__class__(**{**vars(self.dataset), "y_train": y_train})
-        return Scenario(self.settings, dataset, self.partition, self.schedule)
+        return replace(self, dataset=replace(self.dataset, y_train=y_train))
+
+
+@lru_cache(maxsize=64)
+def _model(name: str, args: str, loss: str, inputs: tuple[int, ...], classes: int, seed: int) -> models.Model:
+    """`models.make`, once for all cells that have it in common."""
+    return models.make(name, json.loads(args), loss, inputs, classes, seed)
 
 
 def make(settings: Settings, verify: bool = True) -> Scenario:
@@ -149,7 +191,9 @@ def of(settings: Settings, dataset: data.Dataset) -> Scenario:
     batch_size = None if settings.batch_size == "full" else settings.batch_size
     sizes = protocol.batch_sizes(np.array([len(shard) for shard in shards]), batch_size)
     schedule = protocol.Schedule(shards, sizes, settings.local_steps, settings.seed, settings.per_round)
-    return Scenario(settings, dataset, partition, schedule)
+    made = Scenario(settings, dataset, partition, schedule)
+    _ = made.model  # a user's module that can't be trained is told before any work starts
+    return made
 
 
 def _spelled_out(settings: Settings, scale: float) -> Settings:
@@ -165,6 +209,7 @@ def _spelled_out(settings: Settings, scale: float) -> Settings:
         update={
             "dataset": settings.dataset.model_copy(update=here),
             "strategy": settings.strategy.model_copy(update=strategy),
+            "model": settings.model.model_copy(update={"name": plugins.spelled_out(settings.model.name, folder)}),
             "attack": settings.attack.model_copy(
                 update={
                     "name": plugins.spelled_out(settings.attack.name, folder),
@@ -181,130 +226,52 @@ def from_json(text: str) -> Scenario:
     return make(settings_from(json.loads(text)), verify=False)
 
 
-def train(scenario: Scenario, progress: Progress = lambda round_: None) -> Tensor:
-    """Parameters (C, d) after all rounds without any attack under the mean, in this process."""
-    return train_all([scenario], progress)[0]
-
-
-def train_all(scenarios: Sequence[Scenario], progress: Progress = lambda round_: None) -> list[Tensor]:
-    """`train` of experiments that differ in learning rate and optimizer alone; each minibatch is fetched once."""
-    like, thetas = scenarios[0], [made.start() for made in scenarios]
-    take, schedule = _taker(like), like.schedule
-    states = [protocol.initial_state(theta) for theta in thetas]
-    last: NDArray[np.int64] = np.empty(0, np.int64)
-    for round_ in range(1, like.settings.rounds + 1):
-        if like.settings.local_steps == 1:  # the weighted mean of the gradients is the gradient of the union
-            samples, _ = schedule.samples_once(round_)  # each once: clients share none
-            if not np.array_equal(samples, last):  # full batches are all the same
-                last, batch = samples, (take(samples), torch.from_numpy(like.dataset.y_train[samples]))
-            aggregates = _gradients(thetas, *batch)
-        else:
-            aggregates = [_moved(made, theta, round_) for made, theta in zip(scenarios, thetas, strict=True)]
-        for i, made in enumerate(scenarios):
-            optimizer, lr = made.settings.server_optimizer, made.settings.lr
-            thetas[i], states[i] = protocol.server_step(optimizer, thetas[i], aggregates[i], lr, states[i])
-        progress(round_)
-    return thetas
-
-
-def _taker(like: Scenario) -> Callable[[NDArray[np.int64]], Tensor]:
-    """What gives the features of samples: from all at hand, where these are not too many and used a few times."""
-    x, size, dtype = like.dataset.x_train, int(like.schedule.sizes.sum()), like.settings.torch_dtype
-    few_uses = like.settings.rounds * size <= 2 * len(x) or size == len(x) or like.settings.local_steps > 1
-    if few_uses or x.size * dtype.itemsize > AT_HAND:
-        return like.features
-    return data.Stored(x, like.dataset.scale, dtype).take
-
-
-def _gradient(theta: Tensor, X: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
-    return model.gradient(theta.to(X.dtype), X, y, counts).to(theta.dtype)
-
-
-def _gradients(thetas: Sequence[Tensor], X: Tensor, y: Tensor) -> list[Tensor]:
-    """`_gradient` of several models; of many samples a piece at a time, which all models read from the cache."""
-    rows = max(1, PIECE // X.shape[1])
-    if len(X) <= 2 * rows:
-        return [_gradient(theta, X, y) for theta in thetas]
-    sums = [torch.zeros_like(theta) for theta in thetas]
-    for X_piece, y_piece in zip(X.split(rows), y.split(rows), strict=True):
-        for theta, total in zip(thetas, sums, strict=True):
-            total.add_(_gradient(theta, X_piece, y_piece), alpha=len(X_piece))
-    return [total / len(X) for total in sums]
-
-
-def _moved(made: Scenario, theta: Tensor, round_: int) -> Tensor:
-    """What the clients' local steps amount to, as a gradient."""
-    clients, sizes = made.schedule.drawn(round_), made.schedule.sizes
-    weights = sizes[clients] / sizes[clients].sum()
-    moved = sum(
-        w * client_update(made, int(c), theta, round_, NO_FLIPS)[0] for c, w in zip(clients, weights, strict=True)
-    )
-    found: Tensor = (theta - moved) / made.settings.lr
-    return found
-
-
 def client_update(scenario: Scenario, client: int, theta: Tensor, round_: int, flips: Flips) -> tuple[Tensor, int]:
-    """A client's parameters (C, d) after its local steps on labels with flips, and the samples it used."""
+    """A client's parameters (A, B) after its local steps on labels with flips, and the samples it used."""
     steps = scenario.schedule.steps(client, round_)
-    X = scenario.features(steps.ravel()).view(*steps.shape, -1)
-    y = scenario.dataset.y_train[steps]
-    if len(flips.samples):
-        place = np.searchsorted(flips.samples, steps).clip(max=len(flips.samples) - 1)
-        y = np.where(flips.samples[place] == steps, flips.labels[place], y)
-    return protocol.local_update(theta, X, torch.from_numpy(y), scenario.settings.lr), steps.size
+    X = scenario.features(steps.ravel()).to(theta.device)
+    y = torch.from_numpy(relabelled(scenario.dataset.y_train, steps, flips)).to(theta.device)
+    moved = protocol.local_update(
+        scenario.model.gradient,
+        theta,
+        X.view(*steps.shape, *X.shape[1:]),
+        y,
+        scenario.lr(round_),
+        scenario.settings.weight_decay,
+    )
+    return moved, steps.size
 
 
-def load_target(scenario: Scenario, progress: Progress = lambda round_: None) -> Tensor:
-    """theta_target: the file of `attack.target_path`, or trained as the run would be, honestly, on flipped labels.
+def relabelled(y_train: NDArray[np.int64], samples: NDArray[np.int64], flips: Flips) -> NDArray[np.int64]:
+    """Labels of samples, shaped as these, with flips."""
+    y = y_train[samples]
+    if not len(flips.samples):
+        return y
+    place = np.searchsorted(flips.samples, samples).clip(max=len(flips.samples) - 1)
+    return np.where(flips.samples[place] == samples, flips.labels[place], y)
 
-    What was trained is cached under a key of everything that it depends on.
+
+def mean_gradient(scenario: Scenario, theta: Tensor, round_: int, flips: Flips = NO_FLIPS) -> Tensor:
+    """Mean of the gradients that the clients of a round of one local step send, shaped as theta.
+
+    It is the gradient of the union of their minibatches. Where the clean one is at hand, what few flips change is added
+    to it.
     """
-    return load_targets([scenario], progress)[0]
-
-
-def load_targets(scenarios: Sequence[Scenario], progress: Progress = lambda round_: None) -> list[Tensor]:
-    """`load_target` of experiments that differ in their attack, learning rate and optimizer alone."""
-    files = [_target_file(made) for made in scenarios]
-    missing = {file: made for file, made in zip(files, scenarios, strict=True) if not _is_target(file, made)}
-    if missing:
-        like = next(iter(missing.values()))
-        flipped = attack.flipped_target(torch.tensor(like.dataset.y_train), like.classes).numpy()
-        trained = train_all([made.relabelled(flipped) for made in missing.values()], progress)
-        for file, target in zip(missing, trained, strict=True):
-            cache.write_whole(file, partial(np.savez, theta=target.numpy()))
-    return [_read_target(file, made.theta_shape) for file, made in zip(files, scenarios, strict=True)]
-
-
-def _target_file(scenario: Scenario) -> Path:
-    settings, path = scenario.settings, scenario.settings.attack.target_path
-    if path is not None:
-        return Path(path)
-    kept = {"rounds", "batch_size", "local_steps", "lr", "server_optimizer", "seed", "dtype"}
-    recipe = hashlib.sha256(scenario.partition.client.tobytes())
-    recipe.update(f"{scenario.schedule.per_round}".encode())
-    recipe.update((settings.model_dump_json(include=kept) + scenario.dataset.fingerprint + __version__).encode())
-    return cache.folder() / "targets" / f"{recipe.hexdigest()[:24]}.npz"
-
-
-def _is_target(file: Path, scenario: Scenario) -> bool:
-    """Whether a target is there; one of ours that is damaged is trained anew, one of the user's is an error."""
-    if scenario.settings.attack.target_path is not None:
-        return True
-    try:
-        _read_target(file, scenario.theta_shape)
-    except InputError:
-        return False
-    return True
-
-
-def _read_target(file: Path, shape: tuple[int, int]) -> Tensor:
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            theta = np.asarray(stored["theta"], np.float64)
-    except Exception as error:
-        raise InputError(
-            f"{file} can't be read as a target (an .npz file with theta of shape {shape}): {error}"
-        ) from None
-    if theta.shape != shape or not np.isfinite(theta).all():
-        raise InputError(f"theta in {file} has shape {theta.shape}; a finite array of shape {shape} is needed")
-    return torch.from_numpy(theta)
+    schedule, clients = scenario.schedule, scenario.schedule.drawn(round_)
+    samples, counts = schedule.samples(clients, round_)
+    decay = scenario.settings.weight_decay
+    changed = np.isin(samples, flips.samples, assume_unique=True)
+    last = scenario.memo.get("gradient")
+    at_hand = last is not None and last.theta is theta and np.array_equal(last.samples, samples)
+    if not changed.any() or (at_hand and changed.sum() < WORTH_ADDING * len(samples)):
+        found = scenario.gradient_of(theta, samples, counts)
+        if changed.any():
+            X, y, w = scenario.batch(samples[changed], counts[changed], theta.device)
+            new = torch.from_numpy(relabelled(scenario.dataset.y_train, samples[changed], flips)).to(theta.device)
+            gained = scenario.model.relabelling(theta.to(X.dtype), X, y, new, w) / counts.sum()
+            found = found + gained.to(theta.dtype)
+    else:
+        X, _, w = scenario.batch(samples, counts, theta.device)
+        y = torch.from_numpy(relabelled(scenario.dataset.y_train, samples, flips)).to(theta.device)
+        found = scenario.model.gradient(theta.to(X.dtype), X, y, w).to(theta.dtype)
+    return found + decay * theta if decay else found

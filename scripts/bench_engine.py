@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fl_attack import adversary, engine, model, protocol, scenario
+from fl_attack import adversary, engine, protocol, scenario
 from fl_attack.config import Settings, compose
 from fl_attack.engine.batches import Batches
+from fl_attack.models import logistic
 from fl_attack.scenario import Scenario
 
 clock = time.perf_counter
@@ -45,7 +46,7 @@ def cells(made: list[Scenario], count: int) -> list[Scenario]:
         like = made[i % len(made)]
         threat = like.settings.attack.model_copy(update={"budget": round(0.02 + 0.96 * i / count, 2)})
         one = Scenario(like.settings.model_copy(update={"attack": threat}), *[vars(like)[k] for k in SHARED])
-        one.__dict__["target"] = like.__dict__.get("target")
+        one.memo["target"] = like.memo.get("target")
         chosen.append(one)
     return chosen
 
@@ -94,7 +95,7 @@ def naive(cell: Scenario, rounds: int) -> float:
         y = cell.dataset.y_train[samples]
         y[np.searchsorted(samples, flips.samples)] = flips.labels
         X = cell.features(samples)
-        gradient = model.gradient(theta.to(X.dtype), X, torch.from_numpy(y)).to(theta.dtype)
+        gradient = logistic.gradient(theta.to(X.dtype), X, torch.from_numpy(y)).to(theta.dtype)
         theta, state = protocol.server_step("sgd", theta, gradient, cell.settings.lr, state)
         ticks.append(clock() - began)
     return statistics.median(ticks)
@@ -118,7 +119,7 @@ def rows(data: list[str], given: argparse.Namespace) -> Iterator[tuple[str, int,
             made = []
             for f in given.malicious:
                 made.append(scenario.make(settings(data, n, given.rounds, *change, f"clients.malicious={f}")))
-                made[-1].__dict__["target"] = torch.randn(made[-1].theta_shape, dtype=torch.float64)
+                made[-1].memo["target"] = torch.randn(made[-1].theta_shape, dtype=torch.float64)
             d = int(Batches(made[0], np.arange(10), torch.device("cpu"), 2e9).seen.sum())
             full = made[0].theta_shape[1]
             for M in given.cells:

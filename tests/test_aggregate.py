@@ -36,7 +36,7 @@ def updates_of(seed: int, cells: int = 3, m: int = M) -> Tensor:
 
 
 def rule(name: str, f: int | None = None, m: int = M, **more: Any) -> Callable[[Tensor], Tensor]:
-    f = min(2, RULES[name].most(m)) if f is None and name in RULES else f or 0
+    f = min(2, RULES[name].max_f(m)) if f is None and name in RULES else f or 0
     made = aggregate.make(name, f=f, m=m, **more)
     return lambda updates: made(updates, torch.ones(m), torch.arange(m))
 
@@ -52,7 +52,7 @@ def test_the_order_of_the_clients_does_not_matter(name: str, seed: int) -> None:
 def test_nor_does_it_together_with_their_weights(name: str, seed: int) -> None:
     u, weights = updates_of(seed), torch.arange(1, M + 1)
     order = torch.randperm(M, generator=torch.Generator().manual_seed(seed))
-    made = aggregate.make(name, f=min(2, RULES[name].most(M)), m=M)
+    made = aggregate.make(name, f=min(2, RULES[name].max_f(M)), m=M)
     expected = made(u, weights, torch.arange(M))
     torch.testing.assert_close(made(u[:, order], weights[order], torch.arange(M)), expected, atol=1e-9, rtol=0)
 
@@ -105,7 +105,7 @@ def test_trimming_nothing_is_the_mean(name: str) -> None:
 @pytest.mark.parametrize("name", ROBUST)
 def test_a_minority_that_sends_anything_does_not_get_through(name: str, bad: float) -> None:
     u = updates_of(1)
-    f = min(2, RULES[name].most(M))
+    f = min(2, RULES[name].max_f(M))
     u[:, 3 : 3 + f, 0, 1] = bad
     result = rule(name, f=f)(u)
     assert result.isfinite().all()
@@ -246,7 +246,7 @@ def test_buckets_are_means_of_clients_drawn_by_lot() -> None:
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("m", [3, 7, 10])
 def test_an_f_for_which_a_rule_is_undefined_is_refused_with_the_largest_that_is_not(name: str, m: int) -> None:
-    most = RULES[name].most(m)
+    most = RULES[name].max_f(m)
     if most >= 0:
         assert rule(name, f=most, m=m)(updates_of(0, m=m)).isfinite().all()
     told = "more than" if most == m else f"too many for strategy={name} of {m} clients; use"

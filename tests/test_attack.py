@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_attack import attack, model
+from fl_attack import attack
 from fl_attack.attack import ATTACKS, Proposal, View
 from fl_attack.errors import InputError
+from fl_attack.models import logistic
 
 N, D = 6, 4
 SIZES = st.sampled_from([2, 3])
@@ -24,7 +25,7 @@ SEEDS = st.integers(0, 10_000)
 def world(classes: int, seed: int, ties: bool = False, n: int = N) -> tuple[torch.Tensor, ...]:
     """theta, v, X, y of a small problem; with ties, small integers and repeated samples."""
     rng = torch.Generator().manual_seed(seed)
-    C = model.output_count(classes)
+    C = logistic.output_count(classes)
     theta, v = torch.randn(2, C, D, dtype=torch.float64, generator=rng)
     X = torch.randn(n, D, dtype=torch.float64, generator=rng)
     if ties:
@@ -41,13 +42,13 @@ def view_of(y: torch.Tensor, scores: torch.Tensor, w: torch.Tensor | None = None
 
 
 def inner(theta: torch.Tensor, v: torch.Tensor, X: torch.Tensor, y: torch.Tensor) -> float:
-    return (model.gradient(theta, X, y) * v).sum().item()
+    return (logistic.gradient(theta, X, y) * v).sum().item()
 
 
 def flipped(
     v: torch.Tensor, X: torch.Tensor, y: torch.Tensor, group: torch.Tensor, budgets: torch.Tensor, selection: str
 ) -> torch.Tensor:
-    proposal = ATTACKS["greedy"].function(view_of(y, model.scores(v, X), selection=selection))
+    proposal = ATTACKS["greedy"].function(view_of(y, logistic.scores(v, X), selection=selection))
     chosen = attack.select(proposal.priority, group, budgets)
     return torch.where(chosen, proposal.labels, y)
 
@@ -66,7 +67,7 @@ def best_of_all(
     changed = candidates != y
     spent = torch.stack([(changed & (group == g)).sum(-1) for g in range(len(budgets))], -1)
     allowed = candidates[(spent <= budgets).all(-1)]
-    return (model.gradient(theta, X, allowed) * v).sum((-1, -2)).min().item()
+    return (logistic.gradient(theta, X, allowed) * v).sum((-1, -2)).min().item()
 
 
 @given(SIZES, SEEDS, st.booleans(), st.integers(0, N), st.booleans(), st.sampled_from(["untargeted", "targeted"]))
@@ -74,7 +75,7 @@ def test_greedy_is_the_optimum_over_all_label_sets(
     classes: int, seed: int, ties: bool, budget: int, per_client: bool, goal: str
 ) -> None:
     theta, target, X, y = world(classes, seed, ties)
-    clean = model.gradient(theta, X, y)
+    clean = logistic.gradient(theta, X, y)
     v = attack.direction(goal, theta, clean, target)  # type: ignore[arg-type]
     group = torch.arange(N) % 2 if per_client else torch.zeros(N, dtype=torch.int64)
     budgets = torch.tensor([budget // 2, budget - budget // 2] if per_client else [budget])
@@ -112,7 +113,7 @@ def test_the_printed_algorithm_never_beats_the_exact_one(classes: int, seed: int
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_printed_algorithm_wastes_budget_on_labels_that_are_harmful_already(classes: int) -> None:
-    C = model.output_count(classes)
+    C = logistic.output_count(classes)
     v = torch.zeros(C, 1, dtype=torch.float64)
     v[-1] = 1.0  # the last label lowers the inner product by the feature
     X, last = torch.tensor([[2.0], [1.0]], dtype=torch.float64), classes - 1
@@ -189,9 +190,9 @@ UPDATES = [name for name, row in ATTACKS.items() if row.writes == "updates"]
 @pytest.mark.parametrize("classes", [2, 3])
 def test_every_attack_on_labels_proposes_labels_and_leaves_its_view_alone(name: str, classes: int) -> None:
     theta, v, X, y = world(classes, seed=1)
-    Z = model.logits(theta, X)
+    Z = logistic.logits(theta, X)
     logits = torch.cat([torch.zeros_like(Z), Z], -1) if classes == 2 else Z
-    view = view_of(y, model.scores(v, X), logits=logits)
+    view = view_of(y, logistic.scores(v, X), logits=logits)
     parts = view.y, view.w, view.scores, view.logits, view.noise
     before = [part.clone() for part in parts]
     proposal = ATTACKS[name].function(view)

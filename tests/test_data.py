@@ -414,7 +414,7 @@ def test_the_fingerprint_tells_contents_classes_and_scale_apart(npz, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_features_are_the_scaled_raw_values_and_a_one_from_read_only_memory(dtype, npz):
     loaded = npz.load()
-    X = data.features(loaded.x_train[3:9], loaded.scale, dtype)
+    X = data.features(loaded.x_train[3:9], loaded.scaling, dtype)
     assert X.dtype == dtype and X.shape == (6, 32 * 32 * 3 + 1)
     assert torch.equal(X[:, :-1], torch.tensor(flat(npz.x_train)[3:9]).to(dtype) / 255)
     assert (X[:, -1] == 1).all()
@@ -423,7 +423,7 @@ def test_features_are_the_scaled_raw_values_and_a_one_from_read_only_memory(dtyp
 @given(st.floats(1e-6, 1e6), st.sampled_from([torch.float32, torch.float64]))
 @settings(deadline=None)
 def test_the_constant_is_one_whatever_the_scale(scale, dtype):
-    assert (data.features(np.ones((2, 3), np.uint8), scale, dtype)[:, -1] == 1).all()
+    assert (data.features(np.ones((2, 3), np.uint8), data.Scaling(scale), dtype)[:, -1] == 1).all()
 
 
 @given(
@@ -433,10 +433,10 @@ def test_the_constant_is_one_whatever_the_scale(scale, dtype):
 def test_features_of_samples_kept_as_stored_are_the_same_to_the_last_bit(scale, dtype, kind, seed):
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (20, 37)).astype(kind)
-    stored = data.Stored(raw, scale, dtype)
+    stored = data.Stored(raw, data.Scaling(scale), dtype)
     for count in (7, 7, 20, 0, 3):
         samples = rng.integers(0, 20, count)
-        assert torch.equal(stored.take(samples), data.features(raw[samples], scale, dtype))
+        assert torch.equal(stored.take(samples), data.features(raw[samples], data.Scaling(scale), dtype))
 
 
 # The cache.

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import data, engine, experiment, model, scenario
+from fl_attack import data, engine, experiment, scenario
 from fl_attack.config import Settings, compose
-from fl_attack.engine.outcome import run_alone
+from fl_attack.engine import sequential
 from fl_attack.errors import InputError
 from fl_attack.history import COLUMNS, EarlyStop
+from fl_attack.models import logistic, outputs
 
 Small = Callable[..., list[str]]
 Compose = Callable[..., Settings]
@@ -58,10 +59,12 @@ def check_ended(folder: Path, settings: Settings, patience: int) -> None:
     made = scenario.make(settings)
     theta = torch.from_numpy(np.load(folder / "model.npz")["theta"])
     X, y = made.test_set()
-    assert model.quality(theta, X, y) == pytest.approx([float(best[f"test_{k}"]) for k in ("accuracy", "f1", "loss")])
+    measured = [float(best[f"test_{k}"]) for k in ("accuracy", "f1", "loss")]
+    assert outputs.quality(logistic.logits(theta, X), y) == pytest.approx(measured)
     client = np.load(folder / "partition.npz")["client"]
-    held = data.features(made.dataset.x_train[client < 0], made.dataset.scale, torch.float64)
-    loss = model.losses(model.logits(theta, held), torch.from_numpy(made.dataset.y_train[client < 0])).mean().item()
+    held = data.features(made.dataset.x_train[client < 0], made.dataset.scaling, torch.float64)
+    y = torch.from_numpy(made.dataset.y_train[client < 0])
+    loss = outputs.losses(logistic.logits(theta, held), y).mean().item()
     assert loss == pytest.approx(min(losses))
     flips = np.load(folder / "flips.npz")
     assert flips["round"].max() == summary["stopped_round"]
@@ -119,7 +122,7 @@ def test_cells_of_a_batch_end_one_by_one_as_each_does_alone(
     outcomes = engine.run_cells(cells)
     ends = set()
     for outcome, cell in zip(outcomes, cells, strict=True):
-        alone = run_alone(cell)
+        alone = sequential.run(cell, client_by_client=True)
         assert outcome.table.shape == alone.table.shape
         np.testing.assert_allclose(outcome.table[:, LOSS], alone.table[:, LOSS], rtol=0, atol=1e-9)
         torch.testing.assert_close(outcome.theta, alone.theta, rtol=0, atol=1e-9)
@@ -132,7 +135,7 @@ def test_cells_of_a_batch_end_one_by_one_as_each_does_alone(
     early = [cell for cell in cells if cell.settings.early_stop.patience == 1]
     told: list[int] = []
     for outcome, cell in zip(engine.run_cells(early, progress=told.append), early, strict=True):
-        torch.testing.assert_close(outcome.theta, run_alone(cell).theta, rtol=0, atol=1e-9)
+        torch.testing.assert_close(outcome.theta, sequential.run(cell, client_by_client=True).theta, rtol=0, atol=1e-9)
     assert sum(told) == 60 * len(early)
     assert len(told) < 60  # the rounds end with the last of the cells
 
@@ -144,7 +147,7 @@ def test_a_cell_that_diverges_before_it_stops_is_told_as_diverged(settings: Comp
     broken, fine = engine.run_cells(cells)
     assert "diverged: theta is not finite after round" in str(broken.error)
     assert fine.error is None
-    torch.testing.assert_close(fine.theta, run_alone(cells[1]).theta, rtol=0, atol=1e-9)
+    torch.testing.assert_close(fine.theta, sequential.run(cells[1], client_by_client=True).theta, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("deal", [[], ["partition.malicious_share=0.4"], ["partition=dirichlet"], ["partition=shards"]])
@@ -170,7 +173,7 @@ def test_the_split_belongs_to_no_client_and_write_access_is_a_share_of_the_rest(
 def test_without_patience_nothing_is_held_out(settings: Compose, small_data: Small) -> None:
     made = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", "early_stop.share=0.5"))
     assert len(made.partition.validation) == 0
-    outcome = run_alone(made)
+    outcome = sequential.run(made, client_by_client=True)
     assert np.isnan(outcome.table[:, LOSS]).all()
     assert outcome.history().best["round"] == 60
 

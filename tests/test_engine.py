@@ -18,8 +18,9 @@ from fl_attack import adversary, attack, engine, plugins, protocol
 from fl_attack.aggregate import RULES
 from fl_attack.config import AttackSettings, Settings, settings_from
 from fl_attack.detect import MEASURES
-from fl_attack.engine import attackers, batches, kernels, run, sent, threads
+from fl_attack.engine import attackers, batches, kernels, threads
 from fl_attack.engine.budgets import Allowances
+from fl_attack.engine.linear import client_updates, run
 from fl_attack.errors import InputError
 from fl_attack.history import COLUMNS, History, Recorder
 from fl_attack.scenario import Scenario
@@ -139,7 +140,7 @@ CHANGES = {  # what may differ from cell to cell
     "geometric": ["strategy.name=geometric_median", "attack.goal=targeted", "strategy.pre=[nnm, clipping]"],
 }
 RULED = {  # the same, where seven clients take part
-    name: [f"strategy.name={name}", f"strategy.f={min(2, row.most(7))}", *more]
+    name: [f"strategy.name={name}", f"strategy.f={min(2, row.max_f(7))}", *more]
     for (name, row), more in zip(
         RULES.items(),
         itertools.cycle(
@@ -295,7 +296,7 @@ def test_pieces_side_by_side_are_pieces_one_after_the_other(
     changes = [[*some, f"attack.budget={b}"] for some in RULED.values() for b in (0.2, 0.5, 0.9)]
     cells = cells_of(settings, small_data(classes), shared, changes)
     whole = engine.run_cells(cells)
-    monkeypatch.setattr(sent, "BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(client_updates, "BYTES_AT_ONCE", 1)
     monkeypatch.setattr(run, "WORTH_THREADS", 0)
     torch.set_num_threads(2)
     parts = engine.run_cells(cells)
@@ -351,7 +352,7 @@ def test_functions_of_others_are_not_called_side_by_side(
     cells = cells_of(
         settings, small_data(2), ["batch_size=40"], [[f"strategy.name={path}", f"lr={lr}"] for lr in (1, 2)]
     )
-    monkeypatch.setattr(sent, "BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(client_updates, "BYTES_AT_ONCE", 1)
     monkeypatch.setattr(run, "WORTH_THREADS", 0)
     torch.set_num_threads(2)
     engine.run_cells(cells)

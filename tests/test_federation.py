@@ -14,13 +14,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fl_attack import engine, federation, scenario
+from fl_attack import engine, federation, scenario, targets
 from fl_attack.config import Settings, StrategySettings
 from fl_attack.errors import InputError, RunError
-from fl_attack.federation.client import Asked, HonestClient, MaliciousClient, OmniscientHook, client_app
+from fl_attack.federation.client import HonestClient, MaliciousClient, OmniscientHook, client_app
 from fl_attack.federation.grid import BlockGrid
 from fl_attack.federation.session import ray_session
 from fl_attack.federation.strategy import start
+from fl_attack.federation.wire import Request
 from fl_attack.history import History, Recorder
 
 Small = Callable[..., list[str]]
@@ -55,7 +56,7 @@ def alone(settings: Settings) -> tuple[torch.Tensor, list[list[int]]]:
             MaliciousClient(made, i, hook) if i in made.partition.malicious else HonestClient(made, i)
             for i in range(settings.clients.total)
         ]
-        asked = Asked(theta, round_, None)
+        asked = Request(theta, True, round_, "", None, None)
         moved = [client.train(asked).theta for client in clients]
         flipped.append(hook.flips(asked).samples.tolist() if settings.attacked else [])
         theta = sum((w * one for w, one in zip(weights, moved, strict=True)), torch.zeros_like(theta))
@@ -183,7 +184,7 @@ def test_the_servers_optimizer_works_on_the_clients_mean_gradient(
 ) -> None:
     common = [*(key for key in COMMON if "attack" not in key), "attack=none", "batch_size=20"]
     chosen = settings(*small_data(3), *common, f"local_steps={steps}", f"server_optimizer={optimizer}")
-    torch.testing.assert_close(federate(chosen, grid).theta, scenario.train(scenario.make(chosen)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(federate(chosen, grid).theta, targets.train(scenario.make(chosen)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("goal", ["untargeted", "targeted"])
@@ -341,7 +342,7 @@ def test_flips_of_f_attackers_stay_within_those_of_more(settings: Compose, small
 
 def test_the_flips_of_all_clients_together_are_those_agreed_on(settings: Compose, small_data: Small) -> None:
     made = scenario.make(settings(*small_data(3), *COMMON, "batch_size=40"))
-    asked = Asked(torch.ones(made.theta_shape, dtype=torch.float64), 2, None)
+    asked = Request(torch.ones(made.theta_shape, dtype=torch.float64), True, 2, "", None, None)
     agreed = OmniscientHook(made).flips(asked)
     clients = [MaliciousClient(made, int(i), OmniscientHook(made)) for i in made.partition.malicious]
     parts = [flips for client in clients if (flips := client.train(asked).flips) is not None]

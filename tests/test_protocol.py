@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_attack import model, protocol
+from fl_attack import protocol
 from fl_attack.errors import InputError
+from fl_attack.models import logistic
 from fl_attack.protocol import Schedule
 
 SHARDS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -88,9 +89,10 @@ def test_one_local_step_is_gradient_descent_and_more_are_a_loop() -> None:
     theta = torch.randn(3, 4, dtype=torch.float64, generator=rng)
     X = torch.randn(2, 5, 4, dtype=torch.float64, generator=rng)
     y = torch.randint(3, (2, 5), generator=rng)
-    once = theta - 0.3 * model.gradient(theta, X[0], y[0])
-    torch.testing.assert_close(protocol.local_update(theta, X[:1], y[:1], 0.3), once)
-    torch.testing.assert_close(protocol.local_update(theta, X, y, 0.3), once - 0.3 * model.gradient(once, X[1], y[1]))
+    once = theta - 0.3 * logistic.gradient(theta, X[0], y[0])
+    torch.testing.assert_close(protocol.local_update(logistic.gradient, theta, X[:1], y[:1], 0.3), once)
+    twice = once - 0.3 * logistic.gradient(once, X[1], y[1])
+    torch.testing.assert_close(protocol.local_update(logistic.gradient, theta, X, y, 0.3), twice)
 
 
 @pytest.mark.parametrize(

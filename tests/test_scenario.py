@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import adversary, model, scenario
+from fl_attack import adversary, scenario, targets
 from fl_attack.config import Settings
+from fl_attack.data import cache
 from fl_attack.errors import InputError
+from fl_attack.models import logistic, outputs
 from fl_attack.scenario import Scenario
 
 Make = Callable[..., Scenario]
@@ -85,7 +87,7 @@ def test_an_attacker_with_everything_flips_every_label_that_helps(make: Make) ->
     X, y = made.features(np.arange(120)), made.dataset.y_train
     v = made.gradient(theta, range(3), 1)
     assert made.write_access == 1
-    labels = model.scores(v, X).argmax(-1).numpy()
+    labels = logistic.scores(v, X).argmax(-1).numpy()
     assert flips.samples.tolist() == np.flatnonzero(labels != y).tolist()
     assert (flips.labels == labels[flips.samples]).all()
 
@@ -103,7 +105,7 @@ def test_the_direction_is_the_clean_gradient_of_what_is_known(make: Make, knowle
     clients = {"honest": set(range(7)) - malicious, "own": malicious}.get(knowledge, set(range(7)))
     samples = np.flatnonzero(np.isin(made.partition.client, list(clients)))
     theta, X = some_theta(made), made.features(samples)
-    expected = model.gradient(theta, X, torch.tensor(made.dataset.y_train[samples]))
+    expected = logistic.gradient(theta, X, torch.tensor(made.dataset.y_train[samples]))
     torch.testing.assert_close(adversary.direction(made, theta, 1), expected)
 
 
@@ -119,7 +121,7 @@ def test_an_untargeted_attack_turns_the_union_gradient_away_and_a_targeted_one_t
         y[flips.samples] = flips.labels
         X, v = made.features(np.arange(120)), adversary.direction(made, theta, 1)
         honest, attacked = (
-            (model.gradient(theta, X, torch.tensor(labels)) * v).sum().item() for labels in (made.dataset.y_train, y)
+            (logistic.gradient(theta, X, torch.tensor(labels)) * v).sum().item() for labels in (made.dataset.y_train, y)
         )
         assert attacked < honest
 
@@ -154,9 +156,9 @@ def test_the_target_is_trained_on_fully_flipped_labels_with_the_runs_own_setting
     optimizer = torch.optim.SGD([theta], lr=0.4, momentum=0.9)
     for _ in range(9):
         optimizer.zero_grad()
-        model.losses(model.logits(theta, X), y).mean().backward()
+        outputs.losses(logistic.logits(theta, X), y).mean().backward()
         optimizer.step()
-    torch.testing.assert_close(made.target, theta.detach())
+    torch.testing.assert_close(targets.target(made), theta.detach())
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -165,27 +167,27 @@ def test_the_target_is_trained_once_and_a_damaged_one_again(
 ) -> None:
     monkeypatch.setenv("FL_ATTACK_CACHE", str(tmp_path))
     overrides = ("attack.goal=targeted", f"local_steps={steps}", "batch_size=50")
-    first = make(*overrides).target
-    (file,) = scenario.cache.folder().glob("targets/*.npz")
+    first = targets.target(make(*overrides))
+    (file,) = cache.folder().glob("targets/*.npz")
     with monkeypatch.context() as patch:
-        patch.setattr(scenario, "train_all", lambda *_: pytest.fail("trained again"))
-        assert torch.equal(make(*overrides).target, first)
+        patch.setattr(targets, "train_all", lambda *_: pytest.fail("trained again"))
+        assert torch.equal(targets.target(make(*overrides)), first)
     file.write_bytes(file.read_bytes()[:50])
-    assert torch.equal(make(*overrides).target, first)
-    make(*overrides, "lr=0.01").target  # noqa: B018
-    assert len(list(scenario.cache.folder().glob("targets/*.npz"))) == 2
+    assert torch.equal(targets.target(make(*overrides)), first)
+    targets.target(make(*overrides, "lr=0.01"))
+    assert len(list(cache.folder().glob("targets/*.npz"))) == 2
 
 
 @pytest.mark.parametrize("more", [[], ["local_steps=2"], ["server_optimizer=adam"], ["clients.per_round=3"]])
 def test_targets_trained_together_are_those_trained_alone(make: Make, more: list[str]) -> None:
     alike = [make("attack.goal=targeted", "batch_size=50", f"lr={lr}", *more) for lr in (0.1, 0.3, 1)]
     alike.append(make("attack.goal=targeted", "batch_size=50", "lr=1", *more, "server_optimizer=momentum"))
-    together = scenario.train_all(alike)
+    together = targets.train_all(alike)
     for made, theta in zip(alike, together, strict=True):
-        assert torch.equal(scenario.train(made), theta)
+        assert torch.equal(targets.train(made), theta)
     assert not torch.equal(together[0], together[1])
-    found = scenario.load_targets([alike[2], alike[0], alike[2]])
-    assert torch.equal(found[0], alike[2].target) and torch.equal(found[1], alike[0].target)
+    found = targets.load_targets([alike[2], alike[0], alike[2]])
+    assert torch.equal(found[0], targets.target(alike[2])) and torch.equal(found[1], targets.target(alike[0]))
     assert torch.equal(found[2], found[0])
     assert len({tuple(theta.ravel().tolist()) for theta in together}) == 4
 
@@ -193,18 +195,18 @@ def test_targets_trained_together_are_those_trained_alone(make: Make, more: list
 @pytest.mark.parametrize("more", [[], ["clients.total=7", "batch_size=61", "partition=dirichlet", "seed=3"]])
 def test_many_samples_are_gone_through_in_pieces(make: Make, more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made = make("attack.goal=targeted", *more)
-    whole = scenario.train(made)
-    monkeypatch.setattr(scenario, "PIECE", 7 * made.theta_shape[1])
-    torch.testing.assert_close(scenario.train(made), whole, rtol=1e-12, atol=1e-12)
+    whole = targets.train(made)
+    monkeypatch.setattr(targets, "PIECE", 7 * made.theta_shape[1])
+    torch.testing.assert_close(targets.train(made), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_a_target_of_ones_own_is_taken_or_refused(make: Make, tmp_path: object) -> None:
     file = f"{tmp_path}/mine.npz"
     overrides = ("attack.goal=targeted", f"attack.target_path={file}")
     with pytest.raises(InputError, match=r"mine\.npz can't be read as a target"):
-        make(*overrides).target  # noqa: B018
+        targets.target(make(*overrides))
     np.savez(file, theta=np.ones((2, 2)))
     with pytest.raises(InputError, match=r"shape \(2, 2\).*\(3, 7\)"):
-        make(*overrides).target  # noqa: B018
+        targets.target(make(*overrides))
     np.savez(file, theta=np.ones((3, 7)))
-    assert (make(*overrides).target == 1).all()
+    assert (targets.target(make(*overrides)) == 1).all()

@@ -1,6 +1,6 @@
-"""Sums of updates by shares, and products and distances of updates with each other.
+"""Weighted sums of updates, and inner products and distances between them.
 
-Shapes as in `rules`: updates (..., m, C, d). Each federation is computed as it would be alone.
+Shapes as in `rules`: updates (..., m, C, d). Each federation of the leading axes is computed as it would be alone.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fl_attack.aggregate.ordering import ascending, finite_rows, middle
 
-BLOCK = 32  # clients; of smaller blocks fewer products are made twice, but each takes longer
+BLOCK = 32  # clients; smaller blocks compute fewer products twice, but each takes longer
 CLOSE = 0.01  # squared distances below this share of the squared norms have lost digits
 SMALLEST = 1e-30  # a smaller squared norm may have lost all
 LONGEST = 1e140  # a longer update counts as not finite
@@ -18,7 +18,7 @@ FAR, LARGEST = 1e300, 1e307  # squared distance to one that is not finite; the l
 
 
 def combined(updates: Tensor, shares: Tensor) -> Tensor:
-    """Sum (..., C, d) of the updates by shares (..., m); those of share 0 count nothing, whatever they hold."""
+    """Sum (..., C, d) of the updates times shares (..., m); a share of 0 leaves out even an update with NaN or Inf."""
     shares = shares.to(updates)
     found = weighted(updates, shares)
     if bool(found.sum().isfinite()):
@@ -27,7 +27,7 @@ def combined(updates: Tensor, shares: Tensor) -> Tensor:
 
 
 def weighted(updates: Tensor, shares: Tensor) -> Tensor:
-    """Sum (..., C, d) of the updates by shares, (m,) or (..., m)."""
+    """Sum (..., C, d) of the updates times shares, (m,) or (..., m)."""
     by_client = updates.movedim(-3, 0)
     if shares.ndim == 1 and by_client.is_contiguous():  # one product for all federations
         return (shares @ by_client.view(len(shares), -1)).view(by_client.shape[1:])
@@ -42,61 +42,66 @@ def along(updates: Tensor, v: Tensor) -> Tensor:
 
 
 class Distances(NamedTuple):
-    """Between the clients of each federation."""
+    """Squared distances between the clients of each federation."""
 
-    squared: Tensor  # (..., m, m) infinite to oneself, `FAR` to those that are not finite; of float64 if any of these
-    ordered: Tensor  # the same, each row ascending
+    squared: Tensor  # (..., m, m) Inf on the diagonal, `FAR` to updates that are not finite; float64 if there are any
+    ordered: Tensor  # (..., m, m) the same with each row ascending
 
 
 def distances(updates: Tensor) -> Distances:
-    """Between clients, squared: in the precision of the updates where that costs no digits, else in float64."""
+    """Squared distances between clients, in the precision of the updates unless that costs digits, else in float64."""
     gram = gram_of(updates)
-    squared = _apart(gram)
+    squared = _squared_distances(gram)
     ordered = ascending(squared)
-    well = _keep_digits(gram, ordered)
-    if not bool(well.all()):  # decided for each federation, so that none goes another way for the company it is in
+    exact = _are_exact(gram, ordered)
+    if not bool(exact.all()):  # decided for each federation, so that its result does not depend on the others
         squared, ordered = squared.double(), ordered.double()
-        gram, finite = careful_products(updates[~well])
-        careful = _apart(gram).clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
+        gram, finite = careful_products(updates[~exact])
+        careful = _squared_distances(gram).clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
         careful.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-        squared[~well], ordered[~well] = careful, ascending(careful)
+        squared[~exact], ordered[~exact] = careful, ascending(careful)
     return Distances(squared, ordered)
 
 
 def products(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each two updates less a common centre, (..., m, m) in float64, and which are finite (..., m).
+    """Inner products of the updates about a common centre, which keep the digits of their differences.
 
-    The centre is zero where that costs the differences of the updates no digits, else their median.
+    Returns
+    -------
+    gram : (..., m, m) tensor of float64
+        The centre is zero where that costs the differences no digits, else the coordinate-wise median.
+    finite : (..., m) tensor of bool
+        Which updates are finite.
     """
     gram = gram_of(updates)
-    well = _keep_digits(gram, ascending(_apart(gram)))
-    gram, finite = gram.double(), well.unsqueeze(-1).repeat_interleave(gram.shape[-1], -1)
-    if not bool(well.all()):
-        gram[~well], finite[~well] = careful_products(updates[~well])
+    exact = _are_exact(gram, ascending(_squared_distances(gram)))
+    gram, finite = gram.double(), exact.unsqueeze(-1).repeat_interleave(gram.shape[-1], -1)
+    if not bool(exact.all()):
+        gram[~exact], finite[~exact] = careful_products(updates[~exact])
     return gram, finite
 
 
-def _apart(gram: Tensor) -> Tensor:
-    """Squared distances (..., m, m) from products; infinite to oneself."""
+def _squared_distances(gram: Tensor) -> Tensor:
+    """Squared distances (..., m, m) from inner products; Inf on the diagonal."""
     square = gram.diagonal(dim1=-2, dim2=-1)
     found = (square.unsqueeze(-1) + square.unsqueeze(-2)).sub_(gram, alpha=2).clamp_(min=0)
     found.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
     return found
 
 
-def _keep_digits(gram: Tensor, ordered: Tensor) -> Tensor:
-    """(...) whether the distances that follow from these products are as exact as the updates, all of them finite."""
-    shortest, longest = gram.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)  # not a number, or infinite, if any of them is
-    typical = ordered[..., max(0, gram.shape[-1] // 2 - 1)]  # to the others, of each
+def _are_exact(gram: Tensor, ordered: Tensor) -> Tensor:
+    """Whether all updates are finite and the distances from their products as exact as they are, (...) of bool."""
+    shortest, longest = gram.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)  # NaN or Inf if any of them is
+    typical = ordered[..., max(0, gram.shape[-1] // 2 - 1)]  # each client's median distance to the others
     return (shortest > SMALLEST) & (typical.amin(-1) > CLOSE * longest)
 
 
 def gram_of(updates: Tensor) -> Tensor:
-    """Products (..., m, m) of each two updates."""
+    """Inner products (..., m, m) of the updates."""
     whole = updates.flatten(-2)
     m = whole.shape[-2]
     gram = whole.new_empty(*whole.shape[:-1], m)
-    for start in range(0, m, BLOCK):  # the diagonal and what is below
+    for start in range(0, m, BLOCK):  # the diagonal and below
         stop = min(start + BLOCK, m)
         gram[..., start:, start:stop] = whole[..., start:, :] @ whole[..., start:stop, :].mT
     place = torch.arange(m, device=gram.device)
@@ -104,7 +109,7 @@ def gram_of(updates: Tensor) -> Tensor:
 
 
 def careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """As `products`, about the median, so that a common shift costs no digits, of unit vectors: nothing overflows."""
+    """As `products`, always about the median so that a common shift costs no digits; nothing overflows on the way."""
     m, finite = updates.shape[-3], finite_rows(updates)
     away = (
         (updates - middle(updates, (m - 1) // 2, m // 2 + 1).unsqueeze(-3))

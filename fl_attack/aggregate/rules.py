@@ -1,9 +1,9 @@
 """Robust aggregation rules, over any number of federations at once.
 
-Shapes: updates (..., m, C, d), one a client in the order of the clients; weights (m,), the samples that each used; f,
-how many clients may be malicious. A rule gives (..., C, d). Only the mean looks at the weights. An update that is not
-finite counts as one that is infinitely far from all others: no rule but the mean lets it through. Ties go to the
-client of the lower index.
+Parameters that all rules share: updates (..., m, C, d), one for each client in the order of the clients; weights (m,),
+the samples that each used; f, how many clients may be malicious. All give the aggregate (..., C, d) in the precision of
+the updates. Only the mean uses the weights. An update that is not finite counts as one that is infinitely far from all
+others: no rule but the mean lets it through. Ties go to the client of the lower index.
 """
 
 import math
@@ -30,55 +30,81 @@ MANY, FEW = 8, 5  # clients from which on so many iterations of the geometric me
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Mean weighted by samples: for gradients, the gradient of all clients' batches together. Not robust."""
+    """Mean weighted by samples: of gradients, the gradient of all clients' batches together. It is not robust."""
     weights = weights.to(updates)
     return weighted(updates, weights / weights.sum())
 
 
 def median(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Coordinate-wise median; the mean of the two middle ones of an even number. https://arxiv.org/abs/1803.01498."""
+    """Coordinate-wise median; of an even number of values the mean of the two middle ones.
+
+    References
+    ----------
+    Yin et al. (2018). Byzantine-robust distributed learning: towards optimal statistical rates. arXiv 1803.01498.
+    """
     m = updates.shape[-3]
     return middle(updates, (m - 1) // 2, m // 2 + 1)
 
 
 def trimmed_mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Coordinate-wise mean without the f smallest and the f largest. https://arxiv.org/abs/1803.01498."""
+    """Coordinate-wise mean without the f smallest and the f largest values.
+
+    References
+    ----------
+    Yin et al. (2018). Byzantine-robust distributed learning: towards optimal statistical rates. arXiv 1803.01498.
+    """
     m = updates.shape[-3]
     return middle(updates, f, m - f)
 
 
 def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Coordinate-wise mean of the m - f values nearest to the median. https://arxiv.org/abs/1802.10116."""
+    """Coordinate-wise mean of the m - f values nearest to the median.
+
+    References
+    ----------
+    Xie, Koyejo, Gupta (2018). Generalized Byzantine-tolerant SGD. arXiv 1802.10116.
+    """
     m = updates.shape[-3]
     kept = m - f
 
-    def nearest(rows: Rows) -> Tensor:
+    def mean_of_nearest(rows: Rows) -> Tensor:
+        """Mean of the kept values of each coordinate, from values in order."""
         rows = list(rows.contiguous()) if isinstance(rows, Tensor) else rows
-        # the nearest ones are neighbours in order; a window of them moves up as long as what it gains is nearer
-        middle, total = (rows[(m - 1) // 2] + rows[m // 2]) / 2, torch.zeros_like(rows[0])
+        # the nearest values are neighbours in order: a window of them, of which the farther end is as near as possible
+        center, total = (rows[(m - 1) // 2] + rows[m // 2]) / 2, torch.zeros_like(rows[0])
         if f > kept:
             ordered = torch.stack(rows)
-            reach = [torch.maximum(middle - rows[i], rows[i + kept - 1] - middle) for i in range(f + 1)]
-            first = torch.stack(reach).argmin(0)
+            farthest = [torch.maximum(center - rows[i], rows[i + kept - 1] - center) for i in range(f + 1)]
+            first = torch.stack(farthest).argmin(0)
             place = torch.arange(m, device=first.device).view(-1, *[1] * first.ndim)
             return ordered.where((place >= first) & (place < first + kept), 0.0).sum(0) / kept
         for row in rows[f:kept]:  # these are in every window
             total += row
         for low, high in zip(rows[:f], rows[kept:], strict=True):
-            total += torch.where(middle - low <= high - middle, low, high)
+            total += torch.where(center - low <= high - center, low, high)
         return total / kept
 
-    return by_coordinate(updates, range(m), nearest)
+    return by_coordinate(updates, range(m), mean_of_nearest)
 
 
 def krum(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """The update that is nearest to its m - f - 2 nearest others. Blanchard et al., https://arxiv.org/abs/1703.02757."""
+    """The update with the least summed squared distance to its m - f - 2 nearest others.
+
+    References
+    ----------
+    Blanchard et al. (2017). Machine learning with adversaries: Byzantine tolerant gradient descent. arXiv 1703.02757.
+    """
     score = _krum_scores(distances(updates).ordered, f)
-    return _rows(updates, score.argmin(-1, keepdim=True)).squeeze(-3)
+    return _clients(updates, score.argmin(-1, keepdim=True)).squeeze(-3)
 
 
 def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = None) -> Tensor:
-    """Mean of the `keep` updates of the smallest Krum scores, by default m - f. https://arxiv.org/abs/1703.02757."""
+    """Mean of the `keep` updates of the smallest Krum scores, by default m - f.
+
+    References
+    ----------
+    Blanchard et al. (2017). Machine learning with adversaries: Byzantine tolerant gradient descent. arXiv 1703.02757.
+    """
     m = updates.shape[-3]
     keep = m - f if keep is None else keep
     if not 1 <= keep <= m - f:
@@ -88,25 +114,28 @@ def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = N
 
 
 def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Of m - 2f updates, chosen one after the other by Krum, the mean of the m - 4f nearest to the median.
+    """Coordinate-wise mean of the m - 4f values nearest to the median, of m - 2f updates chosen one by one by Krum.
 
-    Coordinate by coordinate. El Mhamdi et al., https://arxiv.org/abs/1802.07927.
+    References
+    ----------
+    El Mhamdi, Guerraoui, Rouault (2018). The hidden vulnerability of distributed learning in Byzantium. arXiv
+    1802.07927.
     """
     squared = distances(updates).squared
     m = squared.shape[-1]
-    left = torch.ones(squared.shape[:-1], dtype=torch.bool, device=squared.device)
+    remaining = torch.ones(squared.shape[:-1], dtype=torch.bool, device=squared.device)
     chosen: list[Tensor] = []
     for _ in range(m - 2 * f):
-        pairs = left.unsqueeze(-1) & left.unsqueeze(-2)
+        pairs = remaining.unsqueeze(-1) & remaining.unsqueeze(-2)
         count = m - len(chosen)
-        # Krum's number of neighbours shrinks with the clients that are left; with one, any two clients that are each
+        # Krum's number of neighbours shrinks with the clients that remain; with one, any two clients that are each
         # other's nearest would be equal, and their order would decide
         score = _krum_scores(ascending(squared.where(pairs, torch.inf)), f, max(2, count - f - 2))
-        best = score.where(left, torch.inf).argmin(-1, keepdim=True)
-        left = left.scatter(-1, best, False)
+        best = score.where(remaining, torch.inf).argmin(-1, keepdim=True)
+        remaining = remaining.scatter(-1, best, False)
         chosen.append(best)
-    picked = _rows(updates, torch.cat(chosen, -1).sort(-1).values)
-    return meamed(picked, weights, 2 * f)
+    selected = _clients(updates, torch.cat(chosen, -1).sort(-1).values)
+    return meamed(selected, weights, 2 * f)
 
 
 def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: float = 1e-6, most: int = 200) -> Tensor:
@@ -284,35 +313,40 @@ def _clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
 
 
 def _krum_scores(ordered: Tensor, f: int, neighbours: int | None = None) -> Tensor:
-    """Sum (..., m) of the squared distances to the nearest others, of rows (..., m, m) in order."""
+    """Sum (..., m) of each client's smallest squared distances, from rows (..., m, m) in order."""
     count = max(1, ordered.shape[-1] - f - 2) if neighbours is None else neighbours
     return ordered[..., :count].sum(-1, dtype=torch.float64).clamp(max=LARGEST)
 
 
-def _rows(updates: Tensor, chosen: Tensor) -> Tensor:
-    """Those clients (..., k) of the updates, (..., k, C, d)."""
+def _clients(updates: Tensor, chosen: Tensor) -> Tensor:
+    """The updates (..., k, C, d) of the clients whose indices (..., k) are given."""
     shape = updates.shape
     index = chosen[..., None, None].expand(*chosen.shape, *shape[-2:])
     return updates.gather(-3, index)
 
 
 def _median_of_row(values: Tensor) -> Tensor:
-    """(..., 1) median of the finite values of each row, the lower of two middle ones; zero where there is none."""
+    """Median (..., 1) of the finite values of each row, the lower of two middle ones; zero where there is none."""
     count = values.isfinite().sum(-1, keepdim=True)
     found = values.sort(-1).values.gather(-1, ((count - 1) // 2).clamp(min=0))
     return found.where(count > 0, 0.0)
 
 
-def half(m: int) -> int:
-    """The largest f below half of m."""
+def any_f(m: int) -> int:
+    """The largest f of a rule that is defined for any: m."""
+    return m
+
+
+def max_f_below_half(m: int) -> int:
+    """The largest f with 2 f < m."""
     return (m - 1) // 2
 
 
-def krum_most(m: int) -> int:
+def max_f_of_krum(m: int) -> int:
     """The largest f with 2 f + 2 < m."""
     return math.floor((m - 3) / 2)
 
 
-def bulyan_most(m: int) -> int:
+def max_f_of_bulyan(m: int) -> int:
     """The largest f with 4 f + 3 <= m."""
     return math.floor((m - 3) / 4)

@@ -1,12 +1,15 @@
 """Datasets: checked, classes picked, cached, and turned into features.
 
-Shapes: n samples of p raw numbers each; features are (n, p + 1), the last a constant 1 for the bias.
+Shapes: n samples of p raw numbers each; features are (n, p), or (n, p + 1) with a constant 1 last for the bias;
+inputs of networks are (n, C, H, W) where the samples are images.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +19,17 @@ from fl_attack.data import cache
 from fl_attack.data.sources import SOURCES, Raw, reading
 from fl_attack.errors import InputError
 
-CACHE_FORMAT = 1  # of what is stored; another number leaves old entries aside
+CACHE_FORMAT = 2  # of what is stored; another number leaves old entries aside
 NUMBERS_AT_ONCE = 2**15  # features that are made in one go
+CHANNELS = (1, 3, 4)  # of images: grey, colour, colour and transparency
+
+
+class Scaling(NamedTuple):
+    """What raw values go through: divided by `scale`, then where given less `mean` and over `deviation`, (p,) each."""
+
+    scale: float
+    mean: np.ndarray | None = None
+    deviation: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,49 @@ class Dataset:
     y_test: np.ndarray
     classes: tuple[str, ...]  # name of each label
     scale: float  # raw values are divided by this
-    fingerprint: str  # hash of all of the above
+    fingerprint: str  # hash of all of the above and below
+    shape: tuple[int, ...] = ()  # of a sample as it was stored: (H, W), (H, W, C), (C, H, W) or (p,)
+    standardize: bool = False  # whether each channel gets mean 0 and deviation 1 over the training samples
+
+    @cached_property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of a sample as networks take it: (C, H, W) of an image, else (p,)."""
+        shape = self.shape or self.x_train.shape[1:]
+        if len(shape) == 2:
+            return (1, *shape)
+        if len(shape) == 3:
+            return (shape[2], *shape[:2]) if self._channels_last else tuple(shape)
+        return (math.prod(shape),)
+
+    @property
+    def _channels_last(self) -> bool:
+        return len(self.shape) == 3 and self.shape[2] in CHANNELS and self.shape[0] not in CHANNELS
+
+    def images(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (n, p) as networks take them, (n, C, H, W) or (n, p)."""
+        if not self._channels_last:
+            return features.view(len(features), *self.image_shape)
+        return features.view(len(features), *self.shape).movedim(-1, 1).contiguous()
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        """What raw values go through to be features."""
+        if not self.standardize:
+            return Scaling(self.scale)
+        shape = self.image_shape
+        of_pixel = np.arange(self.x_train.shape[1])  # the channel of each; of plain features each is one by itself
+        if len(shape) == 3:
+            of_pixel = of_pixel % shape[0] if self._channels_last else of_pixel // math.prod(shape[1:])
+        sums, squares = np.zeros((2, self.x_train.shape[1]))
+        for start in range(0, len(self.x_train), 4096):
+            part = self.x_train[start : start + 4096] / np.float64(self.scale)
+            sums += part.sum(0)
+            squares += (part**2).sum(0)
+        count = len(self.x_train) * np.bincount(of_pixel)
+        mean = np.bincount(of_pixel, sums) / count
+        deviation = np.sqrt(np.maximum(np.bincount(of_pixel, squares) / count - mean**2, 0))
+        deviation[deviation < 1e-12] = 1  # a channel that never changes becomes 0
+        return Scaling(self.scale, mean[of_pixel], deviation[of_pixel])
 
 
 def load(
@@ -40,13 +94,15 @@ def load(
     path: str | Path | None = None,
     classes: Sequence[int | str] | None = None,
     scale: float | None = None,
+    standardize: bool = False,
     verify: bool = True,
 ) -> Dataset:
     """A dataset of `SOURCES`, from the cache where it was loaded before. Samples keep their order.
 
     `classes` picks by label or name, in that order: label 1 is `classes[1]`. `scale=None` is 255 for
-    integers, 1 for floats, 16 for digits. `verify=False` skips the checksums, for workers whose parent has
-    loaded. InputError names what is missing, damaged or unknown.
+    integers, 1 for floats, 16 for digits. `standardize` gives each channel mean 0 and deviation 1 over the training
+    samples; a data set of plain features has a channel for each. `verify=False` skips the checksums, for workers
+    whose parent has loaded. InputError names what is missing, damaged or unknown.
     """
     if loader not in SOURCES:
         raise InputError(f"dataset.loader={loader} is unknown; use one of {', '.join(SOURCES)}")
@@ -65,7 +121,7 @@ def load(
         raw = source.read(place)
         usual = source.scale or (1.0 if raw.x_train.dtype.kind == "f" else 255.0)
         arrays, names = _picked(_checked(raw, where), wanted, where)
-        return arrays, {"classes": names, "scale": usual}
+        return arrays, {"classes": names, "scale": usual, "shape": raw.x_train.shape[1:] or (1,)}
 
     entry = cache.entry(f"{loader}-{key}", build, verify=verify)
     scale = float(scale or entry.facts["scale"])
@@ -73,36 +129,43 @@ def load(
         **entry.arrays,
         classes=tuple(entry.facts["classes"]),
         scale=scale,
-        fingerprint=cache.digest([entry.fingerprint, scale]),
+        fingerprint=cache.digest([entry.fingerprint, scale, *(["standardized"] if standardize else [])]),
+        shape=tuple(entry.facts["shape"]),
+        standardize=standardize,
     )
 
 
-def features(raw: np.ndarray, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """Raw values (n, p) divided by the scale, and a constant 1 last: (n, p + 1)."""
-    X = torch.empty(len(raw), raw.shape[1] + 1, dtype=dtype)
+def features(raw: np.ndarray, scaling: Scaling, dtype: torch.dtype, constant: bool = True) -> torch.Tensor:
+    """Raw values (n, p) scaled, (n, p), or with a constant 1 last, (n, p + 1)."""
+    X = torch.empty(len(raw), raw.shape[1] + constant, dtype=dtype)
     view = X.numpy()  # numpy converts and copies in one pass, from read-only memory too
-    rows = max(1, NUMBERS_AT_ONCE // view.shape[1])
+    scale, mean, deviation = scaling
+    width, rows = raw.shape[1], max(1, NUMBERS_AT_ONCE // view.shape[1])
     for start in range(0, len(raw), rows):  # so few that they are still in the cache when they are divided
         part = view[start : start + rows]
-        part[:, :-1] = raw[start : start + rows]
-        part[:, -1] = scale
+        part[:, :width] = raw[start : start + rows]
+        part[:, width:] = scale
         part /= scale  # numpy again: for a minibatch, waking torch's threads costs more than the division
+        if mean is not None:
+            part[:, :width] -= mean
+            part[:, :width] /= deviation
     return X
 
 
 class Stored:
     """Samples of which some are taken again and again, kept as they are stored: bytes are a quarter of what is read."""
 
-    def __init__(self, raw: np.ndarray, scale: float, dtype: torch.dtype) -> None:
+    def __init__(self, raw: np.ndarray, scaling: Scaling, dtype: torch.dtype, constant: bool = True) -> None:
         """`raw` (n, p)."""
-        small = raw.dtype.itemsize < dtype.itemsize
-        self._raw = torch.tensor(raw) if small else features(raw, scale, dtype)
-        self._scale = scale if small else None
+        small = raw.dtype.itemsize < dtype.itemsize and scaling.mean is None
+        self._raw = torch.tensor(raw) if small else features(raw, scaling, dtype, constant)
+        self._scale = scaling.scale if small else None
+        self._width = raw.shape[1] + constant
         self._taken = self._raw[:0]  # memory is used again: pages that are new each time take as long as the rest
         self._features = torch.empty(0, dtype=dtype)
 
     def take(self, samples: NDArray[np.int64]) -> torch.Tensor:
-        """`features` of samples (k,), (k, p + 1), which the next call overwrites."""
+        """`features` of samples (k,), (k, p) or (k, p + 1), which the next call overwrites."""
         at = torch.from_numpy(samples)
         if len(self._taken) != len(at):
             self._taken = self._raw.new_empty(len(at), self._raw.shape[1])
@@ -110,8 +173,9 @@ class Stored:
         if self._scale is None:
             return self._taken
         if len(self._features) != len(at):
-            self._features = self._features.new_ones(len(at), self._raw.shape[1] + 1)
-        self._features[:, :-1].copy_(self._taken).div_(self._scale)  # a division of bytes would take longer
+            self._features = self._features.new_ones(len(at), self._width)
+        # a division of bytes would take longer
+        self._features[:, : self._taken.shape[1]].copy_(self._taken).div_(self._scale)
         return self._features
 
 

@@ -265,29 +265,19 @@ class Attackers:
         self.flips += self.last
         return change
 
-    def view(self, batch: Batch, turn: Turn, scores: Callable[[], Tensor], Z: Tensor, round_: int) -> attack.View:
-        """What an attack on labels sees: from signed logits and scores (M C, n) of the columns within reach."""
+    def view(
+        self, batch: Batch, turn: Turn, scores: Callable[[], Tensor], logits: Callable[[], Tensor], round_: int
+    ) -> attack.View:
+        """What an attack on labels sees, given scores and logits (M, n, classes) of the columns within reach."""
         n = turn.n
         counts = batch.counts[:n] if batch.counts is not None else torch.ones(n, dtype=self.dtype, device=self.device)
-
-        def by_class(signed: Tensor) -> Tensor:  # (M, n, classes)
-            if self.C > 1:
-                return signed.view(self.M, self.C, n).mT
-            plain = signed * batch.sign[:n]
-            return torch.stack([torch.zeros_like(plain), plain], -1)
 
         def noise() -> Tensor:
             drawn = adversary.label_noise(self.like, round_, len(batch.samples))
             return torch.from_numpy(drawn[batch.samples.argsort().argsort()[:n]]).to(self.device, self.dtype)
 
-        return attack.View(
-            batch.y[:n],
-            counts,
-            scores=lambda: by_class(scores()),
-            logits=lambda: by_class(Z),
-            noise=noise,
-            selection=self.like.settings.attack.selection,
-        )
+        selection = self.like.settings.attack.selection
+        return attack.View(batch.y[:n], counts, scores=scores, logits=logits, noise=noise, selection=selection)
 
     def take_largest_(
         self, priority: Tensor, samples: NDArray[np.int64], turn: Turn, scratch: Tensor

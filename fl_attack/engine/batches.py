@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fl_attack import data, model
+from fl_attack import data
 from fl_attack.engine.kernels import Room
+from fl_attack.models import outputs
 from fl_attack.scenario import Scenario
 
 LINE = 16  # numbers of single precision in a line of the processor's cache
@@ -52,10 +53,13 @@ class Layout(NamedTuple):
 class Batch:
     """What the cells see of a round. n columns, C outputs, d features that are not zero everywhere."""
 
-    def __init__(self, at: Tensor, X: Tensor, y_train: Tensor, classes: int, layout: Layout) -> None:
-        self.at, self.X = at, X  # (n,) sample of each column; (n, d) features, signed for two classes
+    def __init__(self, at: Tensor, X: Tensor, y_train: Tensor, encoded: int, layout: Layout) -> None:
+        self.at, self.X = (
+            at,
+            X,
+        )  # (n,) sample of each column; (n, d) features, signed for two classes of a linear model
         self.layout = layout
-        self._y_train, self._classes = y_train, classes
+        self._y_train, self._encoded = y_train, encoded  # classes of one-hot labels, or 0
         self.counts: Tensor | None = None  # (n,) how often each sample is used, where that is not once
         self.steps: list[list[Tensor]] = []  # by client: the columns of each local step, where there are several
 
@@ -76,10 +80,10 @@ class Batch:
 
     @cached_property
     def encoded(self) -> Tensor:
-        """(C, n) of the labels; for two classes, which are signed instead, empty."""
-        if self._classes == 2:
+        """One-hot labels, (C, n); empty where features are signed instead."""
+        if not self._encoded:
             return self.X.new_empty(0)
-        return model.encode(self.y, self._classes, self.X.dtype).mT.contiguous()
+        return outputs.encode(self.y, self._encoded, self.X.dtype).mT.contiguous()
 
 
 class Batches:
@@ -100,10 +104,13 @@ class Batches:
         self.like, self.device = like, device
         x, settings = like.dataset.x_train, like.settings
         self.classes, self.dtype = like.classes, settings.torch_dtype
-        nonzero = np.ones(x.shape[1], bool) if every_feature else _nonzero_columns(x)
-        self.seen = torch.from_numpy(np.append(nonzero, True))  # the constant last
+        nonzero = np.ones(x.shape[1], bool) if every_feature or like.dataset.standardize else _nonzero_columns(x)
+        self._constant = like.model.constant
+        self.seen = torch.from_numpy(np.append(nonzero, True) if self._constant else nonzero)  # the constant last
         self.y = torch.tensor(like.dataset.y_train)
-        self.sign = (1 - 2 * self.y).to(self.dtype)[:, None] if self.classes == 2 else None
+        signed = like.model.linear and self.classes == 2
+        self.sign = (1 - 2 * self.y).to(self.dtype)[:, None] if signed else None
+        self._encoded = 0 if signed else self.classes
         self.d = int(self.seen.sum()) if every_feature else padded(int(self.seen.sum()))
         used = like.schedule.used[clients]
         self.all = Layout(clients, np.cumsum(used))
@@ -167,7 +174,7 @@ class Batches:
             part = slice(start, min(n, start + max(1, size)))
             at = torch.from_numpy(self.whole_samples[part])
             X = self._features(at, Room(self.device, self.dtype)) if self.resident is None else self.resident[part]
-            yield Batch(at, X, self.y, self.classes, self.whole_layout), part
+            yield Batch(at, X, self.y, self._encoded, self.whole_layout), part
 
     def _layout(self, round_: int) -> Layout:
         schedule, whole = self.like.schedule, self.all
@@ -179,7 +186,7 @@ class Batches:
 
     def _batch(self, samples: NDArray[np.int64], layout: Layout, room: Room) -> Batch:
         at = torch.from_numpy(samples)
-        return Batch(at, self._features(at, room), self.y, self.classes, layout)
+        return Batch(at, self._features(at, room), self.y, self._encoded, layout)
 
     def _several_steps(self, round_: int, layout: Layout, room: Room) -> Batch:
         drawn = [self.like.schedule.steps(int(client), round_) for client in layout.clients]
@@ -223,7 +230,8 @@ class Batches:
 
     def _piece(self, at: Tensor) -> Tensor:
         dataset = self.like.dataset
-        X = self.fitted(data.features(dataset.x_train[at.numpy()], dataset.scale, self.dtype))
+        X = data.features(dataset.x_train[at.numpy()], dataset.scaling, self.dtype, self._constant)
+        X = self.fitted(X if self._constant else dataset.images(X).flatten(1))  # a network's own order of the pixels
         return X if self.sign is None else X.mul_(self.sign[at])
 
 

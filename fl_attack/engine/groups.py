@@ -32,6 +32,7 @@ def group_key(chosen: Scenario) -> Hashable:
         _digest(_Same(chosen.dataset.y_train)),
         _digest(_Same(chosen.partition.client)),
         settings.clients.total,
+        settings.model.model_dump_json(),
         settings.seed,
         settings.batch_size,
         settings.local_steps,
@@ -54,7 +55,7 @@ def make_scenarios(many: Iterable[Settings], verify: bool = True) -> list[Scenar
     """`scenario.make` of each; data, partition and schedule are there once for all that have them in common."""
     made: dict[str, Scenario] = {}
     loaded: dict[str, data.Dataset] = {}  # once: to see that a folder of images has not changed is a matter of seconds
-    kept = {"dataset", "partition", "clients", "seed", "batch_size", "local_steps", "early_stop"}
+    kept = {"dataset", "partition", "clients", "seed", "batch_size", "local_steps", "early_stop", "model"}
     scenarios = []
     for settings in many:
         key = settings.model_dump_json(include=kept)

@@ -115,53 +115,57 @@ def _exact(priority: Tensor, allowed: NDArray[np.int64], samples: NDArray[np.int
     return torch.zeros_like(priority).scatter_(-1, order, within.to(priority))
 
 
-class Server:
+class ServerOptimizer:
     """The server's optimizer for many cells, in place; see `protocol.server_step`."""
 
-    def __init__(self, optimizer: protocol.Optimizer, theta: Tensor, lr: Tensor) -> None:
-        """`lr` (M C, 1)."""
+    def __init__(self, optimizer: protocol.Optimizer, theta: Tensor, lr: Tensor, weight_decay: Tensor) -> None:
+        """`theta` (M C, d); `lr` and `weight_decay` (M C, 1)."""
         self.optimizer, self.theta, self.lr = optimizer, theta, lr
+        self.weight_decay = weight_decay if weight_decay.any() else None
         self.one_lr = lr[0].item() if (lr == lr[0]).all() else None
         self.first = torch.zeros_like(theta) if optimizer != "sgd" else None
         self.second = torch.zeros_like(theta) if optimizer == "adam" else None
         self.step = 0
 
-    def descend(self, R: Tensor, X: Tensor, room: Room) -> None:
-        """Take the gradient `R X / n`; R is lost."""
+    def descend(self, R: Tensor, X: Tensor, room: Room, factor: float) -> None:
+        """Take the gradient `R X / n`, at `factor` times the learning rate; R is lost."""
         n = X.shape[0]
-        if self.optimizer == "sgd":
+        if self.optimizer == "adam" or self.weight_decay is not None:
+            self.take(torch.mm(R, X, out=room.take("gradient", *self.theta.shape)).div_(n), factor)
+        elif self.optimizer == "sgd":
             if self.one_lr is None:
-                self.theta.addmm_(R.mul_(self.lr), X, alpha=-1 / n)
+                self.theta.addmm_(R.mul_(self.lr), X, alpha=-factor / n)
             else:
-                self.theta.addmm_(R, X, alpha=-self.one_lr / n)
-            self.step += 1
-        elif self.optimizer == "momentum":
-            assert self.first is not None
-            self.first.addmm_(R, X, beta=protocol.MOMENTUM, alpha=1 / n)
-            self._follow(self.first)
+                self.theta.addmm_(R, X, alpha=-self.one_lr * factor / n)
             self.step += 1
         else:
-            self.take(torch.mm(R, X, out=room.take("gradient", *self.theta.shape)).div_(n))
+            assert self.first is not None
+            self.first.addmm_(R, X, beta=protocol.MOMENTUM, alpha=1 / n)
+            self._follow(self.first, factor)
+            self.step += 1
 
-    def take(self, gradient: Tensor) -> None:
-        """Take an aggregated gradient (M C, d), which is lost."""
+    def take(self, gradient: Tensor, factor: float, decayed: bool = False) -> None:
+        """Take an aggregated gradient (M C, d), which is lost; `decayed` where the clients have decayed it already."""
         self.step += 1
+        if self.weight_decay is not None and not decayed:
+            gradient.addcmul_(self.theta, self.weight_decay)
         if self.optimizer == "sgd":
-            self._follow(gradient)
+            self._follow(gradient, factor)
             return
         assert self.first is not None
         if self.optimizer == "momentum":
-            self._follow(self.first.mul_(protocol.MOMENTUM).add_(gradient))
+            self._follow(self.first.mul_(protocol.MOMENTUM).add_(gradient), factor)
             return
         assert self.second is not None
         beta1, beta2 = protocol.ADAM_BETAS
         self.first.mul_(beta1).add_(gradient, alpha=1 - beta1)
         self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = torch.div(self.second, 1 - beta2**self.step, out=gradient).sqrt_().add_(protocol.ADAM_EPS)
-        self._follow(torch.div(self.first, scale, out=gradient).div_(1 - beta1**self.step))
+        self._follow(torch.div(self.first, scale, out=gradient).div_(1 - beta1**self.step), factor)
 
-    def _follow(self, way: Tensor) -> None:
+    def _follow(self, way: Tensor, factor: float) -> None:
+        """Go along a step (M C, d) at `factor` times the learning rate."""
         if self.one_lr is None:
-            self.theta.addcmul_(way, self.lr, value=-1)
+            self.theta.addcmul_(way, self.lr, value=-factor)
         else:
-            self.theta.add_(way, alpha=-self.one_lr)
+            self.theta.add_(way, alpha=-self.one_lr * factor)

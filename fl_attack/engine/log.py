@@ -2,14 +2,32 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fl_attack.detect import MEASURES
+from fl_attack.engine.attackers import Attackers, Change
 from fl_attack.engine.batches import Batch
-from fl_attack.engine.tile import Report, Tile
 from fl_attack.scenario import Flips
+
+
+class Report(NamedTuple):
+    """What there is to say of a round in which a tile was watched."""
+
+    change: Change
+    allowed: NDArray[np.int64]  # (M,)
+    cosine: Tensor | None  # (M,) between the aggregate and the clean gradient, NaN where one of them is zero
+    detection: Tensor | None  # (M, detect.MEASURES)
+
+
+class Watched(Protocol):
+    """Cells whose attackers choose together."""
+
+    attackers: Attackers
+    allowed: NDArray[np.int64]  # (M,) flips in the last round
 
 
 class Log:
@@ -57,7 +75,7 @@ class Log:
         round_: int,
         quality: NDArray[np.float64],
         validation_loss: NDArray[np.float64] | float,
-        tiles: Sequence[Tile] = (),
+        tiles: Sequence[Watched] = (),
     ) -> None:
         """A row for each cell: quality (M, 3) and loss (M,) after a round, and what its attackers did in it."""
         made, allowed = np.zeros(self.M), np.zeros(self.M)

@@ -1,38 +1,18 @@
-"""Many experiments at once: chunks of cells that fit in memory, in blocks that fit in the processor's cache."""
+"""Many experiments at once: the way that suits their model."""
 
-import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from fl_attack import scenario
-from fl_attack.engine import groups
-from fl_attack.engine.attackers import Kind, kind_of
-from fl_attack.engine.batches import Batch, Batches
-from fl_attack.engine.block import Block
-from fl_attack.engine.kernels import Room
-from fl_attack.engine.log import Log
-from fl_attack.engine.measure import Samples
-from fl_attack.engine.outcome import Outcome, run_alone
-from fl_attack.engine.stopping import Stopping
-from fl_attack.engine.tile import Shared, Tile
+from fl_attack import targets
+from fl_attack.engine import groups, linear, sequential, stacked
+from fl_attack.engine.outcome import Outcome
+from fl_attack.engine.threads import side_by_side
 from fl_attack.errors import InputError
-from fl_attack.history import COLUMNS
-from fl_attack.protocol import Optimizer
 from fl_attack.scenario import Scenario
 
 Progress = Callable[[int], None]
-CACHE = 2**23  # bytes of parameters in a block
-TARGETS_KEPT = 64  # rows of targets of which the logits of all samples are worked out once
-WORTH_THREADS = 2e7  # multiplications of a product
-COPIES = {"sgd": 1, "momentum": 2, "adam": 3}  # of the parameters, that an optimizer keeps
-FEWEST = 128  # cells a tile, where there are as many, before another set of attackers gets its own
+LINEAR_CELLS = 512
 
 
 def run_cells(
@@ -45,12 +25,34 @@ def run_cells(
     keep_theta: bool = True,
     full_rows: bool = True,
 ) -> list[Outcome]:
-    """Run experiments of one `group_key` together; gives what each leaves, in their order.
+    """Run experiments of one `group_key` together.
 
-    `progress` is told how many rounds of one cell are done since it was last told. `memory_gb` bounds what is held at
-    a time, except flips that are kept. Without `full_rows` the columns `cosine` and `repeated`, which cost extra
-    products, are NaN. A cell whose parameters are not finite any more ends there, with an error, and disturbs no
-    other. InputError where the experiments can't run together, or not here.
+    Parameters
+    ----------
+    scenarios
+        The experiments.
+    device
+        `cpu` or `cuda`, as in `engine.device`.
+    memory_gb
+        What may be held at a time, in 2^30 bytes, except flips that are kept.
+    progress
+        Is told how many rounds of one cell are done since it was last told.
+    keep_flips, keep_theta
+        Whether outcomes hold the flips and the last parameters.
+    full_rows
+        Whether the columns `cosine`, `repeated` and those of `detect.MEASURES`, which cost extra work, are measured;
+        else they are NaN.
+
+    Returns
+    -------
+    list of Outcome
+        In the order of the experiments. One whose parameters are not finite any more ends there, with an error, and
+        disturbs no other.
+
+    Raises
+    ------
+    InputError
+        Where the experiments can't run together, or not here.
     """
     if not scenarios:
         return []
@@ -58,255 +60,69 @@ def run_cells(
         groups.check(cell)
     if len({groups.group_key(cell) for cell in scenarios}) > 1:
         raise InputError("these experiments differ in what cells of one batch share; see fl_attack.engine.group")
-    with _threads(scenarios):
-        work = _Work(scenarios, torch.device(device), memory_gb * 2**30, keep_flips, keep_theta, full_rows)
-        outcomes: dict[int, Outcome] = {}
-        for chunk in work.chunks():
-            outcomes |= zip(chunk, work.run(chunk, progress), strict=True)
-    return [outcomes[i] for i in range(len(scenarios))]
-
-
-@contextmanager
-def _threads(scenarios: Sequence[Scenario]) -> Iterator[None]:
-    """One thread where a round is too small to be worth waking others, which takes milliseconds on a busy machine."""
-    C, d = scenarios[0].theta_shape
-    multiplications = len(scenarios) * C * d * int(scenarios[0].schedule.sizes.sum())
-    before = torch.get_num_threads()
-    try:
-        if multiplications < WORTH_THREADS:
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _alike(cell: Scenario) -> tuple[Optimizer, Kind, str, int]:
-    """What the cells of a tile have in common."""
-    strategy, optimizer = cell.settings.strategy, cell.settings.server_optimizer
-    if strategy.averages:
-        return optimizer, kind_of(cell).alike, "", 0
-    return optimizer, kind_of(cell).alike, strategy.model_dump_json(), cell.settings.tolerated
-
-
-def _same_attackers(cell: Scenario, other: Scenario) -> bool:
-    """Whether the same clients are malicious in two cells of a tile, and want the same."""
-    same = np.array_equal(cell.partition.malicious, other.partition.malicious)
-    return same and kind_of(cell) == kind_of(other)
-
-
-class _Targets(NamedTuple):
-    theta: Tensor  # (T C, d)
-    number: NDArray[np.int64]  # by cell
-
-
-class _Work:
-    """The cells of one call, and what all of them share."""
-
-    def __init__(
-        self,
-        cells: Sequence[Scenario],
-        device: torch.device,
-        memory: float,
-        keep_flips: bool,
-        keep_theta: bool,
-        full_rows: bool,
-    ) -> None:
-        self.cells, self.device, self.memory = cells, device, memory
-        self.keep_flips, self.keep_theta, self.full_rows = keep_flips, keep_theta, full_rows
-        self.settings = cells[0].settings
-        total = self.settings.clients.total
-        often = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
-        clients = np.argsort(-np.asarray(often), kind="stable")
-        crafted = any(cell.settings.attacked and cell.settings.attack.writes == "updates" for cell in cells)
-        self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=crafted)
-        dataset, split = cells[0].dataset, cells[0].partition.validation
-        self.test_set = Samples(self.batches, dataset.x_test, dataset.y_test)
-        self.validation = Samples(self.batches, dataset.x_train[split], dataset.y_train[split]) if len(split) else None
-        self.targets = self._targets()
-        self._target_logits: Tensor | None = None
-
-    def chunks(self) -> Iterator[list[int]]:
-        """The cells in the order in which they are run, as many at a time as fit in memory."""
-        numbers = self.targets.number
-
-        def likeness(i: int) -> tuple[object, ...]:
-            cell = self.cells[i]
-            threat, malicious = cell.settings.attack, cell.partition.malicious
-            wanted = threat.goal, threat.selection
-            return (
-                *_alike(cell),
-                *wanted,
-                len(malicious),
-                malicious.tolist(),
-                numbers[i],
-                cell.settings.lr,
-                threat.budget,
+    if is_linear(scenarios[0]):
+        return linear.run_cells(
+            scenarios,
+            device=device,
+            memory_gb=memory_gb,
+            progress=progress,
+            keep_flips=keep_flips,
+            keep_theta=keep_theta,
+            full_rows=full_rows,
+        )
+    together = [i for i, cell in enumerate(scenarios) if not full_rows and stacked.can_run(cell)]
+    apart = [i for i in range(len(scenarios)) if i not in set(together)]
+    found: dict[int, Outcome] = {}
+    with torch.inference_mode():
+        if together:
+            outcomes = stacked.run_cells(
+                [scenarios[i] for i in together],
+                device=device,
+                memory_gb=memory_gb,
+                progress=progress,
+                keep_flips=keep_flips,
+                keep_theta=keep_theta,
             )
+            found |= zip(together, outcomes, strict=True)
+    alone = _side_by_side([scenarios[i] for i in apart], device, progress, keep_flips, keep_theta, full_rows)
+    found |= zip(apart, alone, strict=True)
+    return [found[i] for i in range(len(scenarios))]
 
-        order = sorted(range(len(self.cells)), key=likeness)
-        C, d = self.cells[0].theta_shape
-        held = self.batches.bytes + self.test_set.X.nbytes + (self.validation.X.nbytes if self.validation else 0)
-        held += len(self.cells) * C * d * self.batches.dtype.itemsize * self.keep_theta
-        copies = max(COPIES[cell.settings.server_optimizer] for cell in self.cells) + bool(self.validation)
-        each = C * self.batches.d * self.batches.dtype.itemsize * copies
-        each += 8 * len(self._evaluated()) * len(COLUMNS) + 200
-        size = max(1, int((self.memory - held) / each))
-        pieces = -(-len(order) // size)
-        for piece in np.array_split(np.array(order), pieces):
-            yield piece.tolist()
 
-    def run(self, chunk: list[int], progress: Progress) -> list[Outcome]:
-        """All rounds of some cells."""
-        began = time.perf_counter()
-        cells = [self.cells[i] for i in chunk]
-        C, d = cells[0].theta_shape[0], self.batches.d
-        theta = torch.zeros(len(cells) * C, d, dtype=self.batches.dtype, device=self.device)
-        cuts = self._cuts(cells)
-        tiles = [
-            Tile(cells[start:end], self.batches, theta[start * C : end * C], self._target_of(chunk[start:end]))
-            for start, end in cuts
-        ]
-        blocks = self._blocks(tiles, theta)
-        log = Log(len(cells), len(self.batches.y), self.keep_flips, self.full_rows)
-        stopping = None if self.validation is None else Stopping(cells, self.validation, theta)
-        ended = self._measure(0, theta, log, stopping)
-        evaluated, room = self._evaluated(), Room(self.device, self.batches.dtype)
-        for round_ in range(1, self.settings.rounds + 1):
-            shared = self._shared(round_, tiles, room)
-            told = round_ in evaluated
-            measured = self.full_rows and told
-            watched = self.keep_flips or measured or (self.full_rows and round_ + 1 in evaluated)
-            reports = itertools.chain.from_iterable(block.step(shared, room, watched, measured) for block in blocks)
-            for (start, _), report in zip(cuts, reports, strict=True):
-                if report is not None:
-                    log.watch(round_, start, shared.batch, report)
-            if told:
-                ended = self._measure(round_, theta, log, stopping, tiles)
-            progress(len(cells) * (self.settings.rounds - round_ + 1 if ended else 1))
-            if ended:
-                break
-        return self._outcomes(cells, theta, tiles, log, stopping, time.perf_counter() - began)
+def cells_at_once(cell: Scenario) -> int:
+    """How many cells like this one are worth computing together; what an interruption may lose."""
+    if is_linear(cell):
+        return LINEAR_CELLS
+    return stacked.CELLS["cpu"] if stacked.can_run(cell) else torch.get_num_threads()
 
-    def _measure(
-        self, round_: int, theta: Tensor, log: Log, stopping: Stopping | None, tiles: Sequence[Tile] = ()
-    ) -> bool:
-        """Note how good the cells are after a round; whether all have stopped early."""
-        losses = stopping.losses(theta) if stopping else np.nan
-        log.measure(round_, self.test_set.quality(theta), losses, tiles)
-        if stopping is None:
-            return False
-        flips = np.concatenate([tile.attackers.flips for tile in tiles]) if tiles else np.zeros(log.M, np.int64)
-        return stopping.note(round_, np.asarray(losses), theta, flips)
 
-    def _outcomes(
-        self,
-        cells: list[Scenario],
-        theta: Tensor,
-        tiles: Sequence[Tile],
-        log: Log,
-        stopping: Stopping | None,
-        seconds: float,
-    ) -> list[Outcome]:
-        finite = theta.view(len(cells), -1).isfinite().all(1).cpu().numpy()
-        flips = np.concatenate([tile.attackers.flips for tile in tiles])
-        last = np.full(len(cells), self.settings.rounds)
-        if stopping:
-            finite |= stopping.over
-            theta, flips, last = stopping.best, stopping.flips, stopping.rounds
-        C, outcomes = cells[0].theta_shape[0], []
-        for i, cell in enumerate(cells):
-            if not finite[i]:
-                outcome = run_alone(cell)
-            else:
-                whole = self.batches.unfitted(theta[i * C : (i + 1) * C]) if self.keep_theta else None
-                outcome = Outcome(log.table(i, last[i]), int(flips[i]), whole, log.flips(i, last[i]))
-            outcome.seconds = seconds / len(cells)
-            outcomes.append(outcome)
-        return outcomes
+def is_linear(cell: Scenario) -> bool:
+    """Whether the matrix products of a linear model are all that the rounds of a cell take."""
+    return cell.model.linear and not cell.settings.worker_momentum
 
-    def _evaluated(self) -> set[int]:
-        rounds, every = self.settings.rounds, self.settings.eval_every
-        return {0, *range(every, rounds + 1, every), rounds}
 
-    def _cuts(self, cells: list[Scenario]) -> list[tuple[int, int]]:
-        """Where tiles begin and end: at another kind of attack, once there are enough at other attackers, when full."""
-        fits = self._fits(len(cells))
-        cuts: list[tuple[int, int]] = []
-        start = 0
-        for end in range(1, len(cells) + 1):
-            goes_on = end < len(cells) and _alike(cells[end]) == _alike(cells[start])
-            if goes_on and (end - start < FEWEST or _same_attackers(cells[end], cells[end - 1])):
-                continue
-            pieces = -(-(end - start) // fits)
-            edges = [start + (end - start) * piece // pieces for piece in range(pieces + 1)]
-            cuts += itertools.pairwise(edges)
-            start = end
-        return cuts
+def _side_by_side(
+    scenarios: Sequence[Scenario],
+    device: str,
+    progress: Progress,
+    keep_flips: bool,
+    keep_theta: bool,
+    full_rows: bool,
+) -> list[Outcome]:
+    """Each experiment by itself, on the CPU as many at a time as torch uses threads."""
+    aimed = [cell for cell in scenarios if cell.settings.attacked and cell.settings.attack.goal == "targeted"]
+    for cell in aimed:
+        targets.target(cell)  # here, so that no two threads train the same
 
-    def _fits(self, cells: int) -> int:
-        """How many of so many cells a block may have."""
-        if self.device.type != "cpu":
-            return cells
-        return max(FEWEST, CACHE // (self.cells[0].theta_shape[0] * self.batches.d * self.batches.dtype.itemsize))
+    def one(cell: Scenario) -> Outcome:
+        with torch.inference_mode():
+            outcome = sequential.run(cell, device=device, progress=progress, full_rows=full_rows)
+        if not keep_theta:
+            outcome.theta = None
+        if not keep_flips:
+            outcome.flips = []
+        return outcome
 
-    def _blocks(self, tiles: Sequence[Tile], theta: Tensor) -> list[Block]:
-        """Consecutive tiles of one optimizer, as many together as fit."""
-        together: list[list[Tile]] = []
-        fits = self._fits(sum(tile.M for tile in tiles))
-        for tile in tiles:
-            last = together[-1][-1] if together else None
-            alone = last is None or tile.apart or last.apart or tile.optimizer != last.optimizer
-            if alone or sum(other.M for other in together[-1]) + tile.M > fits:
-                together.append([])
-            together[-1].append(tile)
-        rows = theta.split([sum(len(tile.theta) for tile in some) for some in together])
-        return [Block(some, part) for some, part in zip(together, rows, strict=True)]
-
-    def _shared(self, round_: int, tiles: Sequence[Tile], room: Room) -> Shared:
-        batch = self.batches.at(round_, room)
-        for tile in tiles:
-            tile.prepare(round_, batch.layout)
-        gram = steered = None
-        if aware := [tile for tile in tiles if tile.reach("untargeted")]:
-            n, rows = (
-                max(tile.reach("untargeted") for tile in aware),
-                sum(tile.C * tile.seeking["untargeted"] for tile in aware),
-            )
-            if self._gram_pays(batch, n, rows):
-                gram = torch.mm(batch.X, batch.X[:n].mT, out=room.take("gram", len(batch.X), n))
-        if aimed := [tile for tile in tiles if tile.reach("targeted")]:
-            n, C = max(tile.reach("targeted") for tile in aimed), aimed[0].C
-            steered = self._steered(batch, n).view(-1, C, n)
-        return Shared(round_, batch, gram, steered, self.targets.theta)
-
-    def _steered(self, batch: Batch, n: int) -> Tensor:
-        """Logits of the targets on the first n columns, (T C, n)."""
-        if self.batches.resident is None or len(self.targets.theta) > TARGETS_KEPT:
-            return torch.mm(self.targets.theta, batch.X[:n].mT)
-        if self._target_logits is None:  # those of all samples, once
-            self._target_logits = torch.mm(self.targets.theta, self.batches.resident.mT)
-        return self._target_logits.index_select(1, self.batches.row[batch.at[:n]].to(self.device))
-
-    def _gram_pays(self, batch: Batch, n: int, rows: int) -> bool:
-        # multiplications: once for the matrix and once for each row, or there and back through the features
-        size, d = batch.X.shape
-        return size * n * (d + rows) < rows * d * (size + n)
-
-    def _targets(self) -> _Targets:
-        aimed: dict[object, Scenario] = {}
-        keys: list[object] = []
-        for cell in self.cells:
-            settings = cell.settings
-            trained = settings.attack.target_path, settings.server_optimizer, settings.lr
-            key = trained if kind_of(cell).goal == "targeted" else None
-            keys.append(key)
-            if key is not None:
-                aimed.setdefault(key, cell)
-        thetas = [self.batches.fitted(theta) for theta in scenario.load_targets(list(aimed.values()))]
-        theta = torch.cat([torch.empty(0, self.batches.d), *thetas]).to(self.device, self.batches.dtype)
-        place = {key: i for i, key in enumerate(aimed)}
-        return _Targets(theta, np.array([place.get(key, -1) for key in keys]))
-
-    def _target_of(self, chunk: list[int]) -> Tensor | None:
-        number = torch.from_numpy(self.targets.number[chunk]).to(self.device)
-        return None if len(self.targets.theta) == self.cells[0].theta_shape[0] else number
+    if torch.device(device).type != "cpu":
+        return [one(cell) for cell in scenarios]
+    return side_by_side(one, scenarios)

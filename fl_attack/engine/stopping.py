@@ -1,21 +1,28 @@
 """Early stopping of the cells of a chunk: the model that each keeps, and where its rows end."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack.engine.measure import Samples
 from fl_attack.history import EarlyStop
 from fl_attack.scenario import Scenario
+
+
+class Split(Protocol):
+    """Samples that cells are measured on."""
+
+    def quality(self, theta: Tensor) -> NDArray[np.float64]:
+        """Accuracy, F1 and mean loss of each cell, (M, 3)."""
 
 
 class Stopping:
     """What each of M cells has been at its best, and whether it is over; see `history.EarlyStop`."""
 
-    def __init__(self, cells: Sequence[Scenario], split: Samples, theta: Tensor) -> None:
+    def __init__(self, cells: Sequence[Scenario], split: Split, theta: Tensor) -> None:
         """`split` is the server's validation split, `theta` (M C, d) what the cells start from."""
         patience = [cell.settings.early_stop.patience for cell in cells]
         self.rule = EarlyStop(np.array(patience))

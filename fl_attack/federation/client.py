@@ -14,27 +14,20 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fl_attack import adversary, scenario
+from fl_attack import adversary, protocol, scenario
 from fl_attack.federation import wire
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
 Found = TypeVar("Found")
 
 
-class Asked(NamedTuple):
-    """What the server sends to a client."""
-
-    theta: Tensor  # (C, d)
-    round_: int
-    anchor: Tensor | None  # theta at the start of the epoch, where attackers choose by epoch
-
-
 class Trained(NamedTuple):
-    """What a client makes of it."""
+    """What a client makes of a request."""
 
-    theta: Tensor  # (C, d)
+    theta: Tensor  # (A, B)
     weight: int  # samples used
     flips: Flips | None  # None: not a client that flips
+    momentum: Tensor | None = None  # (A, B) where clients have one
 
 
 class OmniscientHook:
@@ -47,26 +40,27 @@ class OmniscientHook:
         self.scenario = scenario
         self._known: dict[str, tuple[tuple[int, bytes], Any]] = {}
 
-    def flips(self, asked: Asked) -> Flips:
+    def flips(self, asked: wire.Request) -> Flips:
         """The labels that all malicious clients together write in a round."""
-        made, (theta, round_, anchor) = self.scenario, asked
-        if made.settings.attack.refresh == "step" or anchor is None:
-            return self._once("flips", round_, theta, lambda: adversary.flips(made, theta, round_))
-        first = adversary.epoch_start(made, round_)
-        chosen = self._once("epoch", first, anchor, lambda: adversary.flips_of_epoch(made, anchor, first))
-        return adversary.of_round(made, chosen, round_)
+        scenario, theta, round_, epoch_theta = self.scenario, asked.theta, asked.round_, asked.epoch_theta
+        if scenario.settings.attack.refresh == "step" or epoch_theta is None:
+            return self._once("flips", round_, theta, lambda: adversary.flips(scenario, theta, round_))
+        first = adversary.epoch_start(scenario, round_)
+        chosen = self._once("epoch", first, epoch_theta, lambda: adversary.flips_of_epoch(scenario, epoch_theta, first))
+        return adversary.of_round(scenario, chosen, round_)
 
-    def updates(self, asked: Asked) -> Tensor:
-        """What all clients of a round send (m, C, d), honest and malicious."""
-        made, (theta, round_, _) = self.scenario, asked
+    def updates(self, asked: wire.Request) -> tuple[Tensor, Tensor]:
+        """What all clients of a round would send honestly, and what they send, (m, A, B) each."""
+        scenario, theta, round_ = self.scenario, asked.theta, asked.round_
 
-        def crafted() -> Tensor:
-            return adversary.crafted(made, theta, round_, adversary.updates(made, theta, round_))
+        def crafted() -> tuple[Tensor, Tensor]:
+            honest = adversary.updates(scenario, theta, round_, momenta=asked.momentum)
+            return honest, adversary.crafted(scenario, theta, round_, honest)
 
         return self._once("updates", round_, theta, crafted)
 
     def _once(self, what: str, round_: int, theta: Tensor, work_out: Callable[[], Found]) -> Found:
-        key = round_, theta.numpy().tobytes()
+        key = round_, theta.cpu().numpy().tobytes()
         if what not in self._known or self._known[what][0] != key:
             self._known[what] = key, work_out()
         found: Found = self._known[what][1]
@@ -80,14 +74,20 @@ class HonestClient:
         self.scenario = scenario
         self.client = client
 
-    def train(self, asked: Asked) -> Trained:
+    def train(self, asked: wire.Request) -> Trained:
         """A round's local steps from the broadcast parameters."""
         return self.trained_on(asked, None)
 
-    def trained_on(self, asked: Asked, flips: Flips | None) -> Trained:
+    def trained_on(self, asked: wire.Request, flips: Flips | None) -> Trained:
         """The same on labels of which some are flipped."""
-        moved, weight = scenario.client_update(self.scenario, self.client, asked.theta, asked.round_, flips or NO_FLIPS)
-        return Trained(moved, weight, flips)
+        own, theta = self.scenario, asked.theta
+        moved, weight = scenario.client_update(own, self.client, theta, asked.round_, flips or NO_FLIPS)
+        if not own.settings.worker_momentum:
+            return Trained(moved, weight, flips)
+        assert asked.momentum is not None
+        lr = own.lr(asked.round_)
+        after = protocol.with_momentum(own.settings.worker_momentum, asked.momentum[0], (theta - moved) / lr)
+        return Trained(theta - lr * after, weight, flips, after)
 
 
 class MaliciousClient(HonestClient):
@@ -97,13 +97,14 @@ class MaliciousClient(HonestClient):
         super().__init__(scenario, client)
         self.hook = hook
 
-    def train(self, asked: Asked) -> Trained:
+    def train(self, asked: wire.Request) -> Trained:
         """This client's part of what the attackers agreed on."""
         if self.scenario.settings.attack.writes == "updates":
             place = np.searchsorted(self.scenario.schedule.drawn(asked.round_), self.client)
-            sent = self.hook.updates(asked)[place]
+            honest, sent = (updates[place] for updates in self.hook.updates(asked))
             weight = self.scenario.schedule.steps(self.client, asked.round_).size
-            return Trained(asked.theta - self.scenario.settings.lr * sent, weight, NO_FLIPS)
+            moved = asked.theta - self.scenario.lr(asked.round_) * sent
+            return Trained(moved, weight, NO_FLIPS, honest if self.scenario.settings.worker_momentum else None)
         flips = self.hook.flips(asked)
         own = self.scenario.partition.client[flips.samples] == self.client
         return self.trained_on(asked, Flips(flips.samples[own], flips.labels[own], flips.allowed))
@@ -139,13 +140,22 @@ def train(message: Message, context: Context) -> Message:
     number = int(str(context.node_config["partition-id"]))
     try:
         asked = wire.read_request(message.content)
-        with torch.inference_mode():  # gradients are in closed form; torch need not watch
-            answer = client(asked.settings, number).train(Asked(asked.theta, asked.round_, asked.anchor))
+        with torch.inference_mode():  # derivatives are in closed form or by torch.func; torch need not watch
+            here = client(asked.settings, number)
+            device = here.scenario.settings.engine.client_device
+            answer = here.train(asked if device == "cpu" else _on(asked, device))
     except Exception as error:
         raise RuntimeError(f"client {number}: {type(error).__name__}: {error}") from error
-    return Message(
-        wire.answer(wire.Answer(answer.theta, number, answer.weight, answer.flips), asked.raw), reply_to=message
-    )
+    momentum = None if answer.momentum is None else answer.momentum.cpu()
+    reply = wire.Answer(answer.theta.cpu(), number, answer.weight, answer.flips, momentum)
+    return Message(wire.answer(reply, asked.raw), reply_to=message)
+
+
+def _on(asked: wire.Request, device: str) -> wire.Request:
+    """A request with its parameters on a device."""
+    moved = (None if part is None else part.to(device) for part in (asked.epoch_theta, asked.momentum))
+    epoch_theta, momentum = moved
+    return asked._replace(theta=asked.theta.to(device), epoch_theta=epoch_theta, momentum=momentum)
 
 
 @client_app.query()

@@ -61,14 +61,18 @@ class Block:
 class BlockGrid(Grid):
     """Clients in blocks on Ray actors, spread over the cluster's nodes."""
 
-    def __init__(self, app: ClientApp, clients: int, actors: int, cpus_each: float) -> None:
+    def __init__(self, app: ClientApp, clients: int, actors: int, cpus_each: float, gpus_each: float = 0.0) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, TASK_ID
         self._run = Run.create_empty(RUN_ID)
         self._ids = itertools.count(1)
         self._replies: dict[str, Message] = {}
         # clients keep nothing, so the round of a lost actor is simply done again by its successor
         block_actor = ray.remote(
-            max_restarts=-1, max_task_retries=-1, num_cpus=cpus_each, scheduling_strategy="SPREAD"
+            max_restarts=-1,
+            max_task_retries=-1,
+            num_cpus=cpus_each,
+            num_gpus=gpus_each,
+            scheduling_strategy="SPREAD",
         )(Block)
         blocks = [block for block in np.array_split(np.arange(clients), actors) if len(block)]
         self.actors: list[Any] = [block_actor.remote(app, block.tolist(), clients) for block in blocks]

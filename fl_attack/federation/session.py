@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import ray
+import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -31,6 +32,9 @@ OBJECT_STORE = 200 * 2**20  # bytes; only messages pass through it
 
 def check(scenario: Scenario) -> None:
     """Raise InputError where the settings name no usable strategy; cheap, to be called before Ray starts."""
+    engine = scenario.settings.engine
+    if engine.client_device == "cuda" and not engine.ray_address and not torch.cuda.is_available():
+        raise InputError("engine.client_device=cuda needs a GPU, but this machine has none; use cpu")
     if not scenario.settings.verbose:
         logging.getLogger("flwr").setLevel(logging.CRITICAL)
     make_strategy(scenario)
@@ -42,12 +46,26 @@ def run(drive: Drive, settings: Settings, app: ClientApp = client_app) -> None:
     with ray_session(engine.ray_address, settings.verbose):
         cpus = ray.cluster_resources().get("CPU", 1.0)
         actors = min(engine.actors or max(1, int(cpus)), clients)
-        cpus_each = int(min(1.0, cpus / actors) * 1e4) / 1e4  # Ray counts resources in ten-thousandths
+        cpus_each = _share(cpus, actors)
+        gpus_each = 0.0 if engine.client_device == "cpu" else _share(_gpus(), actors)
         if engine.grid == "stock":
-            simulate(lambda grid: drive(partial(start, grid)), clients, cpus_each, app)
+            simulate(lambda grid: drive(partial(start, grid)), clients, cpus_each, gpus_each, app)
         else:
-            with BlockGrid(app, clients, actors, cpus_each) as grid:
+            with BlockGrid(app, clients, actors, cpus_each, gpus_each) as grid:
                 drive(partial(start, grid))
+
+
+def _share(resources: float, actors: int) -> float:
+    """What each of the actors gets of a resource, at most one; Ray counts in ten-thousandths."""
+    return int(min(1.0, resources / actors) * 1e4) / 1e4
+
+
+def _gpus() -> float:
+    """GPUs of the Ray cluster; InputError where it has none."""
+    gpus = float(ray.cluster_resources().get("GPU", 0.0))
+    if not gpus:
+        raise InputError("engine.client_device=cuda needs a GPU, but the Ray cluster has none; use cpu")
+    return gpus
 
 
 def serve(main: Callable[[dict[str, Any], Runner], None]) -> ServerApp:
@@ -113,7 +131,7 @@ def _refuse_unreachable(address: str | None) -> None:
         ) from None
 
 
-def simulate(drive: Callable[[Grid], None], clients: int, cpus_each: float, app: ClientApp) -> None:
+def simulate(drive: Callable[[Grid], None], clients: int, cpus_each: float, gpus_each: float, app: ClientApp) -> None:
     """Flower's own simulation engine, unchanged."""
     from flwr.simulation import run_simulation  # marked deprecated: this is the only place that calls it
 
@@ -123,5 +141,5 @@ def simulate(drive: Callable[[Grid], None], clients: int, cpus_each: float, app:
     def main(grid: Grid, context: Context) -> None:
         drive(grid)
 
-    config: Any = {"client_resources": {"num_cpus": cpus_each, "num_gpus": 0.0}}
+    config: Any = {"client_resources": {"num_cpus": cpus_each, "num_gpus": gpus_each}}
     run_simulation(server_app, app, clients, backend_config=config)

@@ -37,7 +37,7 @@ class RuleStrategy(FedAvg):
         moved = torch.stack([answer.theta for answer in answers])
         weights = torch.tensor([answer.weight for answer in answers])
         lots = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(answers)))
-        lr = self.settings.lr
+        lr = self.scenario.lr(server_round)
         self.aggregate = self.rule((self._theta - moved) / lr, weights, lots)
         self._theta, self._state = protocol.server_step(
             self.settings.server_optimizer, self._theta, self.aggregate, lr, self._state
@@ -56,12 +56,13 @@ class WatchedStrategy(Strategy):
     """
 
     def __init__(self, strategy: Strategy, recorder: Recorder, client_of: Mapping[int, int] | None) -> None:
-        """`client_of` names the client behind each node, where some clients are drawn for each round."""
+        """`client_of` names the client behind each node, where clients are not all asked the same."""
         self.strategy = strategy
         self.recorder = recorder
         self.client_of = client_of
         self._asked = 0
-        self._anchor = wire.pack(recorder.history.theta, raw=True)
+        self._epoch_theta = wire.pack(recorder.history.theta, raw=True)
+        self._momenta = recorder.scenario.momenta(recorder.history.theta)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -75,10 +76,25 @@ class WatchedStrategy(Strategy):
         self._asked = len(messages)
         if made.settings.attack.refresh == "epoch":
             if adversary.epoch_start(made, server_round) == server_round:
-                self._anchor = wire.pack(self.recorder.history.theta, raw=True)
+                self._epoch_theta = wire.pack(self.recorder.history.theta, raw=True)
             for message in messages:  # the strategy may have given the same content to all
-                message.content[wire.ANCHOR] = self._anchor
+                message.content[wire.EPOCH_THETA] = self._epoch_theta
+        if made.settings.worker_momentum:
+            assert self.client_of is not None
+            for message in messages:
+                content = RecordDict(dict(message.content))
+                content[wire.MOMENTUM] = self._momentum_for(self.client_of[message.metadata.dst_node_id], server_round)
+                message.content = content
         return messages
+
+    def _momentum_for(self, client: int, round_: int) -> ConfigRecord:
+        """The momentum that a client is sent: its own, or where it attacks updates those of all of the round."""
+        scenario = self.recorder.scenario
+        settings = scenario.settings
+        knows_all = settings.attacked and settings.attack.writes == "updates" and client in scenario.partition.malicious
+        momenta = self._momenta.of(scenario.schedule.drawn(round_) if knows_all else [client])
+        assert momenta is not None
+        return wire.momentum_record(momenta)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -86,7 +102,11 @@ class WatchedStrategy(Strategy):
         """As the strategy does, on replies that are complete and in order; RunError where they are not."""
         ordered = complete(list(replies), self._asked, server_round)
         # read first: strategies of Flower's take the arrays out of the replies
-        moved = torch.stack([wire.read_answer(reply.content).theta for reply in ordered])
+        answers = [wire.read_answer(reply.content) for reply in ordered]
+        moved = torch.stack([answer.theta for answer in answers])
+        momenta = [answer.momentum for answer in answers if answer.momentum is not None]
+        if momenta:
+            self._momenta.note([answer.client for answer in answers], torch.stack(momenta))
         arrays, metrics = self.strategy.aggregate_train(server_round, ordered)
         if arrays is None:
             raise RunError(
@@ -96,8 +116,8 @@ class WatchedStrategy(Strategy):
         theta = wire.unpack(arrays)
         aggregate = getattr(self.strategy, "aggregate", None)
         if aggregate is None:  # a strategy of Flower's: the step it took
-            aggregate = (self.recorder.history.theta - theta) / self.recorder.scenario.settings.lr
-        before, lr = self.recorder.history.theta, self.recorder.scenario.settings.lr
+            aggregate = (self.recorder.history.theta - theta) / self.recorder.scenario.lr(server_round)
+        before, lr = self.recorder.history.theta, self.recorder.scenario.lr(server_round)
         self.recorder.record(server_round, theta, aggregate, all_flips(ordered), (before - moved) / lr)
         if self.recorder.stopped:
             raise _StoppedEarly
@@ -180,11 +200,11 @@ def everybody(scenario: Scenario) -> dict[str, Any]:
 
 
 def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
-    """The client behind each node, as they say; None where all take part in every round, so that it doesn't matter.
+    """The client behind each node, as they say; None where all are asked the same in every round.
 
     RunError unless there is each client once.
     """
-    if scenario.schedule.per_round is None:
+    if scenario.schedule.per_round is None and not scenario.settings.worker_momentum:
         return None
     clients = scenario.settings.clients.total
     nodes = sorted(grid.get_node_ids())

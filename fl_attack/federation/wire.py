@@ -1,7 +1,8 @@
 """What travels in Flower's messages.
 
 To clients: the parameters, the round and the settings of the experiment as JSON. Back: the client's parameters, its
-id, the number of samples it used, and the labels it flipped.
+id, the number of samples it used, and the labels it flipped. Clients keep nothing between rounds, so that any process
+can be any client: where they have a momentum, it travels too, and the server keeps it for them.
 """
 
 from functools import lru_cache
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from fl_attack.scenario import Flips
 
-ARRAYS, CONFIG, METRICS, FLIPS, ANCHOR = "arrays", "config", "metrics", "flips", "anchor"
+ARRAYS, CONFIG, METRICS, FLIPS, EPOCH_THETA = "arrays", "config", "metrics", "flips", "epoch_theta"
+MOMENTUM = "momentum"
 SETTINGS, ROUND = "settings", "server-round"  # the round is put in by Flower's strategies themselves
 WEIGHT, CLIENT = "num-examples", "client"
 # The bytes of the array alone: Flower's own format parses a numpy file header in every message, a quarter of a small
@@ -25,24 +27,26 @@ RAW = "fl_attack.raw"
 class Request(NamedTuple):
     """What a client is asked."""
 
-    theta: Tensor  # (C, d) float64
+    theta: Tensor  # (A, B) float64
     raw: bool  # how to answer
     round_: int
     settings: str  # JSON
-    anchor: Tensor | None  # theta at the start of the epoch, where attackers choose by epoch
+    epoch_theta: Tensor | None  # theta at the start of the epoch, where attackers choose by epoch
+    momentum: Tensor | None  # the client's (1, A, B), or for attackers on updates those of all of the round (m, A, B)
 
 
 class Answer(NamedTuple):
     """What a client says."""
 
-    theta: Tensor  # (C, d) float64
+    theta: Tensor  # (A, B) float64
     client: int
     weight: int  # samples used
     flips: Flips | None  # None: not a client that flips
+    momentum: Tensor | None = None  # (A, B) after the round, where clients have one
 
 
 def pack(theta: Tensor, raw: bool) -> ArrayRecord:
-    """Parameters (C, d) as Flower's record; `raw` ones only our own strategy understands."""
+    """Parameters (A, B) as Flower's record; `raw` ones only our own strategy understands."""
     values = theta.numpy()
     arrays = ArrayRecord()
     arrays["theta"] = Array(str(values.dtype), values.shape, RAW, values.tobytes()) if raw else Array(values)
@@ -50,7 +54,7 @@ def pack(theta: Tensor, raw: bool) -> ArrayRecord:
 
 
 def unpack(arrays: ArrayRecord) -> Tensor:
-    """Parameters (C, d) in float64."""
+    """Parameters (A, B) in float64."""
     array = arrays["theta"]
     if array.stype == RAW:
         return torch.frombuffer(bytearray(array.data), dtype=torch.float64).view(array.shape)
@@ -62,8 +66,19 @@ def read_request(content: Any) -> Request:
     array, config = content[ARRAYS]["theta"], content[CONFIG]
     raw = array.stype == RAW
     theta = _broadcast(array.data, array.shape) if raw else unpack(content[ARRAYS])
-    anchor = unpack(content[ANCHOR]) if ANCHOR in content else None
-    return Request(theta, raw, int(config[ROUND]), config[SETTINGS], anchor)
+    epoch_theta = unpack(content[EPOCH_THETA]) if EPOCH_THETA in content else None
+    momentum = _numbers(content[MOMENTUM]["values"]).view(-1, *theta.shape) if MOMENTUM in content else None
+    return Request(theta, raw, int(config[ROUND]), config[SETTINGS], epoch_theta, momentum)
+
+
+def momentum_record(momentum: Tensor) -> ConfigRecord:
+    """Momenta in float64 as a record; no `ArrayRecord`, of which Flower's strategies allow one to a reply."""
+    return ConfigRecord({"values": momentum.numpy().tobytes()})
+
+
+def _numbers(values: bytes) -> Tensor:
+    """Numbers in float64 from their bytes."""
+    return torch.frombuffer(bytearray(values), dtype=torch.float64)
 
 
 @lru_cache(maxsize=1)
@@ -79,6 +94,8 @@ def answer(answer: Answer, raw: bool) -> RecordDict:
     if answer.flips is not None:
         samples, labels, allowed = answer.flips
         content[FLIPS] = ConfigRecord({"samples": samples.tobytes(), "labels": labels.tobytes(), "allowed": allowed})
+    if answer.momentum is not None:
+        content[MOMENTUM] = momentum_record(answer.momentum)
     return content
 
 
@@ -103,4 +120,6 @@ def flips_of(content: Any) -> Flips | None:
 
 def read_answer(content: Any) -> Answer:
     """What a reply says."""
-    return Answer(unpack(content[ARRAYS]), client_of(content), content[METRICS][WEIGHT], flips_of(content))
+    theta = unpack(content[ARRAYS])
+    momentum = _numbers(content[MOMENTUM]["values"]).view(theta.shape) if MOMENTUM in content else None
+    return Answer(theta, client_of(content), content[METRICS][WEIGHT], flips_of(content), momentum)

@@ -16,8 +16,9 @@ from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
 from fl_attack.sweep.execute import compute
 from fl_attack.sweep.progress import Progress
-from fl_attack.sweep.table import CURVES, TABLE, Cell, write_tables
+from fl_attack.sweep.table import Cell, write_tables
 from fl_attack.sweep.units import Numbers, Unit, by_cell, distinct, key_of, read, saver, units
+from fl_attack.sweep_table import CURVES, TABLE
 
 __all__ = ["Cell", "Numbers", "Progress", "Unit", "key_of", "run", "tabulate", "tabulate_together"]
 KEPT = "units"

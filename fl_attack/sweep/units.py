@@ -18,7 +18,6 @@ from fl_attack.scenario import Scenario
 
 NUMERICS = 4  # to be raised when a change of the code changes the numbers of a run
 OF_RULES = 3  # likewise, of a run whose server sees what each client sends
-UNIT = 512  # cells; what is lost at most when a batched sweep is interrupted
 NOT_NUMBERS = {"out", "overwrite", "verbose", "baseline", "launcher", "figures"}  # settings on which none depends
 # nor, where the fingerprint of the data is known, on the place of these
 ON_DATA: Mapping[str, bool | set[str]] = {**dict.fromkeys(NOT_NUMBERS, True), "dataset": {"root", "path"}}
@@ -68,11 +67,12 @@ def distinct(scenarios: Sequence[Scenario]) -> tuple[list[Scenario], list[int]]:
 
 
 def units(scenarios: Sequence[Scenario]) -> list[Unit]:
-    """The work, cut: groups of batched cells into pieces of at most `UNIT`, cells of Flower one by one."""
+    """The work, cut: groups of batched cells into pieces as large as suits their model, cells of Flower one by one."""
     batched = [i for i, made in enumerate(scenarios) if made.settings.engine.name == "batched"]
     cuts = [[i] for i, made in enumerate(scenarios) if made.settings.engine.name != "batched"]
     for group in engine.group([scenarios[i] for i in batched]):
-        pieces = np.array_split(np.array(batched)[group], -(-len(group) // UNIT))
+        size = engine.cells_at_once(scenarios[batched[group[0]]])
+        pieces = np.array_split(np.array(batched)[group], -(-len(group) // size))
         cuts += [piece.tolist() for piece in pieces]
     return [Unit(cut, key_of([scenarios[i] for i in cut])) for cut in cuts]
 
@@ -83,7 +83,8 @@ def key_of(scenarios: Sequence[Scenario]) -> str:
     for made in scenarios:
         target = made.settings.attack.target_path
         own = hashlib.sha256(Path(target).read_bytes()).hexdigest() if target else ""
-        own += plugins.source_digest(made.settings.attack.name) + plugins.source_digest(made.settings.strategy.name)
+        of_users = made.settings.attack.name, made.settings.strategy.name, made.settings.model.name
+        own += "".join(map(plugins.source_digest, of_users))
         settings = made.settings
         if not settings.strategy.averages or settings.attack.writes == "updates" or settings.detectability:
             own += str(OF_RULES)

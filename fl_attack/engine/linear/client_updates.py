@@ -28,11 +28,13 @@ class Residuals(NamedTuple):
     R: Tensor  # (M C, n) residuals with the labels as written
     written: Tensor | None  # (M C, n) R less the clean ones, where clients take several steps
     lr: Tensor  # (M C, 1)
+    weight_decay: Tensor | None  # (M C, 1)
 
     def rows(self, part: slice) -> "Residuals":
-        """Some rows."""
+        """The same of some rows."""
         written = None if self.written is None else self.written[part]
-        return Residuals(self.theta[part], self.R[part], written, self.lr[part])
+        decay = None if self.weight_decay is None else self.weight_decay[part]
+        return Residuals(self.theta[part], self.R[part], written, self.lr[part], decay)
 
 
 def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor]]:
@@ -42,13 +44,16 @@ def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor
     for i, place in enumerate(layout.rank.tolist()):
         columns = slice(int(starts[i]), int(layout.ends[i]))
         if of.written is None:
-            yield place, (of.R[:, columns] @ batch.X[columns]).div_(columns.stop - columns.start)
+            update = (of.R[:, columns] @ batch.X[columns]).div_(columns.stop - columns.start)
+            yield place, update if of.weight_decay is None else update.addcmul_(of.theta, of.weight_decay)
             continue
         moved = of.theta.clone()
         for step in batch.steps[i]:
             X = batch.X[step]
             encoded = batch.encoded[:, step] if C > 1 else batch.encoded
             residuals = kernels.residuals_(moved @ X.mT, C, encoded).add_(of.written[:, step])
+            if of.weight_decay is not None:
+                moved.mul_(1 - of.lr * of.weight_decay)
             moved.addmm_(residuals.mul_(of.lr), X, alpha=-1 / len(step))
         yield place, torch.sub(of.theta, moved, out=moved).div_(of.lr)
 
@@ -69,7 +74,9 @@ class Server:
         self.rule = self.like.rule()
         strategy, threat = self.like.settings.strategy, self.like.settings.attack
         # a function of others may draw from a generator that all threads share
-        self.ours = aggregate.ours(strategy.name, strategy.pre) and (not self.crafts or threat.name in attack.ATTACKS)
+        self.ours = aggregate.is_builtin(strategy.name, strategy.pre) and (
+            not self.crafts or threat.name in attack.ATTACKS
+        )
         self.needed = (
             self.crafts or not self.like.settings.strategy.averages
         )  # else the mean of what clients send is one matrix product

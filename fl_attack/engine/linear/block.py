@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fl_attack.engine import kernels
-from fl_attack.engine.tile import Report, Shared, Tile
+from fl_attack.engine.linear.tile import Shared, Tile
+from fl_attack.engine.log import Report
 
 
 class Block:
@@ -21,7 +22,8 @@ class Block:
         `theta` (M C, d), tile after tile, is changed in place.
         """
         self.tiles, self.theta = tiles, theta
-        self.optimizer = kernels.Server(tiles[0].optimizer, theta, torch.cat([tile.lr for tile in tiles]))
+        lr, weight_decay = (torch.cat([getattr(tile, name) for tile in tiles]) for name in ("lr", "weight_decay"))
+        self.optimizer = kernels.ServerOptimizer(tiles[0].optimizer, theta, lr, weight_decay)
 
     def step(self, shared: Shared, room: kernels.Room, watched: bool, measured: bool) -> list[Report | None]:
         """One round of all cells; gives what each tile reports."""
@@ -31,8 +33,9 @@ class Block:
         for tile, rows in zip(self.tiles, Z.split([len(tile.theta) for tile in self.tiles]), strict=True):
             report, aggregate = tile.step(rows, shared, room, watched, measured)
             reports.append(report)
+        factor = self.tiles[0].lr_factor(shared.round_)
         if aggregate is None:
-            self.optimizer.descend(Z, X, room)
+            self.optimizer.descend(Z, X, room, factor)
         else:
-            self.optimizer.take(aggregate)
+            self.optimizer.take(aggregate, factor, decayed=True)
         return reports

@@ -19,7 +19,7 @@ class Samples:
 
     def __init__(self, batches: Batches, x: NDArray[Any], y: NDArray[np.int64]) -> None:
         """`x` (n, p) raw values as of the data set of these batches, `y` (n,) their labels."""
-        scale, C = batches.like.dataset.scale, batches.classes
+        scale, C = batches.like.dataset.scaling, batches.classes
         order = np.argsort(y, kind="stable")
         parts = [
             batches.fitted(data.features(x[at], scale, batches.dtype))

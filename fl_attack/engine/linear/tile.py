@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import adversary, attack
-from fl_attack.engine import kernels, sent
+from fl_attack.engine import kernels
 from fl_attack.engine.attackers import Attackers, Change, Turn, no_change
 from fl_attack.engine.batches import Batch, Batches, Layout
-from fl_attack.engine.plan import Plan
+from fl_attack.engine.linear import client_updates as sent
+from fl_attack.engine.linear.epoch_flips import Plan
+from fl_attack.engine.log import Report
+from fl_attack.models import outputs
 from fl_attack.scenario import Scenario
 
 
@@ -27,15 +30,6 @@ class Shared(NamedTuple):
     targets: Tensor  # (T C, d)
 
 
-class Report(NamedTuple):
-    """What there is to say of a round in which a tile was watched."""
-
-    change: Change
-    allowed: NDArray[np.int64]  # (M,)
-    cosine: Tensor | None  # (M,) between the aggregate and the clean gradient, NaN where one of them is zero
-    detection: Tensor | None  # (M, detect.MEASURES)
-
-
 class Tile:
     """The attackers of some cells and what they make of a round; the parameters are moved by `block.Block`."""
 
@@ -47,7 +41,12 @@ class Tile:
         self.plan = Plan(cells, batches) if self.attackers.kind.refresh == "epoch" else None
         lr = torch.tensor([cell.settings.lr for cell in cells], dtype=theta.dtype, device=theta.device)
         self.lr = lr.repeat_interleave(self.C)[:, None]
-        self.optimizer = cells[0].settings.server_optimizer
+        decay = torch.tensor([cell.settings.weight_decay for cell in cells], dtype=theta.dtype, device=theta.device)
+        self.weight_decay = decay.repeat_interleave(self.C)[:, None]
+        self._decays = bool(decay.any())
+        first = cells[0].settings
+        self.optimizer = first.server_optimizer
+        self.training = first.server_optimizer, first.lr_schedule, first.lr_every, first.lr_decay
         self.several_steps = cells[0].settings.local_steps > 1
         self.server = sent.Server(cells, self.attackers)
         self.seeking: Counter[str] = Counter()  # cells of greedy attackers, by their goal
@@ -60,6 +59,11 @@ class Tile:
     def prepare(self, round_: int, layout: Layout) -> None:
         """Work out what the attackers can do in a round; before `step`, one round after the other."""
         self.turn = self.attackers.turn(round_, layout)
+
+    def lr_factor(self, round_: int) -> float:
+        """By what the learning rates are multiplied in a round; all cells of a block have one schedule."""
+        cell = self.attackers.like
+        return cell.lr(round_) / cell.settings.lr
 
     def reach(self, goal: str) -> int:
         """Columns of which greedy attackers of a goal need scores in this round."""
@@ -92,7 +96,7 @@ class Tile:
         if self.apart or (measured and turn is not None):
             aggregate, detection = self._aggregate(R, batch, shared, measured)
         if not self.apart:
-            aggregate = R @ batch.X if measured else None
+            aggregate = self._clean_gradient(R, batch) if measured else None
         cosine = _cosine(aggregate, clean, self.M) if aggregate is not None and clean is not None else None
         report = Report(change, self.allowed, cosine, detection) if watched and change is not None else None
         return report, aggregate if self.apart else None
@@ -197,7 +201,13 @@ class Tile:
             v = self._weighted(R, batch) @ batch.X if targets is None else targets - self.theta
             return v @ batch.X[:n].mT
 
-        return self.attackers.view(batch, turn, scores, logits, shared.round_)
+        def by_class(signed: Tensor) -> Tensor:
+            """(M, n, classes) of signed logits or scores (M C, n)."""
+            if self.C > 1:
+                return signed.view(self.M, self.C, n).mT
+            return outputs.class_logits((signed * batch.sign[:n])[..., None])
+
+        return self.attackers.view(batch, turn, lambda: by_class(scores()), lambda: by_class(logits), shared.round_)
 
     def _targets(self, shared: Shared, cells: slice) -> Tensor | None:
         """(cells C, d) of targeted cells."""
@@ -208,7 +218,12 @@ class Tile:
         return by_target[number[cells]].reshape(-1, by_target.shape[-1])
 
     def _clean_gradient(self, R: Tensor, batch: Batch) -> Tensor:
-        return (R if batch.counts is None else R * batch.counts) @ batch.X
+        """The gradient of residuals R with the weight decay, up to the number of samples, (M C, d)."""
+        gradient = (R if batch.counts is None else R * batch.counts) @ batch.X
+        if self._decays:
+            n = batch.X.shape[0] if batch.counts is None else float(batch.counts.sum())
+            gradient.addcmul_(self.theta, self.weight_decay, value=n)
+        return gradient
 
     def _aggregate(self, R: Tensor, batch: Batch, shared: Shared, measured: bool) -> tuple[Tensor, Tensor | None]:
         """What the server makes of the clients' updates, over lr."""
@@ -216,7 +231,8 @@ class Tile:
         if self.several_steps:
             clean = torch.mm(self.theta, batch.X.mT)
             written = R - kernels.residuals_(clean, self.C, batch.encoded)
-        of = sent.Residuals(self.theta, R, written, self.lr)
+        rate = self.lr * self.lr_factor(shared.round_)
+        of = sent.Residuals(self.theta, R, written, rate, self.weight_decay if self._decays else None)
         if not self.server.needed and not measured:
             return self.server.mean(of, batch), None
 

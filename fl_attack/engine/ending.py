@@ -1,0 +1,52 @@
+"""What cells that were run together leave, and in which rounds they are measured."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack.config import Settings
+from fl_attack.engine import sequential
+from fl_attack.engine.log import Log
+from fl_attack.engine.outcome import Outcome
+from fl_attack.engine.stopping import Stopping
+from fl_attack.scenario import Scenario
+
+
+def evaluated_rounds(settings: Settings) -> set[int]:
+    """The rounds after which models are measured; 0 is the start."""
+    rounds, every = settings.rounds, settings.eval_every
+    return {0, *range(every, rounds + 1, every), rounds}
+
+
+def outcomes(
+    cells: Sequence[Scenario],
+    theta: Tensor,
+    parameters: Callable[[Tensor], Tensor] | None,
+    log: Log,
+    flips: NDArray[np.int64],
+    stopping: Stopping | None,
+    seconds: float,
+) -> list[Outcome]:
+    """What each cell leaves; one that diverged is run again client by client, to end with the round where it did.
+
+    `theta` (M rows, columns) are the parameters at the end, of which `parameters` gives those of a cell as a whole
+    from its rows, where they are kept; `flips` (M,) those of all rounds.
+    """
+    M = len(cells)
+    finite = theta.view(M, -1).isfinite().all(1).cpu().numpy()
+    last = np.full(M, cells[0].settings.rounds)
+    if stopping:
+        finite |= stopping.over
+        theta, flips, last = stopping.best, stopping.flips, stopping.rounds
+    found = []
+    for i, (cell, rows) in enumerate(zip(cells, theta.chunk(M), strict=True)):
+        if not finite[i]:
+            outcome = sequential.run(cell, client_by_client=True)
+        else:
+            whole = parameters(rows) if parameters else None
+            outcome = Outcome(log.table(i, last[i]), int(flips[i]), whole, log.flips(i, last[i]))
+        outcome.seconds = seconds / M
+        found.append(outcome)
+    return found

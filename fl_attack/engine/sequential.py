@@ -1,0 +1,93 @@
+"""One experiment by itself, round after round, for any model on any device.
+
+With `client_by_client` every client's update is computed alone, as clients do it: the plain definition that the faster
+ways are held to. Else the mean of label attacks is one gradient over the union of the minibatches.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from fl_attack import adversary, protocol
+from fl_attack.engine.outcome import Outcome
+from fl_attack.errors import RunError
+from fl_attack.history import COLUMNS, Recorder
+from fl_attack.scenario import Scenario, mean_gradient
+
+
+def run(
+    cell: Scenario,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda rounds: None,
+    full_rows: bool = True,
+    client_by_client: bool = False,
+) -> Outcome:
+    """Run one experiment.
+
+    Parameters
+    ----------
+    cell
+        The experiment.
+    device
+        Where gradients are computed.
+    progress
+        Is told 1 after every round, and at an early end how many more rounds need not be run.
+    full_rows
+        Whether the columns `cosine` and those of `detect.MEASURES` are measured, which takes passes of their own.
+    client_by_client
+        Whether every client's update is computed by itself where the mean of all would do.
+
+    Returns
+    -------
+    Outcome
+        With `error` where the parameters became infinite; the rows then end before.
+    """
+    started = time.perf_counter()
+    recorder, settings = Recorder(cell), cell.settings
+    recorder.measure_on(torch.device(device))
+    theta = epoch_theta = recorder.history.theta
+    state, momenta, rule = protocol.initial_state(theta), cell.momenta(theta), cell.rule()
+    together = not client_by_client and mean_is_enough(cell)
+    error = None
+    try:
+        recorder.record(0, theta)
+        for round_ in range(1, settings.rounds + 1):
+            if adversary.epoch_start(cell, round_) == round_:
+                epoch_theta = theta
+            measured = full_rows and (round_ % settings.eval_every == 0 or round_ == settings.rounds)
+            flips = adversary.flips(cell, theta, round_, epoch_theta)
+            clients = cell.schedule.drawn(round_)
+            updates = None
+            if together and not (measured and settings.attacked):
+                aggregate = mean_gradient(cell, theta, round_, flips)
+            else:
+                before = momenta.of(clients)
+                honest = adversary.updates(cell, theta, round_, flips, before)
+                momenta.note(clients, honest)
+                updates = adversary.crafted(cell, theta, round_, honest)
+                order = torch.from_numpy(protocol.shuffled(settings.seed, round_, len(clients)))
+                weights = torch.from_numpy(cell.schedule.sizes[clients])
+                aggregate = rule(updates, weights.to(theta.device), order.to(theta.device))
+            lr = cell.lr(round_)
+            theta, state = protocol.server_step(settings.server_optimizer, theta, aggregate, lr, state)
+            recorder.record(round_, theta, aggregate if full_rows else None, flips, updates if full_rows else None)
+            progress(settings.rounds - round_ + 1 if recorder.stopped else 1)
+            if recorder.stopped:
+                break
+    except RunError as failure:
+        error = str(failure)
+        progress(settings.rounds - (recorder.history.rows[-1]["round"] if recorder.history.rows else 0))
+    history = recorder.history
+    table = np.array([[row[name] for name in COLUMNS] for row in history.rows])
+    seconds = time.perf_counter() - started
+    return Outcome(table, history.flip_count, history.theta.cpu(), history.flips, seconds, error)
+
+
+def mean_is_enough(cell: Scenario) -> bool:
+    """Whether the mean of what clients send is the gradient of the union of their minibatches."""
+    settings = cell.settings
+    labels = not settings.attacked or settings.attack.writes == "labels"
+    return settings.strategy.averages and labels and settings.local_steps == 1 and not settings.worker_momentum

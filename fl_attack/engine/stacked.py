@@ -1,0 +1,252 @@
+"""Many experiments of dense layers at once: their parameters in one stack, over the minibatches that they share.
+
+What all cells share is done once: the samples, and the products of the first layer, where most of the work is. The
+direction of an untargeted attack is never spelled out in that layer: with `v = D^T X` for residuals D of the layer,
+`X v^T = (X X^T) D`, a small matrix of inner products.
+
+Shapes: M cells, n samples, C classes, P parameters, T targets; activations are (M, n, width).
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack import attack, targets
+from fl_attack.engine import ending, kernels, sequential
+from fl_attack.engine.attackers import Attackers, Change, Turn, kind_of, no_change
+from fl_attack.engine.batches import Batch, Batches
+from fl_attack.engine.log import Log, Report
+from fl_attack.engine.outcome import Outcome
+from fl_attack.engine.stopping import Stopping
+from fl_attack.models import Mlp
+from fl_attack.models.networks import shared_product
+from fl_attack.scenario import Scenario
+
+# Cells in a stack, measured with scripts/bench_models.py: on a CPU more of them no longer fit its cache.
+CELLS = {"cpu": 32, "cuda": 512}
+COPIES = 6  # of the parameters, that a step holds at most: with the optimizer's, the gradient and its parts
+
+
+def can_run(cell: Scenario) -> bool:
+    """Whether a cell can be in a stack: dense layers, the mean, and flips chosen in every round if any."""
+    labels = not cell.settings.attacked or cell.settings.attack.refresh == "step"
+    return isinstance(cell.model, Mlp) and sequential.mean_is_enough(cell) and labels
+
+
+def run_cells(
+    cells: Sequence[Scenario],
+    *,
+    device: str,
+    memory_gb: float,
+    progress: Callable[[int], None],
+    keep_flips: bool,
+    keep_theta: bool,
+) -> list[Outcome]:
+    """See `engine.run_cells`, without `full_rows`."""
+    order = sorted(range(len(cells)), key=lambda i: (_tile_key(cells[i]), i))
+    kind = torch.device(device).type
+    each = COPIES * cells[0].theta_shape[1] * cells[0].settings.torch_dtype.itemsize
+    size = max(1, min(CELLS[kind], int(memory_gb * 2**29 / each)))
+    found: dict[int, Outcome] = {}
+    for start in range(0, len(order), size):
+        chunk = order[start : start + size]
+        stack = Stack([cells[i] for i in chunk], torch.device(device), memory_gb * 2**29, keep_flips, keep_theta)
+        found |= zip(chunk, stack.run(progress), strict=True)
+    return [found[i] for i in range(len(cells))]
+
+
+def _tile_key(cell: Scenario) -> str:
+    """What the cells whose attackers choose together have in common."""
+    settings = cell.settings
+    return f"{kind_of(cell)} {settings.server_optimizer} {settings.lr_schedule} {settings.lr_every} {settings.lr_decay}"
+
+
+class Attacked:
+    """Consecutive cells of a stack whose attackers choose their flips together."""
+
+    def __init__(self, cells: Sequence[Scenario], rows: slice, batches: Batches) -> None:
+        self.cells, self.rows = cells, rows
+        self.attackers = Attackers(cells, batches, batches.all)
+        self.allowed = np.zeros(len(cells), np.int64)  # flips in the last round
+
+
+class Stack:
+    """Cells that are stepped together, and all that they share."""
+
+    def __init__(
+        self, cells: Sequence[Scenario], device: torch.device, memory: float, keep_flips: bool, keep_theta: bool
+    ) -> None:
+        self.cells, self.settings = cells, cells[0].settings
+        self.model = cast(Mlp, cells[0].model)
+        total = self.settings.clients.total
+        held = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
+        client_order = np.argsort(-np.asarray(held), kind="stable")
+        self.batches = Batches(cells[0], client_order, device, memory, every_feature=True)
+        self.room = kernels.Room(device, self.batches.dtype)
+        self.keep_theta = keep_theta
+        start = self.model.start().to(device, self.batches.dtype)
+        self.theta = start.expand(len(cells), -1).clone()
+        self.log = Log(len(cells), len(self.batches.y), keep_flips, full_rows=False)
+        self.test_set = Measured(cells[0], cells[0].test_set(), device)
+        early = self.settings.early_stop.patience is not None
+        split = Measured(cells[0], cells[0].validation_set(), device) if early else None
+        self.stopping = Stopping(cells, split, self.theta) if split else None
+        keys = [_tile_key(cell) for cell in cells]
+        edges = [0, *(i for i in range(1, len(cells)) if keys[i] != keys[i - 1]), len(cells)]
+        pairs = itertools.pairwise(edges)
+        self.tiles = [Attacked(cells[start:end], slice(start, end), self.batches) for start, end in pairs]
+        self.optimizers = [self._optimizer(tile) for tile in self.tiles]
+        self.targets, self.target_of = self._targets(device)
+
+    def _optimizer(self, tile: Attacked) -> kernels.ServerOptimizer:
+        """The server's optimizer of some cells, which moves their rows of theta in place."""
+        theta = self.theta[tile.rows]
+        lr, decay = (
+            torch.tensor([getattr(cell.settings, key) for cell in tile.cells], dtype=theta.dtype, device=theta.device)
+            for key in ("lr", "weight_decay")
+        )
+        return kernels.ServerOptimizer(tile.cells[0].settings.server_optimizer, theta, lr[:, None], decay[:, None])
+
+    def _targets(self, device: torch.device) -> tuple[Tensor, NDArray[np.int64]]:
+        """The different targets (T, P), and which of them each cell has, (M,), -1 for none."""
+        found: list[Tensor] = []
+        place = np.full(len(self.cells), -1)
+        for i, cell in enumerate(self.cells):
+            if not (cell.settings.attacked and cell.settings.attack.goal == "targeted"):
+                continue
+            target = targets.target(cell)
+            same = next((j for j, other in enumerate(found) if torch.equal(other, target)), len(found))
+            found += [target] if same == len(found) else []
+            place[i] = same
+        whole = torch.cat(found) if found else torch.empty(0, self.theta.shape[1])
+        return whole.to(device, self.batches.dtype), place
+
+    def run(self, progress: Callable[[int], None]) -> list[Outcome]:
+        """All rounds."""
+        began, evaluated = time.perf_counter(), ending.evaluated_rounds(self.settings)
+        over = self._measure(0)
+        for round_ in range(1, self.settings.rounds + 1):
+            self._step(round_)
+            if round_ in evaluated:
+                over = self._measure(round_)
+            progress(len(self.cells) * (self.settings.rounds - round_ + 1 if over else 1))
+            if over:
+                break
+        whole = (lambda rows: rows.cpu()) if self.keep_theta else None
+        seconds = time.perf_counter() - began
+        return ending.outcomes(self.cells, self.theta, whole, self.log, self._flips(), self.stopping, seconds)
+
+    def _flips(self) -> NDArray[np.int64]:
+        """Flips of each cell in all rounds, (M,)."""
+        return np.concatenate([tile.attackers.flips for tile in self.tiles])
+
+    def _measure(self, round_: int) -> bool:
+        """Note how good the cells are after a round; whether all have stopped early."""
+        losses = self.stopping.losses(self.theta) if self.stopping else np.nan
+        self.log.measure(round_, self.test_set.quality(self.theta), losses, self.tiles if round_ else ())
+        if self.stopping is None:
+            return False
+        return self.stopping.note(round_, np.asarray(losses), self.theta, self._flips())
+
+    def _step(self, round_: int) -> None:
+        """One round of all cells."""
+        batch = self.batches.at(round_, self.room)
+        X, y, n = batch.X, batch.y, len(batch.X)
+        turns = [tile.attackers.turn(round_, batch.layout) for tile in self.tiles]
+        theta = self.theta[:, None]
+        first = shared_product(X, *self.model.layers(theta)[0])
+        aimed = any(turn is not None and turn.picks is not None for turn in turns) and len(self.targets) > 0
+        steered = self._steered(X, first, turns) if aimed else {}
+        activations = self.model.forward(theta, X, first)
+        labels = y.expand(len(self.cells), n).clone()
+        gram = _once(lambda: X @ X.mT)
+        for number, (tile, turn) in enumerate(zip(self.tiles, turns, strict=True)):
+            change = no_change(X.device)
+            tile.allowed = np.zeros(len(tile.cells), np.int64)
+            if turn is not None and turn.picks is not None:
+                change = self._choose(tile, turn, batch, activations, steered.get(number), gram, round_)
+                tile.allowed = turn.allowed
+                labels[tile.rows.start + change.cells, change.columns] = change.labels
+            if self.log.keep_flips:
+                self.log.watch(round_, tile.rows.start, batch, Report(change, tile.allowed, None, None))
+        R = self.model.residuals(activations[-1], labels) / n
+        gradient = self.model.pull_back(theta, X, activations, R)[:, 0]
+        for tile, optimizer in zip(self.tiles, self.optimizers, strict=True):
+            first_cell = tile.cells[0]
+            factor = first_cell.lr(round_) / first_cell.settings.lr
+            optimizer.take(gradient[tile.rows], factor)
+
+    def _steered(self, X: Tensor, first: Tensor, turns: Sequence[Turn | None]) -> dict[int, Tensor]:
+        """By the number of a targeted tile, what its first layers give along `target - theta`, (cells, n, width)."""
+        of_targets = shared_product(X, *self.model.layers(self.targets[:, None])[0])
+        found = {}
+        for number, (tile, turn) in enumerate(zip(self.tiles, turns, strict=True)):
+            place = self.target_of[tile.rows]
+            if turn is not None and turn.picks is not None and place[0] >= 0:
+                at = torch.from_numpy(place).to(X.device)
+                found[number] = of_targets[at, : turn.n] - first[tile.rows, : turn.n]
+        return found
+
+    def _choose(
+        self,
+        tile: Attacked,
+        turn: Turn,
+        batch: Batch,
+        activations: list[Tensor],
+        steered: Tensor | None,
+        gram: Callable[[], Tensor],
+        round_: int,
+    ) -> Change:
+        """The labels that the attackers of a tile write in a round."""
+        rows, n = tile.rows, turn.n
+        here = [part[rows, :n] for part in activations]
+        threat = tile.cells[0].settings.attack
+
+        def scores() -> Tensor:
+            theta = self.theta[rows, None]
+            if steered is not None:
+                at = torch.from_numpy(self.target_of[rows]).to(theta.device)
+                others = self.model.layers(self.targets[at, None] - theta)[1:]
+                return self.model.forward_scores(theta, here, steered, others)
+            own = [part[rows] for part in activations]
+            R = self.model.residuals(own[-1], batch.y)
+            if turn.known is not None:
+                R = R * turn.known[..., None]
+            deltas = self.model.deltas(theta, own, R / R.shape[1])
+            along_first = torch.matmul(gram()[:n], deltas[0]).add_(deltas[0].sum(1, keepdim=True))
+            return self.model.forward_scores(theta, here, along_first, self.model.pull_back_others(own, deltas))
+
+        view = tile.attackers.view(batch, turn, scores, lambda: here[-1], round_)
+        proposal = attack.find(threat.name).function(view, **threat.args)
+        scratch = self.room.take("sorted", len(tile.cells), n)
+        return tile.attackers.proposed(proposal, batch, turn, scratch)
+
+
+class Measured:
+    """Samples on a device that the cells of a stack are measured on."""
+
+    def __init__(self, cell: Scenario, samples: tuple[Tensor, Tensor], device: torch.device) -> None:
+        self.model = cell.model
+        self.X, self.y = (part.to(device) for part in samples)
+
+    def quality(self, theta: Tensor) -> NDArray[np.float64]:
+        """Accuracy, F1 and mean loss of each cell of theta (M, P), (M, 3)."""
+        return np.array([self.model.measure(row[None], self.X, self.y) for row in theta])
+
+
+def _once(work_out: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What is worked out when it is first asked for, and then remembered."""
+    found: list[Tensor] = []
+
+    def ask() -> Tensor:
+        if not found:
+            found.append(work_out())
+        return found[0]
+
+    return ask

@@ -1,0 +1,83 @@
+"""What is trained: the table of models, and any module of a user's."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fl_attack import plugins
+from fl_attack.errors import InputError
+from fl_attack.models import logistic, networks, outputs
+from fl_attack.models.base import Model
+from fl_attack.models.networks import Mlp, Network
+from fl_attack.models.outputs import LOSSES, Quality
+
+__all__ = ["LOSSES", "MODELS", "Mlp", "Model", "Network", "Quality", "check_args", "logistic", "make", "outputs"]
+
+
+class Entry(NamedTuple):
+    """A row of the table: what builds the module, and the class that differentiates it."""
+
+    build: Callable[..., Any]  # Net(shape, classes, **args)
+    kind: type[Network] | None = Network  # None: `build` gives a Model itself
+
+
+MODELS: dict[str, Entry] = {
+    "logistic": Entry(logistic.Logistic, None),
+    "mlp": Entry(networks.DenseLayers, Mlp),
+    "cnn": Entry(networks.ConvNet),
+    "resnet18": Entry(networks.resnet18),
+}
+
+
+def find(name: str) -> Entry:
+    """The row of a name of the table, or of the import path of a user's module; InputError where there is none."""
+    if name in MODELS:
+        return MODELS[name]
+    if not plugins.is_path(name):
+        raise InputError(
+            f"name={name} is not a model; known: {', '.join(MODELS)}, or the import path of a torch.nn.Module"
+        )
+    return Entry(plugins.load(name))
+
+
+def check_args(name: str, args: Mapping[str, Any]) -> None:
+    """InputError where a model does not take these arguments."""
+    try:
+        parameters = list(inspect.signature(find(name).build).parameters.values())[2:]
+    except ValueError:  # no signature to be had: building it will tell
+        return
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    known = [one.name for one in parameters if one.kind in named]
+    unknown = [key for key in args if key not in known]
+    if unknown and not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise InputError(f"args.{unknown[0]} is not an argument of name={name}; {takes}")
+
+
+def make(name: str, args: Mapping[str, Any], loss: str, inputs: tuple[int, ...], classes: int, seed: int) -> Model:
+    """The model of a name, for samples of shape `inputs` and so many labels.
+
+    Parameters
+    ----------
+    name
+        Of the table `MODELS`, or the import path of a `torch.nn.Module`, built as `Net(inputs, classes, **args)`.
+    args
+        Arguments of the module by name.
+    loss
+        Of the table `LOSSES`.
+    inputs
+        Shape of one sample: (C, H, W) of an image, (d,) of features.
+    classes
+        Number of labels.
+    seed
+        What a network's first parameters are drawn from.
+
+    Raises
+    ------
+    InputError
+        Where the module can't be built, or is no differentiable function of one sample at a time.
+    """
+    entry = find(name)
+    if entry.kind is None:
+        return entry.build(inputs, classes)  # type: ignore[no-any-return]
+    return entry.kind(entry.build, inputs, classes, seed, name, args, LOSSES[loss])

@@ -1,0 +1,290 @@
+"""Networks in both engines: one trajectory, whichever way it is computed; and what a run of a network leaves."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fl_attack import adversary, engine, federation, protocol, scenario, targets
+from fl_attack.config import Settings
+from fl_attack.engine import sequential, stacked
+from fl_attack.federation.grid import BlockGrid
+from fl_attack.federation.session import ray_session
+from fl_attack.federation.strategy import start
+from fl_attack.history import History, Recorder
+from fl_attack.scenario import Scenario, mean_gradient
+
+Compose = Callable[..., Settings]
+Command = Callable[..., tuple[int, str, str]]
+
+SMALL = ("dtype=float64", "batch_size=40", "baseline=false", "lr=0.2")
+MLP = ("model=mlp", "model.args.widths=[12,9]")
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[BlockGrid]:
+    """One Ray and one grid of ten clients for the module."""
+    with ray_session(None, False), BlockGrid(federation.client_app, 10, 2, 1.0) as grid:
+        yield grid
+
+
+def assert_same(one: History, other: History, rtol: float = 1e-9) -> None:
+    """The same flips in the same rounds, and the same parameters."""
+    assert [round_ for round_, _ in one.flips] == [round_ for round_, _ in other.flips]
+    for (_, first), (_, second) in zip(one.flips, other.flips, strict=True):
+        assert np.array_equal(first.samples, second.samples) and np.array_equal(first.labels, second.labels)
+        assert first.allowed == second.allowed
+    first, second = one.theta.double(), other.theta.double()
+    assert (first - second).norm() <= rtol * first.norm()
+
+
+VARIED = {
+    "untargeted": [],
+    "targeted": ["attack.goal=targeted"],
+    "the paper's text": ["attack.selection=literal"],
+    "each its own budget": ["attack.scope=per_client", "lr=0.1"],
+    "carried budgets": ["attack.rounding=carry", "attack.budget=0.03"],
+    "own knowledge": ["attack.knowledge=own"],
+    "noisy knowledge": ["attack.knowledge=noisy"],
+    "some rounds": ["attack.every=2", "attack.start=2", "attack.stop=5"],
+    "static": ["attack.name=static_flip"],
+    "random": ["attack.name=random_flip", "clients.honest=5", "clients.malicious=5"],
+    "confident": ["attack.name=confidence_flip"],
+    "decay, schedule and momentum": ["weight_decay=0.01", "lr_schedule=cosine", "server_optimizer=momentum"],
+    "adam": ["server_optimizer=adam", "lr=0.01", "attack.goal=targeted"],
+    "nobody": ["attack.budget=0"],
+}
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        [],
+        ["dataset=digits_01", "clients.per_round=6", "partition=dirichlet"],
+        ["model.loss=focal", "early_stop.patience=1", "eval_every=1", "dataset.standardize=true"],
+    ],
+)
+def test_a_stack_of_cells_is_each_of_them_client_by_client(settings: Compose, shared: list[str]) -> None:
+    chosen = [settings(*SMALL, *MLP, "engine=batched", "rounds=6", *shared, *more) for more in VARIED.values()]
+    cells = engine.make_scenarios(chosen)
+    assert all(map(stacked.can_run, cells))
+    for cell, outcome in zip(cells, engine.run_cells(cells, full_rows=False), strict=True):
+        alone = sequential.run(cell, client_by_client=True)
+        assert_same(alone.history(), outcome.history())
+        assert outcome.flip_count == alone.flip_count == sum(len(flips.samples) for _, flips in alone.flips)
+        np.testing.assert_allclose(outcome.table[:, :7], alone.table[:, :7], rtol=1e-9, atol=1e-12)
+
+
+def test_a_stack_that_does_not_fit_in_memory_is_gone_through_in_parts(settings: Compose) -> None:
+    chosen = [settings(*SMALL, *MLP, "engine=batched", "rounds=4", *more) for more in list(VARIED.values())[:4]]
+    cells = engine.make_scenarios(chosen)
+    whole = engine.run_cells(cells, full_rows=False)
+    parts = engine.run_cells(cells, full_rows=False, memory_gb=1e-4)
+    for one, other in zip(whole, parts, strict=True):
+        assert_same(one.history(), other.history())
+
+
+def test_a_cell_of_a_stack_that_diverges_ends_alone(settings: Compose) -> None:
+    chosen = [settings(*SMALL, *MLP, "engine=batched", "rounds=5", f"lr={lr}") for lr in ("1e300", "0.1")]
+    cells = engine.make_scenarios(chosen)
+    diverged, fine = engine.run_cells(cells, full_rows=False)
+    assert diverged.error is not None and "not finite after round" in diverged.error
+    assert fine.error is None
+    assert_same(fine.history(), sequential.run(cells[1], client_by_client=True).history())
+
+
+ALONE = {
+    "cnn": ["model=cnn"],
+    "cnn, targeted": ["model=cnn", "attack.goal=targeted"],
+    "flips of an epoch": [*MLP, "attack.refresh=epoch"],
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_the_gradient_of_the_union_is_the_mean_of_the_clients(settings: Compose, case: str) -> None:
+    chosen = settings(*SMALL, "engine=batched", "rounds=5", "eval_every=5", *ALONE[case])
+    cell = scenario.make(chosen)
+    (together,) = engine.run_cells([cell], full_rows=False)
+    assert_same(together.history(), sequential.run(cell, client_by_client=True).history())
+
+
+@pytest.mark.parametrize("flipped", [0.1, 0.9])
+def test_few_flips_are_added_to_the_clean_gradient(settings: Compose, flipped: float) -> None:
+    cell = scenario.make(settings(*SMALL, *MLP, "clients.honest=0", "clients.malicious=10", f"attack.budget={flipped}"))
+    theta = cell.start()
+    clean = mean_gradient(cell, theta, 1)
+    flips = adversary.flips(cell, theta, 1)
+    assert len(flips.samples)
+    anew = Scenario(cell.settings, cell.dataset, cell.partition, cell.schedule)
+    torch.testing.assert_close(mean_gradient(cell, theta, 1, flips), mean_gradient(anew, theta, 1, flips))
+    assert not torch.allclose(mean_gradient(cell, theta, 1, flips), clean)
+
+
+def test_a_target_of_a_network_is_trained_from_the_same_start_on_flipped_labels(settings: Compose) -> None:
+    more = ["weight_decay=0.01", "lr_schedule=step", "lr_every=2"]
+    cell = scenario.make(settings(*SMALL, *MLP, "rounds=5", "batch_size=full", "attack.goal=targeted", *more))
+    module = cell.model._module  # type: ignore[attr-defined]
+    net = nn.Sequential(*module).double()
+    trained = {name: torch.from_numpy(value) for name, value in cell.model.state(cell.start()).items()}
+    module.double().load_state_dict(trained)
+    held = np.flatnonzero(cell.partition.client >= 0)
+    X, y = cell.features(held), torch.from_numpy((cell.dataset.y_train[held] + 1) % 10)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.2, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(X), y).backward()
+        optimizer.step()
+        schedule.step()
+    expected = torch.cat([value.detach().ravel() for value in net.parameters()])[None]
+    torch.testing.assert_close(targets.target(cell), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("attacked", [["attack.name=ipm"], ["attack.goal=targeted"]])
+def test_what_clients_send_is_their_momentum(settings: Compose, attacked: list[str]) -> None:
+    chosen = settings(*SMALL, "worker_momentum=0.9", "rounds=4", "clients.per_round=6", "strategy=median", *attacked)
+    cell = scenario.make(chosen)
+    theta, m = cell.start(), torch.zeros(10, *cell.theta_shape, dtype=torch.float64)
+    rule = cell.rule()
+    for round_ in range(1, 5):
+        clients = cell.schedule.drawn(round_)
+        flips = adversary.flips(cell, theta, round_)
+        m[clients] = 0.9 * m[clients] + 0.1 * adversary.updates(
+            cell.__class__(
+                chosen.model_copy(update={"worker_momentum": 0.0}), cell.dataset, cell.partition, cell.schedule
+            ),
+            theta,
+            round_,
+            flips,
+        )
+        sent = adversary.crafted(cell, theta, round_, m[clients])
+        order = torch.from_numpy(protocol.shuffled(chosen.seed, round_, len(clients)))
+        theta = theta - 0.2 * rule(sent, torch.from_numpy(cell.schedule.sizes[clients]), order)
+    (outcome,) = engine.run_cells([cell])
+    assert outcome.theta is not None
+    torch.testing.assert_close(outcome.theta, theta, rtol=1e-9, atol=1e-12)
+
+
+def test_learning_rates_follow_their_schedule() -> None:
+    rates = {name: [protocol.lr_factor(name, t, 6, None, 0.1) for t in range(1, 7)] for name in ("cosine", "step")}  # type: ignore[arg-type]
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    for name, schedule in (
+        ("cosine", torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)),
+        ("step", torch.optim.lr_scheduler.StepLR(torch.optim.SGD([parameter], lr=1.0), 2)),
+    ):
+        found = []
+        for _ in range(6):
+            found.append(schedule.get_last_lr()[0])
+            schedule.optimizer.step()
+            schedule.step()
+        assert found == pytest.approx(rates[name])
+    assert [protocol.lr_factor("inverse", t, 6, 2) for t in (1, 3, 5)] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert protocol.lr_factor("constant", 5, 6) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["strategy=trimmed_mean", "local_steps=2"],
+        ["server_optimizer=adam", "lr=0.01", "attack.goal=targeted"],
+        ["server_optimizer=momentum", "attack.refresh=epoch"],
+        ["attack.name=ipm", "strategy=krum"],
+    ],
+)
+def test_logistic_regression_with_decay_and_schedule_is_the_same_in_its_fast_path(
+    settings: Compose, more: list[str]
+) -> None:
+    chosen = [
+        settings(*SMALL, "engine=batched", "rounds=6", "lr=0.1", *more, *training)
+        for training in (["weight_decay=0.05"], ["lr_schedule=inverse", "lr_every=2"], ["lr_schedule=cosine"], [])
+    ]
+    cells = engine.make_scenarios(chosen)
+    outcomes = engine.run_cells(cells)
+    for cell, outcome in zip(cells, outcomes, strict=True):
+        alone = sequential.run(cell, client_by_client=True)
+        assert_same(alone.history(), outcome.history())
+        np.testing.assert_allclose(outcome.table[:, :8], alone.table[:, :8], rtol=1e-9, atol=1e-9)
+    thetas = [outcome.theta for outcome in outcomes]
+    assert len({tuple(theta.ravel()[:50].tolist()) for theta in thetas if theta is not None}) == 4
+
+
+ON_FLOWER = {
+    "mlp": [*MLP],
+    "mlp, targeted, median": [*MLP, "attack.goal=targeted", "strategy=median"],
+    "cnn": ["model=cnn"],
+    "cnn, targeted, trimmed mean": ["model=cnn", "attack.goal=targeted", "strategy=trimmed_mean"],
+    "mlp, momentum of clients, some drawn": [*MLP, "worker_momentum=0.9", "strategy=krum", "clients.per_round=7"],
+    "mlp, momentum, attack on updates": [*MLP, "worker_momentum=0.5", "attack.name=alie", "strategy=median"],
+    "mlp, local steps, schedule and decay": [*MLP, "local_steps=3", "lr_schedule=cosine", "weight_decay=0.01"],
+    "logistic, momentum of clients": ["worker_momentum=0.9", "attack.goal=targeted"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ON_FLOWER)
+def test_flower_and_batched_give_one_trajectory(settings: Compose, grid: BlockGrid, case: str) -> None:
+    rounds = 50 if case in list(ON_FLOWER)[:4] else 8
+    common = (*SMALL, "batch_size=30", f"rounds={rounds}", "eval_every=10", "lr=0.05", *ON_FLOWER[case])
+    recorder = Recorder(scenario.make(settings(*common)))
+    start(grid, recorder)
+    (batched,) = engine.run_cells([scenario.make(settings(*common, "engine=batched"))])
+    assert_same(recorder.history, batched.history())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [MLP, ("model=cnn", "attack.goal=targeted")])
+def test_flowers_own_engine_gives_the_same(settings: Compose, grid: BlockGrid, model: tuple[str, ...]) -> None:
+    chosen = settings(*SMALL, "batch_size=30", "rounds=5", "eval_every=5", *model, "engine.grid=stock")
+    recorder = Recorder(scenario.make(chosen))
+    federation.run(lambda federate: federate(recorder), chosen)
+    on_blocks = Recorder(scenario.make(chosen))
+    start(grid, on_blocks)
+    assert_same(recorder.history, on_blocks.history, rtol=0)
+
+
+NET = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, shape, classes, width=8):
+        super().__init__(nn.Conv2d(shape[0], width, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(classes))
+        self(__import__("torch").zeros(1, *shape))
+"""
+
+
+def test_a_users_module_runs_and_its_result_loads_into_it(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(NET)
+    overrides = [f"model.name={file}:Net", "model.args.width=3", "engine=batched", "rounds=3", f"out={tmp_path}/out"]
+    code, out, err = command(*overrides)
+    assert code == 0, err
+    sys.path.insert(0, str(tmp_path))
+    try:
+        from mine import Net  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(tmp_path))
+    net = Net((1, 8, 8), 10, width=3)
+    net.load_state_dict({k: torch.from_numpy(v) for k, v in np.load(tmp_path / "out" / "model.npz").items()})
+    X, y = scenario.make(Settings.model_validate(_config(tmp_path / "out"))).test_set()
+    accuracy = (net(X).argmax(1) == y).float().mean().item()
+    assert f"{accuracy:.4f}" in out
+
+
+def _config(folder: Path) -> object:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+
+
+def test_a_sweep_over_models_has_a_row_for_each(command: Command, tmp_path: Path) -> None:
+    overrides = ["-m", "engine=batched", "rounds=2", "model=logistic,mlp,cnn", "attack.budget=0.2,0.6"]
+    code, _, err = command(*overrides, f"out={tmp_path}/out")
+    assert code == 0, err
+    rows = (tmp_path / "out" / "sweep.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows[1:]] == ["logistic"] * 2 + ["mlp"] * 2 + ["cnn"] * 2
