@@ -82,6 +82,7 @@ class Mutant:
     replacement: str = field(repr=False)
     before: str
     after: str
+    text: str  # its line as it stands
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.before}  ->  {self.after}"
@@ -195,7 +196,8 @@ def mutants(file: Path) -> list[Mutant]:
         if ast.dump(changed) != ast.dump(whole):
             name, before = file.relative_to(ROOT).as_posix(), ast.unparse(place)
             lines = before.split("\n")[0], after.split("\n")[0] if other is not None else "(left out)"
-            found.append(Mutant(name, place.lineno, begins[place.lineno], (start, stop), text, *lines))
+            line = source.splitlines()[place.lineno - 1].decode().strip()
+            found.append(Mutant(name, place.lineno, begins[place.lineno], (start, stop), text, *lines, line))
     return found
 
 
@@ -372,7 +374,7 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
 
 
 def known_equivalents() -> list[dict[str, str]]:
-    """Changes that do nothing, with the reason; each names file, before, after and reason."""
+    """Changes that do nothing; each has a file, its line, before, after and the reason."""
     return yaml.safe_load(EQUIVALENT.read_text()) or [] if EQUIVALENT.exists() else []
 
 
@@ -393,9 +395,9 @@ def main() -> int:
     for path in map(Path, chosen.path or ["fl_attack"]):
         files += sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [(ROOT / path).resolve()]
     found = [mutant for file in files for mutant in mutants(file)]
-    equivalent = {(one["file"], one["before"], one["after"]) for one in known_equivalents()}
+    equivalent = {(one["file"], one["line"], one["before"], one["after"]) for one in known_equivalents()}
     todo = drawn(found, chosen.sample or len(found), chosen.seed)
-    known = [mutant for mutant in todo if (mutant.file, mutant.before, mutant.after) in equivalent]
+    known = [mutant for mutant in todo if (mutant.file, mutant.text, mutant.before, mutant.after) in equivalent]
     todo = [mutant for mutant in todo if mutant not in known]
     if chosen.list:
         print(*todo, f"{len(todo)} of {len(found)} changes", sep="\n")

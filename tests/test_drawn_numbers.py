@@ -17,8 +17,9 @@ from fl_attack import plots
 
 RESULTS = [
     *("write_access", "budget", "global_budget", "seed", "final_accuracy", "minimum_accuracy", "early_stop_accuracy"),
-    *("final_f1", "final_loss", "drop", "flips", "rounds", "error"),
+    *("final_f1", "final_loss", "drop", "flips", "rounds", "writes", "error"),
 ]
+WRITES = {"none": "none", "ipm": "updates", "alie": "updates"}
 Draw = Callable[..., Figure]
 # final accuracy of one seed; the other has a hundredth more
 ATTACKS = {"none": 0.9, "greedy": 0.5, "random_flip": 0.8, "ipm": 0.3, "alie": 0.7}
@@ -57,7 +58,7 @@ def write_sweep(folder: Path, accuracy: Callable[..., float], **swept: Any) -> P
             row = {"write_access": k, "budget": b, "global_budget": k * b, "seed": given.get("seed", 0)}
             row |= {"final_accuracy": final, "minimum_accuracy": final - 0.11, "early_stop_accuracy": final + 0.013}
             row |= {"final_f1": final - 0.23, "final_loss": 3 - final, "drop": 0.95 - final, "flips": cell}
-            row |= {"rounds": 7, "error": "", "cell": cell}
+            row |= {"rounds": 7, "error": "", "cell": cell, "writes": WRITES.get(given.get("attack", ""), "labels")}
             out.writerow({names.get(name, name): value for name, value in given.items()} | row)
     return folder
 

@@ -18,7 +18,7 @@ import replay
 
 from fl_attack import engine, experiment
 from fl_attack.config import Settings, compose
-from fl_attack.engine.outcome import run_alone
+from fl_attack.engine import sequential
 from fl_attack.history import rounds_to_recover
 from fl_attack.scenario import Scenario
 
@@ -43,10 +43,13 @@ def first_round(request: pytest.FixtureRequest, settings: Compose, small_data: S
 
     def run(*overrides: str, train: int = 120) -> Round:
         (cell,) = engine.make_scenarios([settings(*small_data(3, train=train), *ONE_ROUND, *overrides)])
-        outcome = run_alone(cell) if request.param == "client by client" else engine.run_cells([cell])[0]
+        if request.param == "batched":
+            (outcome,) = engine.run_cells([cell])
+        else:
+            outcome = sequential.run(cell, client_by_client=True)
         assert outcome.theta is not None
         x, y = np.asarray(cell.dataset.x_train, np.float64), cell.dataset.y_train
-        X = np.hstack([x / cell.dataset.scale, np.ones((len(x), 1))])
+        X = np.hstack([x, np.ones((len(x), 1))])
         holder = cell.partition.client
         theta = np.zeros(outcome.theta.shape)
         gradients = [replay.softmax_gradient(theta, X[holder == i], y[holder == i]) for i in range(holder.max() + 1)]

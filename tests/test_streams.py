@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fl_attack import engine
 from fl_attack.config import Settings
-from fl_attack.engine.outcome import Outcome, run_alone
+from fl_attack.engine import Outcome, sequential
 from fl_attack.scenario import Scenario
 
 Small = Callable[..., list[str]]
@@ -35,7 +35,11 @@ def together(cell: Scenario) -> Outcome:
     return engine.run_cells([cell])[0]
 
 
-@pytest.fixture(params=[run_alone, together])
+def alone(cell: Scenario) -> Outcome:
+    return sequential.run(cell, client_by_client=True)
+
+
+@pytest.fixture(params=[alone, together])
 def steps(request: pytest.FixtureRequest, settings: Compose, small_data: Small) -> Callable[..., list[Tensor]]:
     """The step of each round, in both engines."""
 
