@@ -132,7 +132,7 @@ class Stack:
         began, evaluated = time.perf_counter(), ending.evaluated_rounds(self.settings)
         over = self._measure(0)
         for round_ in range(1, self.settings.rounds + 1):
-            self._step(round_)
+            self.step(round_)
             if round_ in evaluated:
                 over = self._measure(round_)
             progress(len(self.cells) * (self.settings.rounds - round_ + 1 if over else 1))
@@ -154,7 +154,7 @@ class Stack:
             return False
         return self.stopping.note(round_, np.asarray(losses), self.theta, self._flips())
 
-    def _step(self, round_: int) -> None:
+    def step(self, round_: int) -> None:
         """One round of all cells."""
         batch = self.batches.at(round_, self.room)
         X, y, n = batch.X, batch.y, len(batch.X)

@@ -15,6 +15,7 @@ from fl_attack.plots.by_budget import budget, spread
 from fl_attack.plots.by_column import columns
 from fl_attack.plots.by_round import curves, rounds
 from fl_attack.plots.comparisons import harm, matrix
+from fl_attack.plots.equal_budgets import networks
 from fl_attack.plots.maps import difference, heatmap
 from fl_attack.sweep_table import ACCURACY, GOAL, KB, TABLE, NotDrawableError, read_sweep
 
@@ -30,6 +31,7 @@ __all__ = [
     "heatmap",
     "main",
     "matrix",
+    "networks",
     "rounds",
     "spread",
 ]
@@ -62,12 +64,13 @@ PLOTS: dict[str, Callable[..., list[Path]]] = {
     "columns": columns,
     "matrix": matrix,
     "harm": harm,
+    "networks": networks,
     "rounds": rounds,
     "all": all_of_sweep,
 }
 USAGE = (
     "usage: python -m fl_attack.plots FOLDER [KIND | columns X Y [BY] | heatmap [COLUMN] | matrix [ROWS COLUMNS] | "
-    f"rounds [BY]]; kinds: {', '.join(PLOTS)}"
+    f"rounds [BY] | networks [BY]]; kinds: {', '.join(PLOTS)}"
 )
 
 
