@@ -1,5 +1,6 @@
-"""What the tests share: a private cache, quiet libraries, and settings composed as the command line does."""
+"""What the tests share: processors, one Ray, a private cache, and settings composed as the command line does."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 import hypothesis
 import numpy as np
 import pytest
+import ray
 
 from fl_attack import __main__
 from fl_attack.config import Settings, compose
@@ -19,7 +21,63 @@ from fl_attack.config import Settings, compose
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+MOST_WORKERS = 8  # each takes about a gigabyte
+RUN_RAY = {"shared_ray", "own_ray", "grid"}  # fixtures
 DATA = Path(os.environ.get("FL_ATTACK_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """For `-n auto`: a worker on each processor for the whole suite, none for tests named one by one."""
+    return min(CPUS, MOST_WORKERS) if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers, and the processes that tests start, share the processors."""
+    if workers := getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPUS // workers)))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What runs Ray is slow."""
+    if RUN_RAY & set(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.ray)
+    if item.get_closest_marker("ray"):
+        item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers take parts of the list and then of each other's: Ray's tests fall to one, long ones come early."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("ray", "slow")])
+
+
+def pytest_unconfigure() -> None:
+    """What a grid has frozen is let go, or libraries would report it as lost below pytest's closing line."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def ray_ended() -> Iterator[None]:
+    """Ray ends with the tests."""
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def shared_ray(ray_ended: None) -> None:
+    """One running Ray, which runs join where they find it; it stays for the next test that wants it."""
+    if not ray.is_initialized():
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+
+
+@pytest.fixture
+def own_ray() -> Iterator[None]:
+    """No Ray is running: the test starts and ends its own."""
+    ray.shutdown()
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,13 +28,6 @@ COMMON = ["rounds=5", "clients.honest=4", "clients.malicious=3", "attack.budget=
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers can't import this file
 
 
-@pytest.fixture(autouse=True)
-def no_ray_left() -> Iterator[None]:
-    """Every test here starts and ends its own."""
-    yield
-    ray.shutdown()
-
-
 def run(recorders: list[Recorder], app: ClientApp = client_app) -> None:
     """All recorders over the grid of the first one's settings."""
     settings = recorders[0].scenario.settings
@@ -54,7 +47,7 @@ def same(a: Recorder, b: Recorder) -> bool:
     )
 
 
-def test_stock_and_block_end_in_the_same_bits(settings: Compose, small_data: Small) -> None:
+def test_stock_and_block_end_in_the_same_bits(own_ray: None, settings: Compose, small_data: Small) -> None:
     cases = [
         ["server_optimizer=momentum", "attack.goal=targeted"],
         ["server_optimizer=adam", "partition=dirichlet", "dtype=float64"],
@@ -98,14 +91,13 @@ def failing_app() -> ClientApp:
     return app
 
 
-def test_a_client_that_raises_stops_flowers_engine_too(settings: Compose, small_data: Small) -> None:
+def test_a_client_that_raises_stops_flowers_engine_too(own_ray: None, settings: Compose, small_data: Small) -> None:
     recorder = Recorder(scenario.make(settings(*small_data(3), *COMMON, "engine.grid=stock")))
     with pytest.raises(RunError, match="round 1 failed: no more disk"):
         run([recorder], failing_app())
 
 
-@pytest.mark.slow
-def test_two_ray_nodes_both_get_clients(settings: Compose, small_data: Small) -> None:
+def test_two_ray_nodes_both_get_clients(own_ray: None, settings: Compose, small_data: Small) -> None:
     from ray.cluster_utils import Cluster
 
     here = Recorder(scenario.make(settings(*small_data(3), *COMMON)))
@@ -125,8 +117,9 @@ def test_two_ray_nodes_both_get_clients(settings: Compose, small_data: Small) ->
         cluster.shutdown()
 
 
-@pytest.mark.slow
-def test_a_sweep_outlives_the_loss_of_a_node_and_ends_in_the_same_bytes(small_data: Small, tmp_path: Path) -> None:
+def test_a_sweep_outlives_the_loss_of_a_node_and_ends_in_the_same_bytes(
+    own_ray: None, small_data: Small, tmp_path: Path
+) -> None:
     from ray.cluster_utils import Cluster
 
     def grid(name: str, *more: str) -> list[str]:
@@ -150,7 +143,7 @@ def test_a_sweep_outlives_the_loss_of_a_node_and_ends_in_the_same_bytes(small_da
     assert (tmp_path / "ray" / "sweep.csv").read_bytes() == (tmp_path / "here" / "sweep.csv").read_bytes()
 
 
-def test_an_address_without_a_cluster_is_told_in_one_line(settings: Compose, small_data: Small) -> None:
+def test_an_address_without_a_cluster_is_told_in_one_line(own_ray: None, settings: Compose, small_data: Small) -> None:
     recorder = Recorder(scenario.make(settings(*small_data(3), *COMMON, "engine.ray_address=127.0.0.1:1")))
     with pytest.raises(InputError, match=r"engine\.ray_address=127\.0\.0\.1:1 can't be joined"):
         run([recorder])
@@ -158,6 +151,7 @@ def test_an_address_without_a_cluster_is_told_in_one_line(settings: Compose, sma
 
 def test_without_an_address_ray_is_started_here_whatever_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, object] = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
     with ray_session(None, verbose=False):
         pass

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +28,11 @@ Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def module_ray() -> Iterator[None]:
-    """Runs of this module join one Ray that they find running."""
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
-def with_ray(module_ray: None) -> Iterator[None]:
-    """A running Ray."""
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
-    yield
+def refused_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Ray is running, and starting one fails the test."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -102,11 +92,10 @@ BAD = {
 
 @pytest.mark.parametrize("overrides", BAD)
 def test_bad_input_is_one_line_and_exit_code_2_before_ray_starts(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: str
+    command: Command, refused_ray: None, tmp_path: Path, overrides: str
 ) -> None:
     import re
 
-    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
     out = [] if "out=" in overrides else [f"out={tmp_path}/out"]
     code, printed, told = command(*out, *overrides.split())
     assert code == 2
@@ -141,7 +130,7 @@ def test_help_names_groups_keys_and_examples(command: Command) -> None:
 @pytest.mark.parametrize("goal", ["untargeted", "targeted"])
 @pytest.mark.parametrize("classes", [2, 4])
 def test_a_run_can_be_replayed_from_what_it_leaves_by_another_program(
-    command: Command, small_data: Small, with_ray: None, tmp_path: Path, classes: int, goal: str
+    command: Command, small_data: Small, shared_ray: None, tmp_path: Path, classes: int, goal: str
 ) -> None:
     data = small_data(classes)
     out = tmp_path / "out"
@@ -179,9 +168,8 @@ def test_a_run_can_be_replayed_from_what_it_leaves_by_another_program(
 
 @pytest.mark.parametrize("goal", ["untargeted", "targeted"])
 def test_the_batched_engine_leaves_the_same_artefacts_without_ray(
-    command: Command, small_data: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, goal: str
+    command: Command, small_data: Small, refused_ray: None, tmp_path: Path, goal: str
 ) -> None:
-    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
     data, out = small_data(3), tmp_path / "out"
     run = ["engine=batched", "batch_size=full", "rounds=15", f"attack.goal={goal}", "attack.budget=0.3", "lr=0.5"]
     assert command(*data, *run, f"out={out}")[0] == 0
@@ -196,7 +184,7 @@ def test_the_batched_engine_leaves_the_same_artefacts_without_ray(
 
 
 def test_the_default_shows_harm_plainly_and_the_same_command_gives_the_same_bytes(
-    command: Command, with_ray: None, tmp_path: Path
+    command: Command, shared_ray: None, tmp_path: Path
 ) -> None:
     made = {}
     for name, extra in {"first": [], "again": ["engine.actors=3"]}.items():
@@ -212,7 +200,7 @@ def test_the_default_shows_harm_plainly_and_the_same_command_gives_the_same_byte
 
 
 def test_a_finished_run_is_not_replaced_unless_asked_to(
-    command: Command, small_data: Small, with_ray: None, tmp_path: Path
+    command: Command, small_data: Small, shared_ray: None, tmp_path: Path
 ) -> None:
     run = [*small_data(2), f"out={tmp_path}/out", "rounds=2", "batch_size=full", "baseline=false"]
     assert command(*run)[0] == 0
@@ -228,7 +216,7 @@ def test_a_finished_run_is_not_replaced_unless_asked_to(
 
 
 def test_evaluation_is_thinned_and_ends_with_the_last_round(
-    command: Command, small_data: Small, with_ray: None, tmp_path: Path
+    command: Command, small_data: Small, shared_ray: None, tmp_path: Path
 ) -> None:
     run = [*small_data(3), f"out={tmp_path}/out", "rounds=8", "eval_every=3", "batch_size=full", "attack=none"]
     assert command(*run)[0] == 0
@@ -238,7 +226,7 @@ def test_evaluation_is_thinned_and_ends_with_the_last_round(
 
 
 def test_a_diverging_run_says_so_and_keeps_what_it_has(
-    command: Command, small_data: Small, with_ray: None, tmp_path: Path
+    command: Command, small_data: Small, shared_ray: None, tmp_path: Path
 ) -> None:
     run = [*small_data(3), f"out={tmp_path}/out", "rounds=8", "lr=1e308", "batch_size=full", "baseline=false"]
     code, _, told = command(*run)
@@ -263,7 +251,7 @@ def test_a_diverging_batched_run_keeps_what_it_and_its_twin_have(
         assert not (folder / "summary.json").exists()
 
 
-def test_the_settings_left_behind_run_again(small_data: Small, with_ray: None, tmp_path: Path) -> None:
+def test_the_settings_left_behind_run_again(small_data: Small, shared_ray: None, tmp_path: Path) -> None:
     settings = compose(*small_data(2), f"out={tmp_path}/out", "rounds=3", "batch_size=full", "clients.total=5")
     experiment.run(settings)
     left = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
@@ -278,13 +266,13 @@ def test_the_settings_left_behind_run_again(small_data: Small, with_ray: None, t
     ("dataset", "rounds", "goal"),
     [
         ("mnist_01", 40, "untargeted"),
-        pytest.param("mnist_01", 40, "targeted", marks=pytest.mark.slow),
-        pytest.param("mnist", 8, "untargeted", marks=pytest.mark.slow),
-        pytest.param("mnist", 8, "targeted", marks=pytest.mark.slow),
+        ("mnist_01", 40, "targeted"),
+        ("mnist", 8, "untargeted"),
+        ("mnist", 8, "targeted"),
     ],
 )
 def test_mnist_at_full_batch_is_replayed_to_a_thousandth(
-    command: Command, with_ray: None, mnist_root: str, tmp_path: Path, dataset: str, rounds: int, goal: str
+    command: Command, shared_ray: None, mnist_root: str, tmp_path: Path, dataset: str, rounds: int, goal: str
 ) -> None:
     out = tmp_path / "out"
     code, _, _ = command(
@@ -301,7 +289,7 @@ def test_mnist_at_full_batch_is_replayed_to_a_thousandth(
     assert replay.made_flips(out, rounds) == flips
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_ctrl_c_ends_the_run_in_one_line_and_keeps_its_rounds(small_data: Small, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = [*small_data(2), f"out={out}", "rounds=1000000", "eval_every=10", "batch_size=full", "baseline=false"]
@@ -334,7 +322,7 @@ def test_what_nobody_expected_is_one_line_too(
     assert told == "fl-attack: ZeroDivisionError: a b (HYDRA_FULL_ERROR=1 shows where)\n"
 
 
-def test_a_running_ray_is_left_running(with_ray: None) -> None:
+def test_a_running_ray_is_left_running(shared_ray: None) -> None:
     with ray_session(None, verbose=False):
         pass
     assert ray.is_initialized()

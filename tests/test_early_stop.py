@@ -2,12 +2,11 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from fl_attack import data, engine, experiment, scenario
@@ -21,12 +20,6 @@ Small = Callable[..., list[str]]
 Compose = Callable[..., Settings]
 COMMON = ["rounds=60", "clients.total=7", "clients.malicious=3", "attack.budget=0.9", "lr=2", "dtype=float64"]
 LOSS = COLUMNS.index("validation_loss")
-
-
-@pytest.fixture(autouse=True)
-def no_ray_left() -> Iterator[None]:
-    yield
-    ray.shutdown()
 
 
 def last_row(losses: Sequence[float], patience: int) -> int:
@@ -79,8 +72,10 @@ def check_ended(folder: Path, settings: Settings, patience: int) -> None:
     assert (client[flips["sample"]] >= 0).all()
 
 
-@pytest.mark.parametrize("grid", ["block", pytest.param("stock", marks=pytest.mark.slow)])
-def test_all_engines_stop_in_the_same_round_with_the_same_model(small_data: Small, tmp_path: Path, grid: str) -> None:
+@pytest.mark.parametrize("grid", ["block", "stock"])
+def test_all_engines_stop_in_the_same_round_with_the_same_model(
+    own_ray: None, small_data: Small, tmp_path: Path, grid: str
+) -> None:
     patience = 3
     folders = {}
     for name, engine_of in {
@@ -202,7 +197,7 @@ def test_a_split_that_can_not_be_is_told_in_one_line(
 
 
 def test_a_sweep_gives_the_accuracy_of_the_model_kept(
-    command: Callable[..., tuple[int, str, str]], small_data: Small, tmp_path: Path
+    shared_ray: None, command: Callable[..., tuple[int, str, str]], small_data: Small, tmp_path: Path
 ) -> None:
     grid = [*small_data(3), *COMMON, "batch_size=40", "early_stop.patience=null,2", "attack.budget=0.2,1"]
     tables = []

@@ -95,9 +95,8 @@ def flower_home(tmp_path: Path) -> Iterator[dict[str, str]]:
             os.kill(int(line.split()[0]), signal.SIGTERM)
 
 
-@pytest.mark.slow
 def test_flwr_run_ends_in_the_bits_of_the_command(
-    flower_home: dict[str, str], small_data: Small, tmp_path: Path
+    own_ray: None, flower_home: dict[str, str], small_data: Small, tmp_path: Path
 ) -> None:
     overrides = [*small_data(3), "batch_size=40", "clients.total=4", "clients.malicious=1"]
     config = f'rounds=3 attack.budget=0.5 out="{tmp_path}/flower" overrides="{" ".join(overrides)}"'

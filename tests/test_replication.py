@@ -343,6 +343,7 @@ def tiny(source: plan.Source) -> list[plan.Run]:
     return runs
 
 
+@pytest.mark.slow
 def test_the_pipeline_leaves_figures_tables_and_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from fl_attack import data, engine, experiment, federation, identity, sweep
 from fl_attack.config import compose
@@ -25,13 +24,6 @@ from fl_attack.sweep.units import distinct, read, units
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str]]
 GRID = ["clients.total=6", "clients.malicious=1,2", "attack.budget=0.5", "attack.goal=untargeted,targeted", "seed=0,1"]
-
-
-@pytest.fixture(autouse=True)
-def no_ray_left() -> Iterator[None]:
-    """Every test here starts and ends its own."""
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
@@ -83,7 +75,9 @@ def test_a_sweep_is_its_cells_run_alone(command: Command, small_data: Small, tmp
         assert curves["accuracy"][int(row["cell"])][-1] == pytest.approx(summary["final_accuracy"])
 
 
-def test_both_engines_fill_the_same_table(command: Command, small_data: Small, tmp_path: Path) -> None:
+def test_both_engines_fill_the_same_table(
+    shared_ray: None, command: Command, small_data: Small, tmp_path: Path
+) -> None:
     for name in ("batched", "flower"):
         grid = [one for one in small_sweep(small_data, tmp_path / name, "dtype=float64") if one != "engine=batched"]
         assert command(*grid, f"engine={name}")[0] == 0
@@ -204,7 +198,7 @@ def test_what_gives_the_same_numbers_is_computed_once(small_data: Small, more: l
         assert engine.group_key(done)[1:3] == engine.group_key(asked)[1:3]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", ["batched", "flower"])
+@pytest.mark.parametrize("name", ["batched", pytest.param("flower", marks=pytest.mark.ray)])
 def test_an_unattacked_cell_is_its_run_alone(
     command: Command, small_data: Small, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,13 +316,13 @@ def test_a_sweep_can_stand_in_a_file(
     assert not (tmp_path / "multirun.yaml").exists()
 
 
-def test_a_cluster_fills_the_same_table(command: Command, small_data: Small, tmp_path: Path) -> None:
+def test_a_cluster_fills_the_same_table(shared_ray: None, command: Command, small_data: Small, tmp_path: Path) -> None:
     assert command(*small_sweep(small_data, tmp_path / "here"))[0] == 0
     assert command(*small_sweep(small_data, tmp_path / "ray", "launcher=ray"))[0] == 0
     assert (tmp_path / "here" / "sweep.csv").read_bytes() == (tmp_path / "ray" / "sweep.csv").read_bytes()
 
 
-def test_workers_tell_how_far_they_are() -> None:
+def test_workers_tell_how_far_they_are(shared_ray: None) -> None:
     def work(job: int, step: Callable[[int], None]) -> int:
         for _ in range(job):
             time.sleep(0.6)

@@ -1,0 +1,428 @@
+"""Break the package line by line in a copy, run the tests that reach the line, and list the changes that none notices.
+
+    ./scripts/mutate --sample 60 --seed 1 --path fl_attack/attack --path fl_attack/history.py
+    ./scripts/mutate --path fl_attack/model.py --list            only lists what would be changed
+    ./scripts/mutate --sample 20 -- -m "not slow" tests/test_attack.py     with these tests alone
+
+Which test reaches which line is measured first, by running the tests once under coverage (a few minutes for all that
+are not slow); it is kept in .mutate/ until the package changes, and of tests that change only those are measured anew.
+Then `--sample` different lines are drawn, of each one change: an operator or comparison turned, a condition negated, a
+number moved, a name such as min or any replaced by its opposite, an argument, a call, a bound of a slice or a statement
+left out. Tests run in processes that are forked when the libraries are loaded, the quickest first, up to the first
+failure; what they write goes to copies in a temporary folder. A change that can't be noticed, because the program does
+the same, belongs with its reason in scripts/equivalent_mutants.yaml, and does not count. The exit code is 0 where at
+least `--least` of the changes were noticed, else 1.
+"""
+
+import argparse
+import ast
+import copy
+import gc
+import hashlib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import coverage
+import hypothesis
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / ".mutate"
+EQUIVALENT = ROOT / "scripts" / "equivalent_mutants.yaml"
+COPIED = ("fl_attack", "conf", "tests", "scripts", "pyproject.toml", "README.md")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "sklearn.datasets",
+    "ray",
+    "flwr.serverapp",
+    "flwr.clientapp",
+    "hydra",
+    "matplotlib.pyplot",
+)
+USUAL = ["-m", "not slow"]
+QUIET = ("-q", "-W", "ignore::pytest.PytestAssertRewriteWarning")  # libraries are there before pytest
+NOTICED, SLOW, SURVIVED, NOT_REACHED = "noticed", "noticed, by its time", "SURVIVED", "NOT REACHED"
+
+COMPARISONS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+}  # fmt: skip
+OPERATORS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div, ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+}  # fmt: skip
+OPPOSITES = [
+    ("min", "max"), ("amin", "amax"), ("argmin", "argmax"), ("minimum", "maximum"), ("any", "all"), ("floor", "ceil"),
+    ("sum", "mean"), ("zeros", "ones"), ("zeros_like", "ones_like"),
+]  # fmt: skip
+OPPOSITE = dict(OPPOSITES) | {b: a for a, b in OPPOSITES}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file."""
+
+    file: str  # from the root of the repository
+    line: int
+    statement: int  # the line that its statement begins in
+    span: tuple[int, int]  # bytes that are replaced
+    replacement: str = field(repr=False)
+    before: str
+    after: str
+    text: str  # its line as it stands
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.before}  ->  {self.after}"
+
+
+def changes(node: ast.AST) -> Iterator[tuple[Any, ast.AST | None]]:
+    """What may be changed at a node: the part that is replaced, and by what (None: the statement is left out)."""
+
+    def made(**parts: Any) -> tuple[Any, ast.AST]:
+        other = copy.copy(node)
+        for name, part in parts.items():
+            setattr(other, name, part)
+        return node, other
+
+    match node:
+        case ast.Compare(ops=[op, *rest]) if type(op) in COMPARISONS:
+            yield made(ops=[COMPARISONS[type(op)](), *rest])
+        case ast.BinOp(op=op) | ast.AugAssign(op=op) if type(op) in OPERATORS:
+            yield made(op=OPERATORS[type(op)]())
+        case ast.BoolOp(op=op, values=values):
+            yield made(op=ast.Or() if isinstance(op, ast.And) else ast.And())
+            yield node, values[0]
+        case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert(), operand=operand):
+            yield node, operand
+        case ast.IfExp(body=body, orelse=orelse):
+            yield made(body=orelse, orelse=body)
+        case ast.Constant(value=bool(value)):
+            yield node, ast.Constant(not value)
+        case ast.Constant(value=int(value)):
+            yield node, ast.Constant(value + 1)
+        case ast.Constant(value=float(value)):
+            yield node, ast.Constant(value * 2 if value else 1.0)
+        case ast.Constant(value=str(value)) if value.isidentifier():
+            yield node, ast.Constant(f"{value}_")
+        case ast.Name(id=name) if name in OPPOSITE:
+            yield node, ast.Name(OPPOSITE[name])
+        case ast.Attribute(attr=name) if name in OPPOSITE:
+            yield made(attr=OPPOSITE[name])
+        case ast.Slice(lower=lower, upper=upper):
+            if lower is not None:
+                yield made(lower=None)
+            if upper is not None:
+                yield made(upper=None)
+        case ast.Call(func=func, args=args, keywords=keywords):
+            if keywords:
+                yield made(keywords=keywords[:-1])
+            if len(args) + len(keywords) > 1 and args:
+                yield made(args=args[:-1])
+            if len(args) > 1:
+                yield made(args=[args[1], args[0], *args[2:]])
+            if isinstance(func, ast.Attribute):
+                yield node, func.value  # the call of a method
+        case ast.If(test=test) | ast.While(test=test) if not isinstance(test, ast.UnaryOp | ast.Compare):
+            yield test, ast.UnaryOp(ast.Not(), test)
+        case ast.comprehension(ifs=[first, *_]):
+            yield first, ast.Constant(True)
+    match node:
+        case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            yield node, None
+        case ast.If(orelse=[]):
+            yield node, None
+
+
+def visited(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that may be changed: no text for people, no types, nothing inside of an f-string."""
+    skipped = (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom, ast.Global, ast.Assert)
+    for name, part in ast.iter_fields(tree):
+        if name in ("annotation", "returns", "decorator_list", "type_params", "bases"):
+            continue
+        for node in part if isinstance(part, list) else [part]:
+            if not isinstance(node, ast.AST) or isinstance(node, skipped):
+                continue
+            match node:
+                case ast.Expr(value=ast.Constant()):  # a docstring
+                    continue
+                case ast.If(test=ast.Name("TYPE_CHECKING") | ast.Compare(left=ast.Name("__name__"))):
+                    continue
+                case ast.Assign(targets=[ast.Name("__all__")]):
+                    continue
+                case ast.Subscript(value=ast.Name("Literal" | "Callable")) | ast.Call(func=ast.Name("TypeVar")):
+                    continue
+            if not isinstance(getattr(node, "ctx", None), ast.Store | ast.Del):
+                yield node
+            yield from visited(node)
+
+
+def mutants(file: Path) -> list[Mutant]:
+    """All changes of a file that still compile, in its order."""
+    source = file.read_bytes()
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    whole = ast.parse(source)
+    begins: dict[int, int] = {}  # of each line: where the innermost statement around it begins
+    for node in ast.walk(whole):
+        if isinstance(node, ast.stmt):
+            begins |= dict.fromkeys(range(node.lineno, (node.end_lineno or node.lineno) + 1), node.lineno)
+    found = []
+    for place, other in (change for node in visited(whole) for change in changes(node)):
+        text = after = "pass"
+        if other is not None:
+            text = after = ast.unparse(ast.fix_missing_locations(other))
+            if isinstance(place, ast.expr) and not isinstance(place, ast.Slice | ast.Constant):
+                text = f"({text})"
+        start = starts[place.lineno - 1] + place.col_offset
+        stop = starts[place.end_lineno - 1] + place.end_col_offset
+        try:
+            changed = ast.parse(source[:start] + text.encode() + source[stop:])
+        except SyntaxError:
+            continue
+        if ast.dump(changed) != ast.dump(whole):
+            name, before = file.relative_to(ROOT).as_posix(), ast.unparse(place)
+            lines = before.split("\n")[0], after.split("\n")[0] if other is not None else "(left out)"
+            line = source.splitlines()[place.lineno - 1].decode().strip()
+            found.append(Mutant(name, place.lineno, begins[place.lineno], (start, stop), text, *lines, line))
+    return found
+
+
+def drawn(found: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
+    """So many changes, of different lines as long as there are some; all where there are no more."""
+    rng = random.Random(seed)
+    by_line: dict[tuple[str, int], list[Mutant]] = {}
+    for mutant in found:
+        by_line.setdefault((mutant.file, mutant.line), []).append(mutant)
+    for of_line in by_line.values():
+        rng.shuffle(of_line)
+    chosen: list[Mutant] = []
+    while len(chosen) < min(count, len(found)):
+        lines = [of_line for of_line in by_line.values() if of_line]
+        rng.shuffle(lines)
+        chosen += [of_line.pop() for of_line in lines[: count - len(chosen)]]
+    return sorted(chosen, key=lambda mutant: (mutant.file, mutant.line, mutant.span))
+
+
+class Durations:
+    """A plugin of pytest that notes how long each test took, and whether all passed."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add up set-up, call and tear-down."""
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+
+
+class Reach:
+    """Which tests reach which line, and how long each takes."""
+
+    def __init__(self, arguments: Sequence[str], workers: int) -> None:
+        state = KEPT / "state.json"
+        kept = json.loads(state.read_text()) if state.exists() else {}
+        tests = {file.relative_to(ROOT).as_posix(): digest([file]) for file in (ROOT / "tests").glob("test_*.py")}
+        others = [*(ROOT / "fl_attack").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml"), *(ROOT / "tests").glob("*.py")]
+        package = digest([file for file in others if file.relative_to(ROOT).as_posix() not in tests])
+        found = {"package": package, "arguments": list(arguments), "tests": tests}
+        seconds: dict[str, float] = kept.get("seconds", {})
+        changed = [name for name, of_file in tests.items() if kept.get("tests", {}).get(name) != of_file]
+        if kept.get("package") != package or kept.get("arguments") != found["arguments"]:
+            shutil.rmtree(KEPT, ignore_errors=True)
+            KEPT.mkdir()
+            seconds = self.measure([*arguments], workers)
+        elif changed:
+            seconds = {name: one for name, one in seconds.items() if name.split("::")[0] not in changed}
+            seconds |= self.measure(["--cov-append", *arguments, *(changed if arguments == USUAL else [])], workers)
+        state.write_text(json.dumps(found | {"seconds": seconds}))
+        self.seconds = seconds
+        self.data = coverage.CoverageData(str(KEPT / "coverage"))
+        self.data.read()
+
+    def measure(self, arguments: Sequence[str], workers: int) -> dict[str, float]:
+        """Run tests once, under coverage; how long each took."""
+        print("mutate: measuring which test reaches which line", file=sys.stderr, flush=True)
+        file, process = KEPT / "seconds.json", os.fork()
+        if not process:
+            os.environ["COVERAGE_FILE"] = str(KEPT / "coverage")
+            plugin = Durations()
+            options = [*QUIET, "-n", str(workers), "--dist", "worksteal", "--cov", "fl_attack", "--cov-context", "test"]
+            code = pytest.main([*options, "--cov-report=", *arguments], [plugin])
+            file.write_text(json.dumps(plugin.seconds))
+            os._exit(code)
+        if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]):
+            raise SystemExit("mutate: the tests must pass before anything is changed")
+        return dict(json.loads(file.read_text()))
+
+    def tests(self, mutant: Mutant) -> list[str]:
+        """The tests that run a line, quickest first; of a line that runs on import, those that run any of its file."""
+        contexts = self.data.contexts_by_lineno(str(ROOT / mutant.file))
+        lines = [mutant.line] if mutant.line in contexts else range(mutant.statement, mutant.line)
+        found = {context.rsplit("|", 1)[0] for line in lines for context in contexts.get(line, []) if context}
+        if not found and any(line in contexts for line in lines):
+            found = {context.rsplit("|", 1)[0] for of_line in contexts.values() for context in of_line if context}
+        return sorted(found & self.seconds.keys(), key=lambda test: self.seconds[test])
+
+
+def digest(files: Sequence[Path]) -> str:
+    """A hash of the contents of files."""
+    found = hashlib.sha256()
+    for file in sorted(files):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def run_tests(folder: Path, tests: Sequence[str], log: Path) -> int:
+    """Start the tests in a process of their own in a copy of the repository; its process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process = os.fork()
+    if process:
+        return process
+    try:
+        os.setsid()  # so that it can be ended together with what it started
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        os.chdir(folder)
+        os.environ["PYTHONPATH"] = str(folder)
+        sys.path.insert(0, str(folder))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "fl_attack"]:
+            del sys.modules[name]
+        quiet = [*QUIET, "-x", "-p", "no:cacheprovider", "-p", "no:cov", "--hypothesis-profile=unshrunk"]
+        quiet += [f"--basetemp={folder / 'tmp'}"]
+        os._exit(int(pytest.main([*quiet, *tests])))
+    except BaseException as error:
+        print(repr(error), flush=True)
+    os._exit(70)
+
+
+def end(process: int) -> None:
+    """End a process and what it started."""
+    try:
+        os.killpg(process, signal.SIGKILL)
+    except ProcessLookupError:
+        os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, slack: float) -> dict[Mutant, str]:
+    """What became of each change."""
+    found: dict[Mutant, str] = {}
+    waiting = list(todo)[::-1]
+    with tempfile.TemporaryDirectory(prefix="fl-attack-mutate-") as scratch:
+        free = [Path(scratch) / f"copy{i}" for i in range(workers)]
+        for folder in free:
+            folder.mkdir()
+            for name in COPIED:
+                source, skip = ROOT / name, shutil.ignore_patterns("__pycache__")
+                if source.is_dir():
+                    shutil.copytree(source, folder / name, ignore=skip)
+                else:
+                    shutil.copy2(source, folder / name)
+        running: dict[int, tuple[Mutant, Path, float]] = {}
+
+        def settle(mutant: Mutant, verdict: str) -> None:
+            found[mutant] = verdict
+            print(f"{len(found)}/{len(todo)} {verdict}: {mutant}", flush=True)
+
+        try:
+            while waiting or running:
+                while waiting and free:
+                    mutant = waiting.pop()
+                    tests = reach.tests(mutant)
+                    if not tests:
+                        settle(mutant, NOT_REACHED)
+                        continue
+                    folder = free.pop()
+                    source = (ROOT / mutant.file).read_bytes()
+                    start, stop = mutant.span
+                    (folder / mutant.file).write_bytes(source[:start] + mutant.replacement.encode() + source[stop:])
+                    usual = sum(reach.seconds[test] for test in tests)
+                    process = run_tests(folder, tests, Path(scratch) / f"{folder.name}.log")
+                    running[process] = (mutant, folder, time.monotonic() + min(limit, 20 + slack * usual))
+                for process, (mutant, folder, deadline) in list(running.items()):
+                    done, status = os.waitpid(process, os.WNOHANG)
+                    over = time.monotonic() > deadline
+                    if not done and not over:
+                        continue
+                    if over and not done:
+                        end(process)
+                    code = os.waitstatus_to_exitcode(status) if done else None
+                    settle(mutant, SLOW if code is None else NOTICED if code else SURVIVED)
+                    del running[process]
+                    shutil.copy2(ROOT / mutant.file, folder / mutant.file)
+                    free.append(folder)
+                time.sleep(0.02)
+        finally:
+            for process in running:
+                end(process)
+    return found
+
+
+def known_equivalents() -> list[dict[str, str]]:
+    """Changes that do nothing; each has a file, its line, before, after and the reason."""
+    return yaml.safe_load(EQUIVALENT.read_text()) or [] if EQUIVALENT.exists() else []
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", action="append", help="a file or folder to change; may be given again (fl_attack)")
+    parser.add_argument("--sample", type=int, default=60, help="how many changes (60); 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="which ones (0)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="at a time (processors)")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds a change may take at most (300)")
+    parser.add_argument("--slack", type=float, default=4.0, help="times as long as usual a change may take (4)")
+    parser.add_argument("--least", type=float, default=0.9, help="share to be noticed for exit code 0 (0.9)")
+    parser.add_argument("--list", action="store_true", help="list the changes and make none")
+    parser.add_argument("tests", nargs="*", help="after --: arguments of pytest (-m 'not slow')")
+    chosen = parser.parse_args()
+    files = []
+    for path in map(Path, chosen.path or ["fl_attack"]):
+        files += sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [(ROOT / path).resolve()]
+    found = [mutant for file in files for mutant in mutants(file)]
+    equivalent = {(one["file"], one["line"], one["before"], one["after"]) for one in known_equivalents()}
+    todo = drawn(found, chosen.sample or len(found), chosen.seed)
+    known = [mutant for mutant in todo if (mutant.file, mutant.text, mutant.before, mutant.after) in equivalent]
+    todo = [mutant for mutant in todo if mutant not in known]
+    if chosen.list:
+        print(*todo, f"{len(todo)} of {len(found)} changes", sep="\n")
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("FL_ATTACK_TEST_DATA", str(ROOT.parent / "shared" / "data"))
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a change within the second a file was written in would go unseen
+    os.chdir(ROOT)
+    reach = Reach(chosen.tests or USUAL, chosen.workers)
+    hypothesis.settings.register_profile(
+        "unshrunk", deadline=None, derandomize=True, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    )
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    gc.freeze()
+    began = time.monotonic()
+    verdict = verdicts(todo, reach, chosen.workers, chosen.limit, chosen.slack)
+    left = [mutant for mutant in todo if verdict[mutant] in (SURVIVED, NOT_REACHED)]
+    print(f"\n{len(todo)} changes in {time.monotonic() - began:.0f} s, {len(known)} more known to do nothing")
+    for kind in (NOTICED, SLOW, SURVIVED, NOT_REACHED):
+        print(f"{sum(one == kind for one in verdict.values()):5} {kind}")
+    if left:
+        print("\nnot noticed:", *(f"  {mutant}" for mutant in left), sep="\n")
+    return int(len(left) > (1 - chosen.least) * len(todo))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
