@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_attack import __version__, attack
-from fl_attack.aggregate import RULES, known
+from fl_attack.aggregate import RULES, is_known
 from fl_attack.attack import Goal, Knowledge, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
 from fl_attack.overrides import conf_folder, did_you_mean, explain, opened, unknown_key
@@ -163,7 +163,7 @@ class StrategySettings(Strict):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        if self.name != "flower" and not known(self.name):
+        if self.name != "flower" and not is_known(self.name):
             names = ", ".join((*RULES, "byzfl", "flower"))
             raise ValueError(f"name={self.name} is not a strategy; known: {names}, or the import path of a function")
         if self.name == "flower" and not self.path:

@@ -1,7 +1,5 @@
 """What a run leaves behind in its folder; every file is written whole or not at all."""
 
-import csv
-import io
 import json
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +18,7 @@ from fl_attack.folder import BASELINE, OF_RUN, SUMMARY
 from fl_attack.history import COLUMNS, History, rounds_to_recover
 from fl_attack.identity import NOT_NUMBERS
 from fl_attack.scenario import Scenario
+from fl_attack.sweep_table import write_csv
 
 FILES = OF_RUN
 __all__ = [
@@ -39,11 +38,7 @@ __all__ = [
 
 def write_rounds(out: Path, history: History) -> None:
     """`rounds.csv`, a row for each evaluated round so far."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(history.rows)
-    _write(out / "rounds.csv", lambda stream: stream.write(text.getvalue().encode()))
+    write_csv(out / "rounds.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in history.rows])
 
 
 def write_config(out: Path, settings: Settings) -> None:

@@ -97,11 +97,11 @@ class Case(NamedTuple):
 def ours(name: str, f: int, m: int) -> Callable[[Tensor], Tensor]:
     """A rule, (cells, 1, d) of updates (cells, m, 1, d), or a pre-aggregator, (cells, fewer, 1, d)."""
     args = OURS.get(name, {})
-    weights, lots = torch.ones(m), torch.randperm(m, generator=torch.Generator().manual_seed(0))
+    weights, order = torch.ones(m), torch.randperm(m, generator=torch.Generator().manual_seed(0))
     if name in PRE:
-        return lambda updates: PRE[name].apply(updates, weights, f, lots, **args)[0]
-    made = aggregate.make(name, f=f, m=m, args=args)
-    return lambda updates: made(updates, weights, lots)
+        return lambda updates: PRE[name].apply(updates, weights, f, order, **args)[0]
+    rule = aggregate.make(name, f=f, m=m, args=args)
+    return lambda updates: rule(updates, weights, order)
 
 
 def byzfl(name: str, f: int, **more: Any) -> Callable[[Any], Any] | None:
@@ -180,8 +180,8 @@ def same(case: Case, mine: np.ndarray) -> tuple[dict[str, Any], str]:
         away = distance(found(cell), mine)
         return {}, "" if away < NEAR else f"differs by {away:.1e}"
     exact = aggregate.make(case.name, f=case.f, m=case.m, args={"tolerance": 1e-12, "most": 10_000})
-    weights, lots = torch.ones(case.m), torch.arange(case.m)
-    true = exact(torch.stack(cell).double().unsqueeze(1), weights, lots).numpy()
+    weights, order = torch.ones(case.m), torch.arange(case.m)
+    true = exact(torch.stack(cell).double().unsqueeze(1), weights, order).numpy()
     settings: dict[str, Any] = {}
     for steps in range(1, MOST_STEPS + 1):
         settings = {"T": steps, "nu": 1e-6}
@@ -247,7 +247,7 @@ def rows(given: argparse.Namespace, machine: Machine, apart: Apart) -> Iterator[
     for m in given.clients:
         for d in given.features:
             for name in given.rules:
-                case = Case(name, m, d, max(0, min(m // 5, RULES[name].most(m))) if name in RULES else m // 5)
+                case = Case(name, m, d, max(0, min(m // 5, RULES[name].max_f(m))) if name in RULES else m // 5)
                 least = machine.least(name, m, d)
                 more, said = apart(same, case, apart(ours_makes, case))
                 ways = ((given.threads, True), (1, True), (given.threads, False))

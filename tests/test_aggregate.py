@@ -36,7 +36,7 @@ def updates_of(seed: int, cells: int = 3, m: int = M) -> Tensor:
 
 
 def rule(name: str, f: int | None = None, m: int = M, **more: Any) -> Callable[[Tensor], Tensor]:
-    f = min(2, RULES[name].most(m)) if f is None and name in RULES else f or 0
+    f = min(2, RULES[name].max_f(m)) if f is None and name in RULES else f or 0
     made = aggregate.make(name, f=f, m=m, **more)
     return lambda updates: made(updates, torch.ones(m), torch.arange(m))
 
@@ -49,10 +49,10 @@ def test_the_order_of_the_clients_does_not_matter(name: str, seed: int) -> None:
 
 
 @given(NAMES, SEEDS)
-def test_nor_does_it_together_with_their_weights(name: str, seed: int) -> None:
+def test_the_order_of_clients_and_their_weights_together_does_not_matter(name: str, seed: int) -> None:
     u, weights = updates_of(seed), torch.arange(1, M + 1)
     order = torch.randperm(M, generator=torch.Generator().manual_seed(seed))
-    made = aggregate.make(name, f=min(2, RULES[name].most(M)), m=M)
+    made = aggregate.make(name, f=min(2, RULES[name].max_f(M)), m=M)
     expected = made(u, weights, torch.arange(M))
     torch.testing.assert_close(made(u[:, order], weights[order], torch.arange(M)), expected, atol=1e-9, rtol=0)
 
@@ -105,7 +105,7 @@ def test_trimming_nothing_is_the_mean(name: str) -> None:
 @pytest.mark.parametrize("name", ROBUST)
 def test_a_minority_that_sends_anything_does_not_get_through(name: str, bad: float) -> None:
     u = updates_of(1)
-    f = min(2, RULES[name].most(M))
+    f = min(2, RULES[name].max_f(M))
     u[:, 3 : 3 + f, 0, 1] = bad
     result = rule(name, f=f)(u)
     assert result.isfinite().all()
@@ -113,7 +113,7 @@ def test_a_minority_that_sends_anything_does_not_get_through(name: str, bad: flo
 
 
 @pytest.mark.parametrize("pre", [["nnm"], ["bucketing"], ["clipping"], ["bucketing", "nnm"], ["clipping", "nnm"]])
-def test_nor_does_it_through_what_goes_before(pre: list[str]) -> None:
+def test_a_minority_does_not_get_through_pre_aggregators(pre: list[str]) -> None:
     u = updates_of(2)
     u[:, 5] = math.nan
     result = rule("median", f=1, pre=pre)(u)
@@ -236,22 +236,22 @@ def test_mixing_with_neighbours_takes_the_mean_of_the_nearest() -> None:
 
 
 def test_buckets_are_means_of_clients_drawn_by_lot() -> None:
-    u, lots = updates_of(7, cells=1), torch.randperm(M, generator=torch.Generator().manual_seed(0))
-    means, weights = PRE["bucketing"].apply(u, torch.arange(M), 1, lots, s=3)
+    u, order = updates_of(7, cells=1), torch.randperm(M, generator=torch.Generator().manual_seed(0))
+    means, weights = PRE["bucketing"].apply(u, torch.arange(M), 1, order, s=3)
     assert means.shape[1] == 4 and weights.sum() == sum(range(M))
-    torch.testing.assert_close(means[0, 0], u[0, lots[:3]].mean(0))
-    torch.testing.assert_close(means[0, 3], u[0, lots[9:]].mean(0))
+    torch.testing.assert_close(means[0, 0], u[0, order[:3]].mean(0))
+    torch.testing.assert_close(means[0, 3], u[0, order[9:]].mean(0))
 
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("m", [3, 7, 10])
 def test_an_f_for_which_a_rule_is_undefined_is_refused_with_the_largest_that_is_not(name: str, m: int) -> None:
-    most = RULES[name].most(m)
-    if most >= 0:
-        assert rule(name, f=most, m=m)(updates_of(0, m=m)).isfinite().all()
-    told = "more than" if most == m else f"too many for strategy={name} of {m} clients; use"
-    with pytest.raises(InputError, match=f"strategy.f={most + 1} is {told}"):
-        rule(name, f=most + 1, m=m)
+    max_f = RULES[name].max_f(m)
+    if max_f >= 0:
+        assert rule(name, f=max_f, m=m)(updates_of(0, m=m)).isfinite().all()
+    refusal = "more than" if max_f == m else f"too many for strategy={name} of {m} clients; use"
+    with pytest.raises(InputError, match=f"strategy.f={max_f + 1} is {refusal}"):
+        rule(name, f=max_f + 1, m=m)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_an_f_for_which_a_rule_is_undefined_is_refused_with_the_largest_that_is_
         ({"name": "mean", "f": 11}, "strategy.f=11 is more than the 10 clients"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_told_in_one_line(given: dict[str, Any], message: str) -> None:
+def test_a_rule_that_cannot_be_is_refused_in_one_line(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         aggregate.make(**({"f": 0, "m": 10} | given))
 
@@ -310,7 +310,7 @@ def test_krum_picks_the_client_that_flowers_krum_picks(f: int) -> None:
 
 
 @pytest.mark.parametrize("f", [0, 1, 3])
-def test_trimmed_means_are_flowers(f: int) -> None:
+def test_the_trimmed_mean_is_flowers(f: int) -> None:
     u = updates_of(f, cells=1)
     theirs = trim_mean(u[0].numpy(), (f + 0.5) / M)  # Flower takes the share to cut, rounded down
     np.testing.assert_allclose(rule("trimmed_mean", f=f)(u)[0].numpy(), theirs)
@@ -368,8 +368,10 @@ def test_byzfls_geometric_median_comes_to_ours_with_its_steps() -> None:
     u = updates_of(3, cells=1)
     ours = rule("geometric_median", args={"tolerance": 1e-12, "most": 10_000})(u)[0].flatten().numpy()
     theirs = [byzfl.GeometricMedian(nu=1e-9, T=steps)(u[0].flatten(1).numpy()) for steps in (3, 1000)]
-    away = [np.linalg.norm(found - ours) for found in theirs]
-    assert away[1] < 1e-6 < away[0]  # three are its own choice: a row of the table in the README
+    distances_to_ours = [np.linalg.norm(found - ours) for found in theirs]
+    assert (
+        distances_to_ours[1] < 1e-6 < distances_to_ours[0]
+    )  # three are its own choice: a row of the table in the README
 
 
 @pytest.mark.parametrize("f", [1, 3])
@@ -389,16 +391,16 @@ def test_clipping_to_a_norm_is_byzfls(c: float) -> None:
 
 
 @pytest.mark.parametrize("s", [1, 2, 3])
-def test_buckets_are_byzfls_for_the_same_lots(s: int) -> None:
+def test_buckets_are_byzfls_for_the_same_order(s: int) -> None:
     byzfl = pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
 
     def theirs(array: np.ndarray) -> np.ndarray:
         with aggregate.byzfl.seeded(torch.arange(s)):
             return np.asarray(byzfl.Bucketing(s=s)(array))
 
-    lots = np.concatenate([np.flatnonzero(bucket) for bucket in theirs(np.eye(M))])
+    order = np.concatenate([np.flatnonzero(bucket) for bucket in theirs(np.eye(M))])
     u = updates_of(s, cells=1)
-    found = PRE["bucketing"].apply(u, torch.ones(M), 1, torch.from_numpy(lots), s=s)[0]
+    found = PRE["bucketing"].apply(u, torch.ones(M), 1, torch.from_numpy(order), s=s)[0]
     np.testing.assert_allclose(found[0].flatten(1).numpy(), theirs(u[0].flatten(1).numpy()), atol=1e-12)
 
 
@@ -454,13 +456,13 @@ def test_the_geometric_median_of_many_clients_is_the_same_by_steps_and_by_produc
     u = u.to(dtype)
     made = rule("geometric_median", m=m)
     found = made(u)
-    left = rules._few_steps(u, 1e-6, rules.FEW)[1].tolist()
+    left = rules._few_iterations(u, 1e-6, rules.FEW)[1].tolist()
     assert left[1:5] == [True] * 4 and left[0] is left[5] is False
     assert found.isfinite().all()
     torch.testing.assert_close(found, torch.stack([made(one) for one in u]), atol=1e-4, rtol=1e-6)
     monkeypatch.setattr(rules, "MANY", m + 1)
     torch.testing.assert_close(found, made(u), atol=1e-4, rtol=1e-6)
-    assert (found[0] - u[0].mean(0)).abs().max() > 1e-3  # which is where the steps begin
+    assert (found[0] - u[0].mean(0)).abs().max() > 1e-3  # the mean is where the iteration begins
 
 
 def test_the_geometric_median_is_iterated_to_its_tolerance() -> None:
@@ -480,7 +482,7 @@ def test_an_update_at_the_mean_of_the_others_does_not_hold_the_geometric_median(
     seen = torch.cat([honest, torch.full((3, 1, 1, 4), 500.0)], 1)
     held = seen.mean(1, keepdim=True) + away  # where the iteration begins
     u = torch.cat([seen, held], 1)
-    u[2] = honest[2, :1]  # nor does it leave an update that all have sent
+    u[2] = honest[2, :1]  # an update that all have sent is not left
     found = rule("geometric_median", m=m)(u)
     summed = (u - found.unsqueeze(1)).flatten(-2).norm(dim=-1).sum(-1)
     from_each = torch.cdist(u.flatten(-2), u.flatten(-2)).sum(-1)
@@ -523,7 +525,7 @@ def test_the_geometric_median_beside_an_update_is_as_exact_as_the_updates(pull: 
 def test_the_step_away_from_an_update_is_vardis_and_zhangs() -> None:
     u = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u[2] = u[4] = 2.0  # sent by two
-    share = rules._led_away(
+    share = rules.vardi_zhang_step(
         u @ u.T, torch.ones(7, dtype=torch.bool), torch.tensor([2]), torch.tensor([1e-9], dtype=torch.float64)
     )
     others = u[[0, 1, 3, 5, 6]]
@@ -541,14 +543,14 @@ def test_the_geometric_median_of_a_federation_does_not_go_on_for_the_company_it_
     gram = u.flatten(-2) @ u.flatten(-2).mT
     everyone = torch.ones(60, 9, dtype=torch.bool)
     for tolerance in (0.003, 0.03):
-        by_steps = rules._few_steps(u, tolerance, rules.FEW)
+        by_steps = rules._few_iterations(u, tolerance, rules.FEW)
         by_products = rules._weiszfeld(gram, everyone, tolerance, 200)
         assert 0 < by_steps[1].sum() < 60 and 0 < by_products[1].sum() < 60
         for i in range(60):
             one = slice(i, i + 1)
-            alone = rules._few_steps(u[one], tolerance, rules.FEW)
+            alone = rules._few_iterations(u[one], tolerance, rules.FEW)
             assert torch.equal(by_steps[1][one], alone[1])
-            if not alone[1]:  # else nobody looks at the shares
+            if not alone[1]:  # else the shares are not used
                 torch.testing.assert_close(by_steps[0][one], alone[0], atol=1e-12, rtol=0.0)
             share, near = rules._weiszfeld(gram[one], everyone[one], tolerance, 200)
             torch.testing.assert_close(by_products[0][one], share, atol=1e-12, rtol=0.0)
@@ -562,9 +564,9 @@ def test_a_geometric_median_that_takes_many_iterations_is_left_to_products_after
     u[:, :4] += 3.0
     along, calls = rules.along, []
     monkeypatch.setattr(rules, "along", lambda *given: calls.append(1) or along(*given))
-    assert rules._few_steps(u, 1e-6, rules.FEW)[1].all() and len(calls) == 2
+    assert rules._few_iterations(u, 1e-6, rules.FEW)[1].all() and len(calls) == 2
     calls.clear()
-    assert not rules._few_steps(u[:, 4:], 1e-2, rules.FEW)[1].any() and len(calls) > 2
+    assert not rules._few_iterations(u[:, 4:], 1e-2, rules.FEW)[1].any() and len(calls) > 2
 
 
 @pytest.mark.parametrize("name", ["krum", "multi_krum", "geometric_median"])

@@ -1,4 +1,4 @@
-"""How plainly malicious updates differ: against plain numpy, and on updates of which the answer is known."""
+"""Measures of malicious updates: against plain numpy, and on updates of which the answer is known."""
 
 import math
 
@@ -17,9 +17,9 @@ def measured(updates: torch.Tensor, malicious: list[bool]) -> dict[str, float]:
 
 def test_the_measures_are_what_they_say() -> None:
     u = torch.randn(9, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    evil = [i in (1, 4, 5) for i in range(9)]
-    found = measured(u, evil)
-    flat, bad = u.flatten(1).numpy(), np.array(evil)
+    malicious = [i in (1, 4, 5) for i in range(9)]
+    found = measured(u, malicious)
+    flat, bad = u.flatten(1).numpy(), np.array(malicious)
     norm = np.linalg.norm(flat, axis=1)
     median = np.median(flat, 0)
     cosine = flat @ median / norm / np.linalg.norm(median)
@@ -39,12 +39,12 @@ def test_the_measures_are_what_they_say() -> None:
 
 def test_what_is_far_larger_is_told_apart_by_all_and_a_copy_by_none() -> None:
     u = torch.randn(10, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.1 + 1
-    evil = [i >= 8 for i in range(10)]
+    malicious = [i >= 8 for i in range(10)]
     u[8:] = -20.0
-    found = measured(u, evil)
+    found = measured(u, malicious)
     assert found["norm_auc"] == found["cosine_auc"] == found["distance_auc"] == found["distance_rank"] == 1.0
     u[:] = u[0]
-    found = measured(u, evil)
+    found = measured(u, malicious)
     assert found["norm_auc"] == found["cosine_auc"] == found["distance_auc"] == 0.5
 
 
@@ -55,17 +55,17 @@ def test_updates_that_are_not_finite_are_told_apart_without_a_stir() -> None:
     assert found["norm_auc"] == found["distance_auc"] == 1.0
 
 
-@pytest.mark.parametrize("evil", [[False] * 4, [True] * 4])
-def test_nothing_is_measured_without_two_kinds_of_clients(evil: list[bool]) -> None:
+@pytest.mark.parametrize("malicious", [[False] * 4, [True] * 4])
+def test_nothing_is_measured_without_two_kinds_of_clients(malicious: list[bool]) -> None:
     u = torch.ones(4, 1, 2, dtype=torch.float64)
-    assert all(math.isnan(value) for value in measured(u, evil).values())
+    assert all(math.isnan(value) for value in measured(u, malicious).values())
 
 
 def test_leading_axes_do_not_mix() -> None:
     u = torch.randn(4, 7, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    evil = torch.stack([torch.arange(7) % 4 == i for i in range(4)])
-    one_by_one = torch.stack([detect.measures(cell, mine) for cell, mine in zip(u, evil, strict=True)])
-    torch.testing.assert_close(detect.measures(u, evil), one_by_one)
+    malicious = torch.stack([torch.arange(7) % 4 == i for i in range(4)])
+    one_by_one = torch.stack([detect.measures(cell, mine) for cell, mine in zip(u, malicious, strict=True)])
+    torch.testing.assert_close(detect.measures(u, malicious), one_by_one)
 
 
 @pytest.mark.parametrize(

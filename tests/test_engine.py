@@ -139,7 +139,7 @@ CHANGES = {  # what may differ from cell to cell
     "geometric": ["strategy.name=geometric_median", "attack.goal=targeted", "strategy.pre=[nnm, clipping]"],
 }
 RULED = {  # the same, where seven clients take part
-    name: [f"strategy.name={name}", f"strategy.f={min(2, row.most(7))}", *more]
+    name: [f"strategy.name={name}", f"strategy.f={min(2, row.max_f(7))}", *more]
     for (name, row), more in zip(
         RULES.items(),
         itertools.cycle(

@@ -1,4 +1,4 @@
-"""Figures of sweeps: the numbers behind them equal those worked out by hand, and every kind leaves whole files."""
+"""Figures of sweeps: the numbers drawn equal those worked out by hand, and every kind leaves whole files."""
 
 import csv
 import itertools
@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fl_attack import plots
+from fl_attack import plots, sweep_table
 from fl_attack.errors import InputError
-from fl_attack.plots import marks, table
+from fl_attack.plots import by_budget, by_round, canvas, maps, marks
+from fl_attack.plots import lines as by_table
+from fl_attack.sweep_table import RESULTS
 
-RESULTS = [*table.NUMBERS, "seed", "error"]
 GOALS = ("untargeted", "targeted")
+WRITES = {"none": "none", "sign_flip": "updates", "ipm": "updates"}  # all others write labels
 OF_SWEEPS = ("heatmap", "budget", "difference", "spread")
 
 
@@ -27,6 +29,7 @@ def accuracy(malicious, budget, goal="untargeted", seed=0, **_):
 def sweep(folder, *, broken=(), value=accuracy, wobble=0.0, drop=(), **swept):
     """A sweep of ten clients over the product of these overrides; k wobbles with the seed as a deal of samples does."""
     names = {"malicious": "clients.malicious", "budget": "attack.budget", "goal": "attack.goal"}
+    names |= {"attack": "attack.name", "strategy": "strategy.name"}
     swept = {"malicious": [3], "budget": [0.5]} | swept
     header = ["cell", *(names.get(name, name) for name in swept if name != "seed"), *RESULTS]
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +41,10 @@ def sweep(folder, *, broken=(), value=accuracy, wobble=0.0, drop=(), **swept):
             k = given["malicious"] / 10 + wobble * (given.get("seed", 0) - 1)
             found = value(**given)
             row = dict.fromkeys(RESULTS, found) | {"cell": cell, "seed": given.get("seed", 0), "rounds": 200}
-            row |= {"write_access": k, "budget": given["budget"], "global_budget": k * given["budget"], "error": ""}
+            writes = WRITES.get(given.get("attack"), "labels")
+            b = given["budget"] if writes == "labels" else 0.0
+            row |= {"write_access": k, "budget": b, "global_budget": k * b, "error": "", "writes": writes}
+            row |= {"minimum_accuracy": found - 0.3} if isinstance(found, float) else {}
             if cell in broken:
                 row |= {"error": "diverged in round 3", "final_accuracy": "nan"}
             out.writerow({names.get(name, name): value for name, value in given.items()} | row)
@@ -65,13 +71,13 @@ def is_whole(file):
 
 def drawn(monkeypatch):
     """The figures that are saved from here on."""
-    figures, save = [], plots.canvas.save
+    figures, save = [], canvas.save
 
     def keep(figure, *rest):
         figures.append(figure)
         return save(figure, *rest)
 
-    monkeypatch.setattr(plots.canvas, "save", keep)
+    monkeypatch.setattr(canvas, "save", keep)
     return figures
 
 
@@ -80,98 +86,117 @@ def drawn(monkeypatch):
 
 def test_means_on_a_grid_have_x_along_columns_and_nan_where_no_cell_is():
     x, y = np.array([0.1, 0.1, 0.2, 0.1]), np.array([1.0, 1.0, 1.0, 2.0])
-    grid = table.means_on_grid(x, y, np.array([4.0, 6.0, 7.0, 9.0]), np.array([0.1, 0.2]), np.array([1.0, 2.0]))
+    grid = maps.means_on_grid(x, y, np.array([4.0, 6.0, 7.0, 9.0]), np.array([0.1, 0.2]), np.array([1.0, 2.0]))
     np.testing.assert_array_equal(grid, [[5, 7], [9, np.nan]])
 
 
 @pytest.mark.parametrize("level", [0.95, 0.8])
 def test_confidence_is_student_s_interval(level):
     values = np.random.default_rng(0).normal(3, 2, 5)
-    mean, half = table.confidence(values, level)
+    mean, half = sweep_table.mean_interval(values, level)
     low, high = stats.t.interval(level, 4, loc=values.mean(), scale=stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx((low, high))
 
 
 def test_confidence_of_three_values_by_hand():
-    assert table.confidence(np.array([1.0, 2.0, 3.0])) == pytest.approx((2, 4.302653 / 3**0.5))
+    assert sweep_table.mean_interval(np.array([1.0, 2.0, 3.0])) == pytest.approx((2, 4.302653 / 3**0.5))
 
 
 def test_one_value_has_a_mean_and_no_interval():
-    mean, half = table.confidence(np.array([7.0]))
+    mean, half = sweep_table.mean_interval(np.array([7.0]))
     assert mean == 7 and np.isnan(half)
 
 
 def test_pooled_deviation_knows_no_difference_between_groups():
     one, other = np.array([0.0, 2.0]), np.array([100.0, 101.0, 102.0])
-    assert table.pooled_deviation([one, other, np.array([55.0])]) == pytest.approx(((2 + 2) / 3) ** 0.5)
-    assert table.pooled_deviation([one]) == pytest.approx(one.std(ddof=1))
-    assert np.isnan(table.pooled_deviation([np.array([5.0])]))
+    assert sweep_table.pooled_deviation([one, other, np.array([55.0])]) == pytest.approx(((2 + 2) / 3) ** 0.5)
+    assert sweep_table.pooled_deviation([one]) == pytest.approx(one.std(ddof=1))
+    assert np.isnan(sweep_table.pooled_deviation([np.array([5.0])]))
+
+
+def test_a_table_written_is_read_back_to_the_same_bits_or_to_its_digits(tmp_path):
+    rows = [("a,b", 0.1 + 0.2, 3, ""), ("c", np.float64(1 / 3), 4, float("nan"))]
+    header = ["name", "x", "n", "more"]
+    _, found = sweep_table.read_csv(sweep_table.write_csv(tmp_path / "a" / "t.csv", header, rows), "a sweep")
+    assert [(row["name"], float(row["x"]), row["n"], row["more"]) for row in found] == [
+        ("a,b", 0.1 + 0.2, "3", ""),
+        ("c", 1 / 3, "4", "nan"),
+    ]
+    _, found = sweep_table.read_csv(sweep_table.write_csv(tmp_path / "t.csv", header, rows, 4), "a sweep")
+    assert [row["x"] for row in found] == ["0.3", "0.3333"]
 
 
 def test_split_orders_numbers_as_numbers():
-    parts = table.split(4, np.array([10.0, 9.0, 10.0, 1.0]))
+    parts = sweep_table.split(4, np.array([10.0, 9.0, 10.0, 1.0]))
     assert {key: cells.tolist() for key, cells in parts.items()} == {(1.0,): [3], (9.0,): [1], (10.0,): [0, 2]}
     assert list(parts) == [(1.0,), (9.0,), (10.0,)]
-    assert table.split(3)[()].tolist() == [0, 1, 2]
+    assert sweep_table.split(3)[()].tolist() == [0, 1, 2]
 
 
 # --- reading ---------------------------------------------------------------------------------------
 
 
 def test_a_deal_that_moves_with_the_seed_makes_one_k_of_each_number_of_clients(tmp_path):
-    found = table.read_sweep(full(tmp_path, wobble=0.004))
+    found = sweep_table.read_sweep(full(tmp_path, wobble=0.004))
     assert sorted(set(found.column("write_access"))) == [0.1, 0.2, 0.4]
     np.testing.assert_allclose(found.column("global_budget"), found.column("write_access") * found.column("budget"))
-    assert found.factors == ["attack.goal"] and sorted(set(found.repeat)) == [0, 1, 2]
+    assert found.varied("global_budget") == ["attack.goal"] and sorted(set(found.seed_index)) == [0, 1, 2]
 
 
 def test_accuracies_are_read_in_percent_and_text_stays_text(tmp_path):
-    found = table.read_sweep(sweep(tmp_path, goal=GOALS))
+    found = sweep_table.read_sweep(sweep(tmp_path, goal=GOALS))
     np.testing.assert_allclose(found.column("final_accuracy"), [100 * accuracy(3, 0.5, goal) for goal in GOALS])
     assert found.column("attack.goal").tolist() == list(GOALS)
 
 
 def test_cells_that_broke_off_are_left_out_and_counted(tmp_path):
-    found = table.read_sweep(full(tmp_path, broken=(0, 7)))
-    assert found.cells == 54 and len(found.repeat) == 52
+    found = sweep_table.read_sweep(full(tmp_path, broken=(0, 7)))
+    assert found.total == 54 and len(found) == 52
     assert np.isfinite(found.column("final_accuracy")).all()
     assert "2 of 54 cells" in found.note("x.")
-    assert table.read_sweep(full(tmp_path)).note("x.") == "x."
+    assert sweep_table.read_sweep(full(tmp_path)).note("x.") == "x."
 
 
-def test_the_goal_comes_first_and_too_many_factors_are_averaged_over(tmp_path):
-    found = table.read_sweep(sweep(tmp_path, lr=[0.1, 1.0, 2.0, 3.0], goal=GOALS))
-    label, hidden = found.facets()
-    assert sorted(set(label)) == ["targeted", "untargeted"] and hidden == ["lr"]
-    label, hidden = found.facets("attack.goal")
-    assert sorted(set(label)) == ["lr = 0.1", "lr = 1", "lr = 2", "lr = 3"] and hidden == []
-    assert found.over(["lr"]) == "mean over lr, one seed"
+def test_settings_are_the_swept_columns_that_a_figure_does_not_show_and_the_goal_comes_first(tmp_path):
+    found = sweep_table.read_sweep(sweep(tmp_path, lr=[0.1, 1.0], goal=GOALS, malicious=[1, 2], seed=[0, 1]))
+    assert found.varied() == ["attack.goal", "clients.malicious", "lr"]
+    assert found.varied("write_access") == found.varied("global_budget") == ["attack.goal", "lr"]
+    assert found.varied("budget") == found.varied()
+    assert found.labels(["attack.goal", "lr"])[0] == "untargeted, lr = 0.1"
+    assert found.averaging() == "mean over 2 seeds"
+    assert sweep_table.read_sweep(sweep(tmp_path, lr=[0.1, 1.0])).averaging() == "one seed"
 
 
-def test_two_factors_name_a_part_together(tmp_path):
-    found = table.read_sweep(sweep(tmp_path, strategy=["mean", "median"], goal=GOALS))
-    assert found.facets()[0][0] == "untargeted, strategy = mean"
+def test_write_access_does_not_tell_what_else_was_swept_of_the_clients(tmp_path):
+    more = {"malicious": [2, 4], "clients.per_round": [5, 10]}
+    found = sweep_table.read_sweep(sweep(tmp_path, **more))
+    assert found.varied("write_access") == ["clients.per_round"]
 
 
-def test_an_average_over_factors_weighs_seeds_alike(tmp_path):
+def test_equal_cells_of_a_seed_are_one_value(tmp_path):
     def value(*, seed, lr, **_):
         return 0.1 * seed + lr
 
-    found = table.read_sweep(sweep(tmp_path, seed=[0, 1], lr=[0.1, 0.3], broken=(3,), value=value))
+    found = sweep_table.read_sweep(sweep(tmp_path, seed=[0, 1], lr=[0.1, 0.3], broken=(3,), value=value))
     np.testing.assert_allclose(found.seed_means(np.arange(3)), [20, 20])
 
 
+def test_a_table_without_the_column_writes_is_read_by_the_names_of_attacks(tmp_path):
+    found = sweep_table.read_sweep(sweep(tmp_path, attack=["none", "greedy"], drop=("writes",)))
+    assert found.column("writes").tolist() == ["none", "labels"]
+
+
 def test_the_difference_is_that_of_pairs_only(tmp_path):
-    found = table.read_sweep(full(tmp_path, broken=(0,)))
-    cells, values = table.goal_differences(found)
+    found = sweep_table.read_sweep(full(tmp_path, broken=(0,)))
+    cells, values = maps.goal_differences(found)
     assert len(cells) == 26
     np.testing.assert_allclose(values, 10)
 
 
 def test_deviations_are_over_seeds_and_not_over_budgets(tmp_path):
-    found = table.read_sweep(full(tmp_path))
-    deviations = table.deviations(found, found.facets()[0])
-    assert deviations == pytest.approx({(goal, m / 10): m for goal in GOALS for m in (1, 2, 4)})
+    found = sweep_table.read_sweep(full(tmp_path))
+    deviations = by_budget.deviations_over_seeds(found, *by_budget.panel_and_line(found, "global_budget"))
+    assert deviations == pytest.approx({("", goal, m / 10): m for goal in GOALS for m in (1, 2, 4)})
 
 
 # --- figures ---------------------------------------------------------------------------------------
@@ -268,25 +293,36 @@ def test_with_one_k_the_budget_plot_has_a_line_for_each_goal(tmp_path, monkeypat
     assert "no bands" in figures[0]._supxlabel.get_text()
 
 
-def test_columns_draw_means_and_intervals_of_the_rest(tmp_path, monkeypatch):
+def test_columns_draw_means_and_intervals_over_seeds_with_a_panel_for_each_setting(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     files = plots.columns(full(tmp_path), "clients.malicious", "minimum_accuracy", "attack.goal")
     assert [file.name for file in files] == [
         f"columns_clients.malicious_minimum_accuracy_attack.goal.{kind}" for kind in ("png", "pdf")
     ]
     assert all(map(is_whole, files))
+    assert [axes.get_title("left") for axes in figures[0].axes] == [f"attack.budget = {b:g}" for b in (0.25, 0.5, 1)]
+    for axes, b in zip(figures[0].axes, (0.25, 0.5, 1.0), strict=True):
+        for (line, _, (bars,)), goal in zip(axes.containers, sorted(GOALS), strict=True):
+            assert line.get_xdata().tolist() == [1, 2, 4]
+            for at, m in enumerate((1, 2, 4)):
+                cells = [100 * (accuracy(m, b, goal, seed) - 0.3) for seed in range(3)]
+                mean, half = np.mean(cells), stats.t.ppf(0.975, 2) * stats.sem(cells)
+                assert line.get_ydata()[at] == pytest.approx(mean)
+                assert bars.get_segments()[at][:, 1] == pytest.approx([mean - half, mean + half])
+    assert axes.get_ylabel() == "" and figures[0].axes[0].get_ylabel() == "minimum test accuracy (%)"
+    assert axes.get_xlabel() == "clients.malicious"
+
+
+def test_a_column_of_results_against_another_is_drawn_as_cells_alone(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plots.columns(sweep(tmp_path, seed=range(3), lr=[0.1, 1.0]), "final_accuracy", "minimum_accuracy")
     (axes,) = figures[0].axes
-    (line, _, (bars,)), _ = axes.containers
-    cells = [100 * accuracy(2, b, "targeted", seed) for b in (0.25, 0.5, 1.0) for seed in range(3)]
-    mean, half = np.mean(cells), stats.t.ppf(0.975, 8) * stats.sem(cells)
-    assert tuple(line.get_xydata()[1]) == pytest.approx((2, mean))
-    assert bars.get_segments()[1][:, 1] == pytest.approx([mean - half, mean + half])
-    assert axes.get_ylabel() == "minimum test accuracy (%)" and axes.get_xlabel() == "clients.malicious"
+    assert not axes.containers and len(axes.lines[0].get_xdata()) == 6
 
 
 def test_a_column_of_text_is_an_axis_of_names(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
-    plots.columns(sweep(tmp_path, strategy=["median", "mean"], seed=range(3)), "strategy", "final_accuracy")
+    plots.columns(sweep(tmp_path, strategy=["median", "mean"], seed=range(3)), "strategy.name", "final_accuracy")
     assert [label.get_text() for label in figures[0].axes[0].get_xticklabels()] == ["mean", "median"]
 
 
@@ -314,6 +350,272 @@ def test_a_sweep_that_broke_off_everywhere_draws_nothing(tmp_path):
         plots.heatmap(tmp_path)
 
 
+# --- what each kind averages and leaves out -----------------------------------------------------------
+
+
+def skewed(*, attack="greedy", strategy="mean", malicious=3, budget=1.0, seed=0, **_):
+    """An accuracy whose mean over seeds is neither its median nor its minimum."""
+    harm = {"none": 0.0, "greedy": 0.5, "mine.py:flip": 0.2, "sign_flip": 0.25, "ipm": 0.1}[attack]
+    return 0.9 - harm * malicious / 10 * budget - (0.1 if strategy == "krum" else 0.0) + 0.01 * seed**2
+
+
+SEEDS = 3
+OVER_SEEDS = 100 * np.mean([0.01 * seed**2 for seed in range(SEEDS)])
+
+
+def mean_of(**setting):
+    return 100 * skewed(**setting) + OVER_SEEDS
+
+
+@pytest.mark.parametrize("kind", ["budget", "heatmap"])
+def test_attacks_on_updates_do_not_stand_at_a_budget_of_labels(kind, tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    swept = {"malicious": [1, 2], "budget": [0.5, 1.0], "seed": range(SEEDS), "attack": ["greedy", "sign_flip"]}
+    plots.PLOTS[kind](sweep(tmp_path, value=skewed, **swept))
+    axes = figures[0].axes[0]
+    assert len(figures[0].axes) == 1 + (kind == "heatmap")  # a colour bar
+    if kind == "budget":
+        for line, m in zip(axes.lines, (1, 2), strict=True):
+            np.testing.assert_allclose(line.get_xdata(), [m / 20, m / 10])
+            np.testing.assert_allclose(line.get_ydata(), [mean_of(malicious=m, budget=b) for b in (0.5, 1.0)])
+    else:
+        expected = [[mean_of(malicious=m, budget=b) for m in (1, 2)] for b in (0.5, 1.0)]
+        np.testing.assert_allclose(axes.collections[0].get_array(), expected)
+    assert "12 cells that flip no labels" in " ".join(figures[0]._supxlabel.get_text().split())
+    with pytest.raises(InputError, match="no budget of labels"):
+        plots.PLOTS[kind](sweep(tmp_path, value=skewed, **(swept | {"attack": ["ipm", "sign_flip"]})))
+
+
+def test_unattacked_cells_are_a_point_at_budget_zero_and_no_panel_of_a_heat_map(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    swept = {"malicious": [1, 2], "budget": [0.5, 1.0], "attack": ["none", "greedy"]}
+
+    def value(*, attack, budget, **more):
+        return skewed(attack=attack, budget=budget, **more) if attack != "none" else 0.95
+
+    folder = sweep(tmp_path, value=value, **swept)
+    plots.budget(folder)
+    panels = {axes.get_title("left"): axes for axes in figures[0].axes}
+    assert all(set(line.get_xdata()) == {0} for line in panels["attack.name = none"].lines)
+    plots.heatmap(folder)
+    assert [axes.get_title("left") for axes in figures[1].axes[:-1]] == [""]
+    assert np.isfinite(figures[1].axes[0].collections[0].get_array()).all()
+
+
+def test_the_budget_plot_has_a_line_for_each_rule_and_averages_none_of_them(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plots.budget(sweep(tmp_path, value=skewed, budget=[0.5, 1.0], strategy=["mean", "krum"], seed=range(SEEDS)))
+    (axes,) = figures[0].axes
+    assert [line.get_label() for line in axes.lines] == ["strategy.name = krum", "strategy.name = mean"]
+    for line, band, rule in zip(axes.lines, axes.collections, ("krum", "mean"), strict=True):
+        expected = np.array([mean_of(strategy=rule, budget=b) for b in (0.5, 1.0)])
+        np.testing.assert_allclose(line.get_xydata(), np.transpose([[0.15, 0.3], expected]))
+        values = [100 * skewed(strategy=rule, budget=0.5, seed=seed) for seed in range(SEEDS)]
+        low, high = stats.t.interval(0.95, SEEDS - 1, np.mean(values), stats.sem(values))
+        corners = band.get_paths()[0].vertices
+        heights = corners[np.isclose(corners[:, 0], 0.15), 1]
+        assert (heights.min(), heights.max()) == pytest.approx((low, high))
+
+
+def test_more_settings_than_lines_are_panels_and_more_than_panels_are_refused(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    rules, rates = [f"rule{i}" for i in range(4)], [0.1, 0.2, 0.3]
+    plots.budget(sweep(tmp_path, budget=[0.5, 1.0], strategy=rules, lr=rates, seed=[0, 1]))
+    assert [axes.get_title("left") for axes in figures[0].axes] == [f"strategy.name = {rule}" for rule in rules]
+    assert [line.get_label() for line in figures[0].axes[0].lines] == ["lr = 0.1", "lr = 0.2", "lr = 0.3"]
+    for kind in ("budget", "heatmap"):
+        many = {"malicious": [1, 2], "budget": [0.5, 1.0], "strategy": [f"rule{i}" for i in range(13)]}
+        with pytest.raises(InputError, match="a figure bears at most 12, the sweep has 13"):
+            plots.PLOTS[kind](sweep(tmp_path, **many))
+
+
+def test_the_matrix_shows_means_and_frames_the_lowest_attacked_one(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+
+    def value(*, attack, strategy, seed, **_):
+        if attack == "none":
+            return 0.1  # lower than any attacked one
+        return skewed(
+            attack="ipm" if (attack, strategy) == ("greedy", "krum") else attack, strategy=strategy, seed=seed
+        )
+
+    attacks, rules = ["none", "greedy", "sign_flip"], ["mean", "krum"]
+    files = plots.matrix(sweep(tmp_path, value=value, attack=attacks, strategy=rules, seed=range(SEEDS)))
+    axes = figures[0].axes[0]
+    expected = np.array(
+        [[100 * np.mean([value(attack=a, strategy=s, seed=i) for i in range(SEEDS)]) for s in rules] for a in attacks]
+    )
+    np.testing.assert_allclose(axes.collections[0].get_array(), expected)
+    assert [label.get_text() for label in axes.get_yticklabels()] == attacks
+    assert [label.get_text() for label in axes.get_xticklabels()] == rules
+    assert [text.get_text() for text in axes.texts] == [f"{one:.0f}" for one in expected.ravel()]
+    frames = [(round(patch.get_x()), round(patch.get_y())) for patch in axes.patches]
+    assert frames == [(0, 1), (1, 2)]  # greedy is the worst for the mean, sign_flip for Krum
+    with files[-1].open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["attack.name"], row["strategy.name"]) for row in rows if row["worst"] == "1"] == [
+        ("greedy", "mean"),
+        ("sign_flip", "krum"),
+    ]
+    for row in rows:
+        at = attacks.index(row["attack.name"]), rules.index(row["strategy.name"])
+        assert float(row["mean"]) == pytest.approx(expected[at], rel=1e-3)
+
+
+def test_a_matrix_of_several_budgets_is_several(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    swept = {"attack": ["none", "greedy"], "strategy": ["mean", "krum"], "budget": [0.5, 1.0]}
+    files = plots.matrix(sweep(tmp_path, value=skewed, **swept))
+    *panels, _ = figures[0].axes
+    assert [axes.get_title("left") for axes in panels] == ["attack.budget = 0.5", "attack.budget = 1"]
+    for axes, b in zip(panels, (0.5, 1.0), strict=True):
+        assert axes.collections[0].get_array()[1, 0] == pytest.approx(100 * skewed(budget=b))
+    with files[-1].open() as lines:
+        rows = [
+            row for row in csv.DictReader(lines) if (row["attack.name"], row["strategy.name"]) == ("greedy", "mean")
+        ]
+    assert [(row["attack.budget"], row["mean"]) for row in rows] == [("0.5", "82.5"), ("1", "75")]
+
+
+HARM = {"attack": ["none", "greedy", "mine.py:flip", "sign_flip", "ipm"], "malicious": [1, 4], "budget": [1.0]}
+
+
+def test_harm_draws_each_attack_over_write_access_and_a_user_s_flips_are_flips(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plots.harm(sweep(tmp_path, value=skewed, seed=range(SEEDS), **HARM))
+    (axes,) = figures[0].axes
+    looks = {}
+    for container in axes.containers:
+        line, _, (bars,) = container
+        name = container.get_label()
+        looks[name] = line.get_linestyle()
+        means = [mean_of(attack=name, malicious=m) for m in (1, 4)]
+        np.testing.assert_allclose(line.get_xydata(), np.transpose([[0.1, 0.4], means]))
+        values = [100 * skewed(attack=name, malicious=4, seed=seed) for seed in range(SEEDS)]
+        low, high = stats.t.interval(0.95, SEEDS - 1, np.mean(values), stats.sem(values))
+        assert bars.get_segments()[1][:, 1] == pytest.approx([low, high])
+    assert looks == {"none": ":", "greedy": "-", "mine.py:flip": "-", "sign_flip": "--", "ipm": "--"}
+
+
+def test_the_long_path_of_a_user_s_attack_is_shortened_and_leaves_room_for_the_figure(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    path = "/a/long/way/to/the/folder/of/a/user/who/keeps/everything/in/its/place/mine.py:flip"
+    swept = HARM | {"attack": ["none", "greedy", path, "sign_flip"]}
+    plots.harm(sweep(tmp_path, value=lambda attack, **more: 0.5, **swept))  # a warning would be an error here
+    (legend,) = figures[0].legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown[2].endswith("mine.py:flip") and len(shown[2]) == 32
+
+
+def test_the_ratio_of_harm_is_the_drop_by_the_worst_flips_over_that_by_the_worst_updates(tmp_path):
+    files = plots.harm(sweep(tmp_path, value=skewed, seed=range(SEEDS), **HARM))
+    with files[-1].open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["write_access"] for row in rows] == ["0.1", "0.4"]
+    for row in rows:
+        k = float(row["write_access"])
+        assert (row["flips"], row["gradients"]) == ("greedy", "sign_flip")
+        assert float(row["drop_by_flips"]) == pytest.approx(50 * k)
+        assert float(row["drop_by_gradients"]) == pytest.approx(25 * k)
+        assert float(row["ratio"]) == pytest.approx(2)
+        assert float(row["drop_by_flips_interval"]) == pytest.approx(0, abs=1e-9)  # equal in all seeds
+    without = HARM | {"attack": ["none", "greedy", "mine.py:flip"]}
+    with pytest.raises(InputError, match="attacks on labels and on gradients"):
+        plots.harm(sweep(tmp_path, value=skewed, seed=range(SEEDS), **without))
+    with pytest.raises(InputError, match="unattacked cells"):
+        plots.harm(sweep(tmp_path, value=skewed, **(HARM | {"attack": ["greedy", "ipm"]})))
+
+
+def test_rounds_draw_the_mean_of_seeds_with_bands_a_panel_for_each_rule(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    swept = {"attack": ["none", "greedy"], "strategy": ["mean", "krum"], "seed": range(SEEDS)}
+    folder = sweep(tmp_path, value=skewed, **swept)
+    settings = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+    curves = np.array([[0.1, skewed(**one) / 2, skewed(**one)] for one in settings])
+    np.savez(folder / "curves.npz", accuracy=curves, round=np.array([0.0, 5.0, 10.0]))
+    plots.rounds(folder)
+    assert [axes.get_title("left") for axes in figures[0].axes] == ["strategy.name = krum", "strategy.name = mean"]
+    for axes, rule in zip(figures[0].axes, ("krum", "mean"), strict=True):
+        assert [line.get_label() for line in axes.lines] == ["none", "greedy"]
+        for line, band, attack in zip(axes.lines, axes.collections, ("none", "greedy"), strict=True):
+            mean = mean_of(attack=attack, strategy=rule)
+            np.testing.assert_allclose(line.get_xydata(), [[0, 10], [5, mean / 2], [10, mean]])
+            values = [100 * skewed(attack=attack, strategy=rule, seed=seed) for seed in range(SEEDS)]
+            corners = band.get_paths()[0].vertices
+            heights = corners[np.isclose(corners[:, 0], 10), 1]
+            interval = stats.t.interval(0.95, SEEDS - 1, np.mean(values), stats.sem(values))
+            assert (heights.min(), heights.max()) == pytest.approx(interval)
+
+
+def test_the_spread_drawn_is_the_deviation_over_seeds(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plots.spread(full(tmp_path))
+    (axes,) = figures[0].axes
+    assert [line.get_label() for line in axes.lines] == sorted(GOALS)
+    for line in axes.lines:
+        np.testing.assert_allclose(line.get_xydata(), [[m / 10, m] for m in (1, 2, 4)])  # 0, m, 2 m points
+
+
+def test_a_heat_map_of_another_column_shows_that_column(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    files = plots.heatmap(full(tmp_path), "minimum_accuracy")
+    assert files[0].name == "heatmap_minimum_accuracy.png"
+    grid = figures[0].axes[1].collections[0].get_array()
+    assert grid[2, 0] == pytest.approx(100 * (accuracy(1, 1.0, seed=1) - 0.3))  # untargeted, b = 1, k = 0.1
+
+
+def test_curves_draw_the_attacked_run_and_its_honest_twin_by_their_names(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    (tmp_path / "baseline").mkdir()
+    for folder, last in ((tmp_path, 0.5), (tmp_path / "baseline", 0.9)):
+        (folder / "rounds.csv").write_text(f"round,test_accuracy,test_loss\n0,0.1,2\n1,{last},1\n")
+    plots.curves(tmp_path)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    assert lines == {"honest": [[0, 0.1], [1, 0.9]], "attacked": [[0, 0.1], [1, 0.5]]}
+
+
+def test_lines_of_a_table_are_drawn_with_their_bands_under_their_names(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    header = ("goal", "k", "global_budget", "final_accuracy", "interval")
+    rows = [
+        *(("untargeted", "k = 1", x, 90 - 100 * x, 1.0) for x in (0.5, 0.0, 0.001)),
+        *(("untargeted", "k = 0.5", x, 80 - 50 * x, 2.0) for x in (0.0, 0.001, 0.5)),
+        *(("targeted", "k = 1", x, 70 - 20 * x, 3.0) for x in (0.0, 0.001, 0.5)),
+    ]
+    file = sweep_table.write_csv(tmp_path / "fig.csv", header, rows)
+    by_table.lines(file, "a title", "a note", log=True, floor=0.0)
+    panels = {axes.get_title("left"): axes for axes in figures[0].axes}
+    assert set(panels) == {"untargeted", "targeted"}
+    for name, axes in panels.items():
+        lines = {line.get_label(): line for line in axes.lines}
+        assert set(lines) == {row[1] for row in rows if row[0] == name}
+        for (label, line), band in zip(lines.items(), axes.collections, strict=True):
+            expected = sorted(row[2:] for row in rows if row[:2] == (name, label))
+            np.testing.assert_allclose(line.get_xydata(), [row[:2] for row in expected])
+            x, mean, half = expected[1]
+            corners = band.get_paths()[0].vertices
+            heights = corners[np.isclose(corners[:, 0], x), 1]
+            assert (heights.min(), heights.max()) == pytest.approx((mean - half, mean + half))
+        assert axes.get_ylim()[0] == 0 and axes.get_xscale() == "symlog"
+    assert figures[0].axes[0].get_ylabel() == "final test accuracy (%)"
+
+
+def test_gradients_are_drawn_where_the_table_has_them(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    points = [
+        ("b = 0.1", "random flips", 0.9, 0.1),
+        ("b = 0.1", "random flips", 0.8, -0.2),
+        ("b = 0.1", "clean", 1.0, 0.0),
+    ]
+    file = sweep_table.write_csv(tmp_path / "fig1.csv", ("budget", "kind", "first", "second"), points)
+    by_table.gradients(file, "a title", "a note")
+    (axes,) = figures[0].axes
+    found = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label()[0] != "_"}
+    assert found == {"random flips": [[0.9, 0.1], [0.8, -0.2]], "clean": [[1.0, 0.0]]}
+    (arrow,) = [text for text in axes.texts if text.arrow_patch is not None]
+    assert arrow.xy == pytest.approx((1, 0)) and arrow.get_position() == (0, 0)
+
+
 # --- the border ------------------------------------------------------------------------------------
 
 
@@ -327,8 +629,11 @@ def test_a_sweep_that_broke_off_everywhere_draws_nothing(tmp_path):
         (["difference"], "attack.goal=untargeted,targeted"),
         (["spread"], "a plot by k needs several values of k"),
         (["columns", "budget", "accuracy"], "no column accuracy; known: cell, clients.malicious,"),
-        (["columns", "budget", "strategy"], "strategy is a column of text"),
-        (["columns", "budget", "flips", "cell"], "cell has 14 values"),
+        (["columns", "budget", "strategy.name"], "strategy.name is a column of text"),
+        (
+            ["columns", "budget", "flips", "cell"],
+            "at most 12, the sweep has 14 (0, 1, ...)",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_told_in_one_line(arguments, told, tmp_path, capsys):
@@ -365,7 +670,7 @@ def test_folders_and_tables_that_are_none_are_told(tmp_path, capsys):
 
 def test_curves_of_a_run_are_drawn_without_a_kind(tmp_path, capsys):
     (tmp_path / "rounds.csv").write_text("round,test_accuracy,flips\n0,0.1,\n1,0.5,3\n")
-    assert plots.read_rounds(tmp_path)["round"] == [0, 1]
+    assert by_round.read_rounds(tmp_path)["round"] == [0, 1]
     assert plots.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "curves.png") and is_whole(tmp_path / "curves.png")
 

@@ -15,10 +15,11 @@ from fl_attack import engine, sweep
 from fl_attack.errors import InputError
 from fl_attack.launcher import grid
 from fl_attack.replication import __main__ as replicate
-from fl_attack.replication import beyond, claims, figures, findings, plan, reach, report, statistics
-from fl_attack.replication.cells import Cells, read, with_drops
-from fl_attack.replication.claims import CLAIMS, COUNTS
-from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Interval, Rule, interval, overall
+from fl_attack.replication import claims, extensions, figures, findings, gradients, plan, report, statistics
+from fl_attack.replication.cells import read, with_drops
+from fl_attack.replication.claims import CLAIMS, LEAST_EFFECT
+from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Rule, overall
+from fl_attack.sweep_table import Cells, Interval, jackknife_interval, mean_interval
 
 RUNS = [run for kind in (plan._quick, plan._whole) for source in plan.sources(True, None) for run in kind(source)]
 
@@ -84,10 +85,11 @@ def test_the_interval_of_a_mean_is_students() -> None:
     from scipy.stats import t
 
     values = np.random.default_rng(1).normal(size=8)
-    found = interval(lambda mask: float(values[mask].mean()), np.arange(8))
+    found = jackknife_interval(lambda mask: float(values[mask].mean()), np.arange(8))
     low, high = t.interval(0.95, 7, values.mean(), values.std(ddof=1) / 8**0.5)
     assert (found.value, found.low, found.high) == pytest.approx((values.mean(), low, high))
-    alone = interval(lambda mask: float(values[mask].mean()), np.zeros(8, int))
+    assert mean_interval(values) == pytest.approx((found.value, found.half))
+    alone = jackknife_interval(lambda mask: float(values[mask].mean()), np.zeros(8, int))
     assert alone.seeds == 1 and math.isnan(alone.low)
 
 
@@ -120,8 +122,8 @@ def test_a_claim_is_decided_at_the_learning_rate_chosen_and_told_at_the_others()
     points = [{"b": b, "goal": g, "lr": lr} for b in (0.0, 0.001) for g in statistics.GOALS for lr in (0.01, 0.3)]
     cells = seeded(lambda row, rng: 90.0 - 6 * (row["b"] > 0) * (row["lr"] == 0.3) + rng.normal() * 0.01, *points)
     lines = findings.findings([findings.Result(plan.Run("smallest", source), cells)], {source.name: 0.3})
-    told = {(line.rate, line.primary, line.finding.verdict) for line in lines}
-    assert told == {("0.3", True, REPLICATED), ("0.01", False, NOT)}
+    decided = {(line.rate, line.primary, line.finding.verdict) for line in lines}
+    assert decided == {("0.3", True, REPLICATED), ("0.01", False, NOT)}
     assert len(lines) == 2 * 4  # each measure once at each rate
     only = findings.findings([findings.Result(plan.Run("smallest", source), cells.where(lr=0.01))], {source.name: 0.3})
     assert {(line.rate, line.primary) for line in only} == {("0.01", False)}  # a rate of its own is told as that
@@ -137,10 +139,10 @@ def test_the_last_iterate_and_the_late_average_are_told_apart() -> None:
 
 def test_an_attack_is_told_from_the_noise_of_the_last_step() -> None:
     sure, none, wide = Interval(5, 4, 6, 20), Interval(0, -0.1, 0.1, 20), Interval(2, -4, 8, 20)
-    assert beyond.cause(sure, sure) == "the attack"
-    assert beyond.cause(sure, none) == "the noise of the last step"
-    assert beyond.cause(none, none) == "no harm"
-    assert beyond.cause(wide, none) == NOISY
+    assert extensions.cause(sure, sure) == "the attack"
+    assert extensions.cause(sure, none) == "the noise of the last step"
+    assert extensions.cause(none, none) == "no harm"
+    assert extensions.cause(wide, none) == NOISY
 
 
 def test_monotone() -> None:
@@ -203,6 +205,59 @@ def test_f1_early_stopping_and_adam() -> None:
     assert set(statistics.at_best(adam.where(optimizer="adam"))["lr"]) == {0.01}
 
 
+def rows_of(file: Path) -> list[tuple[object, ...]]:
+    """The rows of a figure's table, with numbers from the third column on."""
+    with file.open() as lines:
+        _, *rows = csv.reader(lines)
+    return [(*row[:2], *map(float, row[2:])) for row in rows]
+
+
+def test_the_tables_of_figures_hold_means_over_seeds_under_the_names_of_their_lines(tmp_path: Path) -> None:
+    points = [{"k": k, "b": b, "goal": goal} for k in (0.5, 1.0) for b in (0.0, 0.2) for goal in statistics.GOALS]
+    loss = {"untargeted": 100.0, "targeted": 50.0}
+    skew = (0.0, 1.0, 2.0, 3.0, 14.0)  # the mean is 4, the median 2
+
+    def accuracy(row: dict[str, object], _: np.random.Generator) -> float:
+        return 80 - loss[str(row["goal"])] * float(row["k"]) * float(row["b"]) + skew[int(row["seed"])]  # type: ignore[arg-type, call-overload]
+
+    cells = seeded(accuracy, *points)
+    half = 2.776445 * np.std(skew, ddof=1) / 5**0.5
+    figures.by_budget(tmp_path / "a.csv", cells, "a title")
+    expected = [
+        (goal, f"k = {k:g}", k * b, 84 - loss[goal] * k * b, pytest.approx(half, rel=1e-4))
+        for goal in statistics.GOALS
+        for k in (0.5, 1.0)
+        for b in (0.0, 0.2)
+    ]
+    assert sorted(rows_of(tmp_path / "a.csv")) == sorted(expected, key=lambda row: row[:4])
+    figures.deviation(tmp_path / "b.csv", cells, "a title")
+    assert [row[:4] for row in rows_of(tmp_path / "b.csv")] == [
+        ("", goal, k, pytest.approx(np.std(skew, ddof=1), rel=1e-4)) for k in (0.5, 1.0) for goal in statistics.GOALS
+    ]
+    whole = cells.where(k=1.0)
+    figures.compared("selection")(tmp_path / "c.csv", whole, "a title")
+    drops = {row[0]: row[3] for row in rows_of(tmp_path / "c.csv") if row[2] == 0.2}
+    assert drops == {goal: pytest.approx(loss[goal] * 0.2) for goal in statistics.GOALS}
+
+
+def test_early_stopping_optimizers_and_frequencies_are_lines_of_their_names(tmp_path: Path) -> None:
+    lower = {("null", "sgd"): 0.0, ("10", "sgd"): 5.0, ("null", "adam"): 20.0}
+    points = [{"b": b, "patience": p, "optimizer": o} for b in (0.0, 0.2) for p, o in lower]
+    cells = seeded(
+        lambda row, rng: 90.0 - lower[str(row["patience"]), str(row["optimizer"])] * (row["b"] == 0.2), *points
+    )
+    figures.stopped(tmp_path / "a.csv", cells.where(optimizer="sgd"), "a title")
+    found = {row[1]: row[3] for row in rows_of(tmp_path / "a.csv") if row[2] == 0.2}
+    assert found == {"last model, lr 0.1": 90, "stopped early, lr 0.1": 85}
+    figures.optimizers(tmp_path / "b.csv", cells.where(patience="null"), "a title")
+    found = {row[1]: row[3] for row in rows_of(tmp_path / "b.csv") if row[2] == 0.2}
+    assert found == {"sgd, lr 0.1": 90, "adam, lr 0.1": 70}
+    often = [{"b": 0.0}, {"b": 0.05, "every": 1.0}, {"b": 0.1, "every": 2.0}]
+    few = seeded(lambda row, rng: 90.0 - 3 * (row["b"] == 0.05) - 7 * (row["b"] == 0.1), *often)
+    figures.frequencies(tmp_path / "c.csv", few, "a title")
+    assert [row[1:4] for row in rows_of(tmp_path / "c.csv")] == [("5 % a round", 1, 3), ("5 % a round", 2, 7)]
+
+
 def test_ten_classes() -> None:
     points = [{"b": b, "goal": goal} for b in (0.0, 0.05) for goal in statistics.GOALS]
     cells = seeded(lambda row, rng: 90.0 - 14 * (row["b"] > 0) + rng.normal() * 0.1, *points)
@@ -227,7 +282,7 @@ def test_attacks_now_and_then_are_compared_at_equal_flips_in_all() -> None:
     (source, _) = plan.sources(True, None)
     attacks = [cell.settings.attack for cell in plan.cells(plan.Run("frequency", source, batch=32), 2, 0.1)]
     share = {(threat.every, round(threat.budget / threat.every, 9)) for threat in attacks if threat.budget}
-    assert share == {(every, plan.EVEN) for every in (1, 2, 5, 10)}
+    assert share == {(every, plan.MEAN_SHARE) for every in (1, 2, 5, 10)}
 
 
 def test_learning_rates_are_the_chosen_one_those_of_the_run_or_of_the_preset() -> None:
@@ -296,7 +351,7 @@ def test_the_pipeline_leaves_figures_tables_and_a_report(
         return plan.Plan(chosen, tuple(run for source in chosen for run in tiny(source)), 2, 32, True)
 
     monkeypatch.setattr(plan, "make", small)
-    monkeypatch.setattr(reach, "DRAWN", 20)
+    monkeypatch.setattr(gradients, "RANDOM_SETS", 20)
     arguments = ["--quick", "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]
     assert replicate.main(arguments) == 0
     told = capsys.readouterr()
@@ -433,12 +488,12 @@ def test_bad_input_is_one_line(
 
 def test_greedy_flips_are_the_farthest_of_those_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     (source, _) = plan.sources(True, None)
-    settings = [reach._settings((*source.overrides, "lr=0.1"), 5, 0.5, goal) for goal in statistics.GOALS]
+    settings = [gradients._settings((*source.overrides, "lr=0.1"), 5, 0.5, goal) for goal in statistics.GOALS]
     made = dict(zip(statistics.GOALS, engine.make_scenarios(settings), strict=True))
     import torch
 
     theta = made["untargeted"].start() + 0.01 * torch.arange(65)
-    found = reach.points(made, theta, 3, draws=200)
+    found = gradients.points(made, theta, 3, draws=200)
     along = {kind: [x for name, x, _ in found if name == kind] for kind, _, _ in found}
     assert along["clean"] == pytest.approx([1.0])
     assert along["greedy, untargeted"][0] <= min(along["random flips"]) + 1e-12
@@ -446,7 +501,7 @@ def test_greedy_flips_are_the_farthest_of_those_within_reach(monkeypatch: pytest
     assert across["greedy, targeted"] > 0
     # the principal direction among the samples is that among all features
     monkeypatch.setattr(torch.linalg, "qr", lambda a: SimpleNamespace(Q=torch.eye(len(a), dtype=a.dtype)))
-    whole = reach.points(made, theta, 3, draws=200)
+    whole = gradients.points(made, theta, 3, draws=200)
     assert [y for _, _, y in found] == pytest.approx([y for _, _, y in whole], abs=1e-9)
 
 
@@ -468,4 +523,4 @@ def test_cells_of_a_sweep_have_late_averages(tmp_path: Path) -> None:
         curves = 100 * stored["accuracy"]
     assert cells["late"] == pytest.approx(curves[:, -20:].mean(1))
     assert cells["accuracy"] == pytest.approx(curves[:, -1])
-    assert COUNTS > 0 and (report.REPORT, report.TABLE) == ("REPLICATION.md", "claims.csv")
+    assert LEAST_EFFECT > 0 and (report.REPORT, report.TABLE) == ("REPLICATION.md", "claims.csv")

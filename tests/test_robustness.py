@@ -59,7 +59,7 @@ def apply(name: str, f: int, updates: Tensor) -> Tensor:
 def federations(draw: st.DrawFn, name: str) -> tuple[Tensor, Tensor, int]:
     """Updates, who is honest, and f: the others hold anything."""
     m, d = draw(st.integers(7, 12)), draw(st.integers(1, 4))
-    f = draw(st.integers(1, min(RULES[name].most(m), (m - 1) // 2)))
+    f = draw(st.integers(1, min(RULES[name].max_f(m), (m - 1) // 2)))
     seed, shift = draw(st.integers(0, 99)), draw(st.sampled_from([0.0, 3.0, 1000.0]))
     generator = torch.Generator().manual_seed(seed)
     updates = torch.randn(m, d, generator=generator) + shift

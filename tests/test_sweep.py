@@ -290,6 +290,21 @@ def test_groups_and_ranges_of_hydra_are_swept(command: Command, small_data: Smal
     assert all((int(row["flips"]) == 0) == (row["attack"] == "none") for row in table)
 
 
+def test_the_table_says_what_each_attack_writes(command: Command, small_data: Small, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from fl_attack.attack import Proposal, Updates, View\n\n\n"
+        "def zeros(view: View) -> Proposal:\n    return Proposal(view.y * 0, view.noise[:, 0])\n\n\n"
+        "def nothing(view: Updates):\n    return view.updates * 0\n"
+    )
+    data = [*small_data(3), "engine=batched", "rounds=3", "batch_size=30", "clients.total=6", f"out={tmp_path}/out"]
+    expected = {"none": "none", "greedy": "labels", "sign_flip": "updates"}
+    expected |= {f"{tmp_path}/mine.py:zeros": "labels", f"{tmp_path}/mine.py:nothing": "updates"}
+    code, told = command("-m", *data, f"attack.name={','.join(expected)}", "clients.malicious=0,2")
+    assert code == 0, told
+    for row in rows(tmp_path / "out"):
+        assert row["writes"] == (expected[row["attack.name"]] if row["clients.malicious"] == "2" else "none")
+
+
 def test_a_sweep_can_stand_in_a_file(
     command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

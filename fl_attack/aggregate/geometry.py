@@ -1,6 +1,6 @@
-"""Sums of updates by shares, and products and distances of updates with each other.
+"""Weighted sums of updates, and inner products and distances between them.
 
-Shapes as in `rules`: updates (..., m, C, d). Each federation is computed as it would be alone.
+Shapes as in `rules`: updates (..., m, C, d). Each federation of the leading axes is computed as it would be alone.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fl_attack.aggregate.ordering import ascending, finite_rows, middle
 
-BLOCK = 32  # clients; of smaller blocks fewer products are made twice, but each takes longer
+BLOCK = 32  # clients; smaller blocks compute fewer products twice, but each takes longer
 CLOSE = 0.01  # squared distances below this share of the squared norms have lost digits
 SMALLEST = 1e-26  # a squared norm that is a smaller share of the others may have lost all
 UNDERFLOW = 1e-30  # squares of numbers whose squared norm is smaller may have
@@ -19,7 +19,7 @@ FAR, LARGEST = 1e300, 1e307  # squared distance to one that is not finite; the l
 
 
 def combined(updates: Tensor, shares: Tensor) -> Tensor:
-    """Sum (..., C, d) of the updates by shares (..., m); those of share 0 count nothing, whatever they hold."""
+    """Sum (..., C, d) of the updates times shares (..., m); a share of 0 leaves out even an update with NaN or Inf."""
     shares = shares.to(updates)
     found = weighted(updates, shares)
     if bool(found.sum().isfinite()):
@@ -28,7 +28,7 @@ def combined(updates: Tensor, shares: Tensor) -> Tensor:
 
 
 def weighted(updates: Tensor, shares: Tensor) -> Tensor:
-    """Sum (..., C, d) of the updates by shares, (m,) or (..., m)."""
+    """Sum (..., C, d) of the updates times shares, (m,) or (..., m)."""
     by_client = updates.movedim(-3, 0)
     if shares.ndim == 1 and by_client.is_contiguous():  # one product for all federations
         return (shares @ by_client.view(len(shares), -1)).view(by_client.shape[1:])
@@ -43,62 +43,68 @@ def along(updates: Tensor, v: Tensor) -> Tensor:
 
 
 class Distances(NamedTuple):
-    """Between the clients of each federation."""
+    """Squared distances between the clients of each federation."""
 
-    squared: Tensor  # (..., m, m) infinite to oneself, `FAR` to those that are not finite; of float64 if any of these
-    ordered: Tensor  # the same, each row ascending
+    squared: Tensor  # (..., m, m) Inf on the diagonal, `FAR` to updates that are not finite; float64 if there are any
+    ordered: Tensor  # (..., m, m) the same with each row ascending
 
 
 def distances(updates: Tensor) -> Distances:
-    """Between clients, squared: in the precision of the updates where that costs no digits, else in float64."""
+    """Squared distances between clients, in the precision of the updates unless that costs digits, else in float64."""
     gram = gram_of(updates)
-    squared = _apart(gram)
+    squared = _squared_distances(gram)
     ordered = ascending(squared)
-    well = _keep_digits(gram, ordered)
-    if not bool(well.all()):  # decided for each federation, so that none goes another way for the company it is in
+    exact = _are_exact(gram, ordered)
+    if not bool(exact.all()):  # decided for each federation, so that its result does not depend on the others
         squared, ordered = squared.double(), ordered.double()
-        gram, finite, unit = _careful(updates[~well])
-        scale = power_of_two(2 * unit.clamp(-400, 400)).unsqueeze(-1)  # beyond, squares can't be told as they are
-        careful = (_apart(gram) * scale).clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
+        gram, finite, unit = _careful(updates[~exact])
+        scale = power_of_two(2 * unit.clamp(-400, 400)).unsqueeze(-1)  # beyond, squares can't be held as they are
+        careful = _squared_distances(gram) * scale
+        careful = careful.clamp(max=FAR).where(finite.unsqueeze(-1) & finite.unsqueeze(-2), FAR)
         careful.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-        squared[~well], ordered[~well] = careful, ascending(careful)
+        squared[~exact], ordered[~exact] = careful, ascending(careful)
     return Distances(squared, ordered)
 
 
 def products(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each two updates less a common centre, (..., m, m) in float64, and which are finite (..., m).
+    """Inner products of the updates about a common centre, which keep the digits of their differences.
 
-    The centre is zero where that costs the differences of the updates no digits, else their median.
+    Returns
+    -------
+    gram : (..., m, m) tensor of float64
+        The centre is zero where that costs the differences no digits, else the coordinate-wise median.
+    finite : (..., m) tensor of bool
+        Which updates are finite.
     """
     gram = gram_of(updates)
-    well = _keep_digits(gram, ascending(_apart(gram)))
-    gram, finite = gram.double(), well.unsqueeze(-1).repeat_interleave(gram.shape[-1], -1)
-    if not bool(well.all()):
-        gram[~well], finite[~well] = careful_products(updates[~well])
+    exact = _are_exact(gram, ascending(_squared_distances(gram)))
+    gram, finite = gram.double(), exact.unsqueeze(-1).repeat_interleave(gram.shape[-1], -1)
+    if not bool(exact.all()):
+        gram[~exact], finite[~exact] = careful_products(updates[~exact])
     return gram, finite
 
 
-def _apart(gram: Tensor) -> Tensor:
-    """Squared distances (..., m, m) from products; infinite to oneself."""
+def _squared_distances(gram: Tensor) -> Tensor:
+    """Squared distances (..., m, m) from inner products; Inf on the diagonal."""
     square = gram.diagonal(dim1=-2, dim2=-1)
     found = (square.unsqueeze(-1) + square.unsqueeze(-2)).sub_(gram, alpha=2).clamp_(min=0)
     found.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
     return found
 
 
-def _keep_digits(gram: Tensor, ordered: Tensor) -> Tensor:
-    """(...) whether the distances that follow from these products are as exact as the updates, all of them finite."""
-    shortest, longest = gram.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)  # not a number, or infinite, if any of them is
-    typical = ordered[..., max(0, gram.shape[-1] // 2 - 1)]  # to the others, of each
+def _are_exact(gram: Tensor, ordered: Tensor) -> Tensor:
+    """Whether all updates are finite and the distances from their products as exact as they are, (...) of bool."""
+    shortest, longest = gram.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)  # NaN or Inf if any of them is
+    typical = ordered[..., max(0, gram.shape[-1] // 2 - 1)]  # each client's median distance to the others
     return (longest > UNDERFLOW) & (shortest > SMALLEST * longest) & (typical.amin(-1) > CLOSE * longest)
 
 
 def gram_of(updates: Tensor) -> Tensor:
-    """Products (..., m, m) of each two updates."""
+    """Inner products (..., m, m) of the updates."""
     whole = updates.flatten(-2)
     m = whole.shape[-2]
     gram = whole.new_empty(*whole.shape[:-1], m)
-    for start in range(0, m, BLOCK):  # the diagonal and what is below
+    for start in range(0, m, BLOCK):  # the diagonal and below
         stop = min(start + BLOCK, m)
         gram[..., start:, start:stop] = whole[..., start:, :] @ whole[..., start:stop, :].mT
     place = torch.arange(m, device=gram.device)
@@ -112,9 +118,9 @@ def careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _careful(updates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Products (..., m, m), which updates are finite (..., m), and the exponent of the unit of length (..., 1).
+    """Inner products (..., m, m), which updates are finite (..., m), and the exponent of the unit of length (..., 1).
 
-    They are about the median, so that a common shift costs no digits, and in units of the typical update.
+    They are about the coordinate-wise median, so that a common shift costs no digits, in units of the typical update.
 
     All scales are powers of two, so that a change of scale by one changes no bit, and whole numbers stay exact.
     """
@@ -131,29 +137,29 @@ def _careful(updates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def norms(updates: Tensor) -> Tensor:
-    """(..., m) in float64, exact to the precision of the updates at any scale; infinite where one is not finite."""
+    """Norms (..., m) in float64, as exact as the updates at any scale; Inf where an update is not finite."""
     found = torch.linalg.vector_norm(updates.flatten(-2), dim=-1)
     small, large = (1e-15, 1e15) if found.dtype == torch.float32 else (1e-140, 1e140)
-    well = (found > small) & (found < large)
+    exact = (found > small) & (found < large)
     found = found.double()
-    if not bool(well.all()):  # squares may have overflowed, or lost digits
-        some = updates[~well].flatten(-2)
+    if not bool(exact.all()):  # squares may have overflowed, or lost digits
+        some = updates[~exact].flatten(-2)
         exponent = exponent_of(some.abs().amax(-1).double().where(some.isfinite().all(-1), 0.0))
         unit = (some.double() * power_of_two(-exponent).unsqueeze(-1)).to(updates)
-        found[~well] = torch.linalg.vector_norm(unit, dim=-1).double() * power_of_two(exponent)
+        found[~exact] = torch.linalg.vector_norm(unit, dim=-1).double() * power_of_two(exponent)
     known: Tensor = found.where(found.isfinite(), torch.inf)
     return known
 
 
 def upper_median(values: Tensor) -> Tensor:
-    """(..., 1) median of the finite values of each row, the upper of two middle ones; zero where there is none."""
+    """Median (..., 1) of the finite values of each row, the upper of two middle ones; zero where there is none."""
     count = values.isfinite().sum(-1, keepdim=True)
     ordered = values.sort(-1).values
     return ordered.gather(-1, (count // 2).clamp(max=values.shape[-1] - 1)).where(count > 0, 0.0)
 
 
 def exponent_of(values: Tensor) -> Tensor:
-    """The exponent of a power of two near each value, 0 of zero; one whose power is a number of full precision."""
+    """The exponent of a power of two near each value, 0 for zero; its power is a number of full precision."""
     found: Tensor = torch.frexp(values.double()).exponent.clamp(-1000, 1000)
     return found
 

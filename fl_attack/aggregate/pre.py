@@ -1,8 +1,8 @@
-"""What can be done to updates before a rule sees them; several can be chained.
+"""Pre-aggregators: what can be done to updates before a rule sees them; several can be chained.
 
-A pre-aggregator maps updates (..., m, C, d) and weights (m,) to new ones, of which there may be fewer. `lots` (m,) is a
-random order of the clients, for those that draw lots. An update that is not finite stays so, or becomes zero: it never
-gets into another.
+Each maps updates (..., m, C, d) and weights (m,) to new ones, of which there may be fewer. f is how many clients may be
+malicious; `client_order` (m,) is a random order of the clients, for those that draw lots. An update that is not finite
+stays so or becomes zero: it never gets into another.
 """
 
 import torch
@@ -14,14 +14,16 @@ from fl_attack.aggregate.ordering import finite_rows, smallest
 from fl_attack.aggregate.rules import clip
 
 
-def nnm(updates: Tensor, weights: Tensor, f: int, lots: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest-neighbour mixing: each becomes the mean of the m - f nearest to it, itself among them.
+def nnm(updates: Tensor, weights: Tensor, f: int, client_order: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest-neighbour mixing: each update becomes the mean of the m - f nearest to it, itself among them.
 
-    Allouah et al., https://arxiv.org/abs/2302.01772.
+    References
+    ----------
+    Allouah et al. (2023). Fixing by mixing: a recipe for optimal Byzantine ML under heterogeneity. arXiv 2302.01772.
     """
     m = updates.shape[-3]
     squared, ordered = distances(updates)
-    # oneself comes first, and last in `ordered`: the others that are wanted are one fewer
+    # a client's distance to itself is last in `ordered`, so that one neighbour fewer is chosen
     near = smallest(squared, m - f - 1, ordered) if f < m - 1 else torch.zeros_like(squared)
     near.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     shares = near.to(updates) / (m - f)
@@ -32,23 +34,27 @@ def nnm(updates: Tensor, weights: Tensor, f: int, lots: Tensor) -> tuple[Tensor,
     return mixed, weights
 
 
-def bucketing(updates: Tensor, weights: Tensor, f: int, lots: Tensor, *, s: int = 2) -> tuple[Tensor, Tensor]:
-    """Means of s clients each, drawn by lot; the last bucket takes what is left.
+def bucketing(updates: Tensor, weights: Tensor, f: int, client_order: Tensor, *, s: int = 2) -> tuple[Tensor, Tensor]:
+    """Means of s clients each, in their random order; the last bucket takes what is left.
 
-    Karimireddy et al., https://arxiv.org/abs/2006.09365.
+    Returns updates (..., ceil(m / s), C, d), and the summed weights of each bucket.
+
+    References
+    ----------
+    Karimireddy, He, Jaggi (2022). Byzantine-robust learning on heterogeneous datasets via bucketing. arXiv 2006.09365.
     """
     by_client = updates.movedim(-3, 0)
-    starts = torch.arange(0, len(lots), s, device=lots.device)
-    # reads each number once, which with many clients is what it costs; half the time of its own mode "mean"
-    sums = functional.embedding_bag(lots, by_client.reshape(len(by_client), -1), starts, mode="sum")
-    sizes = (len(lots) - starts).clamp(max=s).to(sums)
+    starts = torch.arange(0, len(client_order), s, device=client_order.device)
+    # this function reads each number once, which is the cost with many clients; its mode "mean" takes twice as long
+    sums = functional.embedding_bag(client_order, by_client.reshape(len(by_client), -1), starts, mode="sum")
+    sizes = (len(client_order) - starts).clamp(max=s).to(sums)
     means = sums.div_(sizes.unsqueeze(1)).view(len(starts), *by_client.shape[1:]).movedim(0, -3)
-    short = len(starts) * s - len(lots)
-    return means, functional.pad(weights[lots], (0, short)).view(-1, s).sum(-1)
+    missing = len(starts) * s - len(client_order)
+    return means, functional.pad(weights[client_order], (0, missing)).view(-1, s).sum(-1)
 
 
 def clipping(
-    updates: Tensor, weights: Tensor, f: int, lots: Tensor, *, c: float | None = None
+    updates: Tensor, weights: Tensor, f: int, client_order: Tensor, *, c: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each scaled down to the norm c; by default to the median of their norms."""
+    """Each update scaled down to the norm c; by default to the median of their norms."""
     return clip(updates, c), weights

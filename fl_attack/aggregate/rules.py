@@ -1,9 +1,9 @@
 """Robust aggregation rules, over any number of federations at once.
 
-Shapes: updates (..., m, C, d), one a client in the order of the clients; weights (m,), the samples that each used; f,
-how many clients may be malicious. A rule gives (..., C, d). Only the mean looks at the weights. An update that is not
-finite counts as one that is infinitely far from all others: no rule but the mean lets it through. Ties go to the
-client of the lower index.
+Parameters that all rules share: updates (..., m, C, d), one for each client in the order of the clients; weights (m,),
+the samples that each used; f, how many clients may be malicious. All give the aggregate (..., C, d) in the precision of
+the updates. Only the mean uses the weights. An update that is not finite counts as one that is infinitely far from all
+others: no rule but the mean lets it through. Ties go to the client of the lower index.
 """
 
 import math
@@ -32,32 +32,33 @@ from fl_attack.aggregate.geometry import (
 )
 from fl_attack.aggregate.ordering import Rows, ascending, by_coordinate, middle, smallest
 
-FAR_OFF = 64.0  # times the typical squared norm: from there on an update counts as far away
-TINY = 1e-30
-HOME, WILD = 2.0**16, 2.0**40  # typical norms between 1 / HOME and HOME are computed as they are; WILD times it is far
-MANY, FEW = 8, 5  # clients from which on so many iterations of the geometric median are tried without products
+FAR_OFF = 64.0  # an update is far away from this multiple of the typical squared norm on
+TINY = 1e-30  # smaller shares may lose digits in float32
+ORDINARY, WILD = 2.0**16, 2.0**40  # typical norms from 1 / ORDINARY to ORDINARY need no scaling; WILD times it is far
+MANY, FEW = 8, 5  # from MANY clients on, FEW iterations of the geometric median are tried without inner products
 
 
-def at_home(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The rule, given updates of ordinary size whatever their scale: a change of scale by a power of two is exact.
+def at_ordinary_scale(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The rule with updates of unusual length scaled to an ordinary one and back, exactly, by powers of two.
 
-    Lengths among the arguments, whose names are `tau` and `c`, change their scale too. Each federation is computed as
-    it would be alone, those with an update that is far longer than the typical one in float64.
+    Lengths among the arguments, whose names are `tau` and `c`, are scaled too. Each federation is computed as it would
+    be alone, those with an update that is far longer than the typical one in float64.
     """
 
     @wraps(rule)
     def scaled(updates: Tensor, weights: Tensor, f: int, **args: Any) -> Tensor:
+        """The aggregate of the scaled updates, scaled back."""
         norm = norms(updates)
         typical = upper_median(norm).squeeze(-1)
         wild = norm.where(norm.isfinite(), 0.0).amax(-1) > WILD * typical
-        away = (typical > 0) & (wild | (typical < 1 / HOME) | (typical > HOME))
-        if not bool(away.any()):
+        unusual = (typical > 0) & (wild | (typical < 1 / ORDINARY) | (typical > ORDINARY))
+        if not bool(unusual.any()):
             return rule(updates, weights, f, **args)
         found = updates.new_empty(*updates.shape[:-3], *updates.shape[-2:])
-        if not bool(away.all()):
-            found[~away] = rule(updates[~away], weights, f, **args)
+        if not bool(unusual.all()):
+            found[~unusual] = rule(updates[~unusual], weights, f, **args)
         exponent = exponent_of(typical)
-        for at in away.nonzero().tolist():  # seldom many
+        for at in unusual.nonzero().tolist():  # there are seldom many
             place = tuple(at)
             down, up = (float(power_of_two(sign * exponent[place])) for sign in (-1, 1))
             lengths = {key: args[key] * down for key in ("tau", "c") if args.get(key) is not None}
@@ -69,10 +70,11 @@ def at_home(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def in_range(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The rule, where its sums overflow computed on smaller numbers."""
+    """The rule, computed on smaller numbers where its sums overflow."""
 
     @wraps(rule)
     def scaled(updates: Tensor, weights: Tensor, f: int, **args: Any) -> Tensor:
+        """The aggregate, finite wherever it can be."""
         found = rule(updates, weights, f, **args)
         if bool(found.sum().isfinite()):
             return found
@@ -84,58 +86,84 @@ def in_range(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Mean weighted by samples: for gradients, the gradient of all clients' batches together. Not robust."""
+    """Mean weighted by samples: of gradients, the gradient of all clients' batches together. It is not robust."""
     weights = weights.to(updates)
     return weighted(updates, weights / weights.sum())
 
 
 @in_range
 def median(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Coordinate-wise median; the mean of the two middle ones of an even number. https://arxiv.org/abs/1803.01498."""
+    """Coordinate-wise median; of an even number of values the mean of the two middle ones.
+
+    References
+    ----------
+    Yin et al. (2018). Byzantine-robust distributed learning: towards optimal statistical rates. arXiv 1803.01498.
+    """
     m = updates.shape[-3]
     return middle(updates, (m - 1) // 2, m // 2 + 1)
 
 
 @in_range
 def trimmed_mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Coordinate-wise mean without the f smallest and the f largest. https://arxiv.org/abs/1803.01498."""
+    """Coordinate-wise mean without the f smallest and the f largest values.
+
+    References
+    ----------
+    Yin et al. (2018). Byzantine-robust distributed learning: towards optimal statistical rates. arXiv 1803.01498.
+    """
     m = updates.shape[-3]
     return middle(updates, f, m - f)
 
 
 @in_range
 def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Coordinate-wise mean of the m - f values nearest to the median. https://arxiv.org/abs/1802.10116."""
+    """Coordinate-wise mean of the m - f values nearest to the median.
+
+    References
+    ----------
+    Xie, Koyejo, Gupta (2018). Generalized Byzantine-tolerant SGD. arXiv 1802.10116.
+    """
     m = updates.shape[-3]
     kept = m - f
 
-    def nearest(rows: Rows) -> Tensor:
+    def mean_of_nearest(rows: Rows) -> Tensor:
+        """Mean of the kept values of each coordinate, from values in order."""
         rows = list(rows.contiguous()) if isinstance(rows, Tensor) else rows
-        # the nearest ones are neighbours in order; a window of them moves up as long as what it gains is nearer
-        middle, total = (rows[(m - 1) // 2] + rows[m // 2]) / 2, torch.zeros_like(rows[0])
+        # the nearest values are neighbours in order: a window of them, of which the farther end is as near as possible
+        center, total = (rows[(m - 1) // 2] + rows[m // 2]) / 2, torch.zeros_like(rows[0])
         if f > kept:
             ordered = torch.stack(rows)
-            reach = [torch.maximum(middle - rows[i], rows[i + kept - 1] - middle) for i in range(f + 1)]
-            first = torch.stack(reach).argmin(0)
+            farthest = [torch.maximum(center - rows[i], rows[i + kept - 1] - center) for i in range(f + 1)]
+            first = torch.stack(farthest).argmin(0)
             place = torch.arange(m, device=first.device).view(-1, *[1] * first.ndim)
             return ordered.where((place >= first) & (place < first + kept), 0.0).sum(0) / kept
         for row in rows[f:kept]:  # these are in every window
             total += row
         for low, high in zip(rows[:f], rows[kept:], strict=True):
-            total += torch.where(middle - low <= high - middle, low, high)
+            total += torch.where(center - low <= high - center, low, high)
         return total / kept
 
-    return by_coordinate(updates, range(m), nearest)
+    return by_coordinate(updates, range(m), mean_of_nearest)
 
 
 def krum(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """The update that is nearest to its m - f - 2 nearest others. Blanchard et al., https://arxiv.org/abs/1703.02757."""
+    """The update with the least summed squared distance to its m - f - 2 nearest others.
+
+    References
+    ----------
+    Blanchard et al. (2017). Machine learning with adversaries: Byzantine tolerant gradient descent. arXiv 1703.02757.
+    """
     score = _krum_scores(distances(updates).ordered, f)
-    return _rows(updates, score.argmin(-1, keepdim=True)).squeeze(-3)
+    return _clients(updates, score.argmin(-1, keepdim=True)).squeeze(-3)
 
 
 def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = None) -> Tensor:
-    """Mean of the `keep` updates of the smallest Krum scores, by default m - f. https://arxiv.org/abs/1703.02757."""
+    """Mean of the `keep` updates of the smallest Krum scores, by default m - f.
+
+    References
+    ----------
+    Blanchard et al. (2017). Machine learning with adversaries: Byzantine tolerant gradient descent. arXiv 1703.02757.
+    """
     m = updates.shape[-3]
     keep = m - f if keep is None else keep
     if not 1 <= keep <= m - f:
@@ -146,63 +174,88 @@ def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = N
 
 @in_range
 def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Of m - 2f updates, chosen one after the other by Krum, the mean of the m - 4f nearest to the median.
+    """Coordinate-wise mean of the m - 4f values nearest to the median, of m - 2f updates chosen one by one by Krum.
 
-    Coordinate by coordinate. El Mhamdi et al., https://arxiv.org/abs/1802.07927.
+    References
+    ----------
+    El Mhamdi, Guerraoui, Rouault (2018). The hidden vulnerability of distributed learning in Byzantium. arXiv
+    1802.07927.
     """
     squared = distances(updates).squared
     m = squared.shape[-1]
-    left = torch.ones(squared.shape[:-1], dtype=torch.bool, device=squared.device)
+    remaining = torch.ones(squared.shape[:-1], dtype=torch.bool, device=squared.device)
     chosen: list[Tensor] = []
     for _ in range(m - 2 * f):
-        pairs = left.unsqueeze(-1) & left.unsqueeze(-2)
+        pairs = remaining.unsqueeze(-1) & remaining.unsqueeze(-2)
         count = m - len(chosen)
-        # Krum's number of neighbours shrinks with the clients that are left; with one, any two clients that are each
+        # Krum's number of neighbours shrinks with the clients that remain; with one, any two clients that are each
         # other's nearest would be equal, and their order would decide
         score = _krum_scores(ascending(squared.where(pairs, torch.inf)), f, max(2, count - f - 2))
-        best = score.where(left, torch.inf).argmin(-1, keepdim=True)
-        left = left.scatter(-1, best, False)
+        best = score.where(remaining, torch.inf).argmin(-1, keepdim=True)
+        remaining = remaining.scatter(-1, best, False)
         chosen.append(best)
-    picked = _rows(updates, torch.cat(chosen, -1).sort(-1).values)
-    return meamed(picked, weights, 2 * f)
+    selected = _clients(updates, torch.cat(chosen, -1).sort(-1).values)
+    return meamed(selected, weights, 2 * f)
 
 
-@at_home
+@at_ordinary_scale
 def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: float = 1e-6, most: int = 200) -> Tensor:
-    """The point of least summed distance to the updates: Weiszfeld's iteration, as in https://arxiv.org/abs/1912.13445.
+    """The point of least summed distance to the updates, by Weiszfeld's iteration.
 
-    Until no weight of an update changes by more than `tolerance`, or after `most` iterations. An iterate that an update
-    holds fast, which is how one who knows the others would stop it, is led away as Vardi and Zhang do
-    (https://doi.org/10.1073/pnas.97.4.1423). The iterates are means of the updates, so that all distances follow from
-    the products of the updates with each other.
+    The iterates are weighted means of the updates, so that all distances follow from inner products of the updates. An
+    update at which the iteration would stop, which a client who knows the others can send, is left by a step of Vardi
+    and Zhang's.
+
+    Parameters
+    ----------
+    updates, weights, f
+        As in all rules.
+    tolerance : float
+        The iteration ends when no share of an update changes by more.
+    most : int
+        Iterations at most.
+
+    Returns
+    -------
+    (..., C, d) tensor
+
+    Raises
+    ------
+    ValueError
+        Where an argument is out of range.
+
+    References
+    ----------
+    Pillutla, Kakade, Harchaoui (2019). Robust aggregation for federated learning. arXiv 1912.13445.
+    Vardi, Zhang (2000). The multivariate L1-median and associated data depth. https://doi.org/10.1073/pnas.97.4.1423.
     """
     if not tolerance > 0 or most < 1:
         raise ValueError(f"tolerance={tolerance} must be above 0 and most={most} at least 1")
     m = updates.shape[-3]
     share = updates.new_full(updates.shape[:-2], 1 / m, dtype=torch.float64)
-    left = torch.ones(updates.shape[:-3], dtype=torch.bool, device=updates.device)
-    if m >= MANY:  # products with each other cost as much as a few iterations, which may be all that it takes
-        share, left = _few_steps(updates, tolerance, min(most, FEW))
-        if not bool(left.any()):
-            return _mixed(updates, share)
-    some = updates[left]
+    unfinished = torch.ones(updates.shape[:-3], dtype=torch.bool, device=updates.device)
+    if m >= MANY:  # inner products cost as much as a few iterations without them, which may be all that it takes
+        share, unfinished = _few_iterations(updates, tolerance, min(most, FEW))
+        if not bool(unfinished.any()):
+            return _mean_by_shares(updates, share)
+    some = updates[unfinished]
     found, near = _weiszfeld(*products(some), tolerance, most)
-    if bool(near.any()):  # where the median is all but one of the updates, only products about it tell how near
+    if bool(near.any()):  # where the median is nearly one of the updates, only products about it tell how near
         found[near] = _weiszfeld(*careful_products(some[near]), tolerance, most)[0]
-    share[left] = found
-    return _mixed(updates, share)
+    share[unfinished] = found
+    return _mean_by_shares(updates, share)
 
 
-def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
-    """Shares (..., m) after a few iterations, and where that was not enough, or not exact (...)."""
-    # in numpy: of rows as short as these torch takes several times as long, and threads would wait for each other
+def _few_iterations(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
+    """Shares (..., m) after `most` iterations without inner products, and where they do not suffice, (...)."""
+    # in numpy: torch takes several times as long for rows as short as these, and threads would wait for each other
     square = torch.linalg.vector_norm(updates.flatten(-2), dim=-1).double().cpu().numpy() ** 2
     share, moving = np.full_like(square, 1 / square.shape[-1]), np.ones_like(square[..., 0], dtype=np.bool_)
     exact = (np.isfinite(square) & (square > SMALLEST * square.max(-1, keepdims=True))).all(-1)
     if exact.any():
         least = CLOSE * square.max(-1)
         change = np.full_like(least, np.inf)
-        with np.errstate(all="ignore"):  # of those that are not exact
+        with np.errstate(all="ignore"):  # in federations that are not exact
             for step in range(most):
                 at = weighted(updates, torch.from_numpy(share).to(updates))
                 product = along(updates, at).double().cpu().numpy()
@@ -212,8 +265,8 @@ def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Te
                 moved = (nearer / nearer.sum(-1, keepdims=True) - share) * moving[..., None]
                 share = share + moved
                 before, change = change, np.abs(moved).max(-1)
-                moving = moving & (change > tolerance)  # who has arrived stays, whatever others do
-                if step == 1:  # whose steps shrink too slowly will not arrive in time
+                moving = moving & (change > tolerance)  # a federation that has converged stays, whatever others do
+                if step == 1:  # where steps shrink too slowly, the iterations will not suffice
                     exact &= ~moving | (change * (change / before).clip(max=1.0) ** (most - 2) <= tolerance)
                 if not (moving & exact).any():
                     break
@@ -222,7 +275,7 @@ def _few_steps(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Te
 
 
 def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
-    """Shares (..., m) of the updates in their geometric median, and whether it is all but one of them (...)."""
+    """Shares (..., m) of the updates in their geometric median, and whether it is nearly one of them, (...) of bool."""
     share = finite.double() / finite.sum(-1, keepdim=True)
     square = gram.diagonal(dim1=-2, dim2=-1)
     # in units of the typical update, over which a minority has no power
@@ -232,9 +285,9 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
     tolerable = tolerance / (square / (FAR_OFF * largest).where(largest > 0, torch.inf)).sqrt().clamp(min=1.0)
     moving = torch.ones_like(share[..., :1], dtype=torch.bool)
     nearest = torch.full_like(largest, torch.inf)
-    left = torch.zeros_like(finite)  # the updates from which it has been led away
+    left = torch.zeros_like(finite)  # the updates from which a step was made
     for _ in range(most):
-        apart = _from(share, gram)
+        apart = _squared_distances_from(share, gram)
         near, at = apart.where(finite, torch.inf).min(-1, keepdim=True)
         nearest = nearest.minimum(near).where(moving, nearest)
         nearer = finite.double() / apart.sqrt().maximum(floor)
@@ -243,9 +296,11 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
         still = (moved.abs() <= tolerable).all(-1, keepdim=True)
         held = moving & still & (near < CLOSE * largest) & ~left.gather(-1, at)
         if bool(held.any()):
-            elsewhere = _led_away(gram, finite, at, floor)
+            elsewhere = vardi_zhang_step(gram, finite, at, floor)
             left = left.scatter(-1, at, held | left.gather(-1, at))
-            held = held & (_summed(_from(elsewhere, gram), finite) < _summed(apart, finite))
+            held = held & (
+                _summed_distance(_squared_distances_from(elsewhere, gram), finite) < _summed_distance(apart, finite)
+            )
             share = elsewhere.where(held, share)
         moving = moving & (~still | held)
         if not bool(moving.any()):
@@ -253,40 +308,43 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
     return share, (nearest < CLOSE * largest).squeeze(-1)
 
 
-def _mixed(updates: Tensor, share: Tensor) -> Tensor:
-    """The mean by shares; in float64 where a share is so small that the precision of the updates might not hold it."""
+def _mean_by_shares(updates: Tensor, share: Tensor) -> Tensor:
+    """The mean (..., C, d) by shares (..., m), in float64 where the precision of the updates might not hold a share."""
     if bool(((share > 0) & (share < TINY)).any()) and updates.dtype == torch.float32:
         return combined(updates.double(), share).to(updates)
     return combined(updates, share.to(updates))
 
 
-def _from(share: Tensor, gram: Tensor) -> Tensor:
-    """Squared distances (..., m) of the updates from their mean by shares."""
+def _squared_distances_from(share: Tensor, gram: Tensor) -> Tensor:
+    """Squared distances (..., m) of the updates from their mean weighted by shares (..., m)."""
     product = (share.unsqueeze(-2) @ gram).squeeze(-2)
     square = gram.diagonal(dim1=-2, dim2=-1)
     return (square - 2 * product + (share * product).sum(-1, keepdim=True)).clamp(min=0)
 
 
-def _summed(apart: Tensor, finite: Tensor) -> Tensor:
-    """The summed distance (..., 1), which the geometric median makes least, from squared ones."""
+def _summed_distance(apart: Tensor, finite: Tensor) -> Tensor:
+    """Summed distance (..., 1) to the finite updates, which the geometric median minimises, from squared ones."""
     return apart.where(finite, 0.0).sqrt().sum(-1, keepdim=True)
 
 
-def _led_away(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) -> Tensor:
-    """Shares (..., m) after a step from the update at an index (..., 1), where the others pull it away; else there."""
+def vardi_zhang_step(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) -> Tensor:
+    """Shares (..., m) after a step of Vardi and Zhang's from the update at an index (..., 1).
+
+    The step goes towards the others where they pull harder than the updates at this place hold; else it is none.
+    """
     here = torch.zeros_like(finite, dtype=torch.float64).scatter(-1, at, 1.0)
-    apart = _from(here, gram).sqrt()
+    apart = _squared_distances_from(here, gram).sqrt()
     same = finite & ((apart <= floor) | (here > 0))
     nearer = (finite & ~same).double() / apart.maximum(floor)
     total = nearer.sum(-1, keepdim=True)
     way = nearer / total.where(total > 0, 1.0) - here
-    # the others pull with this, and those that are here withstand with one each
+    # each of the others pulls with a force of one, in all with this; each update that is here holds with one
     pull = total * (way.unsqueeze(-2) @ gram @ way.unsqueeze(-1)).squeeze(-1).clamp(min=0).sqrt()
     stays = same.sum(-1, keepdim=True) / pull.where(pull > 0, torch.inf)
     return here + way * torch.where(pull > 0, 1.0 - stays.clamp(max=1.0), 0.0)
 
 
-@at_home
+@at_ordinary_scale
 def centered_clipping(
     updates: Tensor,
     weights: Tensor,
@@ -296,10 +354,33 @@ def centered_clipping(
     iterations: int = 3,
     start: Literal["median", "zero"] = "median",
 ) -> Tensor:
-    """Steps from the coordinate-wise median, or zero, by the mean of the differences to it, each clipped to tau.
+    """Steps from a centre by the mean of the differences of the updates to it, each clipped to a norm.
 
-    By default tau is the median distance of the updates from where a step starts. Karimireddy et al. start from the
-    aggregate of the round before (https://arxiv.org/abs/2012.10333); here nothing is kept between rounds.
+    Karimireddy et al. start from the aggregate of the round before; here nothing is kept between rounds.
+
+    Parameters
+    ----------
+    updates, weights, f
+        As in all rules.
+    tau : float, optional
+        The norm; by default the median distance of the updates from where a step starts.
+    iterations : int
+        The number of steps.
+    start : "median" or "zero"
+        The first centre: the coordinate-wise median, or zero.
+
+    Returns
+    -------
+    (..., C, d) tensor
+
+    Raises
+    ------
+    ValueError
+        Where an argument is out of range.
+
+    References
+    ----------
+    Karimireddy, He, Jaggi (2021). Learning from history for Byzantine robust optimization. arXiv 2012.10333.
     """
     if (tau is not None and not tau > 0) or iterations < 1:
         raise ValueError(f"tau={tau} must be above 0 and iterations={iterations} at least 1")
@@ -324,16 +405,18 @@ def centered_clipping(
 def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None = None) -> Tensor:
     """Mean of the updates, each scaled down to the norm c; by default to the median of their norms.
 
-    Sun et al. 2019, https://arxiv.org/abs/1911.07963 (a fixed c).
+    References
+    ----------
+    Sun et al. (2019). Can you really backdoor federated learning? arXiv 1911.07963 (with a fixed c).
     """
     share, finite = _clip_shares(updates, c)
     if not bool(finite.all()):
         updates = updates.where(finite[..., None, None], 0.0)
-    return _mixed(updates, share / share.shape[-1])
+    return _mean_by_shares(updates, share / share.shape[-1])
 
 
 def clip(updates: Tensor, c: float | None) -> Tensor:
-    """Updates scaled down to the norm c, None: the median of their norms; those that are not finite become zero."""
+    """Updates scaled down to the norm c, by default to the median of their norms; those not finite become zero."""
     share, finite = _clip_shares(updates, c)
     if not bool(finite.all()):
         updates = updates.where(finite[..., None, None], 0.0)
@@ -343,7 +426,7 @@ def clip(updates: Tensor, c: float | None) -> Tensor:
 
 
 def _clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
-    """What clipping to the norm c leaves of each update (..., m), and which are finite."""
+    """The factor (..., m) that scales each update down to the norm c, and which are finite, (..., m) of bool."""
     if c is not None and not c > 0:
         raise ValueError(f"c={c} must be above 0")
     norm = norms(updates)
@@ -353,35 +436,40 @@ def _clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
 
 
 def _krum_scores(ordered: Tensor, f: int, neighbours: int | None = None) -> Tensor:
-    """Sum (..., m) of the squared distances to the nearest others, of rows (..., m, m) in order."""
+    """Sum (..., m) of each client's smallest squared distances, from rows (..., m, m) in order."""
     count = max(1, ordered.shape[-1] - f - 2) if neighbours is None else neighbours
     return ordered[..., :count].sum(-1, dtype=torch.float64).clamp(max=LARGEST)
 
 
-def _rows(updates: Tensor, chosen: Tensor) -> Tensor:
-    """Those clients (..., k) of the updates, (..., k, C, d)."""
+def _clients(updates: Tensor, chosen: Tensor) -> Tensor:
+    """The updates (..., k, C, d) of the clients whose indices (..., k) are given."""
     shape = updates.shape
     index = chosen[..., None, None].expand(*chosen.shape, *shape[-2:])
     return updates.gather(-3, index)
 
 
 def _median_of_row(values: Tensor) -> Tensor:
-    """(..., 1) median of the finite values of each row, the lower of two middle ones; zero where there is none."""
+    """Median (..., 1) of the finite values of each row, the lower of two middle ones; zero where there is none."""
     count = values.isfinite().sum(-1, keepdim=True)
     found = values.sort(-1).values.gather(-1, ((count - 1) // 2).clamp(min=0))
     return found.where(count > 0, 0.0)
 
 
-def half(m: int) -> int:
-    """The largest f below half of m."""
+def any_f(m: int) -> int:
+    """The largest f of a rule that is defined for any: m."""
+    return m
+
+
+def max_f_below_half(m: int) -> int:
+    """The largest f with 2 f < m."""
     return (m - 1) // 2
 
 
-def krum_most(m: int) -> int:
+def max_f_of_krum(m: int) -> int:
     """The largest f with 2 f + 2 < m."""
     return math.floor((m - 3) / 2)
 
 
-def bulyan_most(m: int) -> int:
+def max_f_of_bulyan(m: int) -> int:
     """The largest f with 4 f + 3 <= m."""
     return math.floor((m - 3) / 4)

@@ -69,7 +69,9 @@ class Server:
         self.rule = self.like.rule()
         strategy, threat = self.like.settings.strategy, self.like.settings.attack
         # a function of others may draw from a generator that all threads share
-        self.ours = aggregate.ours(strategy.name, strategy.pre) and (not self.crafts or threat.name in attack.ATTACKS)
+        self.ours = aggregate.is_builtin(strategy.name, strategy.pre) and (
+            not self.crafts or threat.name in attack.ATTACKS
+        )
         self.needed = (
             self.crafts or not self.like.settings.strategy.averages
         )  # else the mean of what clients send is one matrix product

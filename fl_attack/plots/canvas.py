@@ -1,4 +1,4 @@
-"""What every figure is drawn on and with: panels, colours, files."""
+"""What every figure is drawn on and with: panels, labels, colours, files."""
 
 import re
 from collections.abc import Sequence
@@ -7,16 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from fl_attack.data.cache import write_whole
+from fl_attack.sweep_table import LABELS, Array, NotDrawableError, format_value
 
 HONEST, ATTACKED = "#0072B2", "#D55E00"
-OKABE_ITO = (HONEST, ATTACKED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by all
+OKABE_ITO = (HONEST, ATTACKED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # also for colour-blind readers
 COLOURS = len(OKABE_ITO)
-MARKERS, DASHES = "osD^vPX*<>hd", ("-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)))  # told apart in grey
-ENTRIES = len(MARKERS)  # that a legend bears
+MARKERS, DASHES = "osD^vPX*<>hd", ("-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)))  # also for prints in grey
+ENTRIES = len(MARKERS)  # names in a legend, at most
+PANELS = 12  # panels of a figure, at most
 
 
 def panels(names: Sequence[str], width: float, height: float, x: str, y: str) -> tuple[Any, dict[str, Any]]:
-    """A figure with axes for each name, alike in scale; width and height of each in inches."""
+    """A figure with axes for each name, all of one scale.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The titles of the panels.
+    width, height : float
+        Size of a panel in inches.
+    x, y : str
+        Labels of the axes.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+    panels : dict
+        The axes of each name.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     across = 2 if len(names) == 4 else min(len(names), 3)
@@ -25,36 +43,55 @@ def panels(names: Sequence[str], width: float, height: float, x: str, y: str) ->
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(names) :]:
         axes.remove()
-    made = dict(zip(names, grid.flat, strict=False))
-    for number, (name, axes) in enumerate(made.items()):
+    axes_of = dict(zip(names, grid.flat, strict=False))
+    for number, (name, axes) in enumerate(axes_of.items()):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize="small")
-        axes.set_title(name, fontsize="medium", loc="left")
+        axes.set_title(shortened(name, int(11 * width)), fontsize="medium", loc="left")
         if number + across >= len(names):
             axes.set_xlabel(x, fontsize="small")
             axes.tick_params(labelbottom=True)
         if number % across == 0:
             axes.set_ylabel(y, fontsize="small")
-    return figure, made
+    return figure, axes_of
 
 
-def style(number: int, ordered: int | None = None) -> dict[str, Any]:
-    """Colour and marker of a line: one of a palette, or of so many shades from dark to light."""
+def distinct(values: Array, most: int, what: str) -> list[Any]:
+    """The different values in order; NotDrawableError where there are more than a figure bears."""
+    found = sorted(set(values.tolist()))
+    if len(found) > most:
+        names = ", ".join(map(format_value, found[:2]))
+        raise NotDrawableError(f"{what}: a figure bears at most {most}, the sweep has {len(found)} ({names}, ...)")
+    return found
+
+
+def shortened(text: str, most: int = 32) -> str:
+    """The end of a text that is longer than so many characters: of the path of a user's function its name."""
+    return text if len(text) <= most else f"\N{HORIZONTAL ELLIPSIS}{text[1 - most :]}"
+
+
+def label(column: str) -> str:
+    """The label of a column's axis, with its unit."""
+    return LABELS[column][0] if column in LABELS else column
+
+
+def style(number: int, shades: int | None = None) -> dict[str, Any]:
+    """Colour and marker of a line by its number: a colour of the palette, or one of `shades` from dark to light."""
     from matplotlib import colormaps
 
-    shade = number / max(ordered - 1, 1) if ordered else 0.0
-    colour = colormaps["cividis"](0.85 * shade) if ordered else OKABE_ITO[number]
+    shade = number / max(shades - 1, 1) if shades else 0.0
+    colour = colormaps["cividis"](0.85 * shade) if shades else OKABE_ITO[number]
     return {"color": colour, "marker": MARKERS[number], "markersize": 4.5, "linewidth": 1.3}
 
 
 def save(figure: Any, folder: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """The files of a figure, which hold neither dates nor versions."""
+    """Write a figure in each format and give the files, which hold neither dates nor versions."""
     from matplotlib import rc_context
 
     files = [folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.{kind}" for kind in kinds]
-    nothing = {"png": {"Software": None}, "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate"))}
+    no_metadata = {"png": {"Software": None}, "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate"))}
     for file, kind in zip(files, kinds, strict=True):
         with rc_context({"pdf.fonttype": 42}):  # text stays text
-            write_whole(file, partial(figure.savefig, format=kind, dpi=160, metadata=nothing[kind]))
+            write_whole(file, partial(figure.savefig, format=kind, dpi=160, metadata=no_metadata[kind]))
     return files

@@ -1,97 +1,139 @@
-"""Figures that compare attacks and rules, each with its table: `matrix`, `harm`, `rounds`."""
+"""Figures that compare attacks and rules, each with its table: `matrix` and `harm`."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fl_attack.errors import InputError
 from fl_attack.plots import canvas, versus
-from fl_attack.plots.marks import caption, legend
-from fl_attack.plots.table import ACCURACY, NUMBERS, K, confidence, read_sweep, split, told
+from fl_attack.plots.marks import caption, ink_on, legend
+from fl_attack.sweep_table import (
+    ACCURACY,
+    NAME,
+    NUMBERS,
+    K,
+    Sweep,
+    format_value,
+    mean_interval,
+    read_sweep,
+    split,
+    write_csv,
+)
+
+DIGITS = 4  # significant digits of the tables
 
 
-def matrix(folder: Path, rows: str = "attack.name", columns: str = "strategy.name") -> list[Path]:
-    """Mean final accuracy at each pair of values of two columns, the worst row of each framed; and as a table."""
+def matrix(folder: Path, rows: str = NAME, columns: str = "strategy.name") -> list[Path]:
+    """Draw the mean final accuracy at each pair of values of two columns, the worst row of each column framed.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of a sweep.
+    rows, columns : str
+        Two columns. All other settings that were swept have a panel for each combination.
+
+    Returns
+    -------
+    list of Path
+        `matrix.png`, `.pdf`, and the numbers with their intervals as `matrix.csv`.
+
+    Raises
+    ------
+    InputError
+        Where there are no such columns, one has a single value, or there are more settings than panels.
+    """
     from matplotlib.patches import Rectangle
 
     sweep = read_sweep(folder)
-    ys, xs, mean, half = versus.grid(sweep, rows, columns)
-    names = [""]
+    settings = sweep.varied(rows, columns)
+    panel = sweep.labels(settings)
+    names = canvas.distinct(panel, canvas.PANELS, "panels of a matrix")
+    grids = {name: versus.grid(sweep, rows, columns, panel == name) for name in names}
+    ys, xs = next(iter(grids.values())).rows, next(iter(grids.values())).columns
     figure, panels = canvas.panels(names, 1.8 + 0.62 * len(xs), 1.4 + 0.3 * len(ys), columns, rows)
-    axes = panels[""]
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
-    image = axes.pcolormesh(mean, cmap="cividis", edgecolors="face", linewidth=0.2)
-    axes.set_xticks(np.arange(len(xs)) + 0.5, [told(x) for x in xs], rotation=35, ha="right")
-    axes.set_yticks(np.arange(len(ys)) + 0.5, [told(y) for y in ys])
-    axes.tick_params(length=0)
-    axes.invert_yaxis()
-    for (row, column), value in np.ndenumerate(mean):
-        ground = image.cmap(image.norm(value))
-        ink = "black" if np.dot(ground[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
-        text = "\N{MULTIPLICATION SIGN}" if np.isnan(value) else f"{value:.0f}"
-        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
-    for column, row in enumerate(versus.worst(ys, mean)):
-        axes.add_patch(Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2))
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    low, high = (f([f(grid.mean) for grid in grids.values()]) for f in (np.nanmin, np.nanmax))
+    for name, axes in panels.items():
+        grid = grids[name]
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        image = axes.pcolormesh(grid.mean, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
+        axes.set_xticks(
+            np.arange(len(xs)) + 0.5, [canvas.shortened(format_value(x)) for x in xs], rotation=35, ha="right"
+        )
+        axes.set_yticks(np.arange(len(ys)) + 0.5, [canvas.shortened(format_value(y)) for y in ys])
+        axes.tick_params(length=0)
+        axes.set_ylim(len(ys), 0)
+        for (row, column), value in np.ndenumerate(grid.mean):
+            text = "\N{MULTIPLICATION SIGN}" if np.isnan(value) else f"{value:.0f}"
+            ink = ink_on(image, value)
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
+        for column, row in enumerate(grid.worst):
+            frame = Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2)
+            axes.add_patch(frame)
+    bar = figure.colorbar(image, ax=list(panels.values()), pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label(NUMBERS[ACCURACY][0], fontsize="small")
-    _, hidden = sweep.facets(rows, columns)
-    caption(figure, f"Final test accuracy, {sweep.over(hidden)}", sweep.note("Framed: the worst for each column."))
+    caption(figure, f"Final test accuracy, {sweep.averaging()}", sweep.note("Framed: the worst for each column."))
+    header = [*settings, rows, columns, "mean", "interval", "worst"]
     table = [
-        {rows: told(y), columns: told(x), "mean": mean[i, j], "interval": half[i, j], "worst": int(lowest == i)}
-        for j, (x, lowest) in enumerate(zip(xs, versus.worst(ys, mean), strict=True))
+        [*_values(sweep, settings, panel == name), *(format_value(one) for one in (y, x)), *numbers]
+        for name, grid in grids.items()
+        for j, x in enumerate(xs)
         for i, y in enumerate(ys)
+        for numbers in [(float(grid.mean[i, j]), float(grid.half[i, j]), int(grid.worst[j] == i))]
     ]
-    return [*canvas.save(figure, folder, "matrix"), versus.write_csv(folder / "matrix.csv", table)]
+    return [*canvas.save(figure, folder, "matrix"), write_csv(folder / "matrix.csv", header, table, DIGITS)]
 
 
 def harm(folder: Path) -> list[Path]:
-    """Final accuracy against write access for each attack, and a table of the ratio of harm: flips over gradients."""
+    """Draw the final accuracy against write access for each attack: solid on labels, dashed on updates.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of a sweep with unattacked cells. Settings besides attack and clients have a panel each.
+
+    Returns
+    -------
+    list of Path
+        `harm.png`, `.pdf`, and the ratio of the worst harm by labels to the worst by updates as `harm.csv`.
+
+    Raises
+    ------
+    InputError
+        Where the attack does not vary, attacks of a kind or unattacked cells are missing, or there are too many panels.
+    """
     sweep = read_sweep(folder)
-    names, k = sweep.column(versus.NAME), sweep.column(K)
-    figure, panels = canvas.panels([""], 6.2, 3.9, NUMBERS[K][0], NUMBERS[ACCURACY][0])
-    order = [name for name in dict.fromkeys(names) if name != "none"]
-    for number, name in enumerate(["none", *order]):
-        points = []
-        for (at,), cells in split(len(k), k).items():
-            mine = cells[names[cells] == name]
-            if len(mine):
-                points.append((at, *confidence(sweep.seed_means(mine))))
-        at, mean, half = np.array(points).T
-        flips = name in versus.FLIPS
-        look = canvas.style(number % canvas.COLOURS) | {"marker": canvas.MARKERS[number % canvas.ENTRIES]}
-        look |= {"linestyle": "-" if flips else "--"}
-        if name == "none":
-            look |= {"color": "0.4", "linestyle": ":", "marker": ""}
-        panels[""].errorbar(at, mean, np.nan_to_num(half), label=name, capsize=2, **look)
-    panels[""].set_ylim(bottom=0)  # a bar may leave what is possible
+    attack, k = sweep.column(NAME), sweep.column(K)
+    settings = sweep.varied(NAME, K)
+    panel = sweep.labels(settings)
+    names = canvas.distinct(panel, canvas.PANELS, "panels of a comparison of harm")
+    figure, panels = canvas.panels(names, 6.2 if len(names) == 1 else 4.4, 3.9, NUMBERS[K][0], NUMBERS[ACCURACY][0])
+    writes = {name: versus.writes_of(sweep, attack == name) for name in dict.fromkeys(attack)}
+    order = sorted(writes, key=lambda name: writes[name] != "none")  # the unattacked cells first
+    header: list[str] = []
+    table = []
+    for part, axes in panels.items():
+        for number, name in enumerate(order):
+            cells = np.flatnonzero((panel == part) & (attack == name))
+            points = split(len(cells), k[cells])
+            mean, half = np.transpose([mean_interval(sweep.seed_means(cells[same])) for same in points.values()])
+            style = canvas.style(number % canvas.COLOURS) | {"marker": canvas.MARKERS[number % canvas.ENTRIES]}
+            style |= {"linestyle": "--" if writes[name] == "updates" else "-"}
+            if writes[name] == "none":
+                style |= {"color": "0.4", "linestyle": ":", "marker": ""}
+            at = [value for (value,) in points]
+            axes.errorbar(at, mean, np.nan_to_num(half), label=name, capsize=2, **style)
+        axes.set_ylim(bottom=0)  # a bar may leave what is possible
+        for ratio in versus.ratios(sweep, panel == part):
+            header = [*settings, *ratio]
+            table.append([*_values(sweep, settings, panel == part), *ratio.values()])
     legend(figure, panels)
     note = "Solid: label flips; dashed: gradients. Bars: 95 % confidence of the mean over seeds (Student t)."
     caption(figure, "Final test accuracy by write access", sweep.note(note))
-    return [*canvas.save(figure, folder, "harm"), versus.write_csv(folder / "harm.csv", versus.ratios(sweep))]
+    return [*canvas.save(figure, folder, "harm"), write_csv(folder / "harm.csv", header, table, DIGITS)]
 
 
-def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
-    """Mean accuracy by round for each value of a column, a panel for each combination of the others."""
-    sweep = read_sweep(folder)
-    parts, hidden = sweep.facets(by)
-    try:
-        with np.load(folder / "curves.npz") as stored:
-            accuracy, at = 100 * stored["accuracy"], stored["round"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder / 'curves.npz'} can't be read: {error}") from None
-    cell = sweep.columns["cell"].astype(int)
-    figure, panels = canvas.panels(sorted(set(parts)), 4.6, 3.6, "round", "test accuracy (%)")
-    values: list[Any] = list(dict.fromkeys(sweep.column(by).tolist()))
-    for part, axes in panels.items():
-        for number, value in enumerate(values):
-            mine = cell[(parts == part) & (sweep.column(by) == value)]
-            if len(mine):
-                look = canvas.style(number, len(values) if len(values) > canvas.COLOURS else None)
-                look |= {"marker": "", "linestyle": canvas.DASHES[number % len(canvas.DASHES)]}
-                axes.plot(at, np.nanmean(accuracy[mine], 0), label=told(value), **look)
-    legend(figure, panels, by)
-    caption(figure, f"Test accuracy by round, {sweep.over(hidden)}", sweep.note())
-    return canvas.save(figure, folder, "rounds")
+def _values(sweep: Sweep, settings: list[str], mask: versus.Mask) -> list[str]:
+    """The values that all cells of a mask share, as they are shown."""
+    return [format_value(sweep.cells[name][mask].tolist()[0]) for name in settings]

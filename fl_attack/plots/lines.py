@@ -1,4 +1,4 @@
-"""Figures of tables made for them: lines with bands, and points of gradients."""
+"""Figures of tables made for them: lines with bands, and gradients as points and arrows."""
 
 import csv
 from pathlib import Path
@@ -8,21 +8,35 @@ import numpy as np
 
 from fl_attack.plots import canvas
 from fl_attack.plots.marks import caption, legend
-from fl_attack.plots.table import LABELS
 
 
 def lines(file: Path, title: str, note: str, log: bool = False, floor: float | None = None) -> list[Path]:
-    """A table with columns panel, line, x, y and half interval, the latter three named as their axis: PNG and PDF.
+    """Draw lines with bands from a table.
 
-    `log` stretches the small values of x, down to 0; y starts at `floor`.
+    Parameters
+    ----------
+    file : Path
+        A table with columns panel, line, x, y and half interval; x and y are named as their axis. The figure gets its
+        name.
+    title, note : str
+        What stands above and below the panels.
+    log : bool
+        Whether small values of x are stretched, down to 0.
+    floor : float, optional
+        Where y begins.
+
+    Returns
+    -------
+    list of Path
+        PNG and PDF.
     """
     header, rows = _table(file)
     x, y = header[2], header[3]
     panels = list(dict.fromkeys(row[0] for row in rows))
     names = list(dict.fromkeys(row[1] for row in rows))
-    labels = [LABELS.get(name, (name,))[0] for name in (x, y)]
-    figure, drawn = canvas.panels(panels, 5.4 if len(panels) == 1 else 4.2, 3.5, *labels)
-    for panel, axes in drawn.items():
+    labels = [canvas.label(name) for name in (x, y)]
+    figure, axes_of = canvas.panels(panels, 5.4 if len(panels) == 1 else 4.2, 3.5, *labels)
+    for panel, axes in axes_of.items():
         for number, name in enumerate(names):
             points = [[float(value or "nan") for value in row[2:]] for row in rows if row[:2] == [panel, name]]
             if not points:
@@ -43,36 +57,50 @@ def lines(file: Path, title: str, note: str, log: bool = False, floor: float | N
             axes.minorticks_off()
         if floor is not None:
             axes.set_ylim(bottom=floor)
-    legend(figure, drawn)
+    legend(figure, axes_of)
     caption(figure, title, note)
     return canvas.save(figure, file.parent, file.stem)
 
 
-def reach(file: Path, title: str, note: str) -> list[Path]:
-    """A table with columns panel, kind, x, y: gradients on two directions; the last kinds as arrows from the origin."""
+def gradients(file: Path, title: str, note: str) -> list[Path]:
+    """Draw gradients along two directions: kinds of which there are many as points, single ones as arrows.
+
+    Parameters
+    ----------
+    file : Path
+        A table with columns panel, kind, x, y. The figure gets its name.
+    title, note : str
+        What stands above and below the panels.
+
+    Returns
+    -------
+    list of Path
+        PNG and PDF.
+    """
     _, rows = _table(file)
     panels = list(dict.fromkeys(row[0] for row in rows))
-    figure, drawn = canvas.panels(panels, 4.0, 3.4, "along the first direction", "along the second")
+    figure, axes_of = canvas.panels(panels, 4.0, 3.4, "along the first direction", "along the second")
     kinds = list(dict.fromkeys(row[1] for row in rows))
-    for panel, axes in drawn.items():
+    for panel, axes in axes_of.items():
         for number, kind in enumerate(kinds):
             points = np.array([[float(value) for value in row[2:]] for row in rows if row[:2] == [panel, kind]])
             if not len(points):
                 continue
-            look: dict[str, Any] = canvas.style(number) | {"linestyle": "", "label": kind}
+            style: dict[str, Any] = canvas.style(number) | {"linestyle": "", "label": kind}
             if len(points) > 1:
-                axes.plot(*points.T, **look | {"markersize": 2, "alpha": 0.35, "marker": "."})
+                axes.plot(*points.T, **style | {"markersize": 2, "alpha": 0.35, "marker": "."})
             else:
-                axes.annotate("", points[0], (0, 0), arrowprops={"arrowstyle": "-|>", "color": look["color"]})
-                axes.plot(*points.T, **look)
+                axes.annotate("", points[0], (0, 0), arrowprops={"arrowstyle": "-|>", "color": style["color"]})
+                axes.plot(*points.T, **style)
         axes.axhline(0, color="0.7", linewidth=0.6)
         axes.axvline(0, color="0.7", linewidth=0.6)
-    legend(figure, drawn)
+    legend(figure, axes_of)
     caption(figure, title, note)
     return canvas.save(figure, file.parent, file.stem)
 
 
 def _table(file: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a table."""
     with file.open(newline="", encoding="utf-8") as stream:
         header, *rows = csv.reader(stream)
     return header, rows

@@ -1,17 +1,36 @@
-"""What is put on axes that others made: heat maps, lines of equal products, legends and captions."""
+"""Marks on given axes: heat maps, lines of equal products, legends and captions."""
 
 import textwrap
 from typing import Any
 
 import numpy as np
 
-from fl_attack.plots.table import Floats
+from fl_attack.plots.canvas import shortened
+from fl_attack.sweep_table import Floats, NotDrawableError, format_value
 
 PRINTED = 12  # rows or columns of the largest map whose values are printed
 
 
 def heat(axes: Any, xs: Floats, ys: Floats, grid: Floats, signed: bool, **scale: Any) -> Any:
-    """A cell for each value of grid (len(ys), len(xs)), equal in size however xs and ys are spaced; a cross for NaN."""
+    """Draw a heat map whose cells are equal in size however xs and ys are spaced, with a cross for NaN.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+    xs, ys : arrays
+        The values at the columns and rows, ascending.
+    grid : (len(ys), len(xs)) array
+        The values to draw.
+    signed : bool
+        Whether values are printed with their sign.
+    scale
+        Arguments of matplotlib's `pcolormesh`: `cmap`, `vmin`, `vmax`.
+
+    Returns
+    -------
+    matplotlib.collections.QuadMesh
+        What a colour bar is made from.
+    """
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.set_facecolor("0.85")
@@ -23,11 +42,11 @@ def heat(axes: Any, xs: Floats, ys: Floats, grid: Floats, signed: bool, **scale:
     equal_products(axes, xs, ys)
     large = max(len(xs), len(ys)) > PRINTED
     for (row, column), value in np.ndenumerate(grid):
-        ground = image.cmap(image.norm(value))
+        ground: Any = image.cmap(image.norm(value))
         if np.isnan(value):
             text, ground, ink = "\N{MULTIPLICATION SIGN}", "0.85", "0.4"
         else:
-            ink = "black" if np.dot(ground[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
+            ink = ink_on(image, value)
             text = f"{value:+.1f}".replace("-", "\N{MINUS SIGN}") if signed else f"{value:.1f}"
             if large:  # of the values only the sign, which a print in grey does not show
                 text = "\N{MINUS SIGN}" if signed and value < 0 else ""
@@ -36,10 +55,16 @@ def heat(axes: Any, xs: Floats, ys: Floats, grid: Floats, signed: bool, **scale:
     return image
 
 
+def ink_on(image: Any, value: float) -> str:
+    """The colour of text, black or white, that is read best on an image's colour of a value."""
+    ground = image.cmap(image.norm(value))
+    return "black" if np.dot(ground[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
+
+
 def equal_products(axes: Any, xs: Floats, ys: Floats) -> None:
-    """Lines of equal x·y over a map of equal cells, labelled on its right edge."""
-    x_values, x_places = _stretched(xs)
-    y_values, y_places = _stretched(ys)
+    """Draw lines of equal x·y over a map of equal cells, labelled on its right edge."""
+    x_values, x_places = _edges_and_centres(xs)
+    y_values, y_places = _edges_and_centres(ys)
     x = np.linspace(max(x_values[0], x_values[-1] / 1000), x_values[-1], 2000)
     below = -1.0  # where the last label is
     for product in products(xs, ys):
@@ -73,26 +98,38 @@ def products(xs: Floats, ys: Floats) -> list[float]:
 
 
 def legend(figure: Any, panels: dict[str, Any], title: str = "") -> None:
-    """The names of all lines, once, beside the panels; nothing where a single line has none."""
+    """Draw the names of all lines once, beside the panels; nothing where a single line has none."""
     lines = {
         label: line for axes in panels.values() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if lines and list(lines) != [""]:
         figure.legend(
-            lines.values(), lines, loc="outside right center", frameon=False, fontsize="small", title=title or None
+            lines.values(),
+            map(shortened, lines),
+            loc="outside right center",
+            frameon=False,
+            fontsize="small",
+            title=title or None,
         )
 
 
+def require_several(values: Floats, figure: str, name: str) -> None:
+    """NotDrawableError unless values (n,) hold two different ones or more."""
+    found = np.unique(values)
+    if len(found) < 2:
+        raise NotDrawableError(f"{figure} needs several values of {name}; the sweep has only {format_value(found[0])}")
+
+
 def caption(figure: Any, title: str, note: str) -> None:
-    """A title above the panels and what one must know to read them below, both broken to the figure's width."""
+    """Write a title above the panels and a note below them, both wrapped to the figure's width."""
     width = int(figure.get_figwidth() * 11)
     if title:
         figure.suptitle(textwrap.fill(title, width), x=0.01, ha="left", fontsize="medium", fontweight="bold")
     figure.supxlabel(textwrap.fill(note, int(width * 1.2)), x=0.01, ha="left", fontsize="small", color="0.25")
 
 
-def _stretched(values: Floats) -> tuple[Floats, Floats]:
-    """Values at the edges and centres of a row of cells, and their places."""
+def _edges_and_centres(values: Floats) -> tuple[Floats, Floats]:
+    """Values at the outer edges and the centres of a row of cells of size 1, and the places of these."""
     first, last = (values[1] - values[0]) / 2, (values[-1] - values[-2]) / 2
     places = np.concatenate([[0], np.arange(len(values)) + 0.5, [len(values)]])
     return np.concatenate([[values[0] - first], values, [values[-1] + last]]), places

@@ -1,83 +1,109 @@
 """The numbers behind comparisons of attacks and rules: tables that lie beside their figures."""
 
-import csv
-import io
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fl_attack.data.cache import write_whole
-from fl_attack.plots.table import ACCURACY, Array, Floats, NotVariedError, Sweep, confidence, split, told
+from fl_attack.sweep_table import (
+    ACCURACY,
+    NAME,
+    WRITES,
+    Floats,
+    K,
+    NotDrawableError,
+    Sweep,
+    mean_interval,
+    split,
+)
 
-NAME, K = "attack.name", "write_access"
-FLIPS = ("greedy", "random_flip", "static_flip", "confidence_flip")
+Mask = NDArray[np.bool_]
 
 
-def grid(sweep: Sweep, rows: str, columns: str) -> tuple[list[Any], list[Any], Floats, Floats]:
-    """Values of two columns, and mean and half interval of the final accuracy (%) at each pair, (rows, columns)."""
+class Grid(NamedTuple):
+    """The final accuracy at each pair of values of two columns."""
+
+    rows: list[Any]  # the values of the one column, in the order of the cells
+    columns: list[Any]  # of the other
+    mean: Floats  # (rows, columns) in percent; NaN where no cell is
+    half: Floats  # (rows, columns) half the confidence interval of the mean over seeds
+    worst: NDArray[np.intp]  # (columns,) the attacked row of the lowest mean
+
+
+def grid(sweep: Sweep, rows: str, columns: str, mask: Mask) -> Grid:
+    """The final accuracy of the cells of a mask by two columns; NotDrawableError where one has a single value."""
     ys, xs = (list(dict.fromkeys(sweep.column(name).tolist())) for name in (rows, columns))
     for name, values in ((rows, ys), (columns, xs)):
         if len(values) < 2:
-            raise NotVariedError(f"a matrix needs several values of {name}")
+            raise NotDrawableError(f"a matrix needs several values of {name}")
     mean, half = np.full((2, len(ys), len(xs)), np.nan)
-    for (y, x), cells in split(len(sweep.repeat), sweep.column(rows), sweep.column(columns)).items():
+    some = np.flatnonzero(mask)
+    for (y, x), cells in split(len(some), sweep.column(rows)[some], sweep.column(columns)[some]).items():
         at = ys.index(y), xs.index(x)
-        mean[at], half[at] = confidence(sweep.seed_means(cells))
-    return ys, xs, mean, half
+        mean[at], half[at] = mean_interval(sweep.seed_means(some[cells]))
+    attacked = np.array([writes_of(sweep, sweep.column(rows) == y) != "none" for y in ys])
+    return Grid(ys, xs, mean, half, worst(mean, attacked))
 
 
-def worst(names: list[Any], mean: Floats) -> Array:
-    """(columns,) the row of the lowest mean among those of an attack."""
-    attacked = np.array([name != "none" for name in names])
-    lowest: Array = np.where(attacked[:, None] & np.isfinite(mean), mean, np.inf).argmin(0)
+def worst(mean: Floats, attacked: Mask) -> NDArray[np.intp]:
+    """The row of the lowest mean of each column, (columns,), among the attacked rows that have one."""
+    lowest: NDArray[np.intp] = np.where(attacked[:, None] & np.isfinite(mean), mean, np.inf).argmin(0)
     return lowest
 
 
-def ratios(sweep: Sweep) -> list[dict[str, Any]]:
-    """By write access: the drop (points) by the worst flips and by the worst gradients, and the ratio of the two.
+def writes_of(sweep: Sweep, mask: Mask) -> str:
+    """What the attacks of some cells write: updates where any does, else labels where any does, else none."""
+    found = set(sweep.column(WRITES)[mask])
+    return next((kind for kind in ("updates", "labels") if kind in found), "none")
 
-    Drops are from the unattacked cells of the same seed; an interval is over seeds (Student t). What is worst is
-    decided on the means.
+
+def ratios(sweep: Sweep, mask: Mask) -> list[dict[str, Any]]:
+    """Harm of the worst attack on labels beside that of the worst attack on updates, at each write access.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        With a column of the attack's name.
+    mask : (cells,) array of bool
+        Cells that differ in attack, write access and seed alone.
+
+    Returns
+    -------
+    list of dict
+        By rising write access: the names of the two attacks, the drop (points of 100) by each, half its confidence
+        interval, and the ratio of labels to updates. Drops are from the unattacked cells of the same seed, intervals
+        over seeds; what is worst is decided on the means.
+
+    Raises
+    ------
+    NotDrawableError
+        Where there are no unattacked cells, or no attacks of a kind.
     """
-    names, k, accuracy = sweep.column(NAME), sweep.column(K), sweep.column(ACCURACY)
-    if "none" not in names:
-        raise NotVariedError("a comparison of harm needs unattacked cells: attack.name=none,...")
+    name, writes, accuracy = (sweep.column(column) for column in (NAME, WRITES, ACCURACY))
+    if "none" not in writes[mask]:
+        raise NotDrawableError("a comparison of harm needs unattacked cells: attack.name=none,...")
     found = []
-    for (at,), cells in split(len(k), k).items():
-        honest = {sweep.repeat[i]: accuracy[i] for i in cells if names[i] == "none"}
-        drops: dict[str, dict[int, float]] = {}
+    some = np.flatnonzero(mask)
+    for (k,), part in split(len(some), sweep.column(K)[some]).items():
+        cells = some[part]
+        honest = {sweep.seed_index[i]: accuracy[i] for i in cells if writes[i] == "none"}
+        drops: dict[str, dict[str, dict[int, float]]] = {"labels": {}, "updates": {}}
         for i in cells:
-            if names[i] != "none" and sweep.repeat[i] in honest:
-                drops.setdefault(names[i], {})[int(sweep.repeat[i])] = honest[sweep.repeat[i]] - accuracy[i]
-        kinds = [[name for name in drops if (name in FLIPS) == flips] for flips in (True, False)]
-        if not all(kinds):
-            raise NotVariedError("a comparison of harm needs attacks on labels and on gradients")
-        flips, gradients = (max(kind, key=lambda name: np.mean(list(drops[name].values()))) for kind in kinds)
-        each = [np.array([drops[name][seed] for seed in sorted(drops[name])]) for name in (flips, gradients)]
-        (flip_mean, flip_half), (mean, half) = (confidence(one) for one in each)
-        found.append(
-            {
-                "write_access": at,
-                "flips": flips,
-                "drop_by_flips": flip_mean,
-                "drop_by_flips_interval": flip_half,
-                "gradients": gradients,
-                "drop_by_gradients": mean,
-                "drop_by_gradients_interval": half,
-                "ratio": flip_mean / mean if mean > 0 else float("nan"),
-            }
-        )
+            if writes[i] != "none" and sweep.seed_index[i] in honest:
+                by_seed = drops[writes[i]].setdefault(name[i], {})
+                by_seed[int(sweep.seed_index[i])] = honest[sweep.seed_index[i]] - accuracy[i]
+        if not any(drops.values()):  # no client is malicious
+            continue
+        if not all(drops.values()):
+            raise NotDrawableError("a comparison of harm needs attacks on labels and on gradients")
+        row: dict[str, Any] = {"write_access": k}
+        means = []
+        for kind, title in (("labels", "flips"), ("updates", "gradients")):
+            by_name = {attack: np.array([d[s] for s in sorted(d)]) for attack, d in drops[kind].items()}
+            most_harmful = max(by_name, key=lambda attack, of=by_name: of[attack].mean())  # type: ignore[misc]
+            mean, half = mean_interval(by_name[most_harmful])
+            means.append(mean)
+            row |= {title: most_harmful, f"drop_by_{title}": mean, f"drop_by_{title}_interval": half}
+        row["ratio"] = means[0] / means[1] if means[1] > 0 else float("nan")
+        found.append(row)
     return found
-
-
-def write_csv(file: Path, rows: list[dict[str, Any]]) -> Path:
-    """A table of these rows."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(
-        {key: told(value) if isinstance(value, float) else value for key, value in row.items()} for row in rows
-    )
-    write_whole(file, lambda stream: stream.write(text.getvalue().encode()))
-    return file

@@ -1,5 +1,5 @@
 """The paper's figures made anew, and a verdict on each of its claims: `./scripts/replicate`.
 
-`plan` says what is run, `cells` reads what came out, `verdicts` has the rules, `claims` the claims, `figures` and
-`report` what is left behind.
+`plan` says what is run, `pipeline` runs it, `cells` reads the sweeps, `statistics` measures, `claims` and `verdicts`
+decide; `figures`, `gradients`, `extensions` and `report` write what is left behind.
 """

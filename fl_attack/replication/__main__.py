@@ -10,24 +10,30 @@ from fl_attack.overrides import explain
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """The parser of the command line."""
+    command_line = argparse.ArgumentParser(
         "replicate", description="The paper's figures made anew, and a verdict on its claims."
     )
-    made.add_argument("--only", metavar="FIGURE", help="one figure: fig1, fig5, ..., selection, frequency, rounding")
-    made.add_argument("--quick", action="store_true", help="bundled digits, no download, under three minutes")
-    made.add_argument("--data", type=Path, metavar="FOLDER", help="with MNIST and CIFAR-10 (default: data)")
-    made.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default: outputs/replication)")
-    made.add_argument("--so-far", action="store_true", help="report what is there, compute nothing")
-    made.add_argument("--docs", type=Path, metavar="FOLDER", help="also write the report as FOLDER/replication.md")
-    return made
+    command_line.add_argument(
+        "--only", metavar="FIGURE", help="one figure: fig1, fig5, ..., selection, frequency, rounding"
+    )
+    command_line.add_argument("--quick", action="store_true", help="bundled digits, no download, under three minutes")
+    command_line.add_argument("--data", type=Path, metavar="FOLDER", help="with MNIST and CIFAR-10 (default: data)")
+    command_line.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of the results (default: outputs/replication)"
+    )
+    command_line.add_argument("--so-far", action="store_true", help="report what is there, compute nothing")
+    command_line.add_argument(
+        "--docs", type=Path, metavar="FOLDER", help="also write the report as FOLDER/replication.md"
+    )
+    return command_line
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0, 2 for bad input, 1 for a run that broke off, 130 after Ctrl-C."""
+    """Run the command; the exit code is 0, 2 for bad input, 1 for a run that broke off, 130 after Ctrl-C."""
     options = parser().parse_args(arguments)
     try:
-        from fl_attack.replication import pipeline, plan, report  # slow to import; help is told before
+        from fl_attack.replication import pipeline, plan, report  # slow to import; --help does not need them
 
         todo = plan.make(options.quick, options.only, options.data)
         out = options.out or Path("outputs") / ("replication-quick" if options.quick else "replication")

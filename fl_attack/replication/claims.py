@@ -2,8 +2,8 @@
 
 A statistic takes cells and gives a number; its interval is over seeds, each cell paired with the unattacked one of its
 seed. Rules follow three conventions. Where the paper gives a size, between half and one and a half times of it
-replicates. Where it gives a direction, `COUNTS` points are the least that counts. An effect that is sure but beyond
-these bounds is a partial replication.
+replicates. Where it gives a direction, `LEAST_EFFECT` points are the least that counts. An effect that is sure but
+beyond these bounds is a partial replication.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,6 @@ from functools import partial
 
 import numpy as np
 
-from fl_attack.replication.cells import Cells
 from fl_attack.replication.statistics import (
     GOALS,
     LARGE,
@@ -32,24 +31,25 @@ from fl_attack.replication.statistics import (
     spread_gap,
     steepest_rise,
 )
-from fl_attack.replication.verdicts import Interval, Rule, interval
+from fl_attack.replication.verdicts import Rule
+from fl_attack.sweep_table import Cells, Interval, jackknife_interval
 
-COUNTS = 0.5  # points: the least difference that counts where only a direction is claimed
+LEAST_EFFECT = 0.5  # points: the least difference that counts where only a direction is claimed
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, how it is measured, and from which sweep."""
+    """A claim of the paper, how it is measured, and on which sweep."""
 
     figure: str
     preset: str  # the sweep that it is decided on
     text: str
-    paper: str  # its figure there
+    paper: str  # the paper's number
     quantity: str  # what is measured, with its unit
     rule: Rule
-    measures: Mapping[str, Statistic]  # by label
-    others: tuple[str, ...] = ("protocols",)  # sweeps that show how much hangs on protocol and learning rate
-    own_rate: bool = False  # whether its measures look for the best learning rate themselves
+    measures: Mapping[str, Statistic]  # the statistics by label
+    others: tuple[str, ...] = ("protocols",)  # sweeps that show how much depends on protocol and learning rate
+    own_rate: bool = False  # whether its statistics choose the best learning rate themselves
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,20 @@ class Finding:
     """A claim measured once."""
 
     label: str
-    found: Interval
+    interval: Interval
     verdict: str
 
 
 def measure(claim: Claim, cells: Cells) -> Iterator[Finding]:
-    """Each measure of a claim on some cells; none of what they do not hold."""
+    """A finding for each measure of a claim that the cells hold."""
     for label, statistic in claim.measures.items():
-        found = interval(lambda mask, of=statistic: of(cells.only(mask)), cells["seed"])  # type: ignore[misc]
-        if np.isfinite(found.value):
-            yield Finding(label, found, claim.rule.verdict(found))
+        interval = jackknife_interval(lambda mask, of=statistic: of(cells.only(mask)), cells["seed"])  # type: ignore[misc]
+        if np.isfinite(interval.value):
+            yield Finding(label, interval, claim.rule.verdict(interval))
 
 
 def by_goal(statistic: Callable[..., float], **arguments: float) -> dict[str, Statistic]:
-    """A statistic for each goal."""
+    """A statistic for each goal, with the same other arguments."""
     return {goal: partial(statistic, goal=goal, **arguments) for goal in GOALS}
 
 
@@ -116,7 +116,7 @@ CLAIMS = (
         "untargeted varies more than targeted",
         "more",
         "difference of the standard deviations over seeds, pooled over k and b (points)",
-        Rule(COUNTS, side=0.0),
+        Rule(LEAST_EFFECT, side=0.0),
         {"": spread_gap},
     ),
     Claim(
@@ -125,7 +125,7 @@ CLAIMS = (
         "it does so the more, the larger k",
         "more",
         "that difference for large k less that for small k (points)",
-        Rule(COUNTS, side=0.0),
+        Rule(LEAST_EFFECT, side=0.0),
         {"": gap_growth},
     ),
     Claim(
@@ -143,7 +143,7 @@ CLAIMS = (
         "for large budgets the untargeted attack does more harm",
         "more",
         f"accuracy of the targeted less that of the untargeted at k·b from {LARGE:g} (points)",
-        Rule(COUNTS, side=0.0),
+        Rule(LEAST_EFFECT, side=0.0),
         {"": large_gap},
     ),
     Claim(
@@ -152,7 +152,7 @@ CLAIMS = (
         "at equal k·b a larger k does more harm than a larger b",
         "more",
         "mean difference of accuracy over pairs of equal k·b (points)",
-        Rule(COUNTS, side=0.0),
+        Rule(LEAST_EFFECT, side=0.0),
         by_goal(pair_harm),
     ),
     Claim(
@@ -188,7 +188,7 @@ CLAIMS = (
         "early stopping amplifies the harm",
         "more",
         "drop with early stopping less drop without, over all budgets (points)",
-        Rule(COUNTS, side=0.0),
+        Rule(LEAST_EFFECT, side=0.0),
         by_goal(amplified),
         others=(),
         own_rate=True,
@@ -199,7 +199,7 @@ CLAIMS = (
         "Adam is more vulnerable than SGD",
         "more",
         "drop under Adam less drop under SGD, each at its best learning rate (points)",
-        Rule(COUNTS, side=0.0),
+        Rule(LEAST_EFFECT, side=0.0),
         by_goal(adam_harm),
         others=(),
         own_rate=True,

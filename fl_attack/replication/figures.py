@@ -1,46 +1,47 @@
-"""The paper's figures from our cells: a table for each, and what is drawn of it."""
+"""The paper's figures from the cells of sweeps: a table for each, and the figure drawn from it."""
 
-import csv
-import io
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fl_attack import plots
-from fl_attack.data.cache import write_whole
+from fl_attack.folder import TABLE
 from fl_attack.plots.lines import lines
-from fl_attack.replication.cells import Cells
 from fl_attack.replication.statistics import GOALS, at_best, spread
-from fl_attack.replication.verdicts import interval
+from fl_attack.sweep_table import Cells, jackknife_interval, write_csv
 
 LOST = "accuracy lost (points)"
+DIGITS = 6  # significant digits of the tables
 BANDS = "Bands: 95 % intervals over seeds."
 Row = tuple[str, str, float, float, float]  # panel, line, x, mean, half interval
 
 
-def write_table(file: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
-    """A CSV with these columns; numbers to six digits."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(header)
-    table.writerows([f"{one:.6g}" if isinstance(one, float) else one for one in row] for row in rows)
-    write_whole(file, lambda stream: stream.write(text.getvalue().encode()))
-    return file
-
-
 def means(cells: Cells, panel: Callable[[Cells], str], line: Callable[[Cells], str], x: str, y: str) -> list[Row]:
-    """Mean of y over seeds at each x, for each panel and line; these two are told from the cells of a point."""
+    """Mean of a column over seeds at each point of a figure.
+
+    Parameters
+    ----------
+    cells : Cells
+        Those of a sweep.
+    panel, line : callable
+        The name of the panel and of the line, from the cells of a point, which differ in their seed alone.
+    x, y : str
+        The columns along the axes.
+
+    Returns
+    -------
+    list of Row
+        The panel of the untargeted attack first.
+    """
     order = {goal: place for place, goal in enumerate(GOALS)}
-    found = []
+    rows = []
     for _, at in cells.parts("goal", "k", "b", "patience", "optimizer", "lr", "selection", "every", "rounding"):
         point = cells.only(np.isin(np.arange(len(cells)), at))
-        over_seeds = interval(lambda mask, of=point: float(of[y][mask].mean()), point["seed"])  # type: ignore[misc]
-        half = over_seeds.high - over_seeds.value
-        found.append((panel(point), line(point), float(point[x][0]), over_seeds.value, half))
-    return sorted(found, key=lambda row: order.get(row[0], 0))
+        over_seeds = jackknife_interval(lambda mask, of=point: float(of[y][mask].mean()), point["seed"])  # type: ignore[misc]
+        rows.append((panel(point), line(point), float(point[x][0]), over_seeds.value, over_seeds.half))
+    return sorted(rows, key=lambda row: order.get(row[0], 0))
 
 
 def goal(cells: Cells) -> str:
@@ -49,12 +50,12 @@ def goal(cells: Cells) -> str:
 
 
 def access(cells: Cells) -> str:
-    """Their write access."""
+    """The write access that all cells of a point share."""
     return f"k = {cells['k'][0]:g}"
 
 
 def rate(cells: Cells) -> str:
-    """Their learning rate, where several were tried."""
+    """The learning rate that all cells of a point share; empty where none was swept."""
     lr = cells["lr"][0]
     return "" if lr == "" else f", lr {lr:g}"
 
@@ -62,7 +63,7 @@ def rate(cells: Cells) -> str:
 def by_budget(file: Path, cells: Cells, title: str) -> None:
     """Figures 5 and 9: accuracy against the global budget, a line for each k."""
     rows = means(cells, goal, access, "kb", "accuracy")
-    write_table(file, ("goal", "k", "global_budget", "final_accuracy", "interval"), rows)
+    write_csv(file, ("goal", "k", "global_budget", "final_accuracy", "interval"), rows, DIGITS)
     lines(file, title, BANDS, log=True)
 
 
@@ -72,9 +73,9 @@ def deviation(file: Path, cells: Cells, title: str) -> None:
     for (k,), at in cells.parts("k"):
         mine = cells.only(np.isin(np.arange(len(cells)), at))
         for name in GOALS:
-            found = interval(lambda mask, of=mine, aim=name: spread(of.only(mask), aim), mine["seed"])  # type: ignore[misc]
-            rows.append(("", name, float(k), found.value, found.high - found.value))
-    write_table(file, ("panel", "goal", "write_access", "standard deviation (points)", "interval"), rows)
+            found = jackknife_interval(lambda mask, of=mine, aim=name: spread(of.only(mask), aim), mine["seed"])  # type: ignore[misc]
+            rows.append(("", name, float(k), found.value, found.half))
+    write_csv(file, ("panel", "goal", "write_access", "standard deviation (points)", "interval"), rows, DIGITS)
     lines(file, title, f"Pooled over b. {BANDS}", floor=0.0)
 
 
@@ -87,7 +88,7 @@ def stopped(file: Path, cells: Cells, title: str) -> None:
         "kb",
         "accuracy",
     )
-    write_table(file, ("goal", "stopping", "global_budget", "final_accuracy", "interval"), rows)
+    write_csv(file, ("goal", "stopping", "global_budget", "final_accuracy", "interval"), rows, DIGITS)
     lines(file, title, f"Full write access, k = 1; patience of 10 epochs. {BANDS}", log=True)
 
 
@@ -97,16 +98,16 @@ def optimizers(file: Path, cells: Cells, title: str) -> None:
     for name in ("sgd", "adam"):
         best = at_best(cells.where(optimizer=name))
         rows += means(best, goal, lambda point: f"{point['optimizer'][0]}{rate(point)}", "kb", "accuracy")
-    write_table(file, ("goal", "optimizer", "global_budget", "final_accuracy", "interval"), rows)
+    write_csv(file, ("goal", "optimizer", "global_budget", "final_accuracy", "interval"), rows, DIGITS)
     lines(file, title, f"Each at the learning rate that serves the unattacked model best; k = 1. {BANDS}", log=True)
 
 
 def compared(factor: str) -> Callable[[Path, Cells, str], None]:
-    """Accuracy against the global budget, a line for each value of a factor."""
+    """A figure of the drop against the global budget, with a line for each value of a factor."""
 
     def draw(file: Path, cells: Cells, title: str) -> None:
         rows = means(cells, goal, lambda point: str(point[factor][0]), "kb", "drop")
-        write_table(file, ("goal", factor, "global_budget", LOST, "interval"), rows)
+        write_csv(file, ("goal", factor, "global_budget", LOST, "interval"), rows, DIGITS)
         lines(file, title, f"Full write access, k = 1. {BANDS}", log=True)
 
     return draw
@@ -118,18 +119,18 @@ def frequencies(file: Path, cells: Cells, title: str) -> None:
     rows = means(
         attacked, goal, lambda point: f"{100 * point['kb'][0] / point['every'][0]:g} % a round", "every", "late_drop"
     )
-    write_table(file, ("goal", "labels flipped, on average", "rounds between attacks", LOST, "interval"), rows)
+    write_csv(file, ("goal", "labels flipped, on average", "rounds between attacks", LOST, "interval"), rows, DIGITS)
     note = f"Mean of the last 20 epochs: it does not matter how long ago the last attack was. k = 1. {BANDS}"
     lines(file, title, note)
 
 
 def map_of(kind: str, *columns: str) -> Callable[[Path, Cells, str], None]:
-    """A heat map of `fl_attack.plots`, and its table of means."""
+    """A figure made by a kind of `fl_attack.plots` with these columns, and its table of means."""
 
     def draw(file: Path, cells: Cells, title: str) -> None:
         y = "f1" if columns else "accuracy"
         rows = [(*row[:2], float(row[1].removeprefix("k = ")), *row[2:]) for row in means(cells, goal, access, "b", y)]
-        write_table(file, ("goal", "write_access", "budget", y, "interval"), [(row[0], *row[2:]) for row in rows])
+        write_csv(file, ("goal", "write_access", "budget", y, "interval"), [(row[0], *row[2:]) for row in rows], DIGITS)
         for drawn in plots.draw(file.parent, kind, *columns):
             drawn.rename(file.with_suffix(drawn.suffix))
 
@@ -152,15 +153,27 @@ FIGURES: Mapping[str, tuple[Callable[[Path, Cells, str], None], str]] = {  # by 
 
 
 def draw(folder: Path, run: Path, preset: str, name: str, title: str, cells: Cells) -> None:
-    """A preset's figure of a data set and its table, as `folder/preset-name.{png,pdf,csv}`."""
+    """Draw a preset's figure of a data set and write its table, unless both are newer than the sweep.
+
+    Parameters
+    ----------
+    folder : Path
+        Where `<preset>-<name>.png`, `.pdf` and `.csv` go.
+    run : Path
+        The folder of the sweep.
+    preset, name, title : str
+        The preset, and the data set in file names and in titles.
+    cells : Cells
+        Those of the sweep.
+    """
     how, what = FIGURES[preset]
     folder.mkdir(parents=True, exist_ok=True)
-    file, made = folder / f"{preset}-{name}.csv", (run / "sweep.csv").stat().st_mtime
+    file, finished = folder / f"{preset}-{name}.csv", (run / TABLE).stat().st_mtime
     parts = [file.with_suffix(suffix) for suffix in (".csv", ".png", ".pdf")]
-    if all(part.exists() and part.stat().st_mtime > made for part in parts):
+    if all(part.exists() and part.stat().st_mtime > finished for part in parts):
         return  # drawn before
-    shutil.copyfile(run / "sweep.csv", folder / "sweep.csv")  # what the maps are drawn from
+    shutil.copyfile(run / TABLE, folder / TABLE)  # what the maps are drawn from
     try:
         how(file, cells, f"{what}: {title}")
     finally:
-        (folder / "sweep.csv").unlink()
+        (folder / TABLE).unlink()

@@ -1,4 +1,4 @@
-"""What is run: presets of `conf/experiment` on the paper's data sets, each grid once however many figures use it."""
+"""What is run: presets of `conf/experiment` on the paper's data sets; figures that share a grid share its sweep."""
 
 import hashlib
 import json
@@ -17,12 +17,13 @@ from fl_attack.data.cache import folder as cache_folder
 from fl_attack.data.cache import write_whole
 from fl_attack.data.sources import CIFAR10_FILES
 from fl_attack.errors import InputError
+from fl_attack.folder import TABLE
 from fl_attack.identity import NUMERICS, ON_DATA
 from fl_attack.launcher import grid
-from fl_attack.replication.cells import Cells
+from fl_attack.sweep_table import Cells
 
 EPOCHS = 200
-EVEN = 0.05  # share of the labels that are flipped in a round, on average, by attacks now and then
+MEAN_SHARE = 0.05  # share of the labels flipped in a round on average, by attacks in every so many rounds
 RUNS = "runs"
 ARCHIVE = "cifar10_jpeg.tar"  # CIFAR-10 as a tar of JPEG images, used under --data where the original is not
 ADAM = (0.001,)  # a learning rate that serves Adam, as that of SGD seldom does
@@ -33,7 +34,7 @@ BINARY = ("fig5", "fig6", "fig7", "fig8", "fig11", "fig12", "fig14")
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of the paper's table 2, or what stands for it."""
+    """A data set of the paper's table 2, or a smaller one in its place."""
 
     name: str
     title: str
@@ -55,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is to be run."""
+    """All runs of a replication, and what they share."""
 
     sources: tuple[Source, ...]
     runs: tuple[Run, ...]
@@ -65,7 +66,20 @@ class Plan:
 
 
 def sources(quick: bool, root: Path | None) -> tuple[Source, ...]:
-    """The data sets. InputError where one can't be had."""
+    """The data sets.
+
+    Parameters
+    ----------
+    quick : bool
+        The bundled digits in place of the paper's data sets.
+    root : Path, optional
+        The folder of MNIST and CIFAR-10, by default `data`.
+
+    Raises
+    ------
+    InputError
+        Where a data set can't be had.
+    """
     if quick:
         return (
             Source("digits_01", "digits 0/1", True, ("dataset=digits_01",)),
@@ -91,7 +105,22 @@ def sources(quick: bool, root: Path | None) -> tuple[Source, ...]:
 
 
 def make(quick: bool, only: str | None, root: Path | None) -> Plan:
-    """The plan. InputError where `only` is no figure or a data set can't be had."""
+    """The plan.
+
+    Parameters
+    ----------
+    quick : bool
+        Bundled digits and fewer epochs.
+    only : str, optional
+        The one figure that is wanted, a name of `FIGURES`.
+    root : Path, optional
+        The folder of MNIST and CIFAR-10.
+
+    Raises
+    ------
+    InputError
+        Where `only` is no figure or a data set can't be had.
+    """
     if only is not None and only not in FIGURES:
         raise InputError(f"--only {only} is not a figure; known: {', '.join(FIGURES)}")
     chosen = sources(quick, root)
@@ -114,10 +143,12 @@ FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets th
 
 
 def _whole(source: Source) -> Iterator[Run]:
+    """The runs on a data set of the full replication."""
     return _two_classes(source) if source.binary else _ten_classes(source)
 
 
 def _two_classes(source: Source) -> Iterator[Run]:
+    """The runs on a data set of two classes."""
     pictures = source.name == "cifar10_plane_auto"  # an experiment costs four times as much as with digits
     full = "0.01" if pictures else "1"  # the learning rate that serves steps which are few and precise
     yield Run("honest", source, rates=None)
@@ -144,6 +175,7 @@ def _two_classes(source: Source) -> Iterator[Run]:
 
 
 def _ten_classes(source: Source) -> Iterator[Run]:
+    """The runs on a data set of ten classes."""
     # an experiment costs ten times as much as with two, and on CIFAR-10 thirty times
     yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",), rates=None)
     if source.name == "cifar10":
@@ -159,76 +191,102 @@ def _ten_classes(source: Source) -> Iterator[Run]:
 
 
 def _quick(source: Source) -> Iterator[Run]:
+    """The runs on a data set of the quick replication: five seeds, batches a quarter as large."""
     for run in _whole(source):
         batch = run.batch if run.batch == "full" else int(run.batch) // 4
         yield replace(run, overrides=(*run.overrides, "seed=range(5)"), batch=batch)
 
 
 def samples(source: Source) -> int:
-    """Training samples of a data set."""
+    """The number of training samples of a data set."""
     return len(_dataset(source.overrides).y_train)
 
 
 @cache
 def _dataset(overrides: tuple[str, ...]) -> data.Dataset:
+    """The data set that overrides name, loaded once."""
     return _loaded(compose("out=unused", *overrides).dataset.model_dump_json())
 
 
 @cache
 def _loaded(settings: str) -> data.Dataset:
-    """By its settings in JSON. Once: to see that a folder of images has not changed is a matter of seconds."""
+    """The data set of settings in JSON, loaded once: checking that a folder of images is unchanged takes seconds."""
     return data.load(**json.loads(settings))
 
 
 def cells(run: Run, epochs: int, lr: float | None) -> list[sweep.Cell]:
-    """The cells of a run: the preset's, for so many epochs, at the learning rate chosen and those of the run."""
+    """The cells of a run.
+
+    Parameters
+    ----------
+    run : Run
+        A preset on a data set, with its overrides.
+    epochs : int
+        The length of training.
+    lr : float, optional
+        The learning rate chosen, used beside those of the run; by default the preset's own are used.
+    """
     batches = 1 if run.batch == "full" else -(-samples(run.source) // int(run.batch))
     length = [f"batch_size={run.batch}", f"rounds={epochs * batches}", f"eval_every={batches}"]
     rates: list[str] = []
     if lr is not None and run.rates is not None:
         rates = [f"lr={','.join(f'{one:g}' for one in sorted({*run.rates, lr}))}"]
-    made = grid(f"experiment={run.preset}", *run.source.overrides, *length, *rates, *run.overrides, "out=unused")
-    return [cell for cell in made if run.preset != "frequency" or _even(cell.settings.attack)]
+    grid_cells = grid(f"experiment={run.preset}", *run.source.overrides, *length, *rates, *run.overrides, "out=unused")
+    return [cell for cell in grid_cells if run.preset != "frequency" or _has_mean_share(cell.settings.attack)]
 
 
-def _even(threat: AttackSettings) -> bool:
-    """Whether attacks now and then flip as many labels in all as `EVEN` of them in each round."""
-    return threat.budget == 0 or math.isclose(threat.budget, EVEN * threat.every)
+def _has_mean_share(attack: AttackSettings) -> bool:
+    """Whether an attack flips no label, or `MEAN_SHARE` of them a round on average."""
+    return attack.budget == 0 or math.isclose(attack.budget, MEAN_SHARE * attack.every)
 
 
 Grids = dict[Path, list[sweep.Cell]]
 """The cells of sweeps by the folder in which these are kept."""
 
 
-def folder_of(out: Path, made: Sequence[sweep.Cell]) -> Path:
-    """Where the sweep of these cells is kept: a name that changes with any setting that a number depends on."""
-    facts = [str(NUMERICS), _loaded(made[0].settings.dataset.model_dump_json()).fingerprint]
-    text = "\n".join([*facts, *(cell.settings.model_dump_json(exclude=ON_DATA) for cell in made)])
+def folder_of(out: Path, cells: Sequence[sweep.Cell]) -> Path:
+    """The folder of the sweep of these cells; its name changes with any setting that a number depends on."""
+    facts = [str(NUMERICS), _loaded(cells[0].settings.dataset.model_dump_json()).fingerprint]
+    text = "\n".join([*facts, *(cell.settings.model_dump_json(exclude=ON_DATA) for cell in cells)])
     return out / RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def lacking(grids: Grids) -> Grids:
-    """Those whose sweep has not been finished."""
-    return {place: made for place, made in grids.items() if not is_there(place)}
+    """The grids whose sweep is not finished."""
+    return {place: cells for place, cells in grids.items() if not is_there(place)}
 
 
 def compute(out: Path, grids: Grids, progress: sweep.Progress, launcher: str) -> None:
-    """Have the sweeps of grids there; those that are not yet are computed together, by a launcher."""
+    """Compute, together, the sweeps of grids that are not finished.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the replication.
+    grids : Grids
+        Cells by the folder of their sweep.
+    progress : sweep.Progress
+        Counts all cells.
+    launcher : str
+        `local` or `ray`.
+    """
     todo = lacking(grids)
     progress.skip(sum(map(len, grids.values())) - sum(map(len, todo.values())))
     if todo:
         kept = out / RUNS / f"{hashlib.sha256(' '.join(map(str, todo)).encode()).hexdigest()[:16]}.units"
-        sweep.tabulate_together([_here(made, place, launcher) for place, made in todo.items()], kept, progress)
+        grids_there = [_with_place(cells, place, launcher) for place, cells in todo.items()]
+        sweep.tabulate_together(grids_there, kept, progress)
 
 
-def _here(made: Sequence[sweep.Cell], place: Path, launcher: str) -> list[sweep.Cell]:
+def _with_place(cells: Sequence[sweep.Cell], place: Path, launcher: str) -> list[sweep.Cell]:
+    """The cells with the folder of their sweep and its launcher among their settings."""
     update = {"out": str(place), "launcher": launcher}
-    return [sweep.Cell(one.overrides, one.settings.model_copy(update=update)) for one in made]
+    return [sweep.Cell(cell.overrides, cell.settings.model_copy(update=update)) for cell in cells]
 
 
 @contextmanager
 def timed(file: Path, worth: Callable[[], bool]) -> Iterator[None]:
-    """Adds a line to a file, the seconds that this took, where that is worth it; also where it is interrupted."""
+    """Adds the seconds that a block took to a file, also when it is interrupted, where `worth` is true at its end."""
     began = time.perf_counter()
     try:
         yield
@@ -240,11 +298,11 @@ def timed(file: Path, worth: Callable[[], bool]) -> Iterator[None]:
 
 def is_there(place: Path) -> bool:
     """Whether a sweep has been finished."""
-    return (place / "sweep.csv").exists()
+    return (place / TABLE).exists()
 
 
 def seconds(file: Path) -> list[float]:
-    """What each call took, as `timed` has written it; none where that was lost."""
+    """The seconds of each call, as `timed` has written them; none where the file is lost or damaged."""
     try:
         return [float(line) for line in file.read_text().split()]
     except (OSError, ValueError):
@@ -252,7 +310,7 @@ def seconds(file: Path) -> list[float]:
 
 
 def best_rate(honest: Cells) -> float:
-    """The learning rate with the highest mean accuracy of the unattacked model; of equals the largest."""
+    """The learning rate with the highest mean accuracy of the unattacked model; the largest of equals."""
     accuracy = {float(lr): round(float(honest["accuracy"][at].mean()), 6) for (lr,), at in honest.parts("lr")}
     return max(accuracy, key=lambda lr: (accuracy[lr], lr))
 

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from fl_attack.config import versions
 from fl_attack.data.cache import write_whole
-from fl_attack.replication.beyond import frequency, noise, rounding, selection, told
-from fl_attack.replication.claims import CLAIMS, COUNTS, Claim
-from fl_attack.replication.figures import write_table
+from fl_attack.replication.claims import CLAIMS, LEAST_EFFECT, Claim
+from fl_attack.replication.extensions import format_interval, frequency, noise, rounding, selection
+from fl_attack.replication.figures import DIGITS
 from fl_attack.replication.findings import Line, Outcome, Result, findings
 from fl_attack.replication.plan import EPOCH, FULL, LARGE, STEP, Plan, Run
 from fl_attack.replication.statistics import mean
-from fl_attack.replication.verdicts import PARTLY, REPLICATED, interval, overall
+from fl_attack.replication.verdicts import PARTLY, REPLICATED, overall
+from fl_attack.sweep_table import jackknife_interval, write_csv
 
 REPORT, FIGURES, TABLE = "REPLICATION.md", "figures", "claims.csv"
-DEAR = (
+REDUCED = (
     "Where an experiment is dear, fewer were run: on airplane/automobile figures 12 and 14 per step alone, on ten "
     "classes fewer budgets and learning rates, on CIFAR-10 with ten classes figure 9 per step alone. The "
     "20 seeds for the question of 0.1 % are those of airplane/automobile at learning rate 0.01, where it came up."
@@ -28,16 +29,28 @@ COLUMNS = (
 
 
 def write(out: Path, plan: Plan, found: Outcome, command: str) -> Path:
-    """The report and its table."""
+    """Write the report and its table; gives the report's file.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the replication.
+    plan : Plan
+        What was to be run.
+    found : Outcome
+        What has been run.
+    command : str
+        The command that did it, to be named in the report.
+    """
     results, lines = found.results, findings(found.results, found.rates)
-    write_table(out / TABLE, COLUMNS, [_csv(line) for line in lines])
+    write_csv(out / TABLE, COLUMNS, [_csv(line) for line in lines], DIGITS)
     parts = [
         "# Replication of *Approaching the Harm of Gradient Attacks While Only Flipping Labels*",
         _first_page(lines, plan, found.missing),
         _method(plan, found, command),
         *(_claim(claim, lines) for claim in CLAIMS if any(line.claim is claim for line in lines)),
         *filter(None, [noise(results), selection(results), frequency(results), rounding(results)]),
-        _figures(found.drawn, plan),
+        _figures(found.figures, plan),
     ]
     text = "\n\n".join(parts) + "\n"
     write_whole(out / REPORT, lambda stream: stream.write(text.encode()))
@@ -45,7 +58,7 @@ def write(out: Path, plan: Plan, found: Outcome, command: str) -> Path:
 
 
 def publish(out: Path, docs: Path) -> Path:
-    """The report as docs/replication.md, with its figures and tables in docs/replication/."""
+    """Copy the report to `replication.md` in the folder of docs, its figures and tables to `replication/` beside it."""
     place = docs / "replication"
     place.mkdir(parents=True, exist_ok=True)
     for file in sorted((out / FIGURES).iterdir()):
@@ -63,7 +76,8 @@ def publish(out: Path, docs: Path) -> Path:
 
 
 def _csv(line: Line) -> tuple[object, ...]:
-    claim, found = line.claim, line.finding.found
+    """A row of `claims.csv`."""
+    claim, found = line.claim, line.finding.interval
     return (
         *(claim.figure, claim.text, line.source.title, line.protocol, line.rate, int(line.primary)),
         *(line.finding.label, claim.quantity, claim.paper, found.value, found.low, found.high, found.seeds),
@@ -72,7 +86,7 @@ def _csv(line: Line) -> tuple[object, ...]:
 
 
 def _first_page(lines: Sequence[Line], plan: Plan, missing: Sequence[Run]) -> str:
-    """What holds and what does not: a line for each of the claims of a figure."""
+    """The section on what holds and what does not: a line for the claims of each figure."""
     page = ["## What holds and what does not", ""] if lines else []
     groups: dict[tuple[str, int], list[Claim]] = {}
     for number, claim in enumerate(CLAIMS):
@@ -98,7 +112,7 @@ def _first_page(lines: Sequence[Line], plan: Plan, missing: Sequence[Run]) -> st
 
 
 def _extent(lines: Sequence[Line]) -> str:
-    """In how many measurements a claim is borne out, under the paper's protocol and under others."""
+    """In words, in how many measurements a claim is replicated under the paper's protocol and under others."""
     primary = [line.finding.verdict for line in lines if line.primary]
     text = f"in {primary.count(REPLICATED)} of {len(primary)} measurement{'s' * (len(primary) != 1)}"
     if PARTLY in primary:
@@ -136,7 +150,7 @@ def _method(plan: Plan, found: Outcome, command: str) -> str:
         "minibatches (`attack.refresh=epoch`);",
         f"- *{FULL}*: one step is one epoch, at learning rates of its own.",
         "",
-        *([] if plan.quick else [DEAR, ""]),
+        *([] if plan.quick else [REDUCED, ""]),
         "The learning rate is not in the source at hand. Ours is the one with the best mean accuracy of the unattacked "
         f"model, with minibatches of {plan.batch}:",
         "",
@@ -147,9 +161,9 @@ def _method(plan: Plan, found: Outcome, command: str) -> str:
         "seed. **The rules, stated before the runs.** A claim is *replicated* where the whole interval is within the "
         "bounds of its rule, *too noisy to tell* where only part of it is, else *not replicated*, or *partly* where "
         "the interval is surely on the claimed side but outside the bounds. Where the paper gives a size, the bounds "
-        f"are half and one and a half times of it; where it gives a direction, at least {COUNTS:g} points count. Over "
-        "several measurements a claim is replicated where it is in all, partly where it is in some, and not where it "
-        f"is refuted in one and borne out in none. [All of them]({TABLE}).",
+        f"are half and one and a half times of it; where it gives a direction, at least {LEAST_EFFECT:g} points count. "
+        "Over several measurements a claim is replicated where it is in all, partly where it is in some, and not where "
+        f"it is refuted in one and borne out in none. [All of them]({TABLE}).",
     ]
     if any("JPEG" in source.title for source in plan.sources):
         text += [
@@ -160,7 +174,7 @@ def _method(plan: Plan, found: Outcome, command: str) -> str:
 
 
 def _took(found: Outcome) -> str:
-    """Minutes, in all and for each data set."""
+    """In words, the minutes that were computed, in all and for each data set."""
     each = {title: sum(calls) for title, calls in found.seconds.items() if calls}
     calls = max(map(len, found.seconds.values()), default=0)
     told = ", ".join(f"{title} {seconds / 60:.1f}" for title, seconds in each.items())
@@ -168,6 +182,7 @@ def _took(found: Outcome) -> str:
 
 
 def _rates(results: Sequence[Result], rates: Mapping[str, float]) -> list[str]:
+    """The table of the unattacked accuracy at each learning rate, as lines of Markdown."""
     honest = [result for result in results if result.run.preset == "honest"]
     every = sorted({float(lr) for result in honest for lr in result.cells["lr"].tolist()})
     rows = ["| | " + " | ".join(f"lr {lr:g}" for lr in every) + " |", "|---|" + "---|" * len(every)]
@@ -178,26 +193,27 @@ def _rates(results: Sequence[Result], rates: Mapping[str, float]) -> list[str]:
             if not len(mine):
                 row.append("")
                 continue
-            found = interval(lambda mask, of=mine: mean(of["accuracy"][mask]), mine["seed"])  # type: ignore[misc]
+            found = jackknife_interval(lambda mask, of=mine: mean(of["accuracy"][mask]), mine["seed"])  # type: ignore[misc]
             bold = "**" if lr == rates[result.run.source.name] else ""
-            row.append(f"{bold}{found.value:.2f} ± {found.high - found.value:.2f}{bold}")
+            row.append(f"{bold}{found.value:.2f} ± {found.half:.2f}{bold}")
         rows.append(f"| {result.run.source.title} | " + " | ".join(row) + " |")
     return rows
 
 
 def _larger(results: Sequence[Result]) -> list[str]:
-    """What larger batches would have made of the unattacked models."""
+    """A sentence on the unattacked accuracy with larger batches, as lines of Markdown; none where that was not run."""
     told = []
     for result in results:
         if (result.run.preset, result.run.protocol) == ("protocols", LARGE):
             honest = result.cells.where(b=0.0)
-            found = interval(lambda mask, of=honest: mean(of["accuracy"][mask]), honest["seed"])  # type: ignore[misc]
-            told.append(f"{result.run.source.title} {found.value:.2f} ± {found.high - found.value:.2f}")
+            found = jackknife_interval(lambda mask, of=honest: mean(of["accuracy"][mask]), honest["seed"])  # type: ignore[misc]
+            told.append(f"{result.run.source.title} {found.value:.2f} ± {found.half:.2f}")
     text = "Nor is the batch size. With batches four times as large the unattacked models come, at these rates, to "
     return [f"{text}{', '.join(told)}.", ""] if told else []
 
 
 def _claim(claim: Claim, lines: Sequence[Line]) -> str:
+    """The section of a claim: its verdict, its rule and a row for each measurement."""
     mine = [line for line in lines if line.claim is claim]
     verdict = overall(line.finding.verdict for line in mine if line.primary)
     text = [
@@ -218,13 +234,15 @@ def _claim(claim: Claim, lines: Sequence[Line]) -> str:
 
 
 def _row(line: Line) -> str:
-    found, verdict = line.finding.found, line.finding.verdict
+    """A measurement as a row of a table in Markdown."""
+    found, verdict = line.finding.interval, line.finding.verdict
     strong = "**" if line.primary else ""
-    parts = (line.source.title, line.finding.label or "both", line.setting, told(found), str(found.seeds))
+    parts = (line.source.title, line.finding.label or "both", line.setting, format_interval(found), str(found.seeds))
     return "| " + " | ".join((*parts, f"{strong}{verdict}{strong}")) + " |"
 
 
 def _figures(stems: Iterable[str], plan: Plan) -> str:
+    """The section of the figures, from their file names without suffix."""
     titles = {source.name: source.title for source in plan.sources}
     text = ["## Figures"]
     for stem in stems:
@@ -241,4 +259,5 @@ def _figures(stems: Iterable[str], plan: Plan) -> str:
 
 
 def _distinct(results: Sequence[Result]) -> list[Result]:
+    """One result for each sweep, which several figures may share."""
     return list({id(result.cells): result for result in results}.values())

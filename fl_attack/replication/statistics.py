@@ -1,11 +1,14 @@
-"""What is measured for the claims: functions of cells that give a number, in points unless they say otherwise."""
+"""What is measured for the claims: functions of cells that give a number, in points of 100 unless they say otherwise.
+
+Cells are those of `cells.read`. All give NaN where the cells do not hold what is measured.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_attack.replication.cells import Cells
+from fl_attack.sweep_table import Cells, pooled_deviation
 
 Statistic = Callable[[Cells], float]
 SMALL, LARGE = 0.1, 0.25  # global budgets: at most, at least
@@ -13,7 +16,7 @@ GOALS = ("untargeted", "targeted")
 
 
 def mean(values: NDArray[np.float64]) -> float:
-    """Of the finite values; NaN without any."""
+    """Mean of the finite values; NaN without any."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
 
@@ -38,25 +41,23 @@ def accuracy_at(cells: Cells, goal: str, k: float, b: float) -> float:
 def spread(cells: Cells, goal: str) -> float:
     """Standard deviation of the accuracy over seeds, pooled over attacked settings."""
     mine = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
-    groups = [mine["accuracy"][at] for _, at in mine.parts("k", "b")]
-    freedom = sum(len(group) - 1 for group in groups)
-    return float((sum(len(group) * group.var() for group in groups) / freedom) ** 0.5) if freedom else float("nan")
+    return pooled_deviation(mine["accuracy"][at] for _, at in mine.parts("k", "b"))
 
 
 def spread_gap(cells: Cells) -> float:
-    """How much more the untargeted attack varies than the targeted one."""
+    """Standard deviation under the untargeted attack less that under the targeted one."""
     return spread(cells, "untargeted") - spread(cells, "targeted") if len(cells) else float("nan")
 
 
 def gap_growth(cells: Cells) -> float:
-    """That for the larger half of the write accesses less that for the smaller half."""
+    """`spread_gap` of the larger half of the write accesses less that of the smaller half."""
     ks = np.unique(cells["k"])
     middle = ks[len(ks) // 2]
     return spread_gap(cells.only(cells["k"] >= middle)) - spread_gap(cells.only(cells["k"] < middle))
 
 
 def goal_gaps(cells: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean accuracy of the targeted less that of the untargeted attack at each (k, b) with b > 0, and the k·b."""
+    """Mean accuracy of the targeted less that of the untargeted attack at each (k, b) with b > 0; and each k·b."""
     gaps, budgets = [], []
     attacked = cells.only(cells["b"] > 0)
     for _, at in attacked.parts("k", "b"):
@@ -88,12 +89,12 @@ def pairs(cells: Cells, goal: str) -> NDArray[np.float64]:
 
 
 def pair_harm(cells: Cells, goal: str) -> float:
-    """Mean of these."""
+    """Mean of `pairs`: by how much the larger k does more harm at equal k·b."""
     return mean(pairs(cells, goal))
 
 
 def pair_share(cells: Cells, goal: str) -> float:
-    """In how many of them (%) the larger k does more harm; a tie counts a half."""
+    """Share of `pairs` (%) in which the larger k does more harm; a tie counts a half."""
     found = pairs(cells, goal)
     return 100 * mean((np.sign(np.round(found, 6)) + 1) / 2)
 

@@ -1,7 +1,5 @@
 """The tables that a sweep leaves: `sweep.csv`, a row for each cell, and `curves.npz`."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,38 +16,20 @@ from fl_attack.history import COLUMNS, best_row, rounds_to_recover
 from fl_attack.identity import NOT_NUMBERS
 from fl_attack.scenario import Scenario
 from fl_attack.sweep.units import Numbers
+from fl_attack.sweep_table import RESULTS, write_csv
 
-RESULTS = (
-    "write_access",
-    "budget",
-    "global_budget",
-    "seed",
-    "final_accuracy",
-    "minimum_accuracy",
-    "early_stop_accuracy",  # of the model that early stopping keeps; empty without it
-    "final_f1",
-    "final_loss",
-    *MEASURES,  # means over the rounds measured in which there was an attack; empty unless detectability=true
-    "drop",  # of the final accuracy from that of the cell's unattacked twin, where the sweep holds it
-    "rounds_to_recover",  # likewise: from which on the accuracy is again that of the twin
-    "flips",
-    "rounds",
-    "error",
-)
-
-
-OF_MODEL = RESULTS[RESULTS.index("final_accuracy") : RESULTS.index("flips")]
+OF_MODEL = RESULTS[RESULTS.index("final_accuracy") : RESULTS.index("flips")]  # of a model that did not break off
 
 
 class Cell(NamedTuple):
     """One experiment of a grid."""
 
-    overrides: dict[str, str]  # what sets it apart, as typed
+    overrides: dict[str, str]  # the values that differ from those of other cells, as typed
     settings: Settings
 
 
 def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario], numbers: Sequence[Numbers]) -> None:
-    """`curves.npz` and, last, `sweep.csv`."""
+    """Write `curves.npz` and, last, `sweep.csv`; the numbers are one entry a cell."""
     rounds = [one.table[:, COLUMNS.index("round")] for one in numbers]
     evaluations = max(rounds, key=lambda column: np.isfinite(column).sum())  # others broke off or stopped earlier
     evaluations = evaluations[np.isfinite(evaluations)]
@@ -59,18 +39,17 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
         accuracy[i, : len(measured)] = measured
     write_whole(out / CURVES, lambda stream: np.savez(stream, accuracy=accuracy, round=evaluations))
     columns = columns_of(cells)
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    table.writeheader()
     honest = {
-        _twin(made.settings): one
-        for made, one in zip(scenarios, numbers, strict=True)
-        if made.settings.harmless and not one.error
+        _twin_key(scenario.settings): one
+        for scenario, one in zip(scenarios, numbers, strict=True)
+        if scenario.settings.harmless and not one.error
     }
-    for i, (cell, made, one) in enumerate(zip(cells, scenarios, numbers, strict=True)):
-        mine = {key: value for key, value in cell.overrides.items() if key in columns}
-        table.writerow({"cell": i} | mine | row_of(made, one, honest.get(_twin(made.settings))))
-    write_whole(out / TABLE, lambda stream: stream.write(text.getvalue().encode()))
+    rows = []
+    for i, (cell, scenario, one) in enumerate(zip(cells, scenarios, numbers, strict=True)):
+        results = row_of(scenario, one, honest.get(_twin_key(scenario.settings)))
+        row = {"cell": i} | {key: value for key, value in cell.overrides.items() if key not in RESULTS} | results
+        rows.append([row.get(name, "") for name in columns])
+    write_csv(out / TABLE, columns, rows)
 
 
 def columns_of(cells: Sequence[Cell]) -> list[str]:
@@ -79,32 +58,48 @@ def columns_of(cells: Sequence[Cell]) -> list[str]:
     return ["cell", *swept, *RESULTS]
 
 
-def _twin(settings: Settings) -> str:
-    """What an experiment and its unattacked twin have in common."""
+def _twin_key(settings: Settings) -> str:
+    """The settings that an experiment and its unattacked twin have in common, in JSON."""
     return settings.model_dump_json(exclude={"attack", *NOT_NUMBERS})
 
 
-def row_of(made: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dict[str, Any]:
-    """The results of a cell, by the names of `RESULTS`."""
+def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dict[str, Any]:
+    """The results of a cell, by the names of `RESULTS`.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    numbers : Numbers
+        What is kept of it, of one cell.
+    twin : Numbers, optional
+        Those of its unattacked twin, where the sweep holds it.
+
+    Returns
+    -------
+    dict
+        Floats as text of nine digits; empty text where a result is not defined.
+    """
     values = {name: numbers.table[:, i] for i, name in enumerate(COLUMNS)}
     rounds = values["round"][~np.isnan(values["round"])]
     accuracy = values["test_accuracy"][: len(rounds)]
     after_start = accuracy[1:] if len(accuracy) > 1 else accuracy
     best = best_row(values["validation_loss"][: len(rounds)])
-    budget = made.settings.label_budget
+    budget = scenario.settings.label_budget
     found = {
-        "write_access": made.write_access,
+        "writes": scenario.settings.attack.writes if scenario.settings.attacked else "none",
+        "write_access": scenario.write_access,
         "budget": budget,
-        "global_budget": made.write_access * budget,
-        "seed": made.settings.seed,
+        "global_budget": scenario.write_access * budget,
+        "seed": scenario.settings.seed,
         "final_accuracy": accuracy[best],
         "minimum_accuracy": after_start.min(),
-        "early_stop_accuracy": "" if made.settings.early_stop.patience is None else accuracy[best],
+        "early_stop_accuracy": "" if scenario.settings.early_stop.patience is None else accuracy[best],
         "final_f1": values["test_f1"][best],
         "final_loss": values["test_loss"][best],
-        **_detected(values, len(rounds) if made.settings.detectability else 0),
-        "drop": "" if twin is None or made.settings.harmless else final_accuracy(twin) - accuracy[best],
-        "rounds_to_recover": "" if twin is None else _recovered(made, numbers, twin),
+        **_detectability(values, len(rounds) if scenario.settings.detectability else 0),
+        "drop": "" if twin is None or scenario.settings.harmless else final_accuracy(twin) - accuracy[best],
+        "rounds_to_recover": "" if twin is None else _recovered(scenario, numbers, twin),
         "flips": int(numbers.flips),
         "rounds": int(rounds[-1]),
         "error": str(numbers.error),
@@ -115,24 +110,25 @@ def row_of(made: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dic
 
 
 def final_accuracy(numbers: Numbers) -> float:
-    """Of the model that a cell ends with."""
+    """Test accuracy (0 to 1) of the model that a cell ends with."""
     rows = numbers.table[~np.isnan(numbers.table[:, COLUMNS.index("round")])]
     return float(rows[best_row(rows[:, COLUMNS.index("validation_loss")]), COLUMNS.index("test_accuracy")])
 
 
-def _detected(values: dict[str, NDArray[np.float64]], rounds: int) -> dict[str, Any]:
-    """Means of `MEASURES` over the rounds in which they have a value."""
+def _detectability(values: dict[str, NDArray[np.float64]], rounds: int) -> dict[str, Any]:
+    """Means of `MEASURES` over the rounds in which they have a value; empty text where there is no such round."""
     found = {name: values[name][:rounds] for name in MEASURES}
     known = {name: column[np.isfinite(column)] for name, column in found.items()}
     return {name: float(column.mean()) if len(column) else "" for name, column in known.items()}
 
 
-def _recovered(made: Scenario, numbers: Numbers, twin: Numbers) -> float | str:
+def _recovered(scenario: Scenario, numbers: Numbers, twin: Numbers) -> float | str:
+    """Rounds after the attack until the accuracy is again the twin's; empty text where it never is."""
     rounds, accuracy, honest = (
         table[:, COLUMNS.index(name)]
         for table, name in ((numbers.table, "round"), (numbers.table, "test_accuracy"), (twin.table, "test_accuracy"))
     )
-    if made.settings.harmless or len(accuracy) != len(honest):
+    if scenario.settings.harmless or len(accuracy) != len(honest):
         return ""
-    found = rounds_to_recover(rounds, accuracy, honest, made.settings.attack.stop)
+    found = rounds_to_recover(rounds, accuracy, honest, scenario.settings.attack.stop)
     return "" if math.isnan(found) else found

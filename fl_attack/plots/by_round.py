@@ -1,0 +1,114 @@
+"""Figures by round: `curves` of a run, `rounds` of a sweep."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fl_attack.plots import canvas
+from fl_attack.plots.marks import caption, legend
+from fl_attack.sweep_table import Floats, format_value, mean_interval, read_csv, read_curves, read_sweep
+
+
+def curves(folder: Path) -> list[Path]:
+    """Draw the accuracy of a run by round, attacked and, where there is a baseline, honest.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of a run.
+
+    Returns
+    -------
+    list of Path
+        `curves.png`.
+
+    Raises
+    ------
+    InputError
+        Where the folder has no readable `rounds.csv`.
+    """
+    file = folder / "summary.json"
+    return curves_of(folder, json.loads(file.read_text()) if file.exists() else {"budget": 0})
+
+
+def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
+    """As `curves`, with a summary that is not in the folder yet, since it says that the run is whole."""
+    figure, panels = canvas.panels([""], 6.4, 3.8, "round", "test accuracy")
+    axes = panels[""]
+    attacked = read_rounds(folder)
+    honest = folder / "baseline"
+    if (honest / "rounds.csv").exists():
+        rows = read_rounds(honest)
+        axes.plot(rows["round"], rows["test_accuracy"], color=canvas.HONEST, linestyle="--", label="honest")
+    label = "attacked" if len(axes.lines) else "run"
+    axes.plot(attacked["round"], attacked["test_accuracy"], color=canvas.ATTACKED, label=label)
+    axes.set(ylim=(0, 1.02), xlim=(0, max(attacked["round"])))
+    if summary["budget"]:
+        setting = f"write access k = {summary['write_access']:.3g}, local budget b = {summary['budget']:.3g}"
+        axes.set_title(setting, fontsize="medium", loc="left")
+    axes.legend(frameon=False, loc="lower right")
+    return canvas.save(figure, folder, "curves", ("png",))
+
+
+def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
+    """Draw the mean accuracy over seeds by round, with confidence bands.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of a sweep.
+    by : str
+        A column whose values have a line each. All other settings that were swept have a panel for each combination.
+
+    Returns
+    -------
+    list of Path
+        `rounds.png` and `.pdf`.
+
+    Raises
+    ------
+    InputError
+        Where there is no such column, or there are more lines or panels than a figure bears.
+    """
+    sweep = read_sweep(folder)
+    accuracy, at = read_curves(folder)
+    accuracy = accuracy[sweep.column("cell").astype(int)]
+    panel, line = sweep.labels(sweep.varied(by)), sweep.column(by)
+    names = canvas.distinct(panel, canvas.PANELS, "panels of a plot by round")
+    canvas.distinct(line, canvas.ENTRIES, f"{by} in a legend")
+    figure, panels = canvas.panels(names, 4.6, 3.6, "round", "test accuracy (%)")
+    values = list(dict.fromkeys(line.tolist()))
+    for name, axes in panels.items():
+        for number, value in enumerate(values):
+            mine = (panel == name) & (line == value)
+            if mine.any():
+                style = canvas.style(number, len(values) if len(values) > canvas.COLOURS else None)
+                style |= {"marker": "", "linestyle": canvas.DASHES[number % len(canvas.DASHES)]}
+                mean, half = _band(accuracy[mine], sweep.seed_index[mine])
+                axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
+                axes.plot(at, mean, label=format_value(value), **style)
+    legend(figure, panels, by)
+    several_seeds = sweep.seed_index.any()
+    bands = "Bands: 95 % confidence of the mean over seeds (Student t)." if several_seeds else ""
+    caption(figure, f"Test accuracy by round, {sweep.averaging()}", sweep.note(bands))
+    return canvas.save(figure, folder, "rounds")
+
+
+def read_rounds(folder: Path) -> dict[str, list[float]]:
+    """The columns of a run's `rounds.csv`; InputError where it can't be read."""
+    header, rows = read_csv(folder / "rounds.csv", "a run")
+    return {column: [float(row[column] or "nan") for row in rows] for column in header}
+
+
+def _band(accuracy: Floats, seed: Floats) -> tuple[Floats, Floats]:
+    """Mean over seeds (evaluations,) of the curves of cells, and half its confidence interval; NaN left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # evaluations that no cell of a seed reached stay NaN
+        of_seeds = np.array([np.nanmean(accuracy[seed == one], 0) for one in np.unique(seed)])
+    known = [column[np.isfinite(column)] for column in of_seeds.T]
+    mean, half = np.transpose([mean_interval(values) if len(values) else (np.nan, np.nan) for values in known])
+    return mean, half

@@ -1,0 +1,426 @@
+"""The one reader and writer of sweeps' tables: columns of cells, the settings that part them, statistics over seeds.
+
+Arrays are (cells,): a value for each cell of a sweep. k is the write access, b the local budget, both shares of 1.
+"""
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_attack.data.cache import write_whole
+from fl_attack.detect import MEASURES
+from fl_attack.errors import InputError
+from fl_attack.folder import CURVES, TABLE
+
+Array = NDArray[Any]
+Floats = NDArray[np.float64]
+
+RESULTS = (  # the columns of a sweep's table after the overrides
+    "writes",  # what the attack changes: labels, updates or none
+    "write_access",
+    "budget",
+    "global_budget",
+    "seed",
+    "final_accuracy",
+    "minimum_accuracy",
+    "early_stop_accuracy",  # of the model that early stopping keeps; empty without it
+    "final_f1",
+    "final_loss",
+    *MEASURES,  # means over the rounds measured in which there was an attack; empty unless detectability=true
+    "drop",  # final accuracy of the cell's unattacked twin less its own, where the sweep holds the twin
+    "rounds_to_recover",  # rounds after the attack until the accuracy is again the twin's; likewise
+    "flips",
+    "rounds",
+    "error",
+)
+K, B, KB, ACCURACY, GOAL = "write_access", "budget", "global_budget", "final_accuracy", "attack.goal"
+WRITES, NAME, BUDGET, SHARE = "writes", "attack.name", "attack.budget", "partition.malicious_share"
+NUMBERS = {  # columns that every sweep has: the label of their axis, and the factor from the table to its unit
+    K: ("write access k (share of all samples)", 1),
+    B: ("local budget b (share of malicious samples)", 1),
+    KB: ("global budget k·b (share of all samples)", 1),
+    ACCURACY: ("final test accuracy (%)", 100),
+    "minimum_accuracy": ("minimum test accuracy (%)", 100),
+    "early_stop_accuracy": ("test accuracy with early stopping (%)", 100),
+    "final_f1": ("final F1 (0 to 1)", 1),
+    "final_loss": ("final test loss (nats)", 1),
+    "flips": ("flipped labels (count)", 1),
+    "rounds": ("rounds (count)", 1),
+}
+LABELS = NUMBERS | {  # the same for columns that only some sweeps fill
+    "rounds_to_recover": ("rounds to recover (count)", 1),
+    "drop": ("drop of the final accuracy by the attack (points)", 100),
+    "norm_auc": ("AUC of the norm (0.5: chance)", 1),
+    "cosine_auc": ("AUC of the cosine (0.5: chance)", 1),
+    "distance_auc": ("AUC of the distance (0.5: chance)", 1),
+    "norm_z": ("z-score of the norm", 1),
+    "cosine_to_median": ("cosine to the median update", 1),
+    "distance_rank": ("rank of the distance (share of honest ones below)", 1),
+}
+
+
+class NotDrawableError(InputError):
+    """A sweep does not hold what a figure shows."""
+
+
+# --- statistics ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A statistic and the ends of its confidence interval, which are NaN with fewer than two seeds."""
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def half(self) -> float:
+        """Half the width of the interval."""
+        return self.high - self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-", "\N{MINUS SIGN}")
+
+
+def mean_interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
+    """Mean of independent values and half the width of its confidence interval (Student's t).
+
+    Parameters
+    ----------
+    values : (n,) array
+        One value for each seed.
+    level : float
+        Probability with which the interval covers the true mean.
+
+    Returns
+    -------
+    mean, half : float
+        In the unit of the values; `half` is NaN for a single value.
+    """
+    n = len(values)
+    if n < 2:
+        return float(values.mean()), float("nan")
+    return float(values.mean()), float(_t_quantile(n, level) * values.std(ddof=1) / n**0.5)
+
+
+def jackknife_interval(
+    statistic: Callable[[NDArray[np.bool_]], float], seed: NDArray[np.int64], level: float = 0.95
+) -> Interval:
+    """Jackknife interval over seeds of any statistic of cells, with Student's t.
+
+    Parameters
+    ----------
+    statistic : callable
+        Takes a mask (cells,) of the cells to use and gives a number. Of a mean over seeds the interval is that of
+        `mean_interval`.
+    seed : (cells,) array of int
+        The seed of each cell; all cells of a seed are left out together.
+    level : float
+        Probability with which the interval covers the true value.
+
+    Returns
+    -------
+    Interval
+        Its ends are NaN with fewer than two seeds.
+
+    References
+    ----------
+    Tukey, J. W. (1958). Bias and confidence in not quite large samples. Annals of Mathematical Statistics 29, 614.
+    """
+    seeds = np.unique(seed)
+    value, n = statistic(np.ones(len(seed), bool)), len(seeds)
+    if n < 2:
+        return Interval(value, math.nan, math.nan, n)
+    without = np.array([statistic(seed != one) for one in seeds])
+    half = _t_quantile(n, level) * np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
+    return Interval(value, float(value - half), float(value + half), n)
+
+
+def pooled_deviation(groups: Iterable[Floats]) -> float:
+    """Standard deviation within groups of values, each about its own mean; NaN where no group has two values."""
+    several = [group for group in groups if len(group) > 1]
+    squares = sum(((group - group.mean()) ** 2).sum() for group in several)
+    return float((squares / sum(len(group) - 1 for group in several)) ** 0.5) if several else float("nan")
+
+
+def _t_quantile(n: int, level: float) -> float:
+    """Quantile of Student's t for a two-sided interval from n values."""
+    from scipy.special import stdtrit  # type: ignore[import-untyped]  # comes with scikit-learn
+
+    return float(stdtrit(n - 1, (1 + level) / 2))
+
+
+# --- cells and sweeps ------------------------------------------------------------------------------
+
+
+def split(cells: int, *columns: Array) -> dict[tuple[Any, ...], NDArray[np.intp]]:
+    """Indices of the cells of each combination of values, in order of the values; one group without columns."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for cell, key in enumerate(zip(*(column.tolist() for column in columns), strict=True) if columns else [()] * cells):
+        found.setdefault(key, []).append(cell)
+    return {key: np.array(found[key]) for key in sorted(found)}
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Named columns (cells,) of equal length."""
+
+    columns: dict[str, Array]
+
+    def __getitem__(self, name: str) -> Array:
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def only(self, mask: Array) -> "Cells":
+        """The cells of a mask (cells,), or of indices."""
+        return Cells({name: column[mask] for name, column in self.columns.items()})
+
+    def where(self, **wanted: Any) -> "Cells":
+        """The cells with these values; numbers are compared to nine digits."""
+        mask = np.ones(len(self), bool)
+        for name, value in wanted.items():
+            column = self.columns[name]
+            mask &= np.isclose(column, value, rtol=0, atol=1e-9) if column.dtype.kind == "f" else column == value
+        return self.only(mask)
+
+    def parts(self, *names: str) -> Iterator[tuple[tuple[Any, ...], NDArray[np.intp]]]:
+        """Each combination of values of these columns, in order, and the indices of its cells."""
+        yield from split(len(self), *(self.columns[name] for name in names)).items()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The cells of a sweep that ended well, and what was varied among them.
+
+    `write_access` is the mean over all cells with the same clients, since the deal of samples moves it with the seed;
+    `global_budget` is its product with the budget.
+    """
+
+    cells: Cells  # columns of floats, or of text
+    swept: list[str]  # overrides with several values, but for seeds; the goal first
+    dealing: list[str]  # overrides that decide the write access: of the clients, and the malicious share
+    seed_index: NDArray[np.int64]  # (cells,) the number of the seed, or of a combination of seeds
+    total: int  # cells of the table, with those that broke off
+    left_out: int = 0  # cells that ended well but are not what is asked for
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def column(self, name: str) -> Array:
+        """A column by its name, numbers in the unit of their axis; InputError where the sweep has none such."""
+        if name not in self.cells.columns:
+            raise InputError(f"the sweep has no column {name}; known: {', '.join(self.cells.columns)}")
+        return self.cells[name] * LABELS[name][1] if name in LABELS else self.cells[name]
+
+    def numbers(self, name: str) -> Floats:
+        """A column of numbers in the unit of their axis; InputError where it holds text or the sweep has none such."""
+        column = self.column(name)
+        if column.dtype.kind != "f":
+            raise InputError(f"{name} is a column of text; give one that holds numbers")
+        return column
+
+    def varied(self, *shown: str) -> list[str]:
+        """The swept columns that the columns shown in a figure do not tell: a figure parts its cells by these.
+
+        Cells that are equal in the columns shown and in these differ in their seed alone.
+        """
+        covered = set(shown)
+        if {K, KB} & covered:
+            covered |= self._told_by_access()
+        if {B, KB} & covered:
+            covered.add(BUDGET)
+        return [name for name in self.swept if name not in covered]
+
+    def _told_by_access(self) -> set[str]:
+        """The columns of the deal that k tells: all where no two deals give the same k, else who is malicious."""
+        deals = [self.cells[name] for name in self.dealing]
+        if len(split(len(self), self.cells[K])) == len(split(len(self), self.cells[K], *deals)):
+            return set(self.dealing)
+        return {SHARE if SHARE in self.swept else "clients.malicious"}
+
+    def labels(self, names: Sequence[str]) -> Array:
+        """(cells,) text that names the values of these columns; cells of equal text are equal in all of them."""
+        label = np.full(len(self), "", object)
+        for name in names:
+            prefix = (", " if name != names[0] else "") + ("" if name == GOAL else f"{name} = ")
+            label += np.array([prefix + format_value(value) for value in self.cells[name].tolist()], object)
+        return label
+
+    def label_attacks(self, unattacked: bool = True) -> "Sweep":
+        """The cells without attacks on updates, which have no budget of labels; NotDrawableError without any.
+
+        `unattacked` says whether cells without an attack are kept where attacks vary: they are those of budget 0.
+        """
+        writes = self.column(WRITES)
+        mask = writes != "updates"
+        if not unattacked and {NAME, "attack"} & set(self.swept):
+            mask &= writes != "none"
+        if not mask.any():
+            raise NotDrawableError("attacks on updates have no budget of labels; the sweep has no others")
+        cells = self.cells.only(mask)
+        swept = [name for name in self.swept if len(set(cells[name].tolist())) > 1]
+        return Sweep(cells, swept, self.dealing, self.seed_index[mask], self.total, int((~mask).sum()))
+
+    def seed_means(self, cells: NDArray[np.intp], column: str = ACCURACY) -> Floats:
+        """Mean of a column over cells given by their indices, one value for each seed; NaN are left out."""
+        values, seed = self.column(column)[cells], self.seed_index[cells]
+        known = np.isfinite(values)
+        values, seed = values[known], seed[known]
+        return np.array([values[same].mean() for same in split(len(values), seed).values()])
+
+    def averaging(self) -> str:
+        """What a mean of the sweep is taken over, in words."""
+        seeds = len(set(self.seed_index.tolist()))
+        return f"mean over {seeds} seeds" if seeds > 1 else "one seed"
+
+    def note(self, *sentences: str) -> str:
+        """Sentences that belong under a figure, and how many cells it lacks."""
+        lost = self.total - len(self) - self.left_out
+        lacking = [
+            f"Left out: {self.left_out} cells that flip no labels.",
+            f"Left out: {lost} of {self.total} cells broke off.",
+        ]
+        return " ".join(filter(None, [*sentences, *itertools.compress(lacking, (self.left_out, lost))]))
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """The cells of the table `sweep.csv` in a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        What a multirun left in its `out`.
+
+    Returns
+    -------
+    Sweep
+        The cells that ended well.
+
+    Raises
+    ------
+    InputError
+        Where there is no such table, or a column is missing or holds text in place of numbers.
+    NotDrawableError
+        Where all cells broke off.
+    """
+    file = folder / TABLE
+    header, found = read_csv(file, "a sweep")
+    if missing := [name for name in (*NUMBERS, "seed", "error") if name not in header]:
+        raise InputError(f"{file} has no column {missing[0]}")
+    rows = [row for row in found if not row["error"] and row[ACCURACY] not in ("", "nan")]
+    if not rows:
+        raise NotDrawableError(f"all {len(found)} cells of {file} broke off; nothing to draw")
+    columns = {name: _column([row[name] for row in rows], name, file) for name in header if name != "error"}
+    if WRITES not in columns:  # a table of an earlier version, where attacks on updates can't be told
+        attack = columns.get(NAME, columns.get("attack", np.full(len(rows), "", object)))
+        columns[WRITES] = np.array(["none" if name == "none" else "labels" for name in attack], object)
+    overrides = [name for name in columns if name not in (*LABELS, "cell", WRITES)]
+    seeds = [name for name in overrides if name.rpartition(".")[2] == "seed"]
+    dealing = [name for name in overrides if name.startswith("clients.") or name == SHARE]
+    for cells in split(len(rows), *(columns[name] for name in dealing)).values():
+        columns[K][cells] = float(f"{columns[K][cells].mean():.3g}")
+    columns[KB] = np.round(columns[K] * columns[B], 9)
+    seed_index = np.zeros(len(rows), np.int64)
+    for number, cells in enumerate(split(len(rows), *(columns[name] for name in seeds)).values()):
+        seed_index[cells] = number
+    swept = [name for name in overrides if name not in seeds and len(set(columns[name].tolist())) > 1]
+    return Sweep(Cells(columns), sorted(swept, key=lambda name: name != GOAL), dealing, seed_index, len(found))
+
+
+def read_curves(folder: Path) -> tuple[Floats, Floats]:
+    """The accuracy of each cell by evaluation.
+
+    Parameters
+    ----------
+    folder : Path
+        What a multirun left in its `out`.
+
+    Returns
+    -------
+    accuracy : (cells, evaluations) array
+        In percent; NaN after a cell broke off. Rows are in the order of the column `cell` of the table.
+    rounds : (evaluations,) array
+        After which round each evaluation was.
+
+    Raises
+    ------
+    InputError
+        Where `curves.npz` is not there or damaged.
+    """
+    try:
+        with np.load(folder / CURVES, allow_pickle=False) as stored:
+            return 100 * stored["accuracy"], stored["round"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder / CURVES} can't be read: {error}") from None
+
+
+def read_csv(file: Path, of: str) -> tuple[list[str], list[dict[str, str]]]:
+    """The header and rows of a table; InputError where it can't be read, with what its folder should be of."""
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            table = csv.DictReader(lines, restval="")
+            rows = list(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "it is no table"
+        raise InputError(f"{file} can't be read: {reason}; give the folder of {of}") from None
+    if not rows:
+        raise InputError(f"{file} has no rows to draw")
+    return list(table.fieldnames or ()), rows
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], digits: int | None = None) -> Path:
+    """Write a table, whole or not at all.
+
+    Parameters
+    ----------
+    file : Path
+        Where to; missing folders are made.
+    header : sequence of str
+        Names of the columns.
+    rows : iterable of sequences
+        Values in the order of the columns.
+    digits : int, optional
+        Significant digits of floats; by default they are written so that reading gives the same bits.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(header)
+    for row in rows:
+        table.writerow([f"{one:.{digits}g}" if digits and isinstance(one, float) else one for one in row])
+    write_whole(file, lambda stream: stream.write(text.getvalue().encode()))
+    return file
+
+
+def format_value(value: Any) -> str:
+    """A value of a column as it is shown in figures: numbers to four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else value or "(not given)"
+
+
+def _column(texts: list[str], name: str, file: Path) -> Array:
+    """A column as floats where it must or can be, else as text; only results may lack a number (NaN)."""
+    try:
+        return np.array([float(text or "nan") if name in LABELS else float(text) for text in texts])
+    except ValueError:
+        if name in NUMBERS:
+            raise InputError(f"{file} has a text in {name}, which is a column of numbers") from None
+        return np.array(texts, object)
