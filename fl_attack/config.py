@@ -75,12 +75,17 @@ class DatasetSettings(Strict):
     classes: tuple[int | str, ...] | None = None
     scale: Positive | None = None
     standardize: bool = False
+    channels: Literal[1, 3] | None = None
+    split: str | None = None
 
 
 class PartitionSettings(Strict):
     """How the samples are dealt to the clients; see `data.partition`."""
 
-    name: Literal["iid", "dirichlet", "shards"]
+    name: Literal["iid", "dirichlet", "shards", "given"]
+    balanced: bool = False
+    min_samples: Count = 1
+    path: str | None = None
     alpha: Positive | None = None
     s: Count | None = None
     malicious_share: Annotated[float, Field(gt=0, lt=1)] | None = None

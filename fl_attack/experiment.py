@@ -78,6 +78,7 @@ def _run(attacked: Scenario, work: Path, runner: federation.Runner) -> dict[str,
         results.write(where, which, history)
         if finished:
             summaries[name] = results.summary(which, history, twin)
+            results.write_clients(where, which, history)
         if name == "honest":
             twin = history
 

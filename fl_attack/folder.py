@@ -19,8 +19,18 @@ from fl_attack.errors import InputError
 Kind = Literal["run", "sweep"]
 SUMMARY, BASELINE, ROUNDS = "summary.json", "baseline", "rounds.csv"  # a run that has a summary is finished
 TABLE, CURVES, UNITS = "sweep.csv", "curves.npz", "units"  # a sweep that has a table and no units left is finished
-OF_RUN = ("config.yaml", ROUNDS, SUMMARY, "model.npz", "partition.npz", "flips.npz", "target.npz", "curves.png")
-OF_BOTH = ("checkpoint.npz", "clients.csv")
+OF_RUN = (
+    "config.yaml",
+    ROUNDS,
+    SUMMARY,
+    "model.npz",
+    "partition.npz",
+    "flips.npz",
+    "target.npz",
+    "clients.csv",
+    "curves.png",
+)
+STATE = "checkpoint.npz"
 FIGURES = ("*.png", "*.pdf")  # of a sweep
 LOCK, UNFINISHED = ".lock", "unfinished"
 
@@ -143,7 +153,7 @@ def settle(place: Place) -> None:
 def clear(folder: Path) -> None:
     """Remove the result in a folder, of whatever kind; other files stay."""
     patterns = FIGURES if holds(folder) == "sweep" else ()
-    for name in (SUMMARY, TABLE, *OF_RUN, *OF_BOTH, CURVES):  # first what says that it is whole
+    for name in (SUMMARY, TABLE, *OF_RUN, STATE, CURVES):  # first what says that it is whole
         (folder / name).unlink(missing_ok=True)
     for file in [file for pattern in patterns for file in folder.glob(pattern)]:
         file.unlink()

@@ -10,11 +10,15 @@ import torch
 from fl_attack import __version__, plugins
 from fl_attack.scenario import Scenario
 
-NUMERICS = 4  # to be raised when a change of the code changes the numbers of a run
+NUMERICS = 5  # to be raised when a change of the code changes the numbers of a run
 OF_RULES = 4  # likewise, of a run whose server sees what each client sends
 NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "launcher", "figures"}  # change no number
 # nor, where the fingerprint of the data is known, does the place of these
-ON_DATA: Mapping[str, bool | set[str]] = {**dict.fromkeys(NOT_NUMBERS, True), "dataset": {"root", "path"}}
+ON_DATA: Mapping[str, bool | set[str]] = {
+    **dict.fromkeys(NOT_NUMBERS, True),
+    "dataset": {"root", "path"},
+    "partition": {"path"},
+}
 
 
 def key_of(scenarios: Sequence[Scenario]) -> str:
@@ -26,6 +30,8 @@ def key_of(scenarios: Sequence[Scenario]) -> str:
         of_users = made.settings.attack.name, made.settings.strategy.name, made.settings.model.name
         own += "".join(map(plugins.source_digest, of_users))
         settings = made.settings
+        if settings.partition.path is not None:
+            own += hashlib.sha256(made.partition.client.tobytes()).hexdigest()
         if not settings.strategy.averages or settings.attack.writes == "updates" or settings.detectability:
             own += str(OF_RULES)
         parts += [made.settings.model_dump_json(exclude=ON_DATA), made.dataset.fingerprint, own]

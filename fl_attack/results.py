@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fl_attack.config import Settings, from_yaml, to_yaml, versions
@@ -28,6 +29,7 @@ __all__ = [
     "summary",
     "table",
     "write",
+    "write_clients",
     "write_config",
     "write_rounds",
     "write_summary",
@@ -67,6 +69,18 @@ def write(out: Path, scenario: Scenario, history: History) -> None:
         arrays["target.npz"] = scenario.model.state(target(scenario))
     for name, content in arrays.items():
         _write(out / name, partial(_savez, content))
+
+
+def write_clients(out: Path, scenario: Scenario, history: History) -> None:
+    """`clients.csv`: what each client holds, whether it is malicious, and how accurate the final model is on that."""
+    lines = ["client,malicious,samples,labels,final_accuracy"]
+    malicious = set(scenario.partition.malicious.tolist())
+    for client, samples in enumerate(scenario.partition.shards):
+        X, y = scenario.features(samples), torch.from_numpy(scenario.dataset.y_train[samples])
+        accuracy = scenario.model.measure(history.theta.to(X.dtype), X, y).accuracy
+        labels = " ".join(str(label) for label in y.unique().tolist())
+        lines.append(f"{client},{int(client in malicious)},{len(samples)},{labels},{accuracy}")
+    _write(out / "clients.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
 
 
 def write_summary(out: Path, facts: dict[str, Any]) -> None:

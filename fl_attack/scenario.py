@@ -210,6 +210,9 @@ def _spelled_out(settings: Settings, scale: float) -> Settings:
             "dataset": settings.dataset.model_copy(update=here),
             "strategy": settings.strategy.model_copy(update=strategy),
             "model": settings.model.model_copy(update={"name": plugins.spelled_out(settings.model.name, folder)}),
+            "partition": settings.partition.model_copy(
+                update={"path": settings.partition.path and os.path.abspath(settings.partition.path)}
+            ),
             "attack": settings.attack.model_copy(
                 update={
                     "name": plugins.spelled_out(settings.attack.name, folder),

@@ -1,7 +1,7 @@
 """Break the package line by line in a copy, run the tests that reach the line, and list the changes that none notices.
 
     ./scripts/mutate --sample 60 --seed 1 --path fl_attack/attack --path fl_attack/history.py
-    ./scripts/mutate --path fl_attack/model.py --list            only lists what would be changed
+    ./scripts/mutate --path fl_attack/models/outputs.py --list            only lists what would be changed
     ./scripts/mutate --sample 20 -- -m "not slow" tests/test_attack.py     with these tests alone
 
 Which test reaches which line is measured first, by running the tests once under coverage (a few minutes for all that

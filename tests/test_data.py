@@ -26,7 +26,7 @@ from PIL import Image
 
 from fl_attack import data
 from fl_attack.data import cache
-from fl_attack.data.sources import CIFAR10_FILES, MNIST_FILES, SOURCES
+from fl_attack.data.sources import CIFAR10_FILES, CIFAR100_FILES, FASHION_MNIST_FILES, MNIST_FILES, SOURCES, SVHN_FILES
 from fl_attack.errors import InputError
 
 HERE = Path(__file__).resolve().parent.parent
@@ -71,11 +71,64 @@ def plant_digits(folder, x_train, y_train, x_test, y_test, monkeypatch):
 
 def plant_mnist(folder, x_train, y_train, x_test, y_test, monkeypatch):
     arrays = [x_train[..., 0], y_train, x_test[..., 0], y_test]
-    for name, array in zip(MNIST_FILES, arrays, strict=True):
+    plant_idx(folder, MNIST_FILES, arrays)
+    return Planted("mnist", {"root": folder}, [folder / name for name in MNIST_FILES], *arrays, tuple("0123"))
+
+
+def plant_idx(folder, files, arrays):
+    for name, array in zip(files, arrays, strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
         (folder / name).write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes())
-    return Planted("mnist", {"root": folder}, [folder / name for name in MNIST_FILES], *arrays, tuple("0123"))
+
+
+def plant_fashion_mnist(folder, x_train, y_train, x_test, y_test, monkeypatch):
+    arrays = [x_train[..., 0], y_train, x_test[..., 0], y_test]
+    plant_idx(folder, FASHION_MNIST_FILES, arrays)
+    files = [folder / name for name in FASHION_MNIST_FILES]
+    return Planted("fashion_mnist", {"root": folder}, files, *arrays, ("T-shirt/top", "Trouser", "Pullover", "Dress"))
+
+
+def plant_emnist(folder, x_train, y_train, x_test, y_test, monkeypatch):
+    arrays = [x_train[..., 0], y_train + 1, x_test[..., 0], y_test + 1]  # letters count from 1, and lie on their side
+    names = [f"EMNIST/raw/emnist-letters-{Path(name).name.replace('t10k', 'test')}" for name in FASHION_MNIST_FILES]
+    plant_idx(folder, names, [array.swapaxes(1, 2) if array.ndim == 3 else array for array in arrays])
+    files = [folder / name for name in names]
+    given = {"root": folder, "split": "letters"}
+    return Planted("emnist", given, files, arrays[0], y_train, arrays[2], y_test, tuple("abcd"))
+
+
+def plant_cifar100(folder, x_train, y_train, x_test, y_test, monkeypatch):
+    from torchvision.datasets import CIFAR100
+
+    def batch(x, y):
+        return {"data": x.transpose(0, 3, 1, 2).reshape(len(x), -1), "fine_labels": y.tolist()}
+
+    files = [folder / name for name in CIFAR100_FILES]
+    files[0].parent.mkdir(parents=True)
+    contents = [batch(x_train, y_train), batch(x_test, y_test), {"fine_label_names": list(NAMES)}]
+    for file, content in zip(files, contents, strict=True):
+        with file.open("wb") as stream:
+            OldPickler(stream, 2).dump(content)
+    sums = [[file.name, hashlib.md5(file.read_bytes()).hexdigest()] for file in files]
+    monkeypatch.setattr(CIFAR100, "train_list", sums[:1])
+    monkeypatch.setattr(CIFAR100, "test_list", sums[1:2])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums[2][1]})
+    return Planted("cifar100", {"root": folder}, files, x_train, y_train, x_test, y_test, NAMES)
+
+
+def plant_svhn(folder, x_train, y_train, x_test, y_test, monkeypatch):
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    files, sums = [folder / name for name in SVHN_FILES], {}
+    for file, part, x, y in ((files[0], "train", x_train, y_train), (files[1], "test", x_test, y_test)):
+        # its 0 is stored as 10
+        savemat(file, {"X": x.transpose(1, 2, 3, 0), "y": np.where(y == 0, 10, y).astype(np.uint8)[:, None]})
+        sums[part] = ["unused", file.name, hashlib.md5(file.read_bytes()).hexdigest()]
+    monkeypatch.setattr(SVHN, "split_list", sums)
+    parts = [x_train.transpose(0, 3, 1, 2), y_train, x_test.transpose(0, 3, 1, 2), y_test]
+    return Planted("svhn", {"root": folder}, files, *parts, tuple("0123"))
 
 
 class OldPickler(pickle.Pickler):
@@ -127,6 +180,10 @@ PLANTS = {
     "digits": plant_digits,
     "mnist": plant_mnist,
     "cifar10": plant_cifar10,
+    "fashion_mnist": plant_fashion_mnist,
+    "emnist": plant_emnist,
+    "cifar100": plant_cifar100,
+    "svhn": plant_svhn,
     "npz": plant_npz,
     "image_folder": plant_image_folder,
 }
@@ -227,8 +284,9 @@ def test_every_source_has_a_yaml_with_the_arguments_of_load():
     files = list((HERE / "conf" / "dataset").glob("*.yaml"))
     assert set(SOURCES) <= {file.stem for file in files}
     for content in (yaml.safe_load(file.read_text()) for file in files):
-        assert set(content) == set(inspect.signature(data.load).parameters) - {"verify"}
         assert content["loader"] in SOURCES
+        optional = {"channels", "split"} - {SOURCES[content["loader"]].option}
+        assert set(content) == set(inspect.signature(data.load).parameters) - {"verify"} - optional
 
 
 # Sources that aren't there.
@@ -278,7 +336,8 @@ def test_a_missing_path_is_asked_for_and_a_wrong_one_named(loader, tmp_path):
 
 
 def test_an_unknown_loader_is_answered_with_the_known_ones():
-    assert "digits, mnist, cifar10, npz, image_folder" in refusal("imagenet")
+    known = "digits, mnist, cifar10, fashion_mnist, emnist, cifar100, svhn, npz, image_folder"
+    assert known in refusal("imagenet")
 
 
 # Arrays that anyone brings.
@@ -605,3 +664,75 @@ def test_all_of_cifar10_loads_from_a_folder_of_images(tmp_path):
     assert np.bincount(loaded.y_train).tolist() == [5000] * 10
     two = data.load("image_folder", path=tmp_path / "cifar10", classes=["airplane", "automobile"])
     assert two.x_train.shape == (10000, 3072) and two.x_test.shape == (2000, 3072)
+
+
+# Images as people have them.
+
+
+def picture(file, pixels, mode=None):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels, mode).save(file)
+
+
+def two_classes(folder, make, names=("a", "b"), suffix=".png"):
+    """Two classes of two images in each part; `make` gives the pixels of a class."""
+    for part in ("train", "test"):
+        for label, name in enumerate(names):
+            for i in range(2):
+                picture(folder / part / name / f"{i}{suffix}", make(label))
+
+
+def test_images_of_16_bits_are_shares_of_what_16_bits_hold(tmp_path):
+    two_classes(tmp_path, lambda label: np.full((4, 5), (100, 60000)[label], np.uint16))
+    loaded = data.load("image_folder", path=tmp_path, channels=1)
+    assert loaded.x_train.shape == (4, 20) and loaded.scale == 1.0
+    np.testing.assert_allclose(loaded.x_train[:, 0], np.array([100, 100, 60000, 60000]) / 65535, rtol=1e-6)
+
+
+def test_one_image_of_16_bits_is_on_the_scale_of_the_others(tmp_path):
+    two_classes(tmp_path, lambda label: np.full((4, 5), (51, 204)[label], np.uint8))
+    picture(tmp_path / "test" / "a" / "1.png", np.full((4, 5), 65535, np.uint16))
+    loaded = data.load("image_folder", path=tmp_path)
+    assert loaded.x_train.shape == (4, 60)
+    np.testing.assert_allclose(loaded.x_train[:, 0], [0.2, 0.2, 0.8, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(loaded.x_test[:, 0], [0.2, 1.0, 0.8, 0.8], rtol=1e-6)
+
+
+def test_images_of_floats_are_refused(tmp_path):
+    two_classes(tmp_path, lambda label: np.full((4, 5), label / 2, np.float32), suffix=".tiff")
+    assert "holds 32-bit numbers, whose range is not known" in refusal("image_folder", path=tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".webp", ".tiff", ".gif", ".jpg"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_format_named_is_read_grey_or_in_colour(tmp_path, suffix, channels):
+    two_classes(tmp_path, lambda label: np.full((4, 5), (0, 255)[label], np.uint8), suffix=suffix)
+    loaded = data.load("image_folder", path=tmp_path, channels=channels)
+    assert loaded.x_train.shape == (4, 20 * channels) and loaded.scale == 255
+    assert loaded.x_train.tolist() == [[0] * 20 * channels] * 2 + [[255] * 20 * channels] * 2
+
+
+def test_what_only_claims_to_be_an_image_starts_no_program(tmp_path):
+    two_classes(tmp_path, lambda label: np.full((4, 5), label, np.uint8))
+    postscript = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 4\nshowpage\n%%EOF\n"
+    (tmp_path / "train" / "a" / "0.png").write_text(postscript)
+    assert "0.png is not an image of the formats PNG, JPEG" in refusal("image_folder", path=tmp_path)
+
+
+def test_folders_named_by_numbers_are_in_their_order(tmp_path):
+    two_classes(tmp_path, lambda label: np.full((4, 5), label, np.uint8), names=("1", "2", "10"))
+    assert data.load("image_folder", path=tmp_path).classes == ("1", "2", "10")
+    assert data.load("image_folder", path=tmp_path, classes=["2", "10"]).classes == ("2", "10")
+
+
+def test_whole_numbers_from_0_to_1_are_pointed_out(tmp_path, capsys):
+    x, y = np.eye(6, dtype=int), np.arange(6) % 2
+    np.savez(tmp_path / "bits.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    for scale, told in ((None, 1), (1.0, 0)):
+        data.load("npz", path=tmp_path / "bits.npz", scale=scale)
+        said = capsys.readouterr().err
+        assert said.count("is dataset.scale=1 meant?") == said.count("\n") == told
+
+
+def test_an_unknown_part_of_emnist_is_refused(tmp_path):
+    assert "dataset.split=all is unknown; use one of balanced" in refusal("emnist", root=tmp_path, split="all")

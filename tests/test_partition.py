@@ -16,7 +16,9 @@ from fl_attack.errors import InputError
 CONF = Path(__file__).resolve().parent.parent / "conf" / "partition"
 MILD = {"iid": {}, "dirichlet": {"alpha": 50.0}, "shards": {"s": 2}}  # settings that can be met
 
-names = st.sampled_from(sorted(PARTITIONERS))
+DEALS = [name for name in PARTITIONERS if name != "given"]  # which takes who holds what from a file
+
+names = st.sampled_from(DEALS)
 seeds = st.integers(0, 2**32)
 some_labels = st.builds(
     lambda n, classes, seed: np.random.default_rng(seed).integers(0, classes, n),
@@ -51,7 +53,7 @@ def test_malicious_clients_are_nested_in_one_partition(labels, name, total, seed
         assert set(fewer.malicious) < set(more.malicious)
 
 
-@pytest.mark.parametrize("name", PARTITIONERS)
+@pytest.mark.parametrize("name", DEALS)
 @pytest.mark.parametrize("share", [None, 0.3])
 def test_the_seed_decides_all(name, share):
     labels = np.arange(200) % 4
@@ -180,13 +182,98 @@ def test_what_cannot_be_met_is_refused_in_one_line(word, settings):
 
 def test_labels_are_not_changed():
     labels = np.arange(50) % 3
-    for name in PARTITIONERS:
+    for name in DEALS:
         dealt(labels, name, honest=3, malicious=2, seed=0, malicious_share=0.4)
     np.testing.assert_array_equal(labels, np.arange(50) % 3)
 
 
 @pytest.mark.parametrize("name", PARTITIONERS)
-def test_every_partitioner_has_a_yaml_that_works(name):
+def test_every_partitioner_has_a_yaml_that_works(name, tmp_path):
+    np.save(tmp_path / "users.npy", np.arange(100) % 4)
     content = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert content["name"] == name and set(content) <= set(inspect.signature(partition).parameters)
+    content |= {"path": tmp_path / "users.npy"} if name == "given" else {}
     assert len(partition(np.arange(100) % 4, honest=3, malicious=1, seed=0, **content).shards) == 4
+
+
+# Skewed deals favour nobody; natural users.
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 10.0, 1e6])
+def test_a_dirichlet_deal_favours_no_client(alpha):
+    labels = np.arange(1437) % 10
+    sizes, held = np.zeros((2, 100, 100))
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        client = PARTITIONERS["dirichlet"](labels, 100, rng, alpha=alpha, least=0)
+        sizes[seed] = np.bincount(client, minlength=100)
+        held[seed] = [len(np.unique(labels[client == one])) for one in range(100)]
+    for values in (sizes, held):
+        first, others = values[:, 0], values[:, 1:]
+        assert abs(first.mean() - others.mean()) < 4 * values.std() / 10 + 0.05
+    if alpha == 1e6:
+        assert np.abs(sizes - 14.37).max() < 8
+
+
+def test_a_dirichlet_deal_has_at_least_so_many_samples():
+    labels = np.arange(300) % 3
+    parts = partition(labels, honest=8, malicious=2, seed=0, name="dirichlet", alpha=1.0, min_samples=12)
+    assert np.bincount(parts.client).min() >= 12
+    with pytest.raises(InputError, match=r"fewer than 30 samples in 100 draws; .* or lower partition.min_samples"):
+        partition(labels, honest=8, malicious=2, seed=0, name="dirichlet", alpha=0.1, min_samples=30)
+
+
+@given(some_labels, st.integers(2, 8), st.floats(0.02, 50), seeds)
+def test_a_balanced_dirichlet_deal_gives_everyone_as_much(labels, clients, alpha, seed):
+    parts = partition(labels, honest=clients, malicious=0, seed=seed, name="dirichlet", alpha=alpha, balanced=True)
+    assert np.ptp(np.bincount(parts.client, minlength=clients)) <= 1
+
+
+def test_a_balanced_dirichlet_deal_is_skewed_by_alpha():
+    labels = np.arange(2000) % 10
+
+    def share_of_largest(alpha):
+        parts = partition(labels, honest=10, malicious=0, seed=0, name="dirichlet", alpha=alpha, balanced=True)
+        return np.mean([np.bincount(labels[shard]).max() / len(shard) for shard in parts.shards])
+
+    assert share_of_largest(0.05) > 0.4 > 0.2 > share_of_largest(1000.0)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy", ".txt"])
+def test_users_can_be_given_in_a_file(tmp_path, suffix):
+    users = np.random.default_rng(0).permutation(np.arange(60) % 5)
+    file = tmp_path / f"users{suffix}"
+    if suffix == ".npz":
+        np.savez(file, client=users)
+    elif suffix == ".npy":
+        np.save(file, users)
+    else:
+        file.write_text("\n".join(map(str, users)))
+    settings = {"honest": 3, "malicious": 2, "seed": 0, "name": "given", "path": file}
+    np.testing.assert_array_equal(partition(np.arange(60) % 2, **settings).client, users)
+    held = partition(np.arange(60) % 2, **settings, held_out=0.2)
+    kept = held.client >= 0
+    assert (~kept).sum() == 12
+    np.testing.assert_array_equal(held.client[kept], users[kept])
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "word"),
+    [
+        ("0 1 2", {}, "wanted: a whole number for each of 6 samples"),
+        ("0 1 2 0 1 7", {"honest": 3, "malicious": 1}, "not each of 0, 1, 2"),
+        ("0 1 2 0 1 2", {"honest": 4}, "holds 3 clients, but clients.total=5; use clients.total=3"),
+        ("a b", {}, "can't be read as clients"),
+        ("0 1 2 0 1 2", {"malicious_share": 0.5}, "has no meaning with partition=given"),
+        ("0 1 2 0 1 2", {"min_samples": 3}, "client 0 of 3 has 2 samples"),
+        (None, {}, "can't be read"),
+    ],
+)
+def test_a_file_of_users_that_can_not_be_is_refused(tmp_path, content, more, word):
+    if content is not None:
+        (tmp_path / "users.txt").write_text(content)
+    with pytest.raises(InputError, match=word):
+        partition(
+            np.arange(6) % 2,
+            **{"honest": 2, "malicious": 1, "seed": 0, "name": "given", "path": tmp_path / "users.txt"} | more,
+        )

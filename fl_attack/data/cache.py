@@ -144,7 +144,7 @@ def _checksum(file: Path) -> int:
 
 
 def _refusal(path: Path, error: OSError) -> InputError | RunError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # nothing that the user typed is wrong
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):  # nothing that the user typed is wrong
         return RunError(f"{path} can't be written: {error.strerror}")
     way_out = "; set FL_ATTACK_CACHE to a writable folder" if path.is_relative_to(folder()) else ""
     return InputError(f"{path.parent} can't be written to: {error.strerror or error}{way_out}")

@@ -5,6 +5,7 @@ inputs of networks are (n, C, H, W) where the samples are images.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from fl_attack.data import cache
 from fl_attack.data.sources import SOURCES, Raw, reading
 from fl_attack.errors import InputError
 
-CACHE_FORMAT = 2  # of what is stored; another number leaves old entries aside
+CACHE_FORMAT = 4  # of what is stored; another number leaves old entries aside
 NUMBERS_AT_ONCE = 2**15  # features that are made in one go
 CHANNELS = (1, 3, 4)  # of images: grey, colour, colour and transparency
 
@@ -95,14 +96,17 @@ def load(
     classes: Sequence[int | str] | None = None,
     scale: float | None = None,
     standardize: bool = False,
+    channels: int | None = None,
+    split: str | None = None,
     verify: bool = True,
 ) -> Dataset:
     """A dataset of `SOURCES`, from the cache where it was loaded before. Samples keep their order.
 
     `classes` picks by label or name, in that order: label 1 is `classes[1]`. `scale=None` is 255 for
-    integers, 1 for floats, 16 for digits. `standardize` gives each channel mean 0 and deviation 1 over the training
-    samples; a data set of plain features has a channel for each. `verify=False` skips the checksums, for workers
-    whose parent has loaded. InputError names what is missing, damaged or unknown.
+    integers, 1 for floats, 16 for digits. `channels` (of image_folder) makes images grey (1) or coloured (3, the
+    default), `split` (of emnist) names the part of it. `standardize` gives each channel mean 0 and deviation 1 over the
+    training samples; a data set of plain features has a channel for each. `verify=False` skips the checksums, for
+    workers whose parent has loaded. InputError names what is missing, damaged or unknown.
     """
     if loader not in SOURCES:
         raise InputError(f"dataset.loader={loader} is unknown; use one of {', '.join(SOURCES)}")
@@ -114,16 +118,21 @@ def load(
         raise InputError(f"dataset={loader} needs dataset.path, the place of its data")
     place = Path(located).expanduser().resolve()
     wanted = None if classes is None else list(classes)
-    key = cache.digest([CACHE_FORMAT, [_stamp(file) for file in source.files(place)], wanted])
+    option = [] if source.option is None else [{"channels": channels, "split": split}[source.option]]
+    key = cache.digest([CACHE_FORMAT, [_stamp(file) for file in source.files(place, *option)], wanted, *option])
 
     def build() -> tuple[cache.Arrays, cache.Facts]:
         where = str(place) if source.setting else loader
-        raw = source.read(place)
+        raw = source.read(place, *option)
         usual = source.scale or (1.0 if raw.x_train.dtype.kind == "f" else 255.0)
         arrays, names = _picked(_checked(raw, where), wanted, where)
-        return arrays, {"classes": names, "scale": usual, "shape": raw.x_train.shape[1:] or (1,)}
+        facts = {"largest": float(arrays["x_train"].max()), "shape": raw.x_train.shape[1:] or (1,)}
+        return arrays, {"classes": names, "scale": usual, **facts}
 
     entry = cache.entry(f"{loader}-{key}", build, verify=verify)
+    if scale is None and verify and entry.facts["scale"] == 255 and entry.facts["largest"] <= 1:
+        told = f"note: {place} holds whole numbers from 0 to 1, which are divided by 255; is dataset.scale=1 meant?"
+        print(told, file=sys.stderr, flush=True)
     scale = float(scale or entry.facts["scale"])
     return Dataset(
         **entry.arrays,

@@ -5,6 +5,7 @@ A partitioner deals n samples to clients 0 .. m-1: it maps labels (n,) to client
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -44,6 +45,9 @@ def partition(
     alpha: float | None = None,
     s: int | None = None,
     malicious_share: float | None = None,
+    balanced: bool = False,
+    min_samples: int = 1,
+    path: str | Path | None = None,
     held_out: float = 0.0,
 ) -> Partition:
     """Deal the samples with these labels to honest + malicious clients; the same for the same seed.
@@ -51,6 +55,8 @@ def partition(
     The malicious clients are the first of an order drawn by the seed: those of malicious=2 are among those of
     malicious=3, in the same partition, if the total is the same. With `malicious_share` exactly
     round(share * n) samples, drawn at random, are dealt to the malicious clients and the rest to the honest.
+    `name="given"` takes the client of each sample from the file `path`. With `balanced` a Dirichlet deal gives each
+    client as many samples; `min_samples` is the least that one may get.
     Before all that, the share `held_out` of the samples, drawn at random, is kept from all clients.
     InputError where a client would stay without samples.
     """
@@ -65,26 +71,40 @@ def partition(
         if not count:
             raise InputError(f"early_stop.share={held_out} holds out none of {len(labels)} samples; raise it")
         rest = np.sort(np.random.default_rng([seed, HELD_OUT]).permutation(len(labels))[count:])
-        deal = partition(
-            labels[rest],
-            honest=honest,
-            malicious=malicious,
-            seed=seed,
-            name=name,
-            alpha=alpha,
-            s=s,
-            malicious_share=malicious_share,
-        )
         holder = np.full(len(labels), -1)
+        if name == "given":
+            deal = Partition(_given(path, clients, len(labels))[rest], _chosen(seed, clients, malicious))
+            _check_least(deal.client, clients, min_samples)
+        else:
+            deal = partition(
+                labels[rest],
+                honest=honest,
+                malicious=malicious,
+                seed=seed,
+                name=name,
+                alpha=alpha,
+                s=s,
+                malicious_share=malicious_share,
+                balanced=balanced,
+                min_samples=min_samples,
+            )
         holder[rest] = deal.client
         return Partition(holder, deal.malicious)
 
     def dealt(labels: np.ndarray, clients: int, stream: int, kind: str = "") -> np.ndarray:
         if clients > len(labels):
             raise InputError(f"{len(labels)} samples are too few for {clients} {kind}clients; each needs one")
-        return PARTITIONERS[name](labels, clients, np.random.default_rng([seed, stream]), alpha=alpha, s=s)
+        rng = np.random.default_rng([seed, stream])
+        least = {"least": min_samples, "balanced": balanced}
+        found = PARTITIONERS[name](labels, clients, rng, alpha=alpha, s=s, path=path, **least)
+        _check_least(found, clients, min_samples)
+        return found
 
-    chosen = np.sort(np.random.default_rng([seed, MALICIOUS]).permutation(clients)[:malicious])
+    if name == "given" and malicious_share is not None:
+        raise InputError(
+            f"partition.malicious_share={malicious_share} has no meaning with partition=given; leave it out"
+        )
+    chosen = _chosen(seed, clients, malicious)
     if malicious_share is None:
         return Partition(dealt(labels, clients, SHARDS), chosen)
 
@@ -103,32 +123,121 @@ def partition(
     return Partition(client, chosen)
 
 
+def _chosen(seed: int, clients: int, malicious: int) -> np.ndarray:
+    """The malicious clients, ascending."""
+    return np.sort(np.random.default_rng([seed, MALICIOUS]).permutation(clients)[:malicious])
+
+
+def _check_least(client: np.ndarray, clients: int, least: int) -> None:
+    counts = np.bincount(client, minlength=clients)
+    if counts.min() < least:
+        raise InputError(
+            f"partition.min_samples={least}: client {int(counts.argmin())} of {clients} has {int(counts.min())} samples"
+        )
+
+
 def iid(labels: np.ndarray, clients: int, rng: np.random.Generator, **_: object) -> np.ndarray:
     """Equal shards at random; sizes differ by at most one."""
     return rng.permutation(np.arange(len(labels)) % clients)
 
 
 def dirichlet(
-    labels: np.ndarray, clients: int, rng: np.random.Generator, *, alpha: float | None, **_: object
+    labels: np.ndarray,
+    clients: int,
+    rng: np.random.Generator,
+    *,
+    alpha: float | None,
+    balanced: bool = False,
+    least: int = 1,
+    **_: object,
 ) -> np.ndarray:
     """Each class in proportions drawn from Dir(alpha, ..., alpha): a small alpha leaves it to few clients.
 
-    Drawn anew while a client is empty. https://arxiv.org/abs/1909.06335
+    Drawn anew while a client has fewer than `least` samples. https://arxiv.org/abs/1909.06335. With `balanced` each
+    client has as many samples, of classes in proportions drawn from Dir(alpha) times their shares of all.
     """
     if alpha is None or not 0 < alpha < np.inf:
         raise InputError(f"partition.alpha={alpha} must be above 0")
+    if balanced:
+        return _balanced(labels, clients, rng, alpha)
     client = np.empty(len(labels), np.int64)
     for _draw in range(DIRICHLET_DRAWS):
         for label in np.unique(labels):
             members = rng.permutation(np.flatnonzero(labels == label))
-            ends = len(members) * rng.dirichlet(np.full(clients, alpha)).cumsum()
-            client[members] = np.searchsorted(ends[:-1], np.arange(len(members)), side="right")
-        if len(np.unique(client)) == clients:
+            counts = _shared_out(len(members), rng.dirichlet(np.full(clients, alpha)), rng)
+            client[members] = np.repeat(np.arange(clients), counts)
+        if np.bincount(client, minlength=clients).min() >= least:
             return client
+    few = "without samples" if least == 1 else f"with fewer than {least} samples"
     raise InputError(
-        f"partition.alpha={alpha} left one of {clients} clients without samples in {DIRICHLET_DRAWS} draws; "
-        "raise alpha or use fewer clients"
+        f"partition.alpha={alpha} left one of {clients} clients {few} in {DIRICHLET_DRAWS} draws; "
+        "raise alpha or use fewer clients" + (", or lower partition.min_samples" if least > 1 else "")
     )
+
+
+def _shared_out(count: int, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Whole numbers that add up to a count, in these shares; what is left by rounding goes to the largest remainders.
+
+    Equal remainders are drawn by lot, so that no client is favoured.
+    """
+    exact = count * shares
+    counts = np.floor(exact).astype(np.int64)
+    lots = rng.permutation(len(shares))
+    order = lots[np.argsort(-(exact - counts)[lots], kind="stable")]
+    counts[order[: count - int(counts.sum())]] += 1
+    found: np.ndarray = counts
+    return found
+
+
+def _balanced(labels: np.ndarray, clients: int, rng: np.random.Generator, alpha: float) -> np.ndarray:
+    """Places are filled in turn by client, from the classes that are left, by the client's proportions."""
+    classes, of_class = np.unique(labels, return_inverse=True)
+    left = np.bincount(of_class)
+    prior = left / len(labels) * len(classes)
+    wanted = np.maximum(rng.dirichlet(alpha * prior, clients), 1e-300)
+    members = [rng.permutation(np.flatnonzero(of_class == label)).tolist() for label in range(len(classes))]
+    client = np.empty(len(labels), np.int64)
+    turns = np.concatenate([rng.permutation(clients) for _ in range(-(-len(labels) // clients))])[: len(labels)]
+    for one, at in zip(turns.tolist(), rng.random(len(labels)).tolist(), strict=True):
+        reach = np.cumsum(wanted[one] * (left > 0))
+        label = min(int(np.searchsorted(reach, at * reach[-1], side="right")), int(np.flatnonzero(left)[-1]))
+        left[label] -= 1
+        client[members[label].pop()] = one
+    return client
+
+
+def given(
+    labels: np.ndarray, clients: int, rng: np.random.Generator, *, path: str | Path | None, **_: object
+) -> np.ndarray:
+    """Who holds what as a file says: natural users, for instance."""
+    return _given(path, clients, len(labels))
+
+
+def _given(path: str | Path | None, clients: int, samples: int) -> np.ndarray:
+    """The client of each sample from a file: `client` of an .npz, an .npy, or a number in each line of a text."""
+    if path is None:
+        raise InputError("partition=given needs partition.path, a file with the client of each training sample")
+    file = Path(path).expanduser()
+    try:
+        if file.suffix in (".npz", ".npy"):
+            loaded = np.load(file, allow_pickle=False)
+            found = loaded["client"] if file.suffix == ".npz" else loaded
+        else:
+            found = np.array([int(line) for line in file.read_text().split()])
+    except Exception as error:  # whatever a damaged file makes numpy raise
+        raise InputError(f"{file} can't be read as clients: {' '.join(str(error).split())}") from None
+    if found.shape != (samples,) or found.dtype.kind not in "iu":
+        raise InputError(
+            f"{file} holds {found.dtype} of shape {found.shape}; wanted: a whole number for each of {samples} samples"
+        )
+    there = np.unique(found)
+    if not np.array_equal(there, np.arange(len(there))):
+        raise InputError(f"{file} holds clients from {there[0]} to {there[-1]}, not each of 0, 1, 2, ...")
+    if len(there) != clients:
+        raise InputError(
+            f"{file} holds {len(there)} clients, but clients.total={clients}; use clients.total={len(there)}"
+        )
+    return np.asarray(found, np.int64)
 
 
 def shards(labels: np.ndarray, clients: int, rng: np.random.Generator, *, s: int | None, **_: object) -> np.ndarray:
@@ -150,4 +259,9 @@ def shards(labels: np.ndarray, clients: int, rng: np.random.Generator, *, s: int
     return client
 
 
-PARTITIONERS: dict[str, Callable[..., np.ndarray]] = {"iid": iid, "dirichlet": dirichlet, "shards": shards}
+PARTITIONERS: dict[str, Callable[..., np.ndarray]] = {
+    "iid": iid,
+    "dirichlet": dirichlet,
+    "shards": shards,
+    "given": given,
+}

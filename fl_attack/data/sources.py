@@ -7,6 +7,7 @@ checks it.
 
 import io
 import os
+import re
 import socket
 import sys
 import warnings
@@ -23,9 +24,14 @@ from fl_attack.data import cache
 from fl_attack.errors import InputError
 
 NETWORK_PATIENCE = 5.0  # seconds without an answer
-MNIST_FILES = [
-    f"MNIST/raw/{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-]
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")  # of images in folders
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+IDX = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+MNIST_FILES = [f"MNIST/raw/{name}" for name in IDX]
+FASHION_MNIST_FILES = [f"FashionMNIST/raw/{name}" for name in IDX]
+EMNIST_SPLITS = ("balanced", "byclass", "bymerge", "letters", "digits", "mnist")
+CIFAR100_FILES = [f"cifar-100-python/{name}" for name in ("train", "test", "meta")]
+SVHN_FILES = ["train_32x32.mat", "test_32x32.mat"]
 CIFAR10_FILES = [
     f"cifar-10-batches-py/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
 ]
@@ -46,9 +52,10 @@ class Source:
     """A row of the table of sources."""
 
     setting: str | None  # what locates it: "root", "path" or nothing
-    files: Callable[[Path], list[Path]]  # what will be read, fetched where it can be; not opened yet
-    read: Callable[[Path], Raw]
+    files: Callable[..., list[Path]]  # of the place and the option: what will be read, fetched where it can be
+    read: Callable[..., Raw]  # of the place and the option
     scale: float | None = None  # of its raw values; None: 255 for integers, 1 for floats
+    option: str | None = None  # the setting that both get as well
 
 
 @contextmanager
@@ -75,26 +82,77 @@ def _read_digits(place: Path) -> Raw:
 
 
 def _read_mnist(root: Path) -> Raw:
+    x_train, y_train, x_test, y_test = _read_idx(root, MNIST_FILES)
+    return Raw(x_train, y_train, x_test, y_test)
+
+
+def _read_fashion_mnist(root: Path) -> Raw:
+    from torchvision.datasets import FashionMNIST
+
+    x_train, y_train, x_test, y_test = _read_idx(root, FASHION_MNIST_FILES)
+    return Raw(x_train, y_train, x_test, y_test, list(FashionMNIST.classes))
+
+
+def _read_emnist(root: Path, split: str | None) -> Raw:
+    from torchvision.datasets import EMNIST
+
+    x_train, y_train, x_test, y_test = _read_idx(root, _emnist_files(split))
+    names, first = list(EMNIST.classes_split_dict[split]), int(split == "letters")  # letters count from 1
+    upright = x_train.swapaxes(1, 2), x_test.swapaxes(1, 2)  # they are stored lying on their side
+    return Raw(upright[0], y_train - first, upright[1], y_test - first, names[first:])
+
+
+def _emnist_files(split: str | None) -> list[str]:
+    if split not in EMNIST_SPLITS:
+        raise InputError(f"dataset.split={split} is unknown; use one of {', '.join(EMNIST_SPLITS)}")
+    return [f"EMNIST/raw/emnist-{split}-{name.replace('t10k', 'test')}" for name in IDX]
+
+
+def _read_idx(root: Path, files: list[str]) -> list[np.ndarray]:
+    """Images and labels to train on and to test with, in MNIST's format."""
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     arrays = []
-    for name, read in zip(MNIST_FILES, 2 * (read_image_file, read_label_file), strict=True):
+    for name, read in zip(files, 2 * (read_image_file, read_label_file), strict=True):
         with reading(root / name):
             arrays.append(read(root / name).numpy())
+    return arrays
+
+
+def _read_svhn(root: Path) -> Raw:
+    from torchvision.datasets import SVHN
+    from torchvision.datasets.utils import check_md5
+
+    arrays = []
+    for part, (_, name, md5) in ((part, SVHN.split_list[part]) for part in ("train", "test")):
+        if not check_md5(root / name, md5):
+            raise InputError(f"{root / name} is damaged: its MD5 sum is wrong; delete it to download it anew")
+        with reading(root / name):
+            loaded = SVHN(root, split=part)
+        arrays += [loaded.data, loaded.labels]
     return Raw(*arrays)
 
 
 def _read_cifar10(root: Path) -> Raw:
-    from torchvision.datasets import CIFAR10
+    return _read_cifar(root, "CIFAR10", CIFAR10_FILES)
+
+
+def _read_cifar100(root: Path) -> Raw:
+    return _read_cifar(root, "CIFAR100", CIFAR100_FILES)
+
+
+def _read_cifar(root: Path, name: str, files: list[str]) -> Raw:
+    from torchvision import datasets
     from torchvision.datasets.utils import check_md5
 
-    sums = dict(CIFAR10.train_list + CIFAR10.test_list + [[CIFAR10.meta["filename"], CIFAR10.meta["md5"]]])
-    for file in (root / name for name in CIFAR10_FILES):
+    kind = getattr(datasets, name)
+    sums = dict([*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]])
+    for file in (root / part for part in files):
         if not check_md5(file, sums[file.name]):
             raise InputError(f"{file} is damaged: its MD5 sum is wrong; delete it to download it anew")
-    with reading(root / CIFAR10.base_folder), warnings.catch_warnings():
+    with reading(root / kind.base_folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "dtype.*align")  # numpy 2.4.0 to 2.4.4, of old pickles
-        train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
+        train, test = kind(root, train=True), kind(root, train=False)
     return Raw(train.data, np.array(train.targets), test.data, np.array(test.targets), train.classes)
 
 
@@ -109,44 +167,92 @@ def _read_npz(file: Path) -> Raw:
         return Raw(*(stored[key] for key in keys))
 
 
-def _read_image_folder(folder: Path) -> Raw:
-    from torchvision.datasets import ImageFolder
-
-    with reading(folder):
-        train, test = (ImageFolder(folder / part) for part in ("train", "test"))
-    if odd := sorted(set(train.classes) ^ set(test.classes)):
+def _read_image_folder(folder: Path, channels: int | None) -> Raw:
+    classes = {part: _class_names(folder / part) for part in ("train", "test")}
+    if odd := sorted(set(classes["train"]) ^ set(classes["test"])):
         raise InputError(f"{folder}: train and test need the same classes; only one has {', '.join(odd)}")
-    first = train.imgs[0][0]
-    with reading(first):
-        shape = np.asarray(train.loader(first)).shape
-    x_train, x_test = (_decoded(part.imgs, first, shape) for part in (train, test))
-    return Raw(x_train, np.array(train.targets), x_test, np.array(test.targets), train.classes)
+    names = classes["train"]
+    images = {part: _images(folder / part, names) for part in classes}
+    if not images["train"] or not images["test"]:
+        raise InputError(f"{folder}: there is no image in {'train' if not images['train'] else 'test'}")
+    first = images["train"][0][0]
+    shape = _decoded_one(first, channels or 3).shape
+    x_train, x_test = (_decoded(files, first, shape, channels or 3) for files in images.values())
+    kind = np.result_type(x_train, x_test)
+    if kind != np.uint8:  # some have 16 bits, so that all are shares of what their type can hold
+        x_train, x_test = (x if x.dtype == kind else x / np.float32(255) for x in (x_train, x_test))
+    y_train, y_test = (np.array([label for _, label in files]) for files in images.values())
+    return Raw(x_train, y_train, x_test, y_test, names)
 
 
-def _decoded(images: list[tuple[str, int]], first: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Images of one shape as (n, height, width, 3) uint8; InputError names the first that differs."""
-    from torchvision.datasets.folder import default_loader
+def _class_names(folder: Path) -> list[str]:
+    """The folders in a folder; those that are all numbers in the order of these."""
+    with reading(folder):
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not names:
+        raise InputError(f"{folder} can't be read: it has no folder for each class")
+    return sorted(names, key=int) if all(re.fullmatch("[0-9]+", name) for name in names) else names
+
+
+def _images(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
+    """The images of each class, by their path, with its label."""
+    return [
+        (file, label)
+        for label, name in enumerate(names)
+        for file in _files(folder / name)
+        if file.suffix.lower() in SUFFIXES
+    ]
+
+
+def _files(folder: Path) -> list[Path]:
+    walk = os.walk(folder, followlinks=True)
+    return [Path(base, name) for base, _, found in sorted(walk) for name in sorted(found)]
+
+
+def _decoded(images: list[tuple[Path, int]], first: Path, shape: tuple[int, ...], channels: int) -> np.ndarray:
+    """Images of one shape as (n, height, width, channels) uint8, or where one has 16 bits float32 from 0 to 1."""
     from tqdm import tqdm
 
-    pixels = np.empty((len(images), *shape), np.uint8)
+    pixels: np.ndarray = np.empty((len(images), *shape), np.uint8)
     progress = tqdm(images, "decoding images", disable=None, leave=False)  # None: on terminals only
     for row, (file, _) in enumerate(progress):
-        with reading(file):
-            image = np.asarray(default_loader(file))
+        image = _decoded_one(file, channels)
         if image.shape != shape:
             sizes = "{1} x {0}".format(*image.shape), "{1} x {0}".format(*shape)
             raise InputError(f"{file} is {sizes[0]} pixels, {first} is {sizes[1]}; all must have one size")
+        if image.dtype == np.uint16 and pixels.dtype == np.uint8:
+            pixels = pixels / np.float32(255)
+        if pixels.dtype != np.uint8:
+            image = image / np.float32(np.iinfo(image.dtype).max)
         pixels[row] = image
     return pixels
 
 
+def _decoded_one(file: Path, channels: int) -> np.ndarray:
+    """An image as (height, width, channels) uint8 or uint16; of an animation the first picture."""
+    from PIL import Image, UnidentifiedImageError
+
+    with reading(file):
+        try:
+            with Image.open(file, formats=FORMATS) as image:  # others would start programs such as Ghostscript
+                mode = image.mode
+                if mode.startswith("I;16"):
+                    grey = np.asarray(image).astype(np.uint16)[..., None]
+                    return np.broadcast_to(grey, (*grey.shape[:2], channels))
+                if mode in ("I", "F"):
+                    raise InputError(f"{file} holds 32-bit numbers, whose range is not known; store 8 or 16 bits")
+                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        except UnidentifiedImageError:
+            raise InputError(f"{file} is not an image of the formats {', '.join(FORMATS)}, or damaged") from None
+    return pixels[..., None] if channels == 1 else pixels
+
+
 def _under(folder: Path) -> list[Path]:
     """All files of an image folder."""
-    walks = [os.walk(folder / part, followlinks=True) for part in ("train", "test")]
-    return sorted(Path(base, name) for walk in walks for base, _, names in walk for name in names)
+    return sorted(file for part in ("train", "test") for file in _files(folder / part))
 
 
-def _fetched(name: str, files: list[str], root: Path) -> list[Path]:
+def _fetched(name: str, files: list[str], root: Path, **how: str) -> list[Path]:
     """The files under `root`, downloaded by torchvision's class of that name if one is not there."""
     expected = [root / file for file in files]
     missing = next((file for file in expected if not file.is_file()), None)
@@ -154,7 +260,7 @@ def _fetched(name: str, files: list[str], root: Path) -> list[Path]:
         return expected
     with cache.lock("download"):  # torchvision writes in place
         try:
-            _download(name, root)
+            _download(name, root, **how)
         except Exception as error:
             reason = _one_line(error).rpartition("got: ")[2]  # of the mirror that was tried last
             raise InputError(
@@ -164,7 +270,7 @@ def _fetched(name: str, files: list[str], root: Path) -> list[Path]:
     return expected
 
 
-def _download(name: str, root: Path) -> None:
+def _download(name: str, root: Path, **how: str) -> None:
     """With a progress bar for those who watch, and no long wait for a network that is not there."""
     from torchvision import datasets
 
@@ -173,7 +279,8 @@ def _download(name: str, root: Path) -> None:
     try:
         watched = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with redirect_stdout(sys.stderr), watched:
-            getattr(datasets, name)(root, download=True)
+            for more in [how] if name != "SVHN" else ({"split": "train"}, {"split": "test"}):
+                getattr(datasets, name)(root, download=True, **more)
     finally:
         socket.setdefaulttimeout(patience)
 
@@ -182,6 +289,17 @@ SOURCES = {
     "digits": Source(None, lambda place: [], _read_digits, scale=16.0),
     "mnist": Source("root", lambda root: _fetched("MNIST", MNIST_FILES, root), _read_mnist),
     "cifar10": Source("root", lambda root: _fetched("CIFAR10", CIFAR10_FILES, root), _read_cifar10),
+    "fashion_mnist": Source(
+        "root", lambda root: _fetched("FashionMNIST", FASHION_MNIST_FILES, root), _read_fashion_mnist
+    ),
+    "emnist": Source(
+        "root",
+        lambda root, split: _fetched("EMNIST", _emnist_files(split), root, split=split),
+        _read_emnist,
+        option="split",
+    ),
+    "cifar100": Source("root", lambda root: _fetched("CIFAR100", CIFAR100_FILES, root), _read_cifar100),
+    "svhn": Source("root", lambda root: _fetched("SVHN", SVHN_FILES, root), _read_svhn),
     "npz": Source("path", lambda file: [file], _read_npz),
-    "image_folder": Source("path", _under, _read_image_folder),
+    "image_folder": Source("path", lambda folder, channels: _under(folder), _read_image_folder, option="channels"),
 }

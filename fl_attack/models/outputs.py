@@ -116,16 +116,17 @@ class Quality(NamedTuple):
 def quality(Z: Tensor, y: Tensor, loss: LossTable = cross_entropy) -> Quality:
     """Accuracy, F1 and mean loss of logits Z (n, C) for labels y (n,).
 
-    F1 is that of label 1 for two classes and the unweighted mean over the classes otherwise; a class that is
-    neither predicted nor present counts 0.
+    F1 is that of label 1 for two classes and otherwise the unweighted mean over the classes that occur, in y or among
+    the predictions, as scikit-learn has it.
     """
     predicted = predictions(Z)
     classes = max(2, Z.shape[-1])
     confusion = torch.bincount(y * classes + predicted, minlength=classes * classes).view(classes, classes)
     hits = confusion.diagonal().double()
-    f1 = 2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)
+    either = confusion.sum(0) + confusion.sum(1)
+    f1 = 2 * hits / either.clamp(min=1)
     return Quality(
         accuracy=(hits.sum() / len(y)).item(),
-        f1=(f1[1] if classes == 2 else f1.mean()).item(),
+        f1=(f1[1] if classes == 2 else f1[either > 0].mean()).item(),
         loss=losses_under(loss, Z, y).double().mean().item(),
     )

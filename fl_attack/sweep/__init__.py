@@ -130,7 +130,7 @@ def _computed(
                 progress.skip(len(unit.cells))
 
         def keep(unit: Unit, numbers: Numbers) -> None:
-            write_whole(kept / f"{unit.key}.npz", saver(numbers))
+            write_whole(kept / f"{unit.key}.npz", saver(numbers, unit.key))
             done.update(by_cell(unit, numbers))
 
         compute(todo, scenarios, progress, keep)

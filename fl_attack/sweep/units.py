@@ -84,15 +84,17 @@ def by_cell(unit: Unit, numbers: Numbers) -> dict[int, Numbers]:
     return {cell: Numbers(*(part[i] for part in numbers)) for i, cell in enumerate(unit.cells)}
 
 
-def saver(numbers: Numbers) -> Callable[[Any], None]:
-    """Writes numbers to a stream."""
-    return lambda stream: np.savez_compressed(stream, **numbers._asdict())
+def saver(numbers: Numbers, key: str) -> Callable[[Any], None]:
+    """Writes the numbers of a unit to a stream, with its key."""
+    return lambda stream: np.savez_compressed(stream, key=np.array(key), **numbers._asdict())
 
 
 def read(file: Path) -> Numbers | None:
-    """Numbers kept in a file; None where there is none or it is damaged."""
+    """Numbers kept in a file that has the name of their unit; None where there is none, or it is damaged or another."""
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            if str(stored["key"]) != file.stem:
+                return None
             return Numbers(*(stored[name] for name in Numbers._fields))
     except Exception:
         return None

@@ -44,7 +44,7 @@ class Samples:
         f1 = 2 * true / (true + false + ones).clamp(min=1).double()
         Z[:, self.zeros :].neg_()
         loss = functional.softplus(Z).sum(1, dtype=torch.float64)
-        return torch.stack([(true + self.zeros - false) / len(self.y), f1, loss / len(self.y)], 1)
+        return torch.stack([(true + self.zeros - false).double() / len(self.y), f1, loss / len(self.y)], 1)
 
     def _several(self, theta: Tensor) -> Tensor:
         n, C = len(self.y), self.classes
@@ -58,5 +58,7 @@ class Samples:
         pair = (cell * C + self.y) * C + predicted
         confusion = torch.bincount(pair.view(-1), minlength=len(Z) * C * C).view(-1, C, C)
         hits = confusion.diagonal(dim1=1, dim2=2).double()
-        f1 = 2 * hits / (confusion.sum(1) + confusion.sum(2)).clamp(min=1)
-        return torch.stack([hits.sum(1) / n, f1.mean(1), loss.mean(1, dtype=torch.float64)], 1)
+        either = confusion.sum(1) + confusion.sum(2)
+        occurs = (either > 0).double()  # in the test set or among what is predicted
+        f1 = (2 * hits / either.clamp(min=1)).sum(1) / occurs.sum(1)
+        return torch.stack([hits.sum(1) / n, f1, loss.mean(1, dtype=torch.float64)], 1)
