@@ -25,6 +25,9 @@ OPTIONS = (
 )
 
 
+ON_MNIST = ("experiment=networks",)  # grids that take MNIST where dataset.root is given
+
+
 def conf_folder() -> Path:
     """The folder of the YAML files: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
@@ -32,8 +35,15 @@ def conf_folder() -> Path:
 
 
 def opened(overrides: Iterable[str]) -> list[str]:
-    """Overrides that may also set what no YAML names: the arguments of a model, a strategy or an attack."""
-    return [re.sub(r"^\+*(?=(model|strategy|attack)\.args[.=])", "++", override) for override in overrides]
+    """Overrides that may also set what no YAML names: the arguments of a model, a strategy or an attack.
+
+    A grid of `ON_MNIST` is run on MNIST where its folder is named: `experiment=networks dataset.root=...`.
+    """
+    found = [re.sub(r"^\+*(?=(model|strategy|attack)\.args[.=])", "++", override) for override in overrides]
+    keys = {override.partition("=")[0].lstrip("+") for override in found}
+    if any(one.lstrip("+") in ON_MNIST for one in found) and "dataset.root" in keys and "dataset" not in keys:
+        found.append("dataset=mnist")
+    return found
 
 
 def many(arguments: list[str]) -> list[str]:
