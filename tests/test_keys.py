@@ -45,6 +45,11 @@ CHANGES: dict[str, Change] = {
     "partition.name": Change("partition=dirichlet", together=False),
     "partition.alpha": Change("partition.alpha=0.1", ("partition=dirichlet",), together=False),
     "partition.s": Change("partition.s=1", ("partition=shards",), together=False),
+    "partition.balanced": Change("partition.balanced=true", ("partition=dirichlet",), together=False),
+    "partition.min_samples": Change(
+        "partition.min_samples=9", ("partition=dirichlet", "partition.alpha=0.1"), together=False
+    ),
+    "partition.path": Change("partition.path={holders}", ("partition=given", "partition.path={users}"), together=False),
     "partition.malicious_share": Change("partition.malicious_share=0.2", together=False),
     "attack.name": Change("attack=random_flip"),
     "attack.goal": Change("attack.goal=targeted"),
@@ -88,10 +93,11 @@ CHANGES: dict[str, Change] = {
     "launcher": Change("launcher=ray", numbers=False),
     "out": Change("out=elsewhere", numbers=False),
     "overwrite": Change("overwrite=true", numbers=False),
+    "resume": Change("resume=false", numbers=False),
     "verbose": Change("verbose=true", numbers=False),
 }
 # what an experiment is computed by, whose numbers are the same up to rounding; and what has one value only
-OTHERS = {"dataset.loader", "strategy.path", "strategy.rule", "detectability"} | {
+OTHERS = {"dataset.channels", "dataset.split", "dataset.loader", "strategy.path", "strategy.rule", "detectability"} | {
     f"engine.{key}" for key in ("name", "grid", "actors", "ray_address", "device", "client_device", "memory_gb")
 }
 
@@ -109,7 +115,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (tmp_path / "moved").mkdir()
     shutil.copy(files["data"], tmp_path / "moved" / "data.npz")
     np.savez(tmp_path / "target.npz", theta=rng.normal(size=(3, 7)))
-    return {name: str(file) for name, file in files.items()} | {
+    holders = {"users": np.arange(90) % 5, "holders": np.arange(90) // 18}
+    for name, client in holders.items():
+        np.savez(tmp_path / f"{name}.npz", client=client)
+    return {name: f"{tmp_path}/{name}.npz" for name in (*files, *holders)} | {
         "target": f"{tmp_path}/target.npz",
         "moved": f"{tmp_path}/moved",
     }
@@ -202,6 +211,14 @@ def test_a_target_file_that_has_changed_is_new_work(places: dict[str, str]) -> N
     for value in (1.0, 2.0, 1.0):
         np.savez(places["target"], theta=np.full((3, 7), value))
         keys.append(work_key(made(places, "attack.goal=targeted", f"attack.target_path={places['target']}")))
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_a_deal_in_a_file_that_has_changed_is_new_work(places: dict[str, str], tmp_path: Path) -> None:
+    keys = []
+    for client in (np.arange(90) % 5, np.arange(90) // 18, np.arange(90) % 5):
+        np.savez(tmp_path / "users.npz", client=client)
+        keys.append(work_key(made(places, "partition=given", f"partition.path={tmp_path}/users.npz")))
     assert keys[0] == keys[2] != keys[1]
 
 

@@ -12,9 +12,14 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from fl_attack import experiment, scenario
 from fl_attack.config import compose
-from fl_attack.engine.outcome import run_alone
+from fl_attack.engine import Outcome, sequential
 
 Small = Callable[..., list[str]]
+
+
+def run_alone(cell: scenario.Scenario) -> Outcome:
+    """One experiment, client by client."""
+    return sequential.run(cell, client_by_client=True)
 
 
 def last_row(folder: Path) -> dict[str, str]:

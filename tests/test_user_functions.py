@@ -9,7 +9,13 @@ import pytest
 
 from fl_attack import scenario
 from fl_attack.config import compose
-from fl_attack.engine.outcome import run_alone
+from fl_attack.engine import Outcome, sequential
+
+
+def run_alone(cell: scenario.Scenario) -> Outcome:
+    """One experiment, client by client."""
+    return sequential.run(cell, client_by_client=True)
+
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str, str]]
