@@ -155,13 +155,7 @@ def test_every_setting_is_changed_here_or_said_to_change_no_number() -> None:
     assert set(leaves(Settings)) == CHANGES.keys() | OTHERS
 
 
-WRONG = {"worker_momentum": "of cells with and without it, all are computed as the first is"}
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [pytest.param(name, marks=[pytest.mark.xfail(reason=WRONG[name])] if name in WRONG else []) for name in CHANGES],
-)
+@pytest.mark.parametrize("setting", CHANGES)
 def test_a_setting_changes_keys_and_groups_exactly_where_it_changes_numbers(
     places: dict[str, str], setting: str
 ) -> None:

@@ -34,6 +34,7 @@ def group_key(chosen: Scenario) -> Hashable:
         _digest(_Same(chosen.partition.client)),
         settings.clients.total,
         settings.model.model_dump_json(),
+        settings.worker_momentum > 0,  # such cells are not those of the linear fast path
         settings.seed,
         settings.batch_size,
         settings.local_steps,
