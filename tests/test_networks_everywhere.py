@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fl_attack import adversary, engine, federation, protocol, scenario, targets
+from fl_attack import adversary, engine, federation, identity, protocol, scenario, targets
+from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings
 from fl_attack.engine import sequential, stacked
 from fl_attack.federation.grid import BlockGrid
@@ -284,3 +285,98 @@ def test_a_sweep_over_models_has_a_row_for_each(command: Command, tmp_path: Path
     assert code == 0, err
     rows = (tmp_path / "out" / "sweep.csv").read_text().splitlines()
     assert [row.split(",")[1] for row in rows[1:]] == ["logistic"] * 2 + ["mlp"] * 2 + ["cnn"] * 2
+
+
+class StoppedError(Exception):
+    """What the test below cuts a run off with."""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["model=cnn", "server_optimizer=adam", "lr=0.01", "early_stop.patience=5"],
+        [*MLP, "worker_momentum=0.9", "strategy=median", "clients.per_round=7", "attack.refresh=epoch"],
+    ],
+)
+def test_a_run_of_a_network_goes_on_where_it_stopped(settings: Compose, tmp_path: Path, more: list[str]) -> None:
+    cell = scenario.make(settings(*SMALL, "engine=batched", "rounds=8", *more))
+    whole = sequential.run(cell)
+    kept = Checkpoint(tmp_path, "key", every=0)
+    done = 0
+
+    def cut_off(rounds: int) -> None:
+        nonlocal done
+        done += rounds
+        if done == 5:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        sequential.run(cell, progress=cut_off, checkpoint=kept)
+    told: list[int] = []
+    resumed = sequential.run(cell, progress=told.append, checkpoint=Checkpoint(tmp_path, "key"))
+    assert told[0] >= 1 and sum(told) == 8
+    assert resumed.theta is not None and whole.theta is not None and torch.equal(resumed.theta, whole.theta)
+    assert np.array_equal(resumed.table, whole.table, equal_nan=True)
+    assert_same(resumed.history(), whole.history(), rtol=0)
+
+
+def test_a_users_module_that_changes_is_another_unit_and_another_target(settings: Compose, tmp_path: Path) -> None:
+    keys, files = set(), set()
+    for width in (3, 4):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        (folder / "mine.py").write_text(NET.replace("width=8", f"width={width}"))
+        cell = scenario.make(settings(f"model.name={folder}/mine.py:Net", "attack.goal=targeted", "rounds=2"))
+        keys.add(identity.key_of([cell]).replace(str(width), ""))
+        files.add(targets._target_file(cell).name)
+    assert len(keys) == len(files) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("model=mlp", "model=cnn", "lr_schedule=cosine", "weight_decay=0.1", "worker_momentum=0.5", "lr=0.3"),
+        *("dataset.standardize=true", "seed=1", "local_steps=2", "rounds=3", "clients.per_round=5"),
+    ],
+)
+def test_what_changes_the_target_changes_its_file(settings: Compose, change: str) -> None:
+    cells = [scenario.make(settings("attack.goal=targeted", "rounds=2", *more)) for more in ([], [change])]
+    assert len({targets._target_file(cell) for cell in cells}) == 2
+
+
+@pytest.mark.parametrize("same", ["attack.budget=0.1", "strategy=median", "engine=batched", "eval_every=2"])
+def test_what_does_not_change_the_target_keeps_its_file(settings: Compose, same: str) -> None:
+    cells = [scenario.make(settings("attack.goal=targeted", "rounds=2", *more)) for more in ([], [same])]
+    assert len({targets._target_file(cell) for cell in cells}) == 1
+
+
+def test_standardized_channels_have_mean_0_and_deviation_1(settings: Compose, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((6, 6, 3), (3, 6, 6), (6, 6), (5,)):
+        x = rng.integers(0, 256, (40, *shape)).astype(np.uint8)
+        y = np.arange(40) % 2
+        np.savez(tmp_path / "x.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+        common = [
+            "dataset=npz",
+            f"dataset.path={tmp_path}/x.npz",
+            "dataset.standardize=true",
+            "dtype=float64",
+            "batch_size=20",
+        ]
+        cell = scenario.make(settings(*common, "model=mlp"))
+        X, _ = cell.test_set()
+        axes = (0, 2, 3) if X.ndim == 4 else (0,)
+        assert X.shape[1:] == {(6, 6, 3): (3, 6, 6), (3, 6, 6): (3, 6, 6), (6, 6): (1, 6, 6), (5,): (5,)}[shape]
+        assert X.mean(axes).numpy() == pytest.approx(0, abs=1e-9)
+        assert X.std(axes, correction=0).numpy() == pytest.approx(1)
+        flat = scenario.make(settings(*common)).test_set()[0]
+        assert flat[:, :-1].sort(1).values.numpy() == pytest.approx(X.flatten(1).sort(1).values.numpy())
+        assert (flat[:, -1] == 1).all()
+
+
+def test_pixels_reach_a_network_in_the_order_of_channels_rows_and_columns(settings: Compose, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (20, 5, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=np.arange(20) % 2, x_test=x, y_test=np.arange(20) % 2)
+    cell = scenario.make(settings("dataset=npz", f"dataset.path={tmp_path}/x.npz", "model=mlp", "batch_size=20"))
+    X = cell.features(np.array([3, 1]))
+    np.testing.assert_allclose(X.numpy(), x[[3, 1]].transpose(0, 3, 1, 2) / np.float32(255), rtol=1e-6)

@@ -37,7 +37,10 @@ def find(name: str) -> Entry:
         raise InputError(
             f"name={name} is not a model; known: {', '.join(MODELS)}, or the import path of a torch.nn.Module"
         )
-    return Entry(plugins.load(name))
+    try:
+        return Entry(plugins.load(name))
+    except InputError as error:
+        raise InputError(f"name={error}") from None
 
 
 def check_args(name: str, args: Mapping[str, Any]) -> None:
