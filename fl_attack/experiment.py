@@ -101,8 +101,11 @@ def _told(work: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as signalled:
-        kept = any((work / part / "rounds.csv").exists() for part in (".", results.BASELINE))
-        what = f"what was measured is in {work}; the same command goes on" if kept else "nothing was measured yet"
+        parts = work, work / results.BASELINE
+        kept = any((part / "rounds.csv").exists() for part in parts)
+        goes_on = any((part / folder.STATE).exists() for part in parts)  # the linear fast path keeps no state
+        then = "goes on" if goes_on else "begins anew"
+        what = f"what was measured is in {work}; the same command {then}" if kept else "nothing was measured yet"
         code = signalled.code if isinstance(signalled, Interrupted) else 130
         raise Interrupted(f"interrupted; {what}", code) from None
 

@@ -188,7 +188,9 @@ def test_an_interrupted_batched_run_keeps_what_was_measured(
     process.send_signal(number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert told.splitlines()[-1] == f"fl-attack: interrupted; what was measured is in {out}; the same command goes on"
+    assert (
+        told.splitlines()[-1] == f"fl-attack: interrupted; what was measured is in {out}; the same command begins anew"
+    )
     for at in (out, out / "baseline"):
         assert len((at / "rounds.csv").read_text().splitlines()) > 3
         assert np.isfinite(np.load(at / "model.npz")["theta"]).all()

@@ -5,12 +5,13 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fl_attack import __version__, experiment, sweep
+from fl_attack import __version__, experiment, sweep, waiting
 from fl_attack.data import cache
 from fl_attack.errors import RunError
 
@@ -150,3 +151,19 @@ def test_a_full_disk_is_no_fault_of_the_input(
     code, _, told = command(*run)
     assert code == 1
     assert "No space left" in told.splitlines()[-1]
+
+
+def test_who_waits_on_a_terminal_sees_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with waiting.waiting("starting"):
+        pass
+    with waiting.waiting("drawing", on_terminals_only=True):
+        pass
+    assert capsys.readouterr().err == "starting\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(waiting, "SHOWN_EVERY", 0.01)
+    with waiting.waiting("starting"):
+        time.sleep(0.1)
+    told = capsys.readouterr().err
+    assert told.startswith("starting\rstarting 0 s") and told.endswith("\rstarting: 0 s\n")

@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from fl_attack.federation.grid import BlockGrid
 from fl_attack.federation.strategy import make_strategy, start
 from fl_attack.history import Recorder
 from fl_attack.scenario import Scenario
+from fl_attack.waiting import waiting
 
 Federate = Callable[[Recorder], None]
 Drive = Callable[[Federate], None]  # uses what runs one federation, as often as it likes
@@ -111,9 +111,9 @@ def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
         local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
         level = logging.INFO if verbose else logging.CRITICAL
         on_terminate = signal.getsignal(signal.SIGTERM)
-        print(f"joining Ray at {address}" if address else "starting Ray", file=sys.stderr, flush=True)
         try:
-            ray.init(**({"address": address} if address else local), logging_level=level, log_to_driver=verbose)
+            with waiting(f"joining Ray at {address}" if address else "starting Ray"):
+                ray.init(**({"address": address} if address else local), logging_level=level, log_to_driver=verbose)
         except KeyboardInterrupt:
             ray.shutdown()
             raise

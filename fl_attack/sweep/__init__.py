@@ -23,6 +23,7 @@ from fl_attack.sweep.execute import compute
 from fl_attack.sweep.progress import Progress
 from fl_attack.sweep.table import Cell, columns_of, write_tables
 from fl_attack.sweep.units import Numbers, Unit, by_cell, distinct, read, saver, units
+from fl_attack.waiting import waiting
 
 __all__ = ["Cell", "Numbers", "Progress", "Unit", "broken_off", "key_of", "run", "tabulate", "tabulate_together"]
 Drawn = Callable[[Path], object]
@@ -166,6 +167,7 @@ def _draw_all(out: Path, figures: Sequence[Sequence[str]]) -> None:
     cells, lost = broken_off(out)
     if cells == lost:
         return
-    plots.all_of_sweep(out)
-    for figure in figures:
-        plots.draw(out, *figure)
+    with waiting("drawing figures", on_terminals_only=True):
+        plots.all_of_sweep(out)
+        for figure in figures:
+            plots.draw(out, *figure)
