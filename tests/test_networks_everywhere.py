@@ -1,6 +1,6 @@
 """Networks in both engines: one trajectory, whichever way it is computed; and what a run of a network leaves."""
 
-import sys
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -261,12 +261,8 @@ def test_a_users_module_runs_and_its_result_loads_into_it(command: Command, tmp_
     overrides = [f"model.name={file}:Net", "model.args.width=3", "engine=batched", "rounds=3", f"out={tmp_path}/out"]
     code, out, err = command(*overrides)
     assert code == 0, err
-    sys.path.insert(0, str(tmp_path))
-    try:
-        from mine import Net  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(tmp_path))
-    net = Net((1, 8, 8), 10, width=3)
+    namespace = runpy.run_path(str(file))
+    net = namespace["Net"]((1, 8, 8), 10, width=3)
     net.load_state_dict({k: torch.from_numpy(v) for k, v in np.load(tmp_path / "out" / "model.npz").items()})
     X, y = scenario.make(Settings.model_validate(_config(tmp_path / "out"))).test_set()
     accuracy = (net(X).argmax(1) == y).float().mean().item()

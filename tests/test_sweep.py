@@ -330,10 +330,10 @@ def test_workers_tell_how_far_they_are(shared_ray: None) -> None:
         return job * job
 
     told: list[tuple[int, int]] = []
-    found = dict(federation.scatter(work, [1, 9], 1, None, False, lambda i, steps: told.append((i, steps))))
-    assert found == {0: 1, 1: 81}
+    found = dict(federation.scatter(work, [1, 15], 1, None, False, lambda i, steps: told.append((i, steps))))
+    assert found == {0: 1, 1: 225}
     second = [steps for i, steps in told if i == 1]
-    assert second == sorted(second) and 0 < second[0] < second[-1] <= 18
+    assert second == sorted(second) and 0 < second[0] < second[-1] <= 30
 
 
 @pytest.mark.slow

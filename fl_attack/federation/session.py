@@ -30,7 +30,7 @@ from fl_attack.waiting import waiting
 Federate = Callable[[Recorder], None]
 Drive = Callable[[Federate], None]  # uses what runs one federation, as often as it likes
 Runner = Callable[[Drive, Settings], None]
-JOINING = 20.0  # seconds that Flower's nodes have to come up
+JOINING = 60.0  # seconds that Flower's nodes have to come up
 OBJECT_STORE = 200 * 2**20  # bytes; only messages pass through it
 
 
@@ -54,7 +54,12 @@ def run(drive: Drive, settings: Settings, app: ClientApp = client_app) -> None:
         cpus_each = _share(cpus, actors)
         gpus_each = 0.0 if engine.client_device == "cpu" else _share(_gpus(), actors)
         if engine.grid == "stock":
-            simulate(lambda grid: drive(partial(start, grid)), clients, cpus_each, gpus_each, app)
+
+            def on_nodes(grid: Grid) -> None:
+                wait_for(grid, clients)  # on a busy machine they come up after the server has started
+                drive(partial(start, grid))
+
+            simulate(on_nodes, clients, cpus_each, gpus_each, app)
         else:
             with BlockGrid(app, clients, actors, cpus_each, gpus_each) as grid:
                 drive(partial(start, grid))
