@@ -139,12 +139,7 @@ CHANGES = {  # what may differ from cell to cell
     "mean of norms": ["strategy.name=norm_clipping", "attack.refresh=epoch"],
     # not after nnm: updates that nearly coincide have a geometric median to 5e-9 only, which Adam makes more of
     "geometric": ["strategy.name=geometric_median", "attack.goal=targeted", "strategy.pre=[clipping]"],
-    "two before": [
-        "strategy.name=trimmed_mean",
-        "strategy.f=1",
-        "attack.goal=targeted",
-        "strategy.pre=[nnm, clipping]",
-    ],
+    "two before": ["strategy.name=centered_clipping", "attack.goal=targeted", "strategy.pre=[nnm, clipping]"],
 }
 RULED = {  # the same, where seven clients take part
     name: [f"strategy.name={name}", f"strategy.f={min(2, row.max_f(7))}", *more]
