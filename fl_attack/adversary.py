@@ -15,7 +15,7 @@ from fl_attack import attack, protocol, targets
 from fl_attack.models import outputs
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario, client_update
 
-LABEL_NOISE, UPDATE_NOISE, KNOWN = 3, 4, 5  # name random streams among those of one seed, as protocol.BATCHES does
+LABEL_NOISE, UPDATE_NOISE, KNOWN_CLIENTS = 3, 4, 5  # names of random streams, beside those of `protocol`
 Clients = NDArray[np.int64]
 Counts = NDArray[np.int64]
 
@@ -36,23 +36,24 @@ def rounds_before(scenario: Scenario, round_: int) -> int | None:
 
 def present(scenario: Scenario, round_: int) -> Clients:
     """The malicious clients that take part in a round, ascending."""
-    return np.intersect1d(scenario.partition.malicious, scenario.schedule.drawn(round_), assume_unique=True)
+    return np.intersect1d(scenario.partition.malicious, scenario.schedule.participants(round_), assume_unique=True)
 
 
-def flips(scenario: Scenario, theta: Tensor, round_: int, anchor: Tensor | None = None) -> Flips:
+def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | None = None) -> Flips:
     """The labels that all malicious clients together write in a round, given the broadcast theta (C, d).
 
-    With `attack.refresh=epoch` what is flipped depends on `anchor`, the theta broadcast at the start of the epoch.
+    With `attack.refresh=epoch` what is flipped depends on `epoch_theta`, the theta broadcast at the start of the epoch.
     """
     before = rounds_before(scenario, round_)
-    evil = present(scenario, round_)
-    if before is None or scenario.settings.attack.writes != "labels" or not len(evil):
+    malicious = present(scenario, round_)
+    if before is None or scenario.settings.attack.writes != "labels" or not len(malicious):
         return NO_FLIPS
     if scenario.settings.attack.refresh == "step":
-        writable = scenario.schedule.used[evil]
-        return _chosen(scenario, theta, round_, evil, _writable_before(scenario, round_, before, evil), writable)
-    assert anchor is not None
-    return of_round(scenario, flips_of_epoch(scenario, anchor, epoch_start(scenario, round_)), round_)
+        writable = scenario.schedule.used[malicious]
+        writable_before = _writable_before(scenario, round_, before, malicious)
+        return _chosen(scenario, theta, round_, malicious, writable_before, writable)
+    assert epoch_theta is not None
+    return of_round(scenario, flips_of_epoch(scenario, epoch_theta, epoch_start(scenario, round_)), round_)
 
 
 def of_round(scenario: Scenario, chosen: Flips, round_: int) -> Flips:
@@ -65,45 +66,45 @@ def of_round(scenario: Scenario, chosen: Flips, round_: int) -> Flips:
 
 def flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
     """What is flipped in an epoch, of all that the malicious clients hold, given theta at its first round."""
-    evil = scenario.partition.malicious
-    writable = np.array([len(scenario.schedule.shards[client]) for client in evil])
+    malicious = scenario.partition.malicious
+    writable = np.array([len(scenario.schedule.shards[client]) for client in malicious])
     epochs = (first_round - 1) // scenario.schedule.rounds_per_epoch
-    return _chosen(scenario, theta, first_round, evil, epochs * writable, writable)
+    return _chosen(scenario, theta, first_round, malicious, epochs * writable, writable)
 
 
-def _writable_before(scenario: Scenario, round_: int, attacked: int, evil: Clients) -> NDArray[np.int64]:
+def _writable_before(scenario: Scenario, round_: int, attacked: int, malicious: Clients) -> NDArray[np.int64]:
     """Samples of each of these clients that were within reach in the rounds attacked so far, for budgets that carry."""
     schedule, threat = scenario.schedule, scenario.settings.attack
     if schedule.per_round is None or threat.rounding == "floor":
-        return attacked * schedule.used[evil]
-    times = scenario.takes_part[threat.start - 1 : round_ - 1 : threat.every][:, scenario.partition.malicious].sum(0)
+        return attacked * schedule.used[malicious]
+    times = scenario.participation[threat.start - 1 : round_ - 1 : threat.every][:, scenario.partition.malicious].sum(0)
     past = times * schedule.used[scenario.partition.malicious]
     if threat.scope == "pooled":  # one budget, of them all
-        return np.array([past.sum(), *[0] * (len(evil) - 1)])
-    return np.asarray(past[np.isin(scenario.partition.malicious, evil)])
+        return np.array([past.sum(), *[0] * (len(malicious) - 1)])
+    return np.asarray(past[np.isin(scenario.partition.malicious, malicious)])
 
 
 def _chosen(
     scenario: Scenario,
     theta: Tensor,
     round_: int,
-    evil: Clients,
+    malicious: Clients,
     before: Counts,
     writable: Counts,
 ) -> Flips:
     """The flips of these clients, of the samples that they use: in a round, or (`refresh=epoch`) hold."""
     threat, schedule = scenario.settings.attack, scenario.schedule
     pooled = threat.scope == "pooled"
-    reach = [(before.sum(), writable.sum())] if pooled else zip(before, writable, strict=True)
-    budgets = [attack.flip_allowance(threat.exact_budget, int(b), int(n), threat.rounding) for b, n in reach]
+    writables = [(before.sum(), writable.sum())] if pooled else zip(before, writable, strict=True)
+    budgets = [attack.flip_allowance(threat.exact_budget, int(b), int(n), threat.rounding) for b, n in writables]
     if not any(budgets):
         return NO_FLIPS
     if threat.refresh == "step":
-        samples, counts = schedule.samples(evil, round_)
-        everyone = schedule.drawn(round_)
+        samples, counts = schedule.samples(malicious, round_)
+        everyone = schedule.participants(round_)
     else:
-        samples, everyone = np.sort(np.concatenate([schedule.shards[c] for c in evil])), np.arange(len(schedule.shards))
-        counts = np.ones_like(samples)
+        samples = np.sort(np.concatenate([schedule.shards[client] for client in malicious]))
+        everyone, counts = np.arange(len(schedule.shards)), np.ones_like(samples)
     X, y, _ = scenario.batch(samples, counts, theta.device)
     at = theta.to(X.dtype)
 
@@ -124,7 +125,7 @@ def _chosen(
         selection=threat.selection,
     )
     proposal = attack.propose(threat.name, view, threat.args, (len(samples),), scenario.classes)
-    owner = np.searchsorted(evil, scenario.partition.client[samples])
+    owner = np.searchsorted(malicious, scenario.partition.client[samples])
     group = torch.zeros(len(y), dtype=torch.int64) if pooled else torch.from_numpy(owner)
     allowed = torch.tensor(budgets, device=theta.device)
     chosen = attack.select(proposal.priority, group.to(theta.device), allowed) & (proposal.labels != y)
@@ -149,7 +150,7 @@ def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
     if threat.goal == "targeted":
         return attack.direction(threat.goal, theta, None, targets.target(scenario).to(theta.device))
     step = threat.refresh == "step" or threat.writes != "labels"
-    everyone = schedule.drawn(round_) if step else np.arange(len(schedule.shards))
+    everyone = schedule.participants(round_) if step else np.arange(len(schedule.shards))
     clients = known(scenario, everyone, round_)
     if not len(clients):
         return torch.zeros_like(theta)
@@ -162,12 +163,12 @@ def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
 def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
     """Those of these clients whose clean gradient the attackers know."""
     threat = scenario.settings.attack
-    evil = np.isin(everyone, scenario.partition.malicious)
+    is_malicious = np.isin(everyone, scenario.partition.malicious)
     if threat.knowledge == "full":
         return everyone
     if threat.knowledge == "own":
-        return everyone[evil]
-    honest = everyone[~evil]
+        return everyone[is_malicious]
+    honest = everyone[~is_malicious]
     if threat.knowledge == "honest":
         return honest
     rank = known_rank(scenario, round_)[honest]
@@ -176,7 +177,8 @@ def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
 
 def known_rank(scenario: Scenario, round_: int) -> NDArray[np.float64]:
     """(clients,) who comes first, by the smallest number, where attackers know a part of the honest clients."""
-    return np.random.default_rng([scenario.settings.seed, KNOWN, round_]).random(scenario.settings.clients.total)
+    settings = scenario.settings
+    return np.random.default_rng([settings.seed, KNOWN_CLIENTS, round_]).random(settings.clients.total)
 
 
 def part(fraction: float, of: int) -> int:
@@ -191,7 +193,7 @@ def updates(
 
     `momenta` (m, A, B) are those of the clients before the round, where they have one.
     """
-    moved = [client_update(scenario, int(c), theta, round_, flips)[0] for c in scenario.schedule.drawn(round_)]
+    moved = [client_update(scenario, int(c), theta, round_, flips)[0] for c in scenario.schedule.participants(round_)]
     sent = torch.stack([(theta - one) / scenario.lr(round_) for one in moved])
     return protocol.with_momentum(scenario.settings.worker_momentum, momenta, sent)
 
@@ -201,7 +203,7 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
     threat = scenario.settings.attack
     if threat.writes != "updates" or rounds_before(scenario, round_) is None:
         return honest
-    malicious = torch.from_numpy(np.isin(scenario.schedule.drawn(round_), scenario.partition.malicious))
+    malicious = torch.from_numpy(np.isin(scenario.schedule.participants(round_), scenario.partition.malicious))
     malicious = malicious.to(theta.device)
     if not malicious.any():
         return honest

@@ -188,7 +188,7 @@ class Recorder:
         """What made theta NaN or infinite: an attack, the rule, or the step itself."""
         settings, when = self.scenario.settings, f"in round {round_} of {self.scenario.settings.rounds}"
         if updates is not None and settings.attacked and settings.attack.writes == "updates":
-            malicious = np.isin(self.scenario.schedule.drawn(round_), self.scenario.partition.malicious)
+            malicious = np.isin(self.scenario.schedule.participants(round_), self.scenario.partition.malicious)
             finite = updates.flatten(1).isfinite().all(1).cpu().numpy()
             if finite[~malicious].all() and not finite.all():
                 return (
@@ -206,17 +206,17 @@ class Recorder:
 
     def state(self) -> State:
         """All that `restore` needs to go on after the last round recorded."""
-        history, made = self.history, [flips for _, flips in self.history.flips]
+        history, written = self.history, [flips for _, flips in self.history.flips]
         return {
             "round": self.round,
             "seconds": history.seconds,
             "theta": history.theta,
             "rows": np.array([[row[name] for name in COLUMNS] for row in history.rows], float),
             "flip_rounds": np.array([round_ for round_, _ in history.flips], np.int64),
-            "flip_counts": np.array([len(flips.samples) for flips in made], np.int64),
-            "flip_allowed": np.array([flips.allowed for flips in made], np.int64),
-            "flip_samples": np.concatenate([np.empty(0, np.int64), *(flips.samples for flips in made)]),
-            "flip_labels": np.concatenate([np.empty(0, np.int64), *(flips.labels for flips in made)]),
+            "flip_counts": np.array([len(flips.samples) for flips in written], np.int64),
+            "flip_allowed": np.array([flips.allowed for flips in written], np.int64),
+            "flip_samples": np.concatenate([np.empty(0, np.int64), *(flips.samples for flips in written)]),
+            "flip_labels": np.concatenate([np.empty(0, np.int64), *(flips.labels for flips in written)]),
             "early_stop": self._early_stop
             and {"lowest": self._early_stop.lowest, "since": self._early_stop.since, "best": self._best},
         }
@@ -234,8 +234,8 @@ class Recorder:
             state["flip_allowed"].tolist(),
             strict=True,
         )
-        made = [Flips(*part) for part in parts] if len(state["flip_counts"]) else []
-        history.flips = list(zip(state["flip_rounds"].tolist(), made, strict=True))
+        written = [Flips(*part) for part in parts] if len(state["flip_counts"]) else []
+        history.flips = list(zip(state["flip_rounds"].tolist(), written, strict=True))
         if history.flips and history.flips[-1][0] == self.round:
             self._last = history.flips[-1][1]
         if self._early_stop:
@@ -249,7 +249,7 @@ class Recorder:
         quality = self.scenario.model.measure(self.history.theta.to(X.dtype), X, y)
         cosine = math.nan
         if aggregate is not None:
-            clean = self.scenario.gradient(before, self.scenario.schedule.drawn(round_), round_)
+            clean = self.scenario.gradient(before, self.scenario.schedule.participants(round_), round_)
             if decay := self.scenario.settings.weight_decay:
                 clean = clean + decay * before
             norms = (aggregate.norm() * clean.norm()).item()
@@ -272,10 +272,10 @@ class Recorder:
         return dict(zip(COLUMNS, values, strict=True))
 
     def _detection(self, round_: int, updates: Tensor | None) -> list[float]:
-        made = self.scenario
-        if updates is None or not made.settings.attacked:
+        scenario = self.scenario
+        if updates is None or not scenario.settings.attacked:
             return [math.nan] * len(MEASURES)
-        malicious = np.isin(made.schedule.drawn(round_), made.partition.malicious)
+        malicious = np.isin(scenario.schedule.participants(round_), scenario.partition.malicious)
         found: list[float] = detect.measures(updates, torch.from_numpy(malicious).to(updates.device)).tolist()
         return found
 

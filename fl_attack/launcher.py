@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fl_attack.errors import InputError, RunError
-from fl_attack.overrides import conf_folder, explain, opened, unknown_key
+from fl_attack.overrides import allow_new_args, conf_folder, explain, unknown_key
 
 if TYPE_CHECKING:
     from fl_attack.sweep import Cell
@@ -96,11 +96,11 @@ class SweepLauncher(Launcher):
         cells: list[Cell] = []
         named = any(_key(one) == "out" for overrides in job_overrides for one in overrides)
         for overrides in job_overrides:
-            told = [override for override in overrides if override not in shared or _key(override) == "seed"]
+            shown = [override for override in overrides if override not in shared or _key(override) == "seed"]
             settings = settings_from(self._composed(overrides))
             if cells and not named:  # composed at another time, so that the default is another
                 settings = settings.model_copy(update={"out": cells[0].settings.out})
-            cells.append(Cell({_key(one): one.partition("=")[2].replace("\\:", ":") for one in told}, settings))
+            cells.append(Cell({_key(one): one.partition("=")[2].replace("\\:", ":") for one in shown}, settings))
         if outs := {cell.settings.out for cell in cells[1:]} - {cells[0].settings.out}:
             raise InputError(
                 f"out={cells[0].settings.out} and out={min(outs)}: a sweep leaves one table in one folder; give each "
@@ -140,7 +140,7 @@ def grid(*overrides: str) -> "list[Cell]":
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            config = loader.load_configuration("config", opened(overrides), RunMode.MULTIRUN)
+            config = loader.load_configuration("config", allow_new_args(overrides), RunMode.MULTIRUN)
             context = HydraContext(config_loader=loader, callbacks=Callbacks())
             sweeper = AllAtOnce(None, config.hydra.sweeper.params)
             sweeper.setup(hydra_context=context, task_function=_unused, config=config)

@@ -31,12 +31,12 @@ def conf_folder() -> Path:
     return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
 
 
-def opened(overrides: Iterable[str]) -> list[str]:
+def allow_new_args(overrides: Iterable[str]) -> list[str]:
     """Overrides that may also set what no YAML names: the arguments of a model, a strategy or an attack."""
     return [re.sub(r"^\+*(?=(model|strategy|attack)\.args[.=])", "++", override) for override in overrides]
 
 
-def many(arguments: list[str]) -> list[str]:
+def as_multirun(arguments: list[str]) -> list[str]:
     """Arguments of the program; one that names an experiment is a multirun, with or without -m.
 
     InputError where they ask for what one command can't do.
@@ -57,8 +57,8 @@ def many(arguments: list[str]) -> list[str]:
     if {"--cfg", "-c"} & {*arguments} and {"-m", "--multirun"} & {*arguments}:
         raise InputError("--cfg shows the settings of one run; leave out -m")
     named = any(argument.lstrip("+").startswith("experiment=") for argument in arguments)
-    told = {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & {argument.split("=")[0] for argument in arguments}
-    return ["-m", *arguments] if named and not told else arguments
+    explicit = {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & {argument.split("=")[0] for argument in arguments}
+    return ["-m", *arguments] if named and not explicit else arguments
 
 
 def explain(error: Exception) -> str:

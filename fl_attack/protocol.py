@@ -24,8 +24,9 @@ ROUNDS_AT_ONCE = 256
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
-# Names of random streams among those of one seed: the minibatches, who takes part, the order of a rule's lots.
-BATCHES, DRAWN, LOTS = 1, 2, 6
+# Names of random streams among those of one seed: the minibatches, who takes part in a round, and the order of its
+# clients, by which rules draw lots.
+BATCHES, PARTICIPANTS, CLIENT_ORDER = 1, 2, 6
 
 
 def batch_sizes(shard_sizes: NDArray[np.int64], batch_size: int | None) -> NDArray[np.int64]:
@@ -68,11 +69,11 @@ class Schedule:
     seed: int
     per_round: int | None = None  # clients that take part in a round; None: all
 
-    def drawn(self, round_: int) -> NDArray[np.int64]:
+    def participants(self, round_: int) -> NDArray[np.int64]:
         """The clients that take part in a round, ascending."""
         if self.per_round is None:
             return np.arange(len(self.shards))
-        rng = np.random.default_rng([self.seed, DRAWN, round_])
+        rng = np.random.default_rng([self.seed, PARTICIPANTS, round_])
         return np.sort(rng.choice(len(self.shards), self.per_round, replace=False))
 
     @property
@@ -95,14 +96,14 @@ class Schedule:
         shard, size = self.shards[client], int(self.sizes[client])
         if size == len(shard):
             return np.broadcast_to(shard, (self.local_steps, size))
-        (drawn,) = self.turns(client, round_, 1)
-        used = len(drawn)
+        (samples,) = self.samples_of_rounds(client, round_, 1)
+        used = len(samples)
         pass_ = (round_ - 1) // (len(shard) // used)
         missing = self.local_steps * size - used
-        again = [drawn[_order(used, self.seed, client, pass_, i)] for i in range(-(-missing // used))]
-        return np.concatenate([drawn, *again])[: self.local_steps * size].reshape(self.local_steps, size)
+        again = [samples[_order(used, self.seed, client, pass_, i)] for i in range(-(-missing // used))]
+        return np.concatenate([samples, *again])[: self.local_steps * size].reshape(self.local_steps, size)
 
-    def turns(self, client: int, first: int, rounds: int) -> NDArray[np.int64]:
+    def samples_of_rounds(self, client: int, first: int, rounds: int) -> NDArray[np.int64]:
         """The different samples that a client uses in each of `rounds` rounds from `first` on, (rounds, used)."""
         shard, used = self.shards[client], int(self.used[client])
         if used == len(shard) and self.local_steps == 1:
@@ -111,24 +112,24 @@ class Schedule:
         start, stop = first - 1, first - 1 + rounds
         passes = range(start // per_pass, -(-stop // per_pass))
         orders = [_order(len(shard), self.seed, client, pass_)[: per_pass * used] for pass_ in passes]
-        turns = np.concatenate([shard[order].reshape(per_pass, used) for order in orders])
+        rows = np.concatenate([shard[order].reshape(per_pass, used) for order in orders])
         skipped = start - passes[0] * per_pass
-        return turns[skipped : skipped + rounds]
+        return rows[skipped : skipped + rounds]
 
     def samples(self, clients: Iterable[int], round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The samples that clients use in a round, ascending, and how often each."""
-        drawn = [np.empty(0, np.int64), *(self.steps(client, round_).ravel() for client in clients)]
-        return np.unique(np.concatenate(drawn), return_counts=True)
+        parts = [np.empty(0, np.int64), *(self.steps(client, round_).ravel() for client in clients)]
+        return np.unique(np.concatenate(parts), return_counts=True)
 
-    def samples_once(self, round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def round_samples(self, round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """`samples` of all clients of a round of one local step; many rounds are worked out at a time."""
         if self.per_round is not None:
-            return self.samples(self.drawn(round_), round_)
+            return self.samples(self.participants(round_), round_)
         block, place = divmod(round_ - 1, ROUNDS_AT_ONCE)
         if self._block.get("number") != block:
             first = 1 + block * ROUNDS_AT_ONCE
-            turns = [self.turns(client, first, ROUNDS_AT_ONCE) for client in range(len(self.shards))]
-            self._block.update(number=block, samples=np.sort(np.concatenate(turns, 1), 1))
+            rows = [self.samples_of_rounds(client, first, ROUNDS_AT_ONCE) for client in range(len(self.shards))]
+            self._block.update(number=block, samples=np.sort(np.concatenate(rows, 1), 1))
         samples = self._block["samples"][place]
         return samples, np.ones_like(samples)
 
@@ -144,7 +145,7 @@ def _order(size: int, seed: int, *key: int) -> NDArray[np.int64]:
 
 def shuffled(seed: int, round_: int, clients: int) -> NDArray[np.int64]:
     """The random order of a round's clients, for rules that draw lots."""
-    return np.random.default_rng([seed, LOTS, round_]).permutation(clients)
+    return np.random.default_rng([seed, CLIENT_ORDER, round_]).permutation(clients)
 
 
 def lr_factor(schedule: LrSchedule, round_: int, rounds: int, every: int | None = None, decay: float = 0.1) -> float:

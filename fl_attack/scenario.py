@@ -140,11 +140,11 @@ class Scenario:
         return protocol.Momenta(self.settings.worker_momentum, self.settings.clients.total, start)
 
     def rule(self) -> aggregate.Combine:
-        """The server's rule: updates (..., m, C, d), weights (m,) and lots (m,) to the aggregate (..., C, d)."""
+        """The server's rule: updates (..., m, C, d), weights (m,), client_order (m,) to the aggregate (..., C, d)."""
         strategy, clients = self.settings.strategy, self.settings.per_round or self.settings.clients.total
         return aggregate.make(
             strategy.name,
-            f=self.settings.tolerated,
+            f=self.settings.assumed_malicious,
             m=clients,
             args=strategy.args,
             pre=strategy.pre,
@@ -152,12 +152,12 @@ class Scenario:
         )
 
     @cached_property
-    def takes_part(self) -> NDArray[np.bool_]:
+    def participation(self) -> NDArray[np.bool_]:
         """(rounds, clients): who takes part when."""
         rounds, clients = self.settings.rounds, self.settings.clients.total
         found = np.zeros((rounds, clients), bool)
         for i in range(rounds):
-            found[i, self.schedule.drawn(i + 1)] = True
+            found[i, self.schedule.participants(i + 1)] = True
         return found
 
     def relabelled(self, y_train: NDArray[np.int64]) -> "Scenario":
@@ -191,9 +191,9 @@ def of(settings: Settings, dataset: data.Dataset) -> Scenario:
     batch_size = None if settings.batch_size == "full" else settings.batch_size
     sizes = protocol.batch_sizes(np.array([len(shard) for shard in shards]), batch_size)
     schedule = protocol.Schedule(shards, sizes, settings.local_steps, settings.seed, settings.per_round)
-    made = Scenario(settings, dataset, partition, schedule)
-    _ = made.model  # a user's module that can't be trained is told before any work starts
-    return made
+    scenario = Scenario(settings, dataset, partition, schedule)
+    _ = scenario.model  # a user's module that can't be trained is told before any work starts
+    return scenario
 
 
 def _spelled_out(settings: Settings, scale: float) -> Settings:
@@ -260,7 +260,7 @@ def mean_gradient(scenario: Scenario, theta: Tensor, round_: int, flips: Flips =
     It is the gradient of the union of their minibatches. Where the clean one is at hand, what few flips change is added
     to it.
     """
-    schedule, clients = scenario.schedule, scenario.schedule.drawn(round_)
+    schedule, clients = scenario.schedule, scenario.schedule.participants(round_)
     samples, counts = schedule.samples(clients, round_)
     decay = scenario.settings.weight_decay
     changed = np.isin(samples, flips.samples, assume_unique=True)

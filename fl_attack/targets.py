@@ -91,7 +91,7 @@ def _of_unions(first: Scenario) -> Callable[[Sequence[Tensor], int], list[Tensor
 
     def gradients(thetas: Sequence[Tensor], round_: int) -> list[Tensor]:
         nonlocal last, batch
-        samples, _ = schedule.samples_once(round_)  # each once: clients share none
+        samples, _ = schedule.round_samples(round_)  # each once: clients share none
         if batch is None or not np.array_equal(samples, last):  # full batches are all the same
             last, batch = samples, (take(samples), torch.from_numpy(first.dataset.y_train[samples]))
         return _gradients(first, thetas, *batch)
@@ -126,7 +126,7 @@ def _gradients(first: Scenario, thetas: Sequence[Tensor], X: Tensor, y: Tensor) 
 
 def _mean_update(cell: Scenario, theta: Tensor, round_: int, momenta: protocol.Momenta) -> Tensor:
     """The mean of what the clients of a round send, as a gradient."""
-    clients, sizes, lr = cell.schedule.drawn(round_), cell.schedule.sizes, cell.lr(round_)
+    clients, sizes, lr = cell.schedule.participants(round_), cell.schedule.sizes, cell.lr(round_)
     weights = sizes[clients] / sizes[clients].sum()
     if not cell.settings.worker_momentum:
         moved = sum(

@@ -82,7 +82,7 @@ def run_cells(
             full_rows=full_rows,
         )
     together = [i for i, cell in enumerate(scenarios) if not full_rows and stacked.can_run(cell)]
-    apart = [i for i in range(len(scenarios)) if i not in set(together)]
+    one_by_one = [i for i in range(len(scenarios)) if i not in set(together)]
     found: dict[int, Outcome] = {}
     with torch.inference_mode():
         if together:
@@ -96,7 +96,7 @@ def run_cells(
                 keep_theta=keep_theta,
             )
             found |= zip(together, outcomes, strict=True)
-    aimed = [scenarios[i] for i in apart if scenarios[i].settings.attacked]
+    aimed = [scenarios[i] for i in one_by_one if scenarios[i].settings.attacked]
     for cell in (cell for cell in aimed if cell.settings.attack.goal == "targeted"):
         targets.target(cell)  # here, so that no two threads train the same
     lock = threading.Lock()
@@ -126,7 +126,7 @@ def run_cells(
         return outcome
 
     on_cpu = torch.device(device).type == "cpu"
-    found |= zip(apart, side_by_side(one, apart) if on_cpu else map(one, apart), strict=True)
+    found |= zip(one_by_one, side_by_side(one, one_by_one) if on_cpu else map(one, one_by_one), strict=True)
     return [found[i] for i in range(len(scenarios))]
 
 

@@ -87,7 +87,7 @@ def run(
                 epoch_theta = theta
             measured = full_rows and (round_ % settings.eval_every == 0 or round_ == settings.rounds)
             flips = adversary.flips(cell, theta, round_, epoch_theta)
-            clients = cell.schedule.drawn(round_)
+            clients = cell.schedule.participants(round_)
             updates = None
             if together and not (measured and settings.attacked):
                 aggregate = mean_gradient(cell, theta, round_, flips)

@@ -101,7 +101,7 @@ class MaliciousClient(HonestClient):
     def train(self, asked: wire.Request) -> Trained:
         """This client's part of what the attackers agreed on."""
         if self.scenario.settings.attack.writes == "updates":
-            place = np.searchsorted(self.scenario.schedule.drawn(asked.round_), self.client)
+            place = np.searchsorted(self.scenario.schedule.participants(asked.round_), self.client)
             honest, sent = (updates[place] for updates in self.hook.updates(asked))
             weight = self.scenario.schedule.steps(self.client, asked.round_).size
             moved = asked.theta - self.scenario.lr(asked.round_) * sent
@@ -119,10 +119,10 @@ def _hook(settings_json: str) -> OmniscientHook:
 @lru_cache(maxsize=4096)
 def client(settings_json: str, number: int) -> HonestClient:
     """The client of a number in an experiment."""
-    made = scenario.from_json(settings_json)
-    if made.settings.attacked and number in made.partition.malicious:
-        return MaliciousClient(made, number, _hook(settings_json))
-    return HonestClient(made, number)
+    cell = scenario.from_json(settings_json)
+    if cell.settings.attacked and number in cell.partition.malicious:
+        return MaliciousClient(cell, number, _hook(settings_json))
+    return HonestClient(cell, number)
 
 
 @cache

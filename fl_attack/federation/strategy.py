@@ -38,9 +38,9 @@ class RuleStrategy(FedAvg):
         answers = [wire.read_answer(reply.content) for reply in replies]
         moved = torch.stack([answer.theta for answer in answers])
         weights = torch.tensor([answer.weight for answer in answers])
-        lots = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(answers)))
+        client_order = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(answers)))
         lr = self.scenario.lr(server_round)
-        self.aggregate = self.rule((self._theta - moved) / lr, weights, lots)
+        self.aggregate = self.rule((self._theta - moved) / lr, weights, client_order)
         self._theta, self._state = protocol.server_step(
             self.settings.server_optimizer, self._theta, self.aggregate, lr, self._state
         )
@@ -100,19 +100,19 @@ class WatchedStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the strategy does, for the clients that are drawn in this round."""
-        made, server_round = self.recorder.scenario, server_round + self._done
+        """As the strategy does, for the clients that take part in this round."""
+        scenario, server_round = self.recorder.scenario, server_round + self._done
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         if self.client_of is not None:
-            drawn = set(made.schedule.drawn(server_round).tolist())
-            messages = [message for message in messages if self.client_of[message.metadata.dst_node_id] in drawn]
+            participants = set(scenario.schedule.participants(server_round).tolist())
+            messages = [message for message in messages if self.client_of[message.metadata.dst_node_id] in participants]
         self._asked = len(messages)
-        if made.settings.attack.refresh == "epoch":
-            if adversary.epoch_start(made, server_round) == server_round:
+        if scenario.settings.attack.refresh == "epoch":
+            if adversary.epoch_start(scenario, server_round) == server_round:
                 self._epoch_theta = wire.pack(self.recorder.history.theta, raw=True)
             for message in messages:  # the strategy may have given the same content to all
                 message.content[wire.EPOCH_THETA] = self._epoch_theta
-        if made.settings.worker_momentum:
+        if scenario.settings.worker_momentum:
             assert self.client_of is not None
             for message in messages:
                 content = RecordDict(dict(message.content))
@@ -125,7 +125,7 @@ class WatchedStrategy(Strategy):
         scenario = self.recorder.scenario
         settings = scenario.settings
         knows_all = settings.attacked and settings.attack.writes == "updates" and client in scenario.partition.malicious
-        momenta = self._momenta.of(scenario.schedule.drawn(round_) if knows_all else [client])
+        momenta = self._momenta.of(scenario.schedule.participants(round_) if knows_all else [client])
         assert momenta is not None
         return wire.momentum_record(momenta)
 
