@@ -27,7 +27,7 @@ def epoch_start(scenario: Scenario, round_: int) -> int:
 
 
 def rounds_before(scenario: Scenario, round_: int) -> int | None:
-    """Rounds that were attacked before this one; None where this one isn't."""
+    """The number of rounds that were attacked before a round; None where the round itself is not attacked."""
     threat = scenario.settings.attack
     if not scenario.settings.attacked:
         return None
@@ -40,9 +40,23 @@ def present(scenario: Scenario, round_: int) -> Clients:
 
 
 def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | None = None) -> Flips:
-    """The labels that all malicious clients together write in a round, given the broadcast theta (C, d).
+    """The labels that all malicious clients together write in a round.
 
-    With `attack.refresh=epoch` what is flipped depends on `epoch_theta`, the theta broadcast at the start of the epoch.
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    theta : (A, B) tensor of float64
+        The parameters that the server has broadcast in this round.
+    round_ : int
+        The round, counted from 1.
+    epoch_theta : (A, B) tensor of float64, optional
+        The parameters broadcast at the start of the epoch, on which the flips depend with `attack.refresh=epoch`.
+
+    Returns
+    -------
+    Flips
+        The samples, ascending, that get a label other than their true one; `NO_FLIPS` in a round that is not attacked.
     """
     before = rounds_before(scenario, round_)
     malicious = present(scenario, round_)
@@ -57,7 +71,7 @@ def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | 
 
 
 def of_round(scenario: Scenario, chosen: Flips, round_: int) -> Flips:
-    """The part of an epoch's flips that a round's minibatches meet."""
+    """The part of an epoch's flips `chosen` whose samples are in the minibatches of a round."""
     if rounds_before(scenario, round_) is None:
         return NO_FLIPS
     now = np.isin(chosen.samples, scenario.schedule.samples(present(scenario, round_), round_)[0])
@@ -65,7 +79,22 @@ def of_round(scenario: Scenario, chosen: Flips, round_: int) -> Flips:
 
 
 def flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
-    """What is flipped in an epoch, of all that the malicious clients hold, given theta at its first round."""
+    """The labels that are flipped in an epoch, of all that the malicious clients hold.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, with `attack.refresh=epoch`.
+    theta : (A, B) tensor of float64
+        The parameters broadcast in the first round of the epoch.
+    first_round : int
+        That round, counted from 1.
+
+    Returns
+    -------
+    Flips
+        The samples that are flipped, ascending, whichever round of the epoch they are used in.
+    """
     malicious = scenario.partition.malicious
     writable = np.array([len(scenario.schedule.shards[client]) for client in malicious])
     epochs = (first_round - 1) // scenario.schedule.rounds_per_epoch
@@ -73,7 +102,7 @@ def flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips
 
 
 def _writable_before(scenario: Scenario, round_: int, attacked: int, malicious: Clients) -> NDArray[np.int64]:
-    """Samples of each of these clients that were within reach in the rounds attacked so far, for budgets that carry."""
+    """The samples (m,) that clients could write in the rounds `attacked` so far, for budgets that carry over."""
     schedule, threat = scenario.schedule, scenario.settings.attack
     if schedule.per_round is None or threat.rounding == "floor":
         return attacked * schedule.used[malicious]
@@ -92,7 +121,10 @@ def _chosen(
     before: Counts,
     writable: Counts,
 ) -> Flips:
-    """The flips of these clients, of the samples that they use: in a round, or (`refresh=epoch`) hold."""
+    """The flips that clients `malicious` (m,) choose among the samples that they use or, by epoch, hold.
+
+    `before` and `writable` (m,) are the samples that each could write in rounds gone by, and can write now.
+    """
     threat, schedule = scenario.settings.attack, scenario.schedule
     pooled = threat.scope == "pooled"
     writables = [(before.sum(), writable.sum())] if pooled else zip(before, writable, strict=True)
@@ -133,19 +165,34 @@ def _chosen(
 
 
 def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:
-    """(samples, 2) uniform in [0, 1), for the samples of a round in ascending order."""
+    """Random numbers (samples, 2), uniform in [0, 1), for the samples of a round in ascending order."""
     return np.random.default_rng([scenario.settings.seed, LABEL_NOISE, round_]).random((samples, 2))
 
 
 def update_noise(scenario: Scenario, round_: int) -> Tensor:
-    """(m, C, d) standard normal, for the clients of a round in ascending order."""
+    """Standard normal numbers (m, A, B) for the clients of a round in ascending order, in float64."""
     clients = scenario.schedule.per_round or scenario.settings.clients.total
     rng = np.random.default_rng([scenario.settings.seed, UPDATE_NOISE, round_])
     return torch.from_numpy(rng.standard_normal((clients, *scenario.theta_shape)))
 
 
 def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
-    """The direction v that the attackers push the gradient against, from what they know, (C, d)."""
+    """The direction v that the attackers push the gradient against, worked out from what they know.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    theta : (A, B) tensor of float64
+        The parameters that the server has broadcast.
+    round_ : int
+        The round, counted from 1; with `attack.refresh=epoch` the first of an epoch.
+
+    Returns
+    -------
+    (A, B) tensor
+        `target - theta` of a targeted attack; else the clean gradient of the clients of `known`, zero without any.
+    """
     threat, schedule = scenario.settings.attack, scenario.schedule
     if threat.goal == "targeted":
         return attack.direction(threat.goal, theta, None, targets.target(scenario).to(theta.device))
@@ -161,7 +208,7 @@ def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
 
 
 def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
-    """Those of these clients whose clean gradient the attackers know."""
+    """The clients of `everyone`, ascending, whose clean gradient the attackers know in a round."""
     threat = scenario.settings.attack
     is_malicious = np.isin(everyone, scenario.partition.malicious)
     if threat.knowledge == "full":
@@ -176,22 +223,38 @@ def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
 
 
 def known_rank(scenario: Scenario, round_: int) -> NDArray[np.float64]:
-    """(clients,) who comes first, by the smallest number, where attackers know a part of the honest clients."""
+    """A random number for each client (clients,): attackers who know a part of the honest ones know the lowest."""
     settings = scenario.settings
     return np.random.default_rng([settings.seed, KNOWN_CLIENTS, round_]).random(settings.clients.total)
 
 
 def part(fraction: float, of: int) -> int:
-    """A fraction of a number of clients, rounded, at least one of them if there is any."""
+    """How many clients a fraction `of` a number of them is: rounded, and at least one if there is any."""
     return min(of, max(1, math.floor(fraction * of + 0.5)))
 
 
 def updates(
     scenario: Scenario, theta: Tensor, round_: int, flips: Flips = NO_FLIPS, momenta: Tensor | None = None
 ) -> Tensor:
-    """What the clients of a round would send with these flips, as gradients, (m, A, B), in the order of the clients.
+    """The updates that the clients of a round would send, all of them as honest clients do.
 
-    `momenta` (m, A, B) are those of the clients before the round, where they have one.
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    theta : (A, B) tensor of float64
+        The parameters that the server has broadcast.
+    round_ : int
+        The round, counted from 1.
+    flips : Flips
+        The labels that are flipped in the round.
+    momenta : (m, A, B) tensor, optional
+        The clients' momenta before the round, where they have one.
+
+    Returns
+    -------
+    (m, A, B) tensor
+        As gradients, which is the way of the parameters over the learning rate; clients ascending.
     """
     moved = [client_update(scenario, int(c), theta, round_, flips)[0] for c in scenario.schedule.participants(round_)]
     sent = torch.stack([(theta - one) / scenario.lr(round_) for one in moved])
@@ -199,7 +262,29 @@ def updates(
 
 
 def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> Tensor:
-    """What the clients of a round send (m, C, d), given what all of them would send honestly."""
+    """The updates that the clients of a round send under an attack on updates.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    theta : (A, B) tensor of float64
+        The parameters that the server has broadcast.
+    round_ : int
+        The round, counted from 1.
+    honest : (m, A, B) tensor
+        The updates that all clients of the round would send honestly, clients ascending.
+
+    Returns
+    -------
+    (m, A, B) tensor
+        `honest` with those of malicious clients replaced; `honest` itself where the round is not attacked so.
+
+    Raises
+    ------
+    RunError
+        Where a user's function gives something else than an update for each client.
+    """
     threat = scenario.settings.attack
     if threat.writes != "updates" or rounds_before(scenario, round_) is None:
         return honest

@@ -53,11 +53,11 @@ class History:
 
     @property
     def flip_count(self) -> int:
-        """Flips in all rounds."""
+        """The number of flips in all rounds."""
         return sum(len(flips.samples) for _, flips in self.flips)
 
     def flip_table(self) -> dict[str, NDArray[np.int64]]:
-        """Every flip made: its round, its sample and the label written."""
+        """The round, the sample and the written label of every flip, by these names, (flips,) each."""
         rounds = [np.full(len(flips.samples), round_) for round_, flips in self.flips]
         empty = np.empty(0, np.int64)
         return {
@@ -87,7 +87,7 @@ class EarlyStop:
         self.since = np.zeros(len(patience), np.int64)
 
     def lower(self, losses: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Note the losses (M,) of an evaluation; which of them are the lowest so far."""
+        """Note the losses (M,) of an evaluation; gives which of them are the lowest so far, (M,) of bool."""
         lower: NDArray[np.bool_] = losses < self.lowest
         self.lowest = np.where(lower, losses, self.lowest)
         self.since = np.where(lower, 0, self.since + 1)
@@ -95,7 +95,7 @@ class EarlyStop:
 
     @property
     def over(self) -> NDArray[np.bool_]:
-        """(M,) whose patience is at its end."""
+        """Which of the runs (M,) have run out of patience."""
         over: NDArray[np.bool_] = self.since >= self.patience
         return over
 
@@ -103,9 +103,21 @@ class EarlyStop:
 def rounds_to_recover(
     rounds: NDArray[np.float64], accuracy: NDArray[np.float64], honest: NDArray[np.float64], stop: int | None
 ) -> float:
-    """Rounds after `stop` from which on the accuracy stays within a point of that of the unattacked twin.
+    """Rounds after the attack from which on the accuracy stays within a point of that of the unattacked twin.
 
-    All measured after the same rounds. NaN where the attack has no end, or the accuracy does not come back.
+    Parameters
+    ----------
+    rounds : (evaluations,) array
+        The rounds after which both were measured.
+    accuracy, honest : (evaluations,) array
+        Test accuracy of the attacked run and of its twin, from 0 to 1.
+    stop : int or None
+        The last attacked round.
+
+    Returns
+    -------
+    float
+        NaN where the attack has no end, or the accuracy does not come back.
     """
     if stop is None:
         return math.nan
@@ -205,7 +217,7 @@ class Recorder:
         )
 
     def state(self) -> State:
-        """All that `restore` needs to go on after the last round recorded."""
+        """The state that `restore` needs to go on after the last round recorded."""
         history, written = self.history, [flips for _, flips in self.history.flips]
         return {
             "round": self.round,
@@ -245,6 +257,7 @@ class Recorder:
     def _measure(
         self, round_: int, before: Tensor, aggregate: Tensor | None, flips: Flips, updates: Tensor | None
     ) -> Row:
+        """The row of a round, in which theta `before` (A, B) became that of the history."""
         X, y = self._test_set
         quality = self.scenario.model.measure(self.history.theta.to(X.dtype), X, y)
         cosine = math.nan
@@ -272,6 +285,7 @@ class Recorder:
         return dict(zip(COLUMNS, values, strict=True))
 
     def _detection(self, round_: int, updates: Tensor | None) -> list[float]:
+        """The values of `detect.MEASURES` for the updates (m, A, B) of a round; NaN where there is nothing to see."""
         scenario = self.scenario
         if updates is None or not scenario.settings.attacked:
             return [math.nan] * len(MEASURES)
@@ -280,6 +294,7 @@ class Recorder:
         return found
 
     def _validation_loss(self) -> float:
+        """Mean loss of the model on the validation split; NaN without one."""
         if self._validation_set is None:
             return math.nan
         X, y = self._validation_set
