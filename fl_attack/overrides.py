@@ -112,10 +112,12 @@ def known_keys() -> dict[str, list[str]]:
 
 
 def _groups() -> list[str]:
+    """The names of the groups of configuration files, such as attack."""
     return [folder.name for folder in conf_folder().iterdir() if folder.is_dir()]
 
 
 def _keys(tree: dict[str, Any], before: str) -> Iterator[str]:
+    """Every key of a tree of settings, with dots, each after `before`."""
     for name, value in tree.items():
         yield f"{before}{name}"
         if isinstance(value, dict):
@@ -123,6 +125,7 @@ def _keys(tree: dict[str, Any], before: str) -> Iterator[str]:
 
 
 def _unreadable(override: str) -> bool:
+    """Whether Hydra can't read a word of the command line as an override."""
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:

@@ -115,7 +115,7 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
 
 
 def try_args(name: str, args: Mapping[str, Any], classes: int) -> None:
-    """InputError where an attack of the table refuses the values of these arguments, with so many classes."""
+    """InputError where an attack of the table refuses the values of these arguments with this number of classes."""
     if name not in ATTACKS:
         return
     some = torch.zeros(classes, classes)
@@ -179,10 +179,28 @@ def _describe(given: Any) -> str:
 
 
 def direction(goal: Goal, theta: Tensor, clean_gradient: Tensor | None, target: Tensor | None) -> Tensor:
-    """The direction v whose inner product with the gradient is minimised, (..., C, d).
+    """The direction v whose inner product with the gradient is minimised.
 
-    Untargeted, the clean gradient: the update is turned away from the honest one. Targeted, `target - theta`:
-    the update is turned towards the target.
+    Parameters
+    ----------
+    goal : {"untargeted", "targeted"}
+        Untargeted, the update is turned away from the honest one; targeted, towards the target.
+    theta : (..., C, d) tensor
+        The parameters.
+    clean_gradient : (..., C, d) tensor or None
+        The gradient on the true labels, for an untargeted goal.
+    target : (..., C, d) tensor or None
+        The parameters to steer to, for a targeted goal.
+
+    Returns
+    -------
+    (..., C, d) tensor
+        The clean gradient, or `target - theta`.
+
+    Raises
+    ------
+    ValueError
+        Where the one that the goal needs is None.
     """
     v = clean_gradient if goal == "untargeted" else target - theta if target is not None else None
     if v is None:

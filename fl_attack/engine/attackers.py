@@ -18,7 +18,7 @@ from fl_attack.scenario import Scenario
 
 
 class Kind(NamedTuple):
-    """What tells the attackers of cells from each other, besides whom they hold and how much they may flip."""
+    """The attack of a cell, without its malicious clients and its budget."""
 
     name: str  # none where nobody attacks
     goal: str = ""
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
 
     @property
     def tile_key(self) -> "Kind":
-        """What the cells of a tile have to have in common."""
+        """The part of the kind that all cells of a tile have in common."""
         return self._replace(goal="", selection="") if self.exact else self
 
 
@@ -61,7 +61,7 @@ def kind_of(cell: Scenario) -> Kind:
 
 
 class Part(NamedTuple):
-    """Cells of a tile that want the same of their flips."""
+    """Consecutive cells of a tile whose flips have one goal and one way of selection."""
 
     cells: slice
     goal: str
@@ -69,7 +69,7 @@ class Part(NamedTuple):
 
 
 def parts_of(cells: Sequence[Scenario]) -> list[Part]:
-    """The parts of a tile, in their order."""
+    """The parts of a tile of these cells, in their order."""
     wanted = [(kind.goal, kind.selection) for kind in map(kind_of, cells)]
     edges = [0, *(i for i in range(1, len(cells)) if wanted[i] != wanted[i - 1]), len(cells)]
     return [Part(slice(start, end), *wanted[start]) for start, end in itertools.pairwise(edges)]
@@ -84,13 +84,13 @@ class Change(NamedTuple):
 
 
 def no_change(device: torch.device) -> Change:
-    """Nothing."""
+    """The change of a round in which no label is written."""
     none = torch.empty(0, dtype=torch.int64, device=device)
     return Change(none, none, none)
 
 
 class RoundAccess(NamedTuple):
-    """What the attackers of a tile can do in a round. Only the first n columns are within reach."""
+    """What the attackers of a tile can do in a round, and know of it; they can write the first n columns alone."""
 
     n: int
     malicious: Tensor  # (M, m) bool, of the clients of the round in ascending order
@@ -133,9 +133,21 @@ class Attackers:
         self._allowed = np.zeros((0, self.M), np.int64)
 
     def access(self, round_: int, layout: Layout, knowledge_round: int | None = None) -> RoundAccess | None:
-        """What can be done in a round; to be asked for one round after the other. None where nobody attacks at all.
+        """What the attackers can do in a round, to be asked for one round after the other.
 
-        Whom they know where they know a part is drawn as for the round `knowledge_round`, by default this one.
+        Parameters
+        ----------
+        round_ : int
+            The round, counted from 1.
+        layout : Layout
+            The columns of its minibatch.
+        knowledge_round : int, optional
+            The round whose random stream says which honest clients are known, by default this one.
+
+        Returns
+        -------
+        RoundAccess or None
+            None where nobody attacks in any round.
         """
         if self.kind == NOBODY:
             return None
@@ -157,6 +169,7 @@ class Attackers:
         return self._access
 
     def _round_access(self, round_: int, layout: Layout) -> RoundAccess:
+        """What the attackers can do in a round of this layout, without the plans of its budgets; notes `_writable`."""
         clients, sizes = layout.clients, layout.sizes
         before = self._writable
         is_malicious = self._is_malicious[:, clients]  # (M, m) in the order of the columns
@@ -185,7 +198,7 @@ class Attackers:
     def _known(
         self, round_: int, clients: NDArray[np.int64], is_malicious: NDArray[np.bool_]
     ) -> NDArray[np.bool_] | None:
-        """(M, m) whose clean gradient each cell knows; see `adversary.known`."""
+        """Whose clean gradient each cell knows, (M, m) of bool, see `adversary.known`; None where it is everyone's."""
         knowledge = self.kind.knowledge
         if knowledge == "full":
             return None
@@ -201,7 +214,7 @@ class Attackers:
     def _selection_plans_of(
         self, groups: list[slice], table: NDArray[np.int64]
     ) -> Iterator[list[kernels.SelectionPlan] | None]:
-        """For each round of a table of allowances (rounds, M, G) what may be taken of each group, if anything may."""
+        """The plans of all groups for each round of a table of allowances (rounds, M, G); None without any flip."""
         if self.kind.scope == "pooled":
             budgets = [table[:, :, 0]]
         else:  # those of the clients that there are in this round
@@ -217,7 +230,24 @@ class Attackers:
             yield plans if allowed.any() else None
 
     def chosen(self, gains: Tensor, batch: Batch, access: RoundAccess, scratch: Tensor) -> Tensor:
-        """Greedy, two classes: 1 where a label is flipped, else 0, (M, n); in the place of the gains."""
+        """The flips of greedy attackers with two classes.
+
+        Parameters
+        ----------
+        gains : (M, n) tensor
+            How much each flip gains: the signed score. It is overwritten by the result.
+        batch : Batch
+            The minibatch.
+        access : RoundAccess
+            What the attackers can do.
+        scratch : (M, n) tensor
+            Memory that may be overwritten.
+
+        Returns
+        -------
+        (M, n) tensor
+            1 where a label is flipped, else 0; the flips are counted as this round's.
+        """
         y, changing = batch.y[: access.n], []
         for part in self.parts:
             some = gains[part.cells]
@@ -237,7 +267,10 @@ class Attackers:
         return gains
 
     def changes(self, scores: Tensor, batch: Batch, access: RoundAccess, priority: Tensor, scratch: Tensor) -> Change:
-        """Greedy, several classes: the labels that change, from the scores (M, C, n); see `attack.labels.greedy`."""
+        """The labels that greedy attackers write with several classes, see `attack.labels.greedy`.
+
+        `scores` are (M, C, n); `priority` and `scratch` (M, n) are memory that is overwritten. The flips are counted.
+        """
         y = batch.y[: access.n]
         torch.amax(scores, 1, out=priority)
         for part in self.parts:
@@ -251,19 +284,19 @@ class Attackers:
         return self.count(Change(cells, columns, scores[cells, :, columns].argmax(-1)), batch)
 
     def proposed(self, proposal: attack.Proposal, batch: Batch, access: RoundAccess, scratch: Tensor) -> Change:
-        """Any attack on labels: those that change."""
+        """The labels that an attack changes by its proposal, (M, n) or (n,), within the budgets; they are counted."""
         priority = proposal.priority.to(self.dtype).expand(self.M, access.n).clone()
         self.take_largest_(priority, batch.samples, access, scratch)
         cells, columns = priority.nonzero(as_tuple=True)
         return self.count(Change(cells, columns, proposal.labels.expand(self.M, access.n)[cells, columns]), batch)
 
     def count_flipped(self, flipped: Tensor) -> None:
-        """Count these flips (M, n), 1 or 0, as this round's."""
+        """Count flips (M, n), 1 where a label is flipped and else 0, as those of this round."""
         self.last = flipped.sum(1).long().cpu().numpy()
         self.flips += self.last
 
     def count(self, written: Change, batch: Batch) -> Change:
-        """Of what is written, the labels that are not the true ones; they are counted as this round's flips."""
+        """The written labels that differ from the true ones; they are counted as the flips of this round."""
         new = written.labels != batch.y[written.columns]
         change = Change(*(part[new] for part in written))
         self.last = torch.bincount(change.cells, minlength=self.M).cpu().numpy()
@@ -273,7 +306,7 @@ class Attackers:
     def view(
         self, batch: Batch, access: RoundAccess, scores: Callable[[], Tensor], logits: Callable[[], Tensor], round_: int
     ) -> attack.View:
-        """What an attack on labels sees, given scores and logits (M, n, classes) of the columns within reach."""
+        """What an attack on labels sees of a round, given scores and logits (M, n, classes) of the writable columns."""
         n = access.n
         counts = batch.counts[:n] if batch.counts is not None else torch.ones(n, dtype=self.dtype, device=self.device)
 
@@ -287,7 +320,10 @@ class Attackers:
     def take_largest_(
         self, priority: Tensor, samples: NDArray[np.int64], access: RoundAccess, scratch: Tensor
     ) -> NDArray[np.int64]:
-        """Turns priorities (M, n) of samples into 1 for those that come within the budgets, else 0; how many."""
+        """Turn priorities (M, n) of samples (n,) into 1 for those within the budgets, else 0; gives their number (M,).
+
+        `scratch` (M, n) is memory that is overwritten.
+        """
         assert access.selection_plans is not None
         if access.write_mask is not None:
             priority.add_(access.write_mask)

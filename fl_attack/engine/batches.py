@@ -28,7 +28,7 @@ SAMPLES_AT_ONCE = 2**16  # of which it is worked out in one go when they are use
 
 
 class Layout(NamedTuple):
-    """Whose samples the columns are."""
+    """The clients that the columns of a minibatch belong to."""
 
     clients: NDArray[np.int64]  # (m,) in the order of their columns
     ends: NDArray[np.int64]  # (m,) the column after the last of each
@@ -36,22 +36,22 @@ class Layout(NamedTuple):
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """(m,) columns of each client."""
+        """The number of columns of each client, (m,)."""
         return np.diff(self.ends, prepend=0)
 
     @property
     def rank(self) -> NDArray[np.int64]:
-        """(m,) the place of each among the clients in ascending order."""
+        """The place of each client among those of the round in ascending order, (m,)."""
         return self.clients.argsort().argsort()
 
     def columns(self, client: int) -> slice:
-        """Those of a client."""
+        """The columns of a client."""
         place = int(np.flatnonzero(self.clients == client)[0])
         return slice(int(self.ends[place - 1]) if place else 0, int(self.ends[place]))
 
 
 class Batch:
-    """What the cells see of a round. n columns, C outputs, d features that are not zero everywhere."""
+    """The minibatch of a round: n columns, C outputs, d features that are not zero everywhere."""
 
     def __init__(self, at: Tensor, X: Tensor, y_train: Tensor, encoded: int, layout: Layout) -> None:
         self.at = at  # (n,) sample of each column
@@ -63,17 +63,17 @@ class Batch:
 
     @cached_property
     def samples(self) -> NDArray[np.int64]:
-        """(n,) sample of each column."""
+        """The sample of each column, (n,)."""
         return self.at.numpy()
 
     @cached_property
     def y(self) -> Tensor:
-        """(n,) labels."""
+        """The true label of each column, (n,)."""
         return self._y_train[self.at].to(self.X.device)
 
     @cached_property
     def sign(self) -> Tensor:
-        """(n,) by which features are multiplied for two classes."""
+        """The sign (n,) that features are multiplied by for two classes: -1 for label 1, else 1."""
         return (1 - 2 * self.y).to(self.X.dtype)
 
     @cached_property
@@ -126,19 +126,19 @@ class Batches:
         self._block, self._table = -1, np.empty((0, 0), np.int64)
 
     def drop_features(self, rows: Tensor) -> Tensor:
-        """Of all features (n, features) those that are used, and zeros, (n, d)."""
+        """The used ones of all features (n, features), filled up with zeros to (n, d)."""
         rows = rows[:, self.seen]
         return functional.pad(rows, (0, self.d - rows.shape[1])) if rows.shape[1] < self.d else rows
 
     def restore_features(self, rows: Tensor) -> Tensor:
-        """The other way round, with zeros for the features that are not used."""
+        """All features (n, features) from the used ones (n, d), with zeros for those that are not used."""
         whole = torch.zeros(len(rows), len(self.seen), dtype=rows.dtype)
         whole[:, self.seen] = rows[:, : int(self.seen.sum())].cpu()
         return whole
 
     @property
     def bytes(self) -> int:
-        """Memory that features take."""
+        """The memory that features take, in bytes."""
         resident = 0 if self.resident is None else self.resident.nbytes
         minibatch = self.width * self.d * self.dtype.itemsize
         return max(resident, minibatch) if self._keep else resident + minibatch
@@ -158,17 +158,17 @@ class Batches:
 
     @cached_property
     def whole_samples(self) -> NDArray[np.int64]:
-        """All that the clients hold, client after client in the order of their columns."""
+        """All samples that the clients hold, (n,): client after client in the order of their columns."""
         return np.concatenate([self.template_cell.schedule.shards[client] for client in self.all.clients])
 
     @cached_property
     def whole_layout(self) -> Layout:
-        """Whose they are."""
+        """The clients that `whole_samples` belong to."""
         sizes = [len(self.template_cell.schedule.shards[client]) for client in self.all.clients]
         return Layout(self.all.clients, np.cumsum(sizes))
 
     def pieces(self, n: int, size: int) -> Iterator[tuple[Batch, slice]]:
-        """The first n of all columns, so many at a time."""
+        """The first n of `whole_samples` in pieces of `size`: each as a batch, and its place among them."""
         for start in range(0, n, max(1, size)):
             part = slice(start, min(n, start + max(1, size)))
             at = torch.from_numpy(self.whole_samples[part])
@@ -176,6 +176,7 @@ class Batches:
             yield Batch(at, X, self.y, self._encoded, self.whole_layout), part
 
     def _layout(self, round_: int) -> Layout:
+        """The columns of a round, of the clients that take part in it."""
         schedule, whole = self.template_cell.schedule, self.all
         if schedule.per_round is None:
             return whole
@@ -186,10 +187,12 @@ class Batches:
         )
 
     def _batch(self, samples: NDArray[np.int64], layout: Layout, workspace: Workspace) -> Batch:
+        """The minibatch of these samples (n,), in the order of the columns of a layout."""
         at = torch.from_numpy(samples)
         return Batch(at, self._features(at, workspace), self.y, self._encoded, layout)
 
     def _several_steps(self, round_: int, layout: Layout, workspace: Workspace) -> Batch:
+        """The minibatch of a round of several local steps: each sample once, its count, the columns of each step."""
         steps = [self.template_cell.schedule.steps(int(client), round_) for client in layout.clients]
         unique = [np.unique(step, return_counts=True) for step in steps]
         batch = self._batch(np.concatenate([found for found, _ in unique]), layout, workspace)
@@ -215,6 +218,7 @@ class Batches:
         return samples
 
     def _features(self, at: Tensor, workspace: Workspace) -> Tensor:
+        """Features (n, d) of samples (n,), signed for two classes: from memory where they are held, else computed."""
         if self.resident is not None:
             rows = self.row[at]
             if len(rows) == len(self.resident) and torch.equal(rows, torch.arange(len(rows))):
@@ -224,6 +228,7 @@ class Batches:
         return torch.cat([self._piece(part) for part in at.split(ROWS_AT_ONCE)]).to(self.device)
 
     def _all(self) -> Tensor:
+        """Features (n, d) of all samples that the clients hold, in the order of `whole_samples`."""
         held = torch.from_numpy(self.whole_samples)
         X = torch.empty(len(held), self.d, dtype=self.dtype)
         for rows, samples in zip(X.split(ROWS_AT_ONCE), held.split(ROWS_AT_ONCE), strict=True):
@@ -231,6 +236,7 @@ class Batches:
         return X
 
     def _piece(self, at: Tensor) -> Tensor:
+        """Features (n, d) of samples (n,), computed from the data set and signed for two classes."""
         dataset = self.template_cell.dataset
         X = data.features(dataset.x_train[at.numpy()], dataset.scaling, self.dtype, self._constant)
         X = X if self._constant else dataset.images(X).flatten(1)  # a network's own order of the pixels
@@ -239,13 +245,13 @@ class Batches:
 
 
 def padded(features: int) -> int:
-    """So many or a few more: rows that begin where a line of the cache does, and not all in the same place of it."""
+    """The width of rows of features: at least `features`, so that rows begin at cache lines, and at different ones."""
     columns = -(-features // LINE) * LINE
     return columns + LINE * (columns % (16 * LINE) == 0)
 
 
 def _nonzero_columns(x: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which features are not zero in every sample: no gradient ever reaches the others."""
+    """Which features of x (n, p) are not zero in every sample, (p,) of bool: no gradient ever reaches the others."""
     found = np.zeros(x.shape[1], bool)
     for start in range(0, len(x), ROWS_AT_ONCE):
         found |= x[start : start + ROWS_AT_ONCE].any(0)

@@ -49,7 +49,7 @@ class Allowances:
         self.place = 0  # in the table, of the round that was asked for last
 
     def at(self, round_: int, writable: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For a round in which `writable` (M, G) samples are within reach.
+        """The flips allowed (M, G) in a round in which `writable` (M, G) samples can be written.
 
         Rounds ahead are worked out with it, in `table` (rounds, M, G), as if the very same array would come again.
         """
@@ -61,6 +61,7 @@ class Allowances:
         return allowed
 
     def _work_out(self, round_: int, writable: NDArray[np.int64]) -> None:
+        """Fill the table from a round on, and the samples that could be written before each of its rounds."""
         ahead = max(1, min(AHEAD, NUMBERS_AHEAD // max(1, writable.size))) if writable is self._of else 1
         past = self._past[min(round_ - self._first, len(self._past) - 1)]
         self._of, self._first, self.place = writable, round_, 0
@@ -73,5 +74,6 @@ class Allowances:
             self.table = np.where(self._carries, total[1:] - total[:-1], self.table)
 
     def _floor(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The whole part of the budgets times samples (..., M, G), exactly."""
         whole: NDArray[np.int64] = (self._over * samples // self._under).astype(np.int64)
         return whole

@@ -41,7 +41,7 @@ class Workspace:
 
 
 def residuals_(Z: Tensor, C: int, encoded: Tensor) -> Tensor:
-    """Turns logits (M C, n) into what the gradient multiplies with the features."""
+    """Turn logits (M C, n) into residuals, given encoded labels (C, n): times the features they are the gradient."""
     if C == 1:
         return Z.sigmoid_()
     by_class = Z.view(-1, C, Z.shape[-1])
@@ -51,7 +51,7 @@ def residuals_(Z: Tensor, C: int, encoded: Tensor) -> Tensor:
 
 
 class SelectionPlan(NamedTuple):
-    """Which of each row's priorities, once sorted, is the smallest taken; made beforehand for many rounds."""
+    """Where the threshold of each row of priorities is, once these are sorted; worked out ahead for many rounds."""
 
     allowed: NDArray[np.int64]  # (M,)
     taken: NDArray[np.int64]  # (M,) if so many reach the floor
@@ -64,7 +64,24 @@ class SelectionPlan(NamedTuple):
 def selection_plans(
     allowed: NDArray[np.int64], n: int, floor: float | NDArray[np.float64], dtype: torch.dtype
 ) -> Iterator[SelectionPlan]:
-    """For each round, of M rows of n priorities of which `allowed` (rounds, M) are taken if they reach the floor."""
+    """The plan of each round, for M rows of n priorities of which the largest `allowed` are taken.
+
+    Parameters
+    ----------
+    allowed : (rounds, M) array of int64
+        How many of each row may be taken.
+    n : int
+        Length of a row.
+    floor : float or (M,) array
+        The lowest priority that is taken.
+    dtype : torch.dtype
+        Precision of the priorities.
+
+    Returns
+    -------
+    iterator of SelectionPlan
+        In the order of the rounds.
+    """
     taken = allowed.clip(0, n)
     last = np.arange(1, allowed.shape[1] + 1) * n - taken.clip(1)
     cut = (taken > 0) & (taken < n)
@@ -75,9 +92,25 @@ def selection_plans(
 def take_largest_(
     priority: Tensor, plan: SelectionPlan, scratch: Tensor, samples: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Turns priorities (M, n) into 1 for the largest `allowed` of each row that reach the floor, else 0; how many.
+    """Turn priorities into 1 for the largest `allowed` of each row that reach the floor, else 0.
 
-    Ties go to the lower sample. `scratch` is as large and contiguous; what is in it is lost.
+    `attack.select` is the plain definition, which the tests hold this to; here one sort serves many rows.
+
+    Parameters
+    ----------
+    priority : (M, n) tensor
+        Overwritten by the result.
+    plan : SelectionPlan
+        How many of each row may be taken, from which floor on.
+    scratch : (M, n) tensor
+        Contiguous memory that is overwritten.
+    samples : (n,) array of int64
+        The sample of each column: ties go to the lower one.
+
+    Returns
+    -------
+    (M,) array of int64
+        How many of each row are taken.
     """
     scratch.copy_(priority)
     if scratch.is_cuda:
@@ -104,7 +137,7 @@ def take_largest_(
 
 
 def sort_rows_(rows: NDArray[np.float64]) -> None:
-    """Sorts each row, ascending, on as many threads as torch uses."""
+    """Sort each row (M, n) in place, ascending, on as many threads as torch uses."""
     threads = min(torch.get_num_threads(), rows.size // SORTED_BY_A_THREAD)
     if threads < 2:
         rows.sort(axis=-1)
@@ -113,6 +146,7 @@ def sort_rows_(rows: NDArray[np.float64]) -> None:
 
 
 def _exact(priority: Tensor, allowed: NDArray[np.int64], samples: NDArray[np.int64]) -> Tensor:
+    """1 for the largest `allowed` (M,) of each row of priorities (M, n), else 0; ties go to the lower sample."""
     by_sample = torch.from_numpy(samples.argsort()).to(priority.device)
     order = by_sample[priority[:, by_sample].argsort(dim=-1, descending=True, stable=True)]
     within = torch.arange(priority.shape[1]) < torch.from_numpy(allowed)[:, None]

@@ -15,7 +15,7 @@ from fl_attack.scenario import Flips
 
 
 class Report(NamedTuple):
-    """What there is to say of a round in which a tile was watched."""
+    """The flips and measures of a tile in a round in which it is watched."""
 
     change: Change
     allowed: NDArray[np.int64]  # (M,)
@@ -34,7 +34,7 @@ class Log:
     """Rows, one for each column of `history.COLUMNS`, and flips of M cells."""
 
     def __init__(self, M: int, samples: int, keep_flips: bool, full_rows: bool) -> None:
-        """`samples` is how many there are to train on."""
+        """`M` is the number of cells, `samples` that of the training samples."""
         self.M, self.samples, self.keep_flips, self.full_rows = M, samples, keep_flips, full_rows
         self._rows: list[NDArray[np.float64]] = []  # (M, columns) each
         self._flips: list[list[tuple[int, Flips]]] = [[] for _ in range(M)]
@@ -43,11 +43,11 @@ class Log:
         self._detection = np.full((M, len(MEASURES)), np.nan)
 
     def table(self, cell: int, last: int) -> NDArray[np.float64]:
-        """The rows of a cell up to its last round."""
+        """The rows (evaluations, columns) of a cell up to a round `last`."""
         return np.stack([rows[cell] for rows in self._rows if rows[cell, 0] <= last])
 
     def flips(self, cell: int, last: int) -> list[tuple[int, Flips]]:
-        """The flips of a cell up to its last round, where they are kept."""
+        """The rounds and flips of a cell up to a round `last`; empty where they are not kept."""
         return [(round_, flips) for round_, flips in self._flips[cell] if round_ <= last]
 
     def watch(self, round_: int, start: int, batch: Batch, report: Report) -> None:

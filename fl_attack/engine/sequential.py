@@ -68,7 +68,7 @@ def run(
     started = time.perf_counter() - recorder.history.seconds
 
     def reached() -> State:
-        """How far the run is, as `kept` above."""
+        """The state of the run after the last round, as `checkpoint.load` gives it back."""
         recorder.history.seconds = time.perf_counter() - started
         parts = {"theta": theta, "epoch_theta": epoch_theta, "momenta": momenta.table, "optimizer": tuple(state)}
         return {"recorder": recorder.state(), **parts}

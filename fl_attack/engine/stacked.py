@@ -50,7 +50,7 @@ def run_cells(
     keep_flips: bool,
     keep_theta: bool,
 ) -> list[Outcome]:
-    """See `engine.run_cells`, without `full_rows`."""
+    """The outcomes of cells, in their order, as `engine.run_cells` gives them without `full_rows`."""
     order = sorted(range(len(cells)), key=lambda i: (_tile_key(cells[i]), i))
     kind = torch.device(device).type
     each = COPIES * cells[0].theta_shape[1] * cells[0].settings.torch_dtype.itemsize
@@ -64,7 +64,7 @@ def run_cells(
 
 
 def _tile_key(cell: Scenario) -> str:
-    """What the cells whose attackers choose together have in common."""
+    """The key of the cells whose attackers choose together: their attack and how the server steps."""
     settings = cell.settings
     return f"{kind_of(cell)} {settings.server_optimizer} {settings.lr_schedule} {settings.lr_every} {settings.lr_decay}"
 
@@ -146,7 +146,7 @@ class Stack:
         return self._outcomes(time.perf_counter() - began, ended=True)
 
     def _outcomes(self, seconds: float, ended: bool) -> list[Outcome]:
-        """See `ending.outcomes`."""
+        """The outcomes of all cells, as `ending.outcomes` gives them; so far, where they have not `ended`."""
         whole = (lambda rows: rows.cpu()) if self.keep_theta else None
         return ending.outcomes(self.cells, self.theta, whole, self.log, self._flips(), self.stopping, seconds, ended)
 
@@ -155,7 +155,7 @@ class Stack:
         return np.concatenate([tile.attackers.flips for tile in self.tiles])
 
     def _measure(self, round_: int) -> bool:
-        """Note how good the cells are after a round; whether all have stopped early."""
+        """Note how good the cells are after a round; gives whether all have stopped early."""
         losses = self.stopping.losses(self.theta) if self.stopping else np.nan
         self.log.measure(round_, self.test_set.quality(self.theta), losses, self.tiles if round_ else ())
         if self.stopping is None:
@@ -191,7 +191,7 @@ class Stack:
             optimizer.take(gradient[tile.rows], factor)
 
     def _along_targets(self, X: Tensor, first: Tensor, accesses: Sequence[RoundAccess | None]) -> dict[int, Tensor]:
-        """By the number of a targeted tile, what its first layers give along `target - theta`, (cells, n, width)."""
+        """By the number of a targeted tile the outputs (cells, n, width) of its first layer along `target - theta`."""
         of_targets = shared_product(X, *self.model.layers(self.targets[:, None])[0])
         found = {}
         for number, (tile, access) in enumerate(zip(self.tiles, accesses, strict=True)):
@@ -249,7 +249,7 @@ class Measured:
 
 
 def _once(work_out: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What is worked out when it is first asked for, and then remembered."""
+    """A function that gives the result of `work_out`, which it calls when it is first asked."""
     found: list[Tensor] = []
 
     def ask() -> Tensor:

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
-    """What is made of each part, in their order; on as many threads as torch uses, each of which works alone."""
+    """The results of `work` on parts, in their order; on as many threads as torch uses, each of which works alone."""
     threads = torch.get_num_threads()
     if min(threads, len(parts)) < 2:
         return [work(part) for part in parts]
@@ -42,5 +42,5 @@ def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[
 
 @lru_cache(maxsize=1)
 def pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, which stay."""
+    """A pool of this number of threads, which stays."""
     return ThreadPoolExecutor(threads)

@@ -51,7 +51,7 @@ class OmniscientHook:
         return adversary.of_round(scenario, chosen, round_)
 
     def updates(self, asked: wire.Request) -> tuple[Tensor, Tensor]:
-        """What all clients of a round would send honestly, and what they send, (m, A, B) each."""
+        """The updates that all clients of a round would send honestly, and those that they send, (m, A, B) each."""
         scenario, theta, round_ = self.scenario, asked.theta, asked.round_
 
         def crafted() -> tuple[Tensor, Tensor]:
@@ -61,6 +61,7 @@ class OmniscientHook:
         return self._once("updates", round_, theta, crafted)
 
     def _once(self, what: str, round_: int, theta: Tensor, work_out: Callable[[], Found]) -> Found:
+        """The result of `work_out` for a round and its parameters, remembered until others are asked for."""
         key = round_, theta.cpu().numpy().tobytes()
         if what not in self._known or self._known[what][0] != key:
             self._known[what] = key, work_out()
@@ -76,11 +77,11 @@ class HonestClient:
         self.client = client
 
     def train(self, asked: wire.Request) -> Trained:
-        """A round's local steps from the broadcast parameters."""
+        """The answer to a request: the parameters after the local steps of a round."""
         return self.trained_on(asked, None)
 
     def trained_on(self, asked: wire.Request, flips: Flips | None) -> Trained:
-        """The same on labels of which some are flipped."""
+        """A round's local steps on labels of which some are flipped; None: this client flips none, ever."""
         own, theta = self.scenario, asked.theta
         moved, weight = scenario.client_update(own, self.client, theta, asked.round_, flips or NO_FLIPS)
         if not own.settings.worker_momentum:
@@ -99,7 +100,7 @@ class MaliciousClient(HonestClient):
         self.hook = hook
 
     def train(self, asked: wire.Request) -> Trained:
-        """This client's part of what the attackers agreed on."""
+        """The answer of this client: its part of the flips, or of the updates, that the attackers agreed on."""
         if self.scenario.settings.attack.writes == "updates":
             place = np.searchsorted(self.scenario.schedule.participants(asked.round_), self.client)
             honest, sent = (updates[place] for updates in self.hook.updates(asked))
@@ -113,6 +114,7 @@ class MaliciousClient(HonestClient):
 
 @lru_cache(maxsize=2)
 def _hook(settings_json: str) -> OmniscientHook:
+    """The hook that the malicious clients of a process share in an experiment."""
     return OmniscientHook(scenario.from_json(settings_json))
 
 
@@ -127,6 +129,7 @@ def client(settings_json: str, number: int) -> HonestClient:
 
 @cache
 def _one_thread() -> None:
+    """Have torch use one thread in this process."""
     # many clients share a machine; and then no sum depends on how many cores it has
     torch.set_num_threads(1)
 

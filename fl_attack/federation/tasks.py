@@ -20,11 +20,11 @@ class Board:
         self.done: dict[int, int] = {}
 
     def note(self, i: int, done: int) -> None:
-        """So much of a job is done; one that was lost starts anew."""
+        """Note how many steps of job `i` are done; a job that was lost starts anew."""
         self.done[i] = done
 
     def read(self) -> dict[int, int]:
-        """What has been noted."""
+        """The steps done of each job, by its number."""
         return self.done
 
 

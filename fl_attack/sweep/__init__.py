@@ -163,6 +163,7 @@ def _check_figures(cells: Sequence[Cell]) -> None:
 
 
 def _draw_all(out: Path, figures: Sequence[Sequence[str]]) -> None:
+    """Draw the figures that a sweep's table allows and those asked for; none where all cells broke off."""
     cells, lost = broken_off(out)
     if cells == lost:
         return

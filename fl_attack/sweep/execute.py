@@ -19,7 +19,7 @@ Keep = Callable[[Unit, Numbers], None]
 
 
 def compute(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
-    """Have the numbers of units kept, as they are done."""
+    """Compute the units `todo` and hand the numbers of each to `keep` as it is done."""
     batched = [unit for unit in todo if scenarios[unit.cells[0]].settings.engine.name == "batched"]
     settings = scenarios[0].settings
     if settings.launcher == "ray" or (settings.launcher == "auto" and settings.engine.ray_address):
@@ -32,6 +32,7 @@ def compute(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progr
 
 
 def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
+    """Have units of the batched engine computed by the workers of a Ray cluster, and kept as they are done."""
     if not todo:
         return
     settings = scenarios[todo[0].cells[0]].settings
@@ -52,12 +53,12 @@ def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress:
 
 
 def _samples_of(scenario: Scenario) -> int:
-    """Seen by a cell in all its rounds, if all clients take part."""
+    """The samples that a cell uses in all its rounds, if all clients take part."""
     return scenario.settings.rounds * scenario.settings.local_steps * int(scenario.schedule.sizes.sum())
 
 
 def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
-    """Cells of the Flower engine, one after the other, over the same clients where they have as many."""
+    """Run cells of the Flower engine one after the other, over the same clients where they have as many."""
     by_grid: dict[str, list[Unit]] = {}
     for unit in todo:
         settings = scenarios[unit.cells[0]].settings

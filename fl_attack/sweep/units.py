@@ -1,4 +1,4 @@
-"""The work of a sweep, cut into units: what each is known by, what is kept of it."""
+"""The work of a sweep, cut into units: the key of each, and the numbers that are kept of it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Unit:
 
 
 class Numbers(NamedTuple):
-    """What is kept of the cells of a unit."""
+    """The numbers that are kept of the cells of a unit."""
 
     table: NDArray[np.float64]  # (cells, evaluations, columns of `history.COLUMNS`); NaN after a cell broke off
     flips: NDArray[np.int64]  # (cells,)

@@ -26,7 +26,7 @@ class Block:
         self.optimizer = kernels.ServerOptimizer(tiles[0].optimizer, theta, lr, weight_decay)
 
     def step(self, shared: Shared, workspace: kernels.Workspace, watched: bool, measured: bool) -> list[Report | None]:
-        """One round of all cells; gives what each tile reports."""
+        """Step all cells by one round; gives the report of each tile, None where it is not watched."""
         X = shared.batch.X
         Z = torch.mm(self.theta, X.mT, out=workspace.buffer("Z", len(self.theta), len(X)))
         aggregate, reports = None, []

@@ -1,4 +1,4 @@
-"""What each client sends, for aggregation rules, attacks on gradients and measures that need to see it.
+"""The update of each client, for aggregation rules, attacks on updates and measures that need to see it.
 
 The mean of label attacks never does: its gradients of all clients together are one matrix product.
 """
@@ -22,7 +22,7 @@ Direction = Callable[[slice], Tensor]
 
 
 class Residuals(NamedTuple):
-    """Where the updates of a round come from; of the cells of a tile, or of some of them."""
+    """The residuals of a round and what else the updates of cells are computed from."""
 
     theta: Tensor  # (M C, d)
     R: Tensor  # (M C, n) residuals with the labels as written
@@ -31,7 +31,7 @@ class Residuals(NamedTuple):
     weight_decay: Tensor | None  # (M C, 1)
 
     def rows(self, part: slice) -> "Residuals":
-        """The same of some rows."""
+        """The residuals of a part of the rows."""
         written = None if self.written is None else self.written[part]
         decay = None if self.weight_decay is None else self.weight_decay[part]
         return Residuals(self.theta[part], self.R[part], written, self.lr[part], decay)
@@ -59,13 +59,13 @@ def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor
 
 
 def pieces(cells: int, bytes_each: int) -> list[slice]:
-    """Of so many cells, those that are gone through together."""
+    """The slices of this number of cells whose updates are computed together."""
     step = max(1, BYTES_AT_ONCE // bytes_each)
     return [slice(start, min(cells, start + step)) for start in range(0, cells, step)]
 
 
 class Server:
-    """What is made of the updates of a tile's clients."""
+    """The server of the cells of a tile: their rule, on the updates of their clients."""
 
     def __init__(self, cells: Sequence[Scenario], attackers: Attackers) -> None:
         self.template_cell, self.attackers = cells[0], attackers
@@ -80,7 +80,7 @@ class Server:
         self.needed = self.crafts or not strategy.averages
 
     def mean(self, of: Residuals, batch: Batch) -> Tensor:
-        """The mean of what clients send, (M C, d), where all are honest with their gradients."""
+        """The mean (M C, d) of the updates of all clients, where no attack replaces any."""
         sizes = self.template_cell.schedule.sizes[np.sort(batch.layout.clients)]
         total = torch.zeros_like(of.theta)
         for place, update in by_client(of, batch, self.C):
@@ -90,9 +90,28 @@ class Server:
     def take(
         self, of: Residuals, batch: Batch, access: RoundAccess | None, v: Direction, round_: int, measured: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The aggregate (M C, d) of what clients send, and `detect.MEASURES` of it (M, measures) where measured.
+        """The aggregate of the updates that the clients of a round send.
 
-        `v` gives the direction (cells, C, d) of some cells, for attacks that have one.
+        Parameters
+        ----------
+        of : Residuals
+            Of all cells of the tile.
+        batch : Batch
+            The minibatch.
+        access : RoundAccess or None
+            What the attackers can do; None where nobody attacks.
+        v
+            Gives the direction (cells, C, d) of a slice of cells, for attacks that have one.
+        round_ : int
+            The round, counted from 1.
+        measured : bool
+            Whether `detect.MEASURES` are wanted.
+
+        Returns
+        -------
+        aggregate : (M C, d) tensor
+        detection : (M, measures) tensor or None
+            None where it is not measured, or nobody attacks.
         """
         d, layout = of.theta.shape[1], batch.layout
         m = len(layout.clients)
@@ -116,7 +135,7 @@ class Server:
         return out, torch.cat([one for one in found if one is not None]) if measured and access is not None else None
 
     def _crafted(self, updates: Tensor, access: RoundAccess, cells: slice, v: Direction, round_: int) -> Tensor:
-        """See `adversary.crafted`."""
+        """The updates (cells, m, C, d) with those of malicious clients replaced, as `adversary.crafted` does."""
         now = torch.from_numpy(self.attackers.rounds.attacked(round_)[cells]).to(updates.device)
         malicious = access.malicious[cells] & now[:, None]
         if not malicious.any():

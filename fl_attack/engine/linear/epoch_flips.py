@@ -18,7 +18,7 @@ NUMBERS_AT_ONCE = 2**21  # logits, and features, of a piece: what several produc
 
 
 class EpochFlips:
-    """What the attackers of a tile have written into their data for the epoch."""
+    """The labels that the attackers of a tile have written into their data for the epoch."""
 
     def __init__(self, cells: Sequence[Scenario], batches: Batches) -> None:
         self.cells, self.batches = cells, batches
@@ -78,7 +78,7 @@ class EpochFlips:
             self._flipped = functional.pad((self.written >= 0).to(theta), (0, 1))
 
     def _direction(self, theta: Tensor, targets: Tensor | None, access: RoundAccess) -> Tensor:
-        """(M C, d) up to a positive factor for each cell."""
+        """The direction v of each cell, (M C, d), up to a positive factor."""
         if targets is not None:
             return targets - theta
         M, C = self.attackers.M, self.attackers.C
@@ -91,7 +91,7 @@ class EpochFlips:
         return v
 
     def _by_class(self, rows: Tensor, batch: Batch) -> Tensor:
-        """(M, n, classes) inner products with the plain features; two classes: 0 and the one."""
+        """Inner products (M, n, classes) of rows (M C, d) with the features, not signed; two classes: 0 and the one."""
         signed = rows @ batch.X.mT
         if self.attackers.C > 1:
             return signed.view(self.attackers.M, self.attackers.C, -1).mT
@@ -99,7 +99,7 @@ class EpochFlips:
         return torch.stack([torch.zeros_like(plain), plain], -1)
 
     def flipped(self, batch: Batch, attacked: NDArray[np.bool_], n: int) -> Tensor:
-        """Two classes: 1 where it changes a label of the columns within reach of a minibatch, else 0, (M, n)."""
+        """The flips of two classes among the first n columns of a minibatch, (M, n): 1 for a flipped label, else 0."""
         if self._flipped is None:
             return batch.X.new_zeros(len(attacked), n)
         columns = self.batches.row[batch.at[:n]].clamp_(max=self._flipped.shape[1] - 1).to(batch.X.device)
@@ -107,7 +107,7 @@ class EpochFlips:
         return found if attacked.all() else found.mul_(torch.from_numpy(attacked).to(found)[:, None])
 
     def change(self, batch: Batch, attacked: NDArray[np.bool_], n: int) -> Change:
-        """What the columns within reach of a minibatch have of it, in the cells that are attacked now."""
+        """The labels written among the first n columns of a minibatch, in the cells that are `attacked` (M,) now."""
         if self.written is None:
             return no_change(batch.X.device)
         columns = self.batches.row[batch.at[:n]].to(self.written.device)

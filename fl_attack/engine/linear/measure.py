@@ -37,6 +37,7 @@ class Samples:
         return np.concatenate([measure(part).cpu().numpy() for part in theta.split(cells * C)])
 
     def _two(self, theta: Tensor) -> Tensor:
+        """`quality` of two classes, by sorted labels: the first `zeros` samples are of label 0."""
         Z = theta @ self.X.mT
         positive = Z > 0
         false, true = positive[:, : self.zeros].sum(1), positive[:, self.zeros :].sum(1)
@@ -47,6 +48,7 @@ class Samples:
         return torch.stack([(true + self.zeros - false).double() / len(self.y), f1, loss / len(self.y)], 1)
 
     def _several(self, theta: Tensor) -> Tensor:
+        """`quality` of several classes, from a confusion matrix for each cell."""
         n, C = len(self.y), self.classes
         Z = (theta @ self.X.mT).view(-1, C, n)
         loss = Z.logsumexp(1) - Z.gather(1, self.y.expand(len(Z), 1, n))[:, 0]

@@ -45,7 +45,7 @@ def run_cells(
     keep_theta: bool,
     full_rows: bool,
 ) -> list[Outcome]:
-    """See `engine.run_cells`; of a linear model, whose clients have no momentum."""
+    """The outcomes of cells of a linear model, whose clients have no momentum, as `engine.run_cells` gives them."""
     with _threads(scenarios):
         work = _Work(scenarios, torch.device(device), memory_gb * 2**30, keep_flips, keep_theta, full_rows)
         outcomes: dict[int, Outcome] = {}
@@ -69,7 +69,7 @@ def _threads(scenarios: Sequence[Scenario]) -> Iterator[None]:
 
 
 def _tile_key(cell: Scenario) -> tuple[tuple[Any, ...], Kind, str, int]:
-    """What the cells of a tile have in common."""
+    """The key of the cells that can be in one tile: how the server steps, the attack, and the rule."""
     settings = cell.settings
     strategy, training = settings.strategy, _training(cell)
     if strategy.averages:
@@ -78,7 +78,7 @@ def _tile_key(cell: Scenario) -> tuple[tuple[Any, ...], Kind, str, int]:
 
 
 def _training(cell: Scenario) -> tuple[Any, ...]:
-    """What the cells of a block have in common: how the server steps; rates may differ, their schedule may not."""
+    """The key of the cells that can be in one block: how the server steps; rates may differ, their schedule may not."""
     settings = cell.settings
     return settings.server_optimizer, settings.lr_schedule, settings.lr_every or 0, settings.lr_decay
 
@@ -95,6 +95,8 @@ def _share_a_block(tile: Tile, other: Tile) -> bool:
 
 
 class _Targets(NamedTuple):
+    """The different targets of the cells, and which of them each cell has."""
+
     theta: Tensor  # (T C, d)
     number: NDArray[np.int64]  # by cell
 
@@ -156,7 +158,7 @@ class _Work:
             yield piece.tolist()
 
     def run(self, chunk: list[int], progress: Progress, watch: Watch) -> list[Outcome]:
-        """All rounds of some cells."""
+        """The outcomes of the cells of a chunk after all rounds, in their order."""
         began = time.perf_counter()
         cells = [self.cells[i] for i in chunk]
         C, d = cells[0].theta_shape[0], self.batches.d
@@ -199,7 +201,7 @@ class _Work:
     def _measure(
         self, round_: int, theta: Tensor, log: Log, stopping: Stopping | None, tiles: Sequence[Tile] = ()
     ) -> bool:
-        """Note how good the cells are after a round; whether all have stopped early."""
+        """Note how good the cells are after a round; gives whether all have stopped early."""
         losses = stopping.losses(theta) if stopping else np.nan
         log.measure(round_, self.test_set.quality(theta), losses, tiles)
         if stopping is None:
@@ -223,7 +225,7 @@ class _Work:
         return cuts
 
     def _fits(self, cells: int) -> int:
-        """How many of so many cells a block may have."""
+        """The number of cells, of this many, that a block may have."""
         if self.device.type != "cpu":
             return cells
         return max(FEWEST, CACHE // (self.cells[0].theta_shape[0] * self.batches.d * self.batches.dtype.itemsize))
@@ -242,6 +244,7 @@ class _Work:
         return [Block(some, part) for some, part in zip(together, rows, strict=True)]
 
     def _shared(self, round_: int, tiles: Sequence[Tile], workspace: Workspace) -> Shared:
+        """What the tiles share in a round: the minibatch, and the products that serve several of them."""
         batch = self.batches.at(round_, workspace)
         for tile in tiles:
             tile.prepare(round_, batch.layout)
@@ -265,11 +268,13 @@ class _Work:
         return self._logits_of_all.index_select(1, self.batches.row[batch.at[:n]].to(self.device))
 
     def _gram_pays(self, batch: Batch, n: int, rows: int) -> bool:
+        """Whether inner products of n samples with all cost less than `rows` products with the features."""
         # multiplications: once for the matrix and once for each row, or there and back through the features
         size, d = batch.X.shape
         return size * n * (d + rows) < rows * d * (size + n)
 
     def _targets(self) -> _Targets:
+        """The targets of all targeted cells, each different one once."""
         aimed: dict[object, Scenario] = {}
         keys: list[object] = []
         for cell in self.cells:
@@ -285,5 +290,6 @@ class _Work:
         return _Targets(theta, np.array([place.get(key, -1) for key in keys]))
 
     def _target_of(self, chunk: list[int]) -> Tensor | None:
+        """The number (M,) of the target of each cell of a chunk; None where there is only one."""
         number = torch.from_numpy(self.targets.number[chunk]).to(self.device)
         return None if len(self.targets.theta) == self.cells[0].theta_shape[0] else number

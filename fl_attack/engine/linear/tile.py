@@ -21,7 +21,7 @@ from fl_attack.scenario import Scenario
 
 
 class Shared(NamedTuple):
-    """What the tiles share in a round."""
+    """The minibatch of a round and the products with it that several tiles need."""
 
     round_: int
     batch: Batch
@@ -31,7 +31,7 @@ class Shared(NamedTuple):
 
 
 class Tile:
-    """The attackers of some cells and what they make of a round; the parameters are moved by `block.Block`."""
+    """The attackers of some cells and what they do in a round; the parameters are moved by `block.Block`."""
 
     def __init__(self, cells: Sequence[Scenario], batches: Batches, theta: Tensor, target_of: Tensor | None) -> None:
         """`theta` (M C, d) are the cells' own rows; `target_of` (M,) is None where all have the same target or none."""
@@ -57,16 +57,16 @@ class Tile:
         self.allowed = np.zeros(self.M, np.int64)  # flips in the last round
 
     def prepare(self, round_: int, layout: Layout) -> None:
-        """Work out what the attackers can do in a round; before `step`, one round after the other."""
+        """Work out what the attackers can do in a round; to be called before `step`, for one round after the other."""
         self.access = self.attackers.access(round_, layout)
 
     def lr_factor(self, round_: int) -> float:
-        """By what the learning rates are multiplied in a round; all cells of a block have one schedule."""
+        """The factor of the learning rates in a round; all cells of a block have one schedule."""
         cell = self.attackers.template_cell
         return cell.lr(round_) / cell.settings.lr
 
     def scored_columns(self, goal: str) -> int:
-        """Columns of which greedy attackers of a goal need scores in this round."""
+        """The number of first columns of which greedy attackers of a goal need scores in this round."""
         return self.access.n if self.access is not None and self.seeking.get(goal) else 0
 
     @property
@@ -77,10 +77,26 @@ class Tile:
     def step(
         self, Z: Tensor, shared: Shared, workspace: kernels.Workspace, watched: bool, measured: bool
     ) -> tuple[Report | None, Tensor | None]:
-        """Turns the logits (M C, n) of a round into residuals with the labels as written.
+        """Turn the logits of a round into residuals with the labels as written.
 
-        Gives a report where the cells are watched, with the cosine where they are measured, and where the tile is
-        `needs_client_updates` the aggregate (M C, d).
+        Parameters
+        ----------
+        Z : (M C, n) tensor
+            Logits, signed for two classes; overwritten by the residuals.
+        shared : Shared
+            What all tiles use.
+        workspace : Workspace
+            Memory.
+        watched : bool
+            Whether a report is wanted.
+        measured : bool
+            Whether it is to hold the cosine and `detect.MEASURES`.
+
+        Returns
+        -------
+        report : Report or None
+        aggregate : (M C, d) tensor or None
+            Where the tile `needs_client_updates`; else the residuals times the features are the sum of all updates.
         """
         batch, access = shared.batch, self.access
         logits = Z[:, : access.n].clone() if access is not None and self._needs_logits else None
@@ -103,11 +119,12 @@ class Tile:
 
     @property
     def _needs_logits(self) -> bool:
+        """Whether the attack asks for the logits of a round before they become residuals."""
         kind = self.attackers.kind
         return not kind.exact and not self.server.crafts and kind.refresh == "step"
 
     def _towards_targets(self, Z: Tensor, shared: Shared, scores: Tensor | None) -> None:
-        """Scores (M, C, n) along `target - theta` of targeted cells: logits of the target less those of theta."""
+        """Fill scores (M, C, n) of targeted cells along `target - theta`: the target's logits less those of theta."""
         if scores is None or shared.target_logits is None:
             return
         n, logits = scores.shape[-1], Z.view(self.M, self.C, -1)
@@ -120,7 +137,7 @@ class Tile:
     def _along_clean_gradients(
         self, R: Tensor, shared: Shared, scores: Tensor | None, workspace: kernels.Workspace
     ) -> None:
-        """Scores of untargeted cells along `v = R X`: `X v^T = (X X^T) R^T`. The scale of v changes nothing."""
+        """Fill the scores (M, C, n) of untargeted cells, along `v = R X` up to its scale: `X v^T = (X X^T) R^T`."""
         if scores is None:
             return
         batch, n, C = shared.batch, scores.shape[-1], self.C
@@ -136,7 +153,7 @@ class Tile:
                 torch.mm(v, batch.X[:n].mT, out=out)
 
     def _weighted(self, R: Tensor, batch: Batch, cells: slice = slice(None)) -> Tensor:
-        """The residuals of which the sum over the features is the gradient that the attackers of cells know."""
+        """The residuals (M C, n) that times the features are the gradient that the attackers of cells know."""
         if self.access is not None and self.access.known is not None:
             R = (R.view(-1, self.C, R.shape[1]) * self.access.known[cells, None]).view_as(R)
         return R if batch.counts is None else R * batch.counts
@@ -150,7 +167,7 @@ class Tile:
         workspace: kernels.Workspace,
         watched: bool,
     ) -> Change | None:
-        """Give the residuals the attackers' labels; what has changed where that is watched."""
+        """Give residuals R (M C, n) the attackers' labels; gives the labels that changed where that is watched."""
         attackers, access, batch = self.attackers, self.access, shared.batch
         self.allowed = np.zeros(self.M, np.int64)
         if access is None or self.server.crafts or (self.epoch_flips is None and access.selection_plans is None):
@@ -195,7 +212,7 @@ class Tile:
         return change
 
     def _renew_epoch_flips(self, shared: Shared, access: RoundAccess, epoch_flips: EpochFlips) -> NDArray[np.bool_]:
-        """Have the epoch's flips chosen where it begins; gives the cells (M,) that are attacked in this round."""
+        """Have the flips of an epoch chosen where it begins; gives which cells (M,) are attacked in this round."""
         if shared.round_ == adversary.epoch_start(self.attackers.template_cell, shared.round_):
             epoch_flips.renew(self.theta, self._targets(shared, slice(0, self.M)), shared.round_)
         attacked = self.attackers.rounds.attacked(shared.round_)
@@ -204,6 +221,7 @@ class Tile:
         return attacked
 
     def _view(self, R: Tensor, shared: Shared, logits: Tensor, access: RoundAccess) -> attack.View:
+        """What an attack on labels sees of a round, given the residuals (M C, n) and logits (M C, n) of the cells."""
         batch, n = shared.batch, access.n
 
         def scores() -> Tensor:
@@ -221,7 +239,7 @@ class Tile:
         return self.attackers.view(batch, access, lambda: by_class(scores()), lambda: by_class(logits), shared.round_)
 
     def _targets(self, shared: Shared, cells: slice) -> Tensor | None:
-        """(cells C, d) of targeted cells."""
+        """The target (cells C, d) of each of these cells; None where they are not targeted."""
         if self.attackers.kind.goal != "targeted":
             return None
         by_target = shared.targets.view(-1, self.C, shared.targets.shape[-1])
@@ -237,7 +255,7 @@ class Tile:
         return gradient
 
     def _aggregate(self, R: Tensor, batch: Batch, shared: Shared, measured: bool) -> tuple[Tensor, Tensor | None]:
-        """What the server makes of the clients' updates, over lr."""
+        """The aggregate (M C, d) of the clients' updates and, where measured, `detect.MEASURES` (M, measures)."""
         written = None
         if self.several_steps:
             clean = torch.mm(self.theta, batch.X.mT)
@@ -262,6 +280,7 @@ class Tile:
 
 
 def _cosine(aggregate: Tensor, clean: Tensor, M: int) -> Tensor:
+    """The cosine (M,) of two gradients (M C, d) of each cell; NaN where one of them is zero."""
     a, b = (gradient.view(M, -1).double() for gradient in (aggregate, clean))
     norms = a.norm(dim=-1) * b.norm(dim=-1)
     return torch.where(norms > 0, (a * b).sum(-1) / norms, torch.nan)
