@@ -257,8 +257,8 @@ def updates(
         As gradients, which is the way of the parameters over the learning rate; clients ascending.
     """
     moved = [client_update(scenario, int(c), theta, round_, flips)[0] for c in scenario.schedule.participants(round_)]
-    sent = torch.stack([(theta - one) / scenario.lr(round_) for one in moved])
-    return protocol.with_momentum(scenario.settings.worker_momentum, momenta, sent)
+    gradients = torch.stack([(theta - one) / scenario.lr(round_) for one in moved])
+    return protocol.with_momentum(scenario.settings.worker_momentum, momenta, gradients)
 
 
 def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> Tensor:
@@ -298,5 +298,5 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
         direction=lambda: direction(scenario, theta, round_),
         noise=lambda: update_noise(scenario, round_).to(theta.device),
     )
-    sent = attack.craft(threat.name, view, threat.args)
-    return torch.where(malicious[:, None, None], sent, honest)
+    replaced = attack.craft(threat.name, view, threat.args)
+    return torch.where(malicious[:, None, None], replaced, honest)

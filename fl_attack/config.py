@@ -269,7 +269,7 @@ class Settings(Strict):
 
     @property
     def attacked(self) -> bool:
-        """Whether anybody may flip a label."""
+        """Whether there are malicious clients, and an attack for them."""
         return self.attack.name != "none" and self.clients.malicious > 0
 
     @property

@@ -54,7 +54,7 @@ class SelectionPlan(NamedTuple):
     """Where the threshold of each row of priorities is, once these are sorted; worked out ahead for many rounds."""
 
     allowed: NDArray[np.int64]  # (M,)
-    taken: NDArray[np.int64]  # (M,) if so many reach the floor
+    taken: NDArray[np.int64]  # (M,) how many are, if as many reach the floor
     last: NDArray[np.int64]  # (M,) its place among all rows'
     cut: NDArray[np.bool_]  # (M,) whether some are taken and some left
     before: NDArray[np.int64]  # (M,) where it is cut the place of the largest left, else any

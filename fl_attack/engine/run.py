@@ -42,7 +42,7 @@ def run_cells(
     memory_gb
         What may be held at a time, in 2^30 bytes, except flips that are kept.
     progress
-        Is told how many rounds of one cell are done since it was last told.
+        Is called with the number of rounds of one cell that were done since the last call.
     watch
         Is called after every round with the numbers of the cells that run, and what gives their outcomes so far.
     checkpoints
@@ -131,7 +131,7 @@ def run_cells(
 
 
 def cells_at_once(cell: Scenario) -> int:
-    """How many cells like this one are worth computing together; what an interruption may lose."""
+    """The number of cells of this kind worth computing together, which is what an interruption may lose."""
     if is_linear(cell):
         return LINEAR_CELLS
     return stacked.CELLS["cpu"] if stacked.can_run(cell) else torch.get_num_threads()

@@ -37,7 +37,7 @@ def run(
     device
         Where gradients are computed.
     progress
-        Is told 1 after every round, and at an early end how many more rounds need not be run.
+        Is called with 1 after every round, and at an early end with the number of rounds that need not be run.
     watch
         Gets after every round what gives the outcome so far.
     checkpoint

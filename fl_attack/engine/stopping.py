@@ -38,7 +38,7 @@ class Stopping:
     def note(self, round_: int, losses: NDArray[np.float64], theta: Tensor, flips: NDArray[np.int64]) -> bool:
         """Note the validation losses (M,), parameters and flips (M,) after a round; gives whether all cells have ended.
 
-        A cell whose parameters are not finite is left to run on: it has diverged, which is told at the end.
+        A cell whose parameters are not finite is left to run on: it has diverged, which its outcome says in the end.
         """
         M = len(losses)
         lower = torch.from_numpy(self.rule.lower(losses) & ~self.over).to(theta.device)

@@ -6,7 +6,7 @@ parameters they are sent, so that any process can be any client at any time, and
 
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,15 +20,6 @@ from fl_attack.federation import wire
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
 Found = TypeVar("Found")
-
-
-class Trained(NamedTuple):
-    """What a client makes of a request."""
-
-    theta: Tensor  # (A, B)
-    weight: int  # samples used
-    flips: Flips | None  # None: not a client that flips
-    momentum: Tensor | None = None  # (A, B) where clients have one
 
 
 class OmniscientHook:
@@ -76,20 +67,20 @@ class HonestClient:
         self.scenario = scenario
         self.client = client
 
-    def train(self, asked: wire.Request) -> Trained:
+    def train(self, asked: wire.Request) -> wire.Answer:
         """The answer to a request: the parameters after the local steps of a round."""
         return self.trained_on(asked, None)
 
-    def trained_on(self, asked: wire.Request, flips: Flips | None) -> Trained:
-        """A round's local steps on labels of which some are flipped; None: this client flips none, ever."""
+    def trained_on(self, asked: wire.Request, flips: Flips | None) -> wire.Answer:
+        """The answer after a round's local steps on labels with flips; None says that this client never flips any."""
         own, theta = self.scenario, asked.theta
         moved, weight = scenario.client_update(own, self.client, theta, asked.round_, flips or NO_FLIPS)
         if not own.settings.worker_momentum:
-            return Trained(moved, weight, flips)
+            return wire.Answer(moved, self.client, weight, flips)
         assert asked.momentum is not None
         lr = own.lr(asked.round_)
         after = protocol.with_momentum(own.settings.worker_momentum, asked.momentum[0], (theta - moved) / lr)
-        return Trained(theta - lr * after, weight, flips, after)
+        return wire.Answer(theta - lr * after, self.client, weight, flips, after)
 
 
 class MaliciousClient(HonestClient):
@@ -99,14 +90,15 @@ class MaliciousClient(HonestClient):
         super().__init__(scenario, client)
         self.hook = hook
 
-    def train(self, asked: wire.Request) -> Trained:
+    def train(self, asked: wire.Request) -> wire.Answer:
         """The answer of this client: its part of the flips, or of the updates, that the attackers agreed on."""
         if self.scenario.settings.attack.writes == "updates":
             place = np.searchsorted(self.scenario.schedule.participants(asked.round_), self.client)
-            honest, sent = (updates[place] for updates in self.hook.updates(asked))
+            honest, crafted = (updates[place] for updates in self.hook.updates(asked))
             weight = self.scenario.schedule.steps(self.client, asked.round_).size
-            moved = asked.theta - self.scenario.lr(asked.round_) * sent
-            return Trained(moved, weight, NO_FLIPS, honest if self.scenario.settings.worker_momentum else None)
+            moved = asked.theta - self.scenario.lr(asked.round_) * crafted
+            momentum = honest if self.scenario.settings.worker_momentum else None
+            return wire.Answer(moved, self.client, weight, NO_FLIPS, momentum)
         flips = self.hook.flips(asked)
         own = self.scenario.partition.client[flips.samples] == self.client
         return self.trained_on(asked, Flips(flips.samples[own], flips.labels[own], flips.allowed))
@@ -153,8 +145,8 @@ def train(message: Message, context: Context) -> Message:
     except Exception as error:
         raise RuntimeError(f"client {number}: {type(error).__name__}: {error}") from error
     momentum = None if answer.momentum is None else answer.momentum.cpu()
-    reply = wire.Answer(answer.theta.cpu(), number, answer.weight, answer.flips, momentum)
-    return Message(wire.answer(reply, asked.raw), reply_to=message)
+    answer = answer._replace(theta=answer.theta.cpu(), momentum=momentum)
+    return Message(wire.answer(answer, asked.raw), reply_to=message)
 
 
 def _on(asked: wire.Request, device: str) -> wire.Request:

@@ -121,7 +121,7 @@ class WatchedStrategy(Strategy):
         return messages
 
     def _momentum_for(self, client: int, round_: int) -> ConfigRecord:
-        """The momentum that a client is sent: its own, or where it attacks updates those of all of the round."""
+        """The record of the momentum for a client: its own, or for an attacker on updates those of all of the round."""
         scenario = self.recorder.scenario
         settings = scenario.settings
         knows_all = settings.attacked and settings.attack.writes == "updates" and client in scenario.partition.malicious

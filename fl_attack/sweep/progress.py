@@ -34,7 +34,7 @@ class Progress:
             print(f"{self.name}: {tenth * 10} % of {self.cells} cells", file=sys.stderr, flush=True)
 
     def rounds(self, of: int, done: int) -> None:
-        """Count rounds, of so many that make a cell."""
+        """Count `done` rounds of a cell that has `of` rounds."""
         self.add(done / of)
 
     def round(self, of: int, round_: int, row: object) -> None:
