@@ -37,7 +37,7 @@ class EpochFlips:
         self.access: RoundAccess | None = None
 
     def renew(self, theta: Tensor, targets: Tensor | None, round_: int) -> None:
-        """Choose for the epoch that begins with a round, at theta (M C, d); `targets` (M C, d) for targeted goals."""
+        """Choose the flips of the epoch that begins with a round, at theta (M C, d), with targets (M C, d) if any."""
         attackers, epoch = self.attackers, (round_ - 1) // self.cells[0].schedule.rounds_per_epoch + 1
         access = self.access = attackers.access(epoch, self.layout, round_)
         self.written = self._flipped = None
