@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fl_attack import __version__, launcher
 from fl_attack.errors import InputError, Interrupted, RunError
-from fl_attack.overrides import conf_folder, explain, many, opened
+from fl_attack.overrides import as_multirun, completed, conf_folder, explain
 
 TRACEBACK = "HYDRA_FULL_ERROR"
 
@@ -51,7 +51,7 @@ def main() -> None:
                 raise RunError(f"something called sys.exit({error.code}) before the run was finished") from None
 
     with _one_line(wants_traceback):
-        sys.argv[1:] = many(opened(sys.argv[1:]))
+        sys.argv[1:] = as_multirun(completed(sys.argv[1:]))
         launcher.register()
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(guarded)()
 

@@ -15,7 +15,7 @@ from fl_attack import attack, protocol, targets
 from fl_attack.models import outputs
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario, client_update
 
-LABEL_NOISE, UPDATE_NOISE, KNOWN = 3, 4, 5  # name random streams among those of one seed, as protocol.BATCHES does
+LABEL_NOISE, UPDATE_NOISE, KNOWN_CLIENTS = 3, 4, 5  # names of random streams, beside those of `protocol`
 Clients = NDArray[np.int64]
 Counts = NDArray[np.int64]
 
@@ -27,7 +27,7 @@ def epoch_start(scenario: Scenario, round_: int) -> int:
 
 
 def rounds_before(scenario: Scenario, round_: int) -> int | None:
-    """Rounds that were attacked before this one; None where this one isn't."""
+    """The number of rounds that were attacked before a round; None where the round itself is not attacked."""
     threat = scenario.settings.attack
     if not scenario.settings.attacked:
         return None
@@ -36,27 +36,42 @@ def rounds_before(scenario: Scenario, round_: int) -> int | None:
 
 def present(scenario: Scenario, round_: int) -> Clients:
     """The malicious clients that take part in a round, ascending."""
-    return np.intersect1d(scenario.partition.malicious, scenario.schedule.drawn(round_), assume_unique=True)
+    return np.intersect1d(scenario.partition.malicious, scenario.schedule.participants(round_), assume_unique=True)
 
 
-def flips(scenario: Scenario, theta: Tensor, round_: int, anchor: Tensor | None = None) -> Flips:
-    """The labels that all malicious clients together write in a round, given the broadcast theta (C, d).
+def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | None = None) -> Flips:
+    """The labels that all malicious clients together write in a round.
 
-    With `attack.refresh=epoch` what is flipped depends on `anchor`, the theta broadcast at the start of the epoch.
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    theta : (A, B) tensor of float64
+        The parameters that the server has broadcast in this round.
+    round_ : int
+        The round, counted from 1.
+    epoch_theta : (A, B) tensor of float64, optional
+        The parameters broadcast at the start of the epoch, on which the flips depend with `attack.refresh=epoch`.
+
+    Returns
+    -------
+    Flips
+        The samples, ascending, that get a label other than their true one; `NO_FLIPS` in a round that is not attacked.
     """
     before = rounds_before(scenario, round_)
-    evil = present(scenario, round_)
-    if before is None or scenario.settings.attack.writes != "labels" or not len(evil):
+    malicious = present(scenario, round_)
+    if before is None or scenario.settings.attack.writes != "labels" or not len(malicious):
         return NO_FLIPS
     if scenario.settings.attack.refresh == "step":
-        writable = scenario.schedule.used[evil]
-        return _chosen(scenario, theta, round_, evil, _writable_before(scenario, round_, before, evil), writable)
-    assert anchor is not None
-    return of_round(scenario, flips_of_epoch(scenario, anchor, epoch_start(scenario, round_)), round_)
+        writable = scenario.schedule.used[malicious]
+        writable_before = _writable_before(scenario, round_, before, malicious)
+        return _chosen(scenario, theta, round_, malicious, writable_before, writable)
+    assert epoch_theta is not None
+    return of_round(scenario, flips_of_epoch(scenario, epoch_theta, epoch_start(scenario, round_)), round_)
 
 
 def of_round(scenario: Scenario, chosen: Flips, round_: int) -> Flips:
-    """The part of an epoch's flips that a round's minibatches meet."""
+    """The part of an epoch's flips `chosen` whose samples are in the minibatches of a round."""
     if rounds_before(scenario, round_) is None:
         return NO_FLIPS
     now = np.isin(chosen.samples, scenario.schedule.samples(present(scenario, round_), round_)[0])
@@ -64,46 +79,64 @@ def of_round(scenario: Scenario, chosen: Flips, round_: int) -> Flips:
 
 
 def flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
-    """What is flipped in an epoch, of all that the malicious clients hold, given theta at its first round."""
-    evil = scenario.partition.malicious
-    writable = np.array([len(scenario.schedule.shards[client]) for client in evil])
+    """The labels that are flipped in an epoch, of all that the malicious clients hold.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, with `attack.refresh=epoch`.
+    theta : (A, B) tensor of float64
+        The parameters broadcast in the first round of the epoch.
+    first_round : int
+        That round, counted from 1.
+
+    Returns
+    -------
+    Flips
+        The samples that are flipped, ascending, whichever round of the epoch they are used in.
+    """
+    malicious = scenario.partition.malicious
+    writable = np.array([len(scenario.schedule.shards[client]) for client in malicious])
     epochs = (first_round - 1) // scenario.schedule.rounds_per_epoch
-    return _chosen(scenario, theta, first_round, evil, epochs * writable, writable)
+    return _chosen(scenario, theta, first_round, malicious, epochs * writable, writable)
 
 
-def _writable_before(scenario: Scenario, round_: int, attacked: int, evil: Clients) -> NDArray[np.int64]:
-    """Samples of each of these clients that were within reach in the rounds attacked so far, for budgets that carry."""
+def _writable_before(scenario: Scenario, round_: int, attacked: int, malicious: Clients) -> NDArray[np.int64]:
+    """The samples (m,) that clients could write in the rounds `attacked` so far, for budgets that carry over."""
     schedule, threat = scenario.schedule, scenario.settings.attack
     if schedule.per_round is None or threat.rounding == "floor":
-        return attacked * schedule.used[evil]
-    times = scenario.takes_part[threat.start - 1 : round_ - 1 : threat.every][:, scenario.partition.malicious].sum(0)
+        return attacked * schedule.used[malicious]
+    times = scenario.participation[threat.start - 1 : round_ - 1 : threat.every][:, scenario.partition.malicious].sum(0)
     past = times * schedule.used[scenario.partition.malicious]
     if threat.scope == "pooled":  # one budget, of them all
-        return np.array([past.sum(), *[0] * (len(evil) - 1)])
-    return np.asarray(past[np.isin(scenario.partition.malicious, evil)])
+        return np.array([past.sum(), *[0] * (len(malicious) - 1)])
+    return np.asarray(past[np.isin(scenario.partition.malicious, malicious)])
 
 
 def _chosen(
     scenario: Scenario,
     theta: Tensor,
     round_: int,
-    evil: Clients,
+    malicious: Clients,
     before: Counts,
     writable: Counts,
 ) -> Flips:
-    """The flips of these clients, of the samples that they use: in a round, or (`refresh=epoch`) hold."""
+    """The flips that clients `malicious` (m,) choose among the samples that they use or, by epoch, hold.
+
+    `before` and `writable` (m,) are the samples that each could write in rounds gone by, and can write now.
+    """
     threat, schedule = scenario.settings.attack, scenario.schedule
     pooled = threat.scope == "pooled"
-    reach = [(before.sum(), writable.sum())] if pooled else zip(before, writable, strict=True)
-    budgets = [attack.flip_allowance(threat.exact_budget, int(b), int(n), threat.rounding) for b, n in reach]
+    writables = [(before.sum(), writable.sum())] if pooled else zip(before, writable, strict=True)
+    budgets = [attack.flip_allowance(threat.exact_budget, int(b), int(n), threat.rounding) for b, n in writables]
     if not any(budgets):
         return NO_FLIPS
     if threat.refresh == "step":
-        samples, counts = schedule.samples(evil, round_)
-        everyone = schedule.drawn(round_)
+        samples, counts = schedule.samples(malicious, round_)
+        everyone = schedule.participants(round_)
     else:
-        samples, everyone = np.sort(np.concatenate([schedule.shards[c] for c in evil])), np.arange(len(schedule.shards))
-        counts = np.ones_like(samples)
+        samples = np.sort(np.concatenate([schedule.shards[client] for client in malicious]))
+        everyone, counts = np.arange(len(schedule.shards)), np.ones_like(samples)
     X, y, _ = scenario.batch(samples, counts, theta.device)
     at = theta.to(X.dtype)
 
@@ -124,7 +157,7 @@ def _chosen(
         selection=threat.selection,
     )
     proposal = attack.propose(threat.name, view, threat.args, (len(samples),), scenario.classes)
-    owner = np.searchsorted(evil, scenario.partition.client[samples])
+    owner = np.searchsorted(malicious, scenario.partition.client[samples])
     group = torch.zeros(len(y), dtype=torch.int64) if pooled else torch.from_numpy(owner)
     allowed = torch.tensor(budgets, device=theta.device)
     chosen = attack.select(proposal.priority, group.to(theta.device), allowed) & (proposal.labels != y)
@@ -132,24 +165,39 @@ def _chosen(
 
 
 def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:
-    """(samples, 2) uniform in [0, 1), for the samples of a round in ascending order."""
+    """Random numbers (samples, 2), uniform in [0, 1), for the samples of a round in ascending order."""
     return np.random.default_rng([scenario.settings.seed, LABEL_NOISE, round_]).random((samples, 2))
 
 
 def update_noise(scenario: Scenario, round_: int) -> Tensor:
-    """(m, C, d) standard normal, for the clients of a round in ascending order."""
+    """Standard normal numbers (m, A, B) for the clients of a round in ascending order, in float64."""
     clients = scenario.schedule.per_round or scenario.settings.clients.total
     rng = np.random.default_rng([scenario.settings.seed, UPDATE_NOISE, round_])
     return torch.from_numpy(rng.standard_normal((clients, *scenario.theta_shape)))
 
 
 def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
-    """The direction v that the attackers push the gradient against, from what they know, (C, d)."""
+    """The direction v that the attackers push the gradient against, worked out from what they know.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    theta : (A, B) tensor of float64
+        The parameters that the server has broadcast.
+    round_ : int
+        The round, counted from 1; with `attack.refresh=epoch` the first of an epoch.
+
+    Returns
+    -------
+    (A, B) tensor
+        `target - theta` of a targeted attack; else the clean gradient of the clients of `known`, zero without any.
+    """
     threat, schedule = scenario.settings.attack, scenario.schedule
     if threat.goal == "targeted":
         return attack.direction(threat.goal, theta, None, targets.target(scenario).to(theta.device))
     step = threat.refresh == "step" or threat.writes != "labels"
-    everyone = schedule.drawn(round_) if step else np.arange(len(schedule.shards))
+    everyone = schedule.participants(round_) if step else np.arange(len(schedule.shards))
     clients = known(scenario, everyone, round_)
     if not len(clients):
         return torch.zeros_like(theta)
@@ -160,14 +208,14 @@ def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
 
 
 def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
-    """Those of these clients whose clean gradient the attackers know."""
+    """The clients of `everyone`, ascending, whose clean gradient the attackers know in a round."""
     threat = scenario.settings.attack
-    evil = np.isin(everyone, scenario.partition.malicious)
+    is_malicious = np.isin(everyone, scenario.partition.malicious)
     if threat.knowledge == "full":
         return everyone
     if threat.knowledge == "own":
-        return everyone[evil]
-    honest = everyone[~evil]
+        return everyone[is_malicious]
+    honest = everyone[~is_malicious]
     if threat.knowledge == "honest":
         return honest
     rank = known_rank(scenario, round_)[honest]
@@ -175,33 +223,72 @@ def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
 
 
 def known_rank(scenario: Scenario, round_: int) -> NDArray[np.float64]:
-    """(clients,) who comes first, by the smallest number, where attackers know a part of the honest clients."""
-    return np.random.default_rng([scenario.settings.seed, KNOWN, round_]).random(scenario.settings.clients.total)
+    """A random number for each client (clients,): attackers who know a part of the honest ones know the lowest."""
+    settings = scenario.settings
+    return np.random.default_rng([settings.seed, KNOWN_CLIENTS, round_]).random(settings.clients.total)
 
 
 def part(fraction: float, of: int) -> int:
-    """A fraction of a number of clients, rounded, at least one of them if there is any."""
+    """How many clients a fraction `of` a number of them is: rounded, and at least one if there is any."""
     return min(of, max(1, math.floor(fraction * of + 0.5)))
 
 
 def updates(
     scenario: Scenario, theta: Tensor, round_: int, flips: Flips = NO_FLIPS, momenta: Tensor | None = None
 ) -> Tensor:
-    """What the clients of a round would send with these flips, as gradients, (m, A, B), in the order of the clients.
+    """The updates that the clients of a round would send, all of them as honest clients do.
 
-    `momenta` (m, A, B) are those of the clients before the round, where they have one.
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    theta : (A, B) tensor of float64
+        The parameters that the server has broadcast.
+    round_ : int
+        The round, counted from 1.
+    flips : Flips
+        The labels that are flipped in the round.
+    momenta : (m, A, B) tensor, optional
+        The clients' momenta before the round, where they have one.
+
+    Returns
+    -------
+    (m, A, B) tensor
+        As gradients, which is the way of the parameters over the learning rate; clients ascending.
     """
-    moved = [client_update(scenario, int(c), theta, round_, flips)[0] for c in scenario.schedule.drawn(round_)]
-    sent = torch.stack([(theta - one) / scenario.lr(round_) for one in moved])
-    return protocol.with_momentum(scenario.settings.worker_momentum, momenta, sent)
+    moved = [client_update(scenario, int(c), theta, round_, flips)[0] for c in scenario.schedule.participants(round_)]
+    gradients = torch.stack([(theta - one) / scenario.lr(round_) for one in moved])
+    return protocol.with_momentum(scenario.settings.worker_momentum, momenta, gradients)
 
 
 def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> Tensor:
-    """What the clients of a round send (m, C, d), given what all of them would send honestly."""
+    """The updates that the clients of a round send under an attack on updates.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    theta : (A, B) tensor of float64
+        The parameters that the server has broadcast.
+    round_ : int
+        The round, counted from 1.
+    honest : (m, A, B) tensor
+        The updates that all clients of the round would send honestly, clients ascending.
+
+    Returns
+    -------
+    (m, A, B) tensor
+        `honest` with those of malicious clients replaced; `honest` itself where the round is not attacked so.
+
+    Raises
+    ------
+    RunError
+        Where a user's function gives something else than an update for each client.
+    """
     threat = scenario.settings.attack
     if threat.writes != "updates" or rounds_before(scenario, round_) is None:
         return honest
-    malicious = torch.from_numpy(np.isin(scenario.schedule.drawn(round_), scenario.partition.malicious))
+    malicious = torch.from_numpy(np.isin(scenario.schedule.participants(round_), scenario.partition.malicious))
     malicious = malicious.to(theta.device)
     if not malicious.any():
         return honest
@@ -211,5 +298,5 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
         direction=lambda: direction(scenario, theta, round_),
         noise=lambda: update_noise(scenario, round_).to(theta.device),
     )
-    sent = attack.craft(threat.name, view, threat.args)
-    return torch.where(malicious[:, None, None], sent, honest)
+    replaced = attack.craft(threat.name, view, threat.args)
+    return torch.where(malicious[:, None, None], replaced, honest)

@@ -21,7 +21,7 @@ from fl_attack import __version__, attack, models
 from fl_attack.aggregate import RULES, is_known
 from fl_attack.attack import Goal, Knowledge, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
-from fl_attack.overrides import conf_folder, did_you_mean, explain, opened, unknown_key
+from fl_attack.overrides import completed, conf_folder, did_you_mean, explain, unknown_key
 from fl_attack.protocol import LrSchedule, Optimizer
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -255,7 +255,7 @@ class Settings(Strict):
         return None if wanted in (None, total) else wanted
 
     @property
-    def tolerated(self) -> int:
+    def assumed_malicious(self) -> int:
         """The malicious clients f that the server's rule reckons with in a round."""
         if self.strategy.f is not None:
             return self.strategy.f
@@ -269,11 +269,11 @@ class Settings(Strict):
 
     @property
     def attacked(self) -> bool:
-        """Whether anybody may flip a label."""
+        """Whether there are malicious clients, and an attack for them."""
         return self.attack.name != "none" and self.clients.malicious > 0
 
     @property
-    def harmless(self) -> bool:
+    def is_unattacked(self) -> bool:
         """Whether it is an unattacked twin: no label is flipped, no update is changed."""
         return not self.attacked or (self.attack.writes == "labels" and self.attack.budget == 0)
 
@@ -333,7 +333,7 @@ def compose(*overrides: str) -> Settings:
     """The settings that a command line of these overrides gives; InputError where it gives none."""
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            config = hydra_compose("config", overrides=opened(overrides))
+            config = hydra_compose("config", overrides=completed(overrides))
         plain = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error)) from None

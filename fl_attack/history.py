@@ -53,11 +53,11 @@ class History:
 
     @property
     def flip_count(self) -> int:
-        """Flips in all rounds."""
+        """The number of flips in all rounds."""
         return sum(len(flips.samples) for _, flips in self.flips)
 
     def flip_table(self) -> dict[str, NDArray[np.int64]]:
-        """Every flip made: its round, its sample and the label written."""
+        """The round, the sample and the written label of every flip, by these names, (flips,) each."""
         rounds = [np.full(len(flips.samples), round_) for round_, flips in self.flips]
         empty = np.empty(0, np.int64)
         return {
@@ -87,7 +87,7 @@ class EarlyStop:
         self.since = np.zeros(len(patience), np.int64)
 
     def lower(self, losses: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Note the losses (M,) of an evaluation; which of them are the lowest so far."""
+        """Note the losses (M,) of an evaluation; gives which of them are the lowest so far, (M,) of bool."""
         lower: NDArray[np.bool_] = losses < self.lowest
         self.lowest = np.where(lower, losses, self.lowest)
         self.since = np.where(lower, 0, self.since + 1)
@@ -95,7 +95,7 @@ class EarlyStop:
 
     @property
     def over(self) -> NDArray[np.bool_]:
-        """(M,) whose patience is at its end."""
+        """Which of the runs (M,) have run out of patience."""
         over: NDArray[np.bool_] = self.since >= self.patience
         return over
 
@@ -103,9 +103,21 @@ class EarlyStop:
 def rounds_to_recover(
     rounds: NDArray[np.float64], accuracy: NDArray[np.float64], honest: NDArray[np.float64], stop: int | None
 ) -> float:
-    """Rounds after `stop` from which on the accuracy stays within a point of that of the unattacked twin.
+    """Rounds after the attack from which on the accuracy stays within a point of that of the unattacked twin.
 
-    All measured after the same rounds. NaN where the attack has no end, or the accuracy does not come back.
+    Parameters
+    ----------
+    rounds : (evaluations,) array
+        The rounds after which both were measured.
+    accuracy, honest : (evaluations,) array
+        Test accuracy of the attacked run and of its twin, from 0 to 1.
+    stop : int or None
+        The last attacked round.
+
+    Returns
+    -------
+    float
+        NaN where the attack has no end, or the accuracy does not come back.
     """
     if stop is None:
         return math.nan
@@ -188,7 +200,7 @@ class Recorder:
         """What made theta NaN or infinite: an attack, the rule, or the step itself."""
         settings, when = self.scenario.settings, f"in round {round_} of {self.scenario.settings.rounds}"
         if updates is not None and settings.attacked and settings.attack.writes == "updates":
-            malicious = np.isin(self.scenario.schedule.drawn(round_), self.scenario.partition.malicious)
+            malicious = np.isin(self.scenario.schedule.participants(round_), self.scenario.partition.malicious)
             finite = updates.flatten(1).isfinite().all(1).cpu().numpy()
             if finite[~malicious].all() and not finite.all():
                 return (
@@ -205,18 +217,18 @@ class Recorder:
         )
 
     def state(self) -> State:
-        """All that `restore` needs to go on after the last round recorded."""
-        history, made = self.history, [flips for _, flips in self.history.flips]
+        """The state that `restore` needs to go on after the last round recorded."""
+        history, written = self.history, [flips for _, flips in self.history.flips]
         return {
             "round": self.round,
             "seconds": history.seconds,
             "theta": history.theta,
             "rows": np.array([[row[name] for name in COLUMNS] for row in history.rows], float),
             "flip_rounds": np.array([round_ for round_, _ in history.flips], np.int64),
-            "flip_counts": np.array([len(flips.samples) for flips in made], np.int64),
-            "flip_allowed": np.array([flips.allowed for flips in made], np.int64),
-            "flip_samples": np.concatenate([np.empty(0, np.int64), *(flips.samples for flips in made)]),
-            "flip_labels": np.concatenate([np.empty(0, np.int64), *(flips.labels for flips in made)]),
+            "flip_counts": np.array([len(flips.samples) for flips in written], np.int64),
+            "flip_allowed": np.array([flips.allowed for flips in written], np.int64),
+            "flip_samples": np.concatenate([np.empty(0, np.int64), *(flips.samples for flips in written)]),
+            "flip_labels": np.concatenate([np.empty(0, np.int64), *(flips.labels for flips in written)]),
             "early_stop": self._early_stop
             and {"lowest": self._early_stop.lowest, "since": self._early_stop.since, "best": self._best},
         }
@@ -234,8 +246,8 @@ class Recorder:
             state["flip_allowed"].tolist(),
             strict=True,
         )
-        made = [Flips(*part) for part in parts] if len(state["flip_counts"]) else []
-        history.flips = list(zip(state["flip_rounds"].tolist(), made, strict=True))
+        written = [Flips(*part) for part in parts] if len(state["flip_counts"]) else []
+        history.flips = list(zip(state["flip_rounds"].tolist(), written, strict=True))
         if history.flips and history.flips[-1][0] == self.round:
             self._last = history.flips[-1][1]
         if self._early_stop:
@@ -245,11 +257,12 @@ class Recorder:
     def _measure(
         self, round_: int, before: Tensor, aggregate: Tensor | None, flips: Flips, updates: Tensor | None
     ) -> Row:
+        """The row of a round, in which theta `before` (A, B) became that of the history."""
         X, y = self._test_set
         quality = self.scenario.model.measure(self.history.theta.to(X.dtype), X, y)
         cosine = math.nan
         if aggregate is not None:
-            clean = self.scenario.gradient(before, self.scenario.schedule.drawn(round_), round_)
+            clean = self.scenario.gradient(before, self.scenario.schedule.participants(round_), round_)
             if decay := self.scenario.settings.weight_decay:
                 clean = clean + decay * before
             norms = (aggregate.norm() * clean.norm()).item()
@@ -272,14 +285,16 @@ class Recorder:
         return dict(zip(COLUMNS, values, strict=True))
 
     def _detection(self, round_: int, updates: Tensor | None) -> list[float]:
-        made = self.scenario
-        if updates is None or not made.settings.attacked:
+        """The values of `detect.MEASURES` for the updates (m, A, B) of a round; NaN where there is nothing to see."""
+        scenario = self.scenario
+        if updates is None or not scenario.settings.attacked:
             return [math.nan] * len(MEASURES)
-        malicious = np.isin(made.schedule.drawn(round_), made.partition.malicious)
+        malicious = np.isin(scenario.schedule.participants(round_), scenario.partition.malicious)
         found: list[float] = detect.measures(updates, torch.from_numpy(malicious).to(updates.device)).tolist()
         return found
 
     def _validation_loss(self) -> float:
+        """Mean loss of the model on the validation split; NaN without one."""
         if self._validation_set is None:
             return math.nan
         X, y = self._validation_set

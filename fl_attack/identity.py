@@ -24,15 +24,15 @@ ON_DATA: Mapping[str, bool | set[str]] = {
 def key_of(scenarios: Sequence[Scenario]) -> str:
     """A hash of all that the numbers of these cells depend on, and of the version of the numerics."""
     parts = [f"{__version__}/{NUMERICS}/{torch.__version__}/{np.__version__}"]
-    for made in scenarios:
-        target = made.settings.attack.target_path
+    for scenario in scenarios:
+        target = scenario.settings.attack.target_path
         own = hashlib.sha256(Path(target).read_bytes()).hexdigest() if target else ""
-        of_users = made.settings.attack.name, made.settings.strategy.name, made.settings.model.name
+        of_users = scenario.settings.attack.name, scenario.settings.strategy.name, scenario.settings.model.name
         own += "".join(map(plugins.source_digest, of_users))
-        settings = made.settings
+        settings = scenario.settings
         if settings.partition.path is not None:
-            own += hashlib.sha256(made.partition.client.tobytes()).hexdigest()
+            own += hashlib.sha256(scenario.partition.client.tobytes()).hexdigest()
         if not settings.strategy.averages or settings.attack.writes == "updates" or settings.detectability:
             own += str(OF_RULES)
-        parts += [made.settings.model_dump_json(exclude=ON_DATA), made.dataset.fingerprint, own]
+        parts += [scenario.settings.model_dump_json(exclude=ON_DATA), scenario.dataset.fingerprint, own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fl_attack.errors import InputError, RunError
-from fl_attack.overrides import conf_folder, explain, opened, unknown_key
+from fl_attack.overrides import completed, conf_folder, explain, unknown_key
 
 if TYPE_CHECKING:
     from fl_attack.sweep import Cell
@@ -96,11 +96,11 @@ class SweepLauncher(Launcher):
         cells: list[Cell] = []
         named = any(_key(one) == "out" for overrides in job_overrides for one in overrides)
         for overrides in job_overrides:
-            told = [override for override in overrides if override not in shared or _key(override) == "seed"]
+            shown = [override for override in overrides if override not in shared or _key(override) == "seed"]
             settings = settings_from(self._composed(overrides))
             if cells and not named:  # composed at another time, so that the default is another
                 settings = settings.model_copy(update={"out": cells[0].settings.out})
-            cells.append(Cell({_key(one): one.partition("=")[2].replace("\\:", ":") for one in told}, settings))
+            cells.append(Cell({_key(one): one.partition("=")[2].replace("\\:", ":") for one in shown}, settings))
         if outs := {cell.settings.out for cell in cells[1:]} - {cells[0].settings.out}:
             raise InputError(
                 f"out={cells[0].settings.out} and out={min(outs)}: a sweep leaves one table in one folder; give each "
@@ -109,6 +109,7 @@ class SweepLauncher(Launcher):
         return cells
 
     def _composed(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """The settings that overrides make, as a plain tree."""
         groups = tuple(one for one in overrides if not self._is_value(one))
         plain: dict[str, Any] = pickle.loads(self._base(groups))  # ten times as fast as a deep copy
         for one in overrides:
@@ -117,6 +118,7 @@ class SweepLauncher(Launcher):
         return plain
 
     def _is_value(self, override: str) -> bool:
+        """Whether an override sets the value of one key, and nothing else."""
         # what adds or deletes, refers to other keys, or chooses a file is left to Hydra
         key = _key(override)
         plain = override[0].isalpha() and "${" not in override and not key.startswith("hydra.")
@@ -124,10 +126,12 @@ class SweepLauncher(Launcher):
 
     @cached_property
     def _groups(self) -> list[str]:
+        """The names of the groups of configuration files, such as attack."""
         return self.hydra_context.config_loader.list_groups("")
 
     @cache  # noqa: B019 - there are few launchers in a process
     def _base(self, groups: tuple[str, ...]) -> bytes:
+        """The pickled settings before any value is set, with these choices of files."""
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(groups))
         with open_dict(config):
             del config["hydra"]
@@ -140,7 +144,7 @@ def grid(*overrides: str) -> "list[Cell]":
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            config = loader.load_configuration("config", opened(overrides), RunMode.MULTIRUN)
+            config = loader.load_configuration("config", completed(overrides), RunMode.MULTIRUN)
             context = HydraContext(config_loader=loader, callbacks=Callbacks())
             sweeper = AllAtOnce(None, config.hydra.sweeper.params)
             sweeper.setup(hydra_context=context, task_function=_unused, config=config)
@@ -165,16 +169,19 @@ def _together(param: str) -> list[list[str]]:
 
 
 def _key(override: str) -> str:
+    """The key of an override."""
     return override.partition("=")[0].lstrip("+~")
 
 
 @lru_cache(maxsize=4096)
 def _value(override: str) -> tuple[str, Any]:
+    """The key of an override and its value, as Hydra reads it."""
     parsed = OverridesParser.create().parse_override(override)
     return parsed.key_or_group, parsed.value()
 
 
 def _set(plain: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of a tree of settings; InputError where it is not there."""
     *path, last = key.split(".")
     for part in path:
         plain = plain.get(part) if isinstance(plain, dict) else None  # type: ignore[assignment]
@@ -192,6 +199,7 @@ def register() -> None:
 
 
 def _appear_in_hydra_plugins() -> None:
+    """Make this module importable under `hydra_plugins`, where Hydra looks for plugins."""
     # Hydra takes plugins from a package of that name only, where others may have put theirs
     try:
         package = importlib.import_module("hydra_plugins")

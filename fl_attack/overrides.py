@@ -34,19 +34,21 @@ def conf_folder() -> Path:
     return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
 
 
-def opened(overrides: Iterable[str]) -> list[str]:
-    """Overrides that may also set what no YAML names: the arguments of a model, a strategy or an attack.
+def allow_new_args(overrides: Iterable[str]) -> list[str]:
+    """Overrides that may also set what no YAML names: the arguments of a model, a strategy or an attack."""
+    return [re.sub(r"^\+*(?=(model|strategy|attack)\.args[.=])", "++", override) for override in overrides]
 
-    A grid of `ON_MNIST` is run on MNIST where its folder is named: `experiment=networks dataset.root=...`.
-    """
-    found = [re.sub(r"^\+*(?=(model|strategy|attack)\.args[.=])", "++", override) for override in overrides]
+
+def completed(overrides: Iterable[str]) -> list[str]:
+    """Overrides as Hydra takes them: as of `allow_new_args`, and grids of `ON_MNIST` on MNIST where its folder is named."""
+    found = allow_new_args(overrides)
     keys = {override.partition("=")[0].lstrip("+") for override in found}
     if any(one.lstrip("+") in ON_MNIST for one in found) and "dataset.root" in keys and "dataset" not in keys:
         found.append("dataset=mnist")
     return found
 
 
-def many(arguments: list[str]) -> list[str]:
+def as_multirun(arguments: list[str]) -> list[str]:
     """Arguments of the program; one that names an experiment is a multirun, with or without -m.
 
     InputError where they ask for what one command can't do.
@@ -67,8 +69,8 @@ def many(arguments: list[str]) -> list[str]:
     if {"--cfg", "-c"} & {*arguments} and {"-m", "--multirun"} & {*arguments}:
         raise InputError("--cfg shows the settings of one run; leave out -m")
     named = any(argument.lstrip("+").startswith("experiment=") for argument in arguments)
-    told = {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & {argument.split("=")[0] for argument in arguments}
-    return ["-m", *arguments] if named and not told else arguments
+    explicit = {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & {argument.split("=")[0] for argument in arguments}
+    return ["-m", *arguments] if named and not explicit else arguments
 
 
 def explain(error: Exception) -> str:
@@ -122,10 +124,12 @@ def known_keys() -> dict[str, list[str]]:
 
 
 def _groups() -> list[str]:
+    """The names of the groups of configuration files, such as attack."""
     return [folder.name for folder in conf_folder().iterdir() if folder.is_dir()]
 
 
 def _keys(tree: dict[str, Any], before: str) -> Iterator[str]:
+    """Every key of a tree of settings, with dots, each after `before`."""
     for name, value in tree.items():
         yield f"{before}{name}"
         if isinstance(value, dict):
@@ -133,6 +137,7 @@ def _keys(tree: dict[str, Any], before: str) -> Iterator[str]:
 
 
 def _unreadable(override: str) -> bool:
+    """Whether Hydra can't read a word of the command line as an override."""
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:

@@ -24,8 +24,9 @@ ROUNDS_AT_ONCE = 256
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
-# Names of random streams among those of one seed: the minibatches, who takes part, the order of a rule's lots.
-BATCHES, DRAWN, LOTS = 1, 2, 6
+# Names of random streams among those of one seed: the minibatches, who takes part in a round, and the order of its
+# clients, by which rules draw lots.
+BATCHES, PARTICIPANTS, CLIENT_ORDER = 1, 2, 6
 
 
 def batch_sizes(shard_sizes: NDArray[np.int64], batch_size: int | None) -> NDArray[np.int64]:
@@ -60,7 +61,7 @@ def batch_sizes(shard_sizes: NDArray[np.int64], batch_size: int | None) -> NDArr
 
 @dataclass(frozen=True)
 class Schedule:
-    """Who trains on what, when."""
+    """Which clients take part in a round, and which samples each of them uses."""
 
     shards: tuple[NDArray[np.int64], ...]  # each client's samples, ascending
     sizes: NDArray[np.int64]  # samples a local step, by client
@@ -68,11 +69,11 @@ class Schedule:
     seed: int
     per_round: int | None = None  # clients that take part in a round; None: all
 
-    def drawn(self, round_: int) -> NDArray[np.int64]:
+    def participants(self, round_: int) -> NDArray[np.int64]:
         """The clients that take part in a round, ascending."""
         if self.per_round is None:
             return np.arange(len(self.shards))
-        rng = np.random.default_rng([self.seed, DRAWN, round_])
+        rng = np.random.default_rng([self.seed, PARTICIPANTS, round_])
         return np.sort(rng.choice(len(self.shards), self.per_round, replace=False))
 
     @property
@@ -95,14 +96,14 @@ class Schedule:
         shard, size = self.shards[client], int(self.sizes[client])
         if size == len(shard):
             return np.broadcast_to(shard, (self.local_steps, size))
-        (drawn,) = self.turns(client, round_, 1)
-        used = len(drawn)
+        (samples,) = self.samples_of_rounds(client, round_, 1)
+        used = len(samples)
         pass_ = (round_ - 1) // (len(shard) // used)
         missing = self.local_steps * size - used
-        again = [drawn[_order(used, self.seed, client, pass_, i)] for i in range(-(-missing // used))]
-        return np.concatenate([drawn, *again])[: self.local_steps * size].reshape(self.local_steps, size)
+        again = [samples[_order(used, self.seed, client, pass_, i)] for i in range(-(-missing // used))]
+        return np.concatenate([samples, *again])[: self.local_steps * size].reshape(self.local_steps, size)
 
-    def turns(self, client: int, first: int, rounds: int) -> NDArray[np.int64]:
+    def samples_of_rounds(self, client: int, first: int, rounds: int) -> NDArray[np.int64]:
         """The different samples that a client uses in each of `rounds` rounds from `first` on, (rounds, used)."""
         shard, used = self.shards[client], int(self.used[client])
         if used == len(shard) and self.local_steps == 1:
@@ -111,40 +112,45 @@ class Schedule:
         start, stop = first - 1, first - 1 + rounds
         passes = range(start // per_pass, -(-stop // per_pass))
         orders = [_order(len(shard), self.seed, client, pass_)[: per_pass * used] for pass_ in passes]
-        turns = np.concatenate([shard[order].reshape(per_pass, used) for order in orders])
+        rows = np.concatenate([shard[order].reshape(per_pass, used) for order in orders])
         skipped = start - passes[0] * per_pass
-        return turns[skipped : skipped + rounds]
+        return rows[skipped : skipped + rounds]
 
     def samples(self, clients: Iterable[int], round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The samples that clients use in a round, ascending, and how often each."""
-        drawn = [np.empty(0, np.int64), *(self.steps(client, round_).ravel() for client in clients)]
-        return np.unique(np.concatenate(drawn), return_counts=True)
+        parts = [np.empty(0, np.int64), *(self.steps(client, round_).ravel() for client in clients)]
+        return np.unique(np.concatenate(parts), return_counts=True)
 
-    def samples_once(self, round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """`samples` of all clients of a round of one local step; many rounds are worked out at a time."""
+    def round_samples(self, round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The samples that all participants use in a round of one local step, ascending, and how often each.
+
+        The same as `samples` gives; where everybody takes part, many rounds are worked out at a time.
+        """
         if self.per_round is not None:
-            return self.samples(self.drawn(round_), round_)
+            return self.samples(self.participants(round_), round_)
         block, place = divmod(round_ - 1, ROUNDS_AT_ONCE)
         if self._block.get("number") != block:
             first = 1 + block * ROUNDS_AT_ONCE
-            turns = [self.turns(client, first, ROUNDS_AT_ONCE) for client in range(len(self.shards))]
-            self._block.update(number=block, samples=np.sort(np.concatenate(turns, 1), 1))
+            rows = [self.samples_of_rounds(client, first, ROUNDS_AT_ONCE) for client in range(len(self.shards))]
+            self._block.update(number=block, samples=np.sort(np.concatenate(rows, 1), 1))
         samples = self._block["samples"][place]
         return samples, np.ones_like(samples)
 
     @cached_property
     def _block(self) -> dict[str, Any]:
+        """The samples of the rounds that `round_samples` has worked out last, and the number of their block."""
         return {}
 
 
 @lru_cache(maxsize=256)
 def _order(size: int, seed: int, *key: int) -> NDArray[np.int64]:
+    """The random order (size,) in which a client visits its samples in a pass: a function of seed and key."""
     return np.random.default_rng([seed, BATCHES, *key]).permutation(size)
 
 
 def shuffled(seed: int, round_: int, clients: int) -> NDArray[np.int64]:
-    """The random order of a round's clients, for rules that draw lots."""
-    return np.random.default_rng([seed, LOTS, round_]).permutation(clients)
+    """The random order (clients,) of the clients of a round, for rules that draw lots: a function of seed and round."""
+    return np.random.default_rng([seed, CLIENT_ORDER, round_]).permutation(clients)
 
 
 def lr_factor(schedule: LrSchedule, round_: int, rounds: int, every: int | None = None, decay: float = 0.1) -> float:
@@ -175,10 +181,26 @@ def lr_factor(schedule: LrSchedule, round_: int, rounds: int, every: int | None 
 def local_update(
     gradient: Gradient, theta: Tensor, X: Tensor, y: Tensor, lr: float, weight_decay: float = 0.0
 ) -> Tensor:
-    """Parameters (A, B) after one SGD step on each minibatch of X (steps, size, ...), y (steps, size).
+    """Parameters after one SGD step on each minibatch.
 
-    theta keeps its own precision; gradients are computed in that of X. The step is along the gradient and
-    `weight_decay` times theta, as in `torch.optim.SGD`.
+    Parameters
+    ----------
+    gradient
+        Gradient (A, B) of the mean loss, given theta, inputs and labels.
+    theta : (A, B) tensor
+        Keeps its own precision; gradients are computed in that of X.
+    X : (steps, size, ...) tensor
+        Inputs of each minibatch.
+    y : (steps, size) tensor of int64
+        Labels.
+    lr : float
+        Learning rate.
+    weight_decay : float
+        The step is along the gradient and this times theta, as in `torch.optim.SGD`.
+
+    Returns
+    -------
+    (A, B) tensor
     """
     for X_step, y_step in zip(X, y, strict=True):
         step = gradient(theta.to(X.dtype), X_step, y_step).to(theta.dtype)
@@ -198,17 +220,17 @@ class Momenta:
         self.table = start.new_zeros(clients if beta else 0, *start.shape)
 
     def of(self, clients: Sequence[int] | NDArray[np.int64]) -> Tensor | None:
-        """Momenta before a round, (m, A, B); None where there are none."""
+        """The momenta (m, A, B) of clients before a round; None where clients have none."""
         return self.table[torch.as_tensor(clients, device=self.table.device)] if self.beta else None
 
     def note(self, clients: Sequence[int] | NDArray[np.int64], moved: Tensor) -> None:
-        """Take the momenta (m, A, B) after a round."""
+        """Remember the momenta (m, A, B) of clients after a round."""
         if self.beta:
             self.table[torch.as_tensor(clients, device=self.table.device)] = moved
 
 
 def with_momentum(beta: float, before: Tensor | None, update: Tensor) -> Tensor:
-    """The momentum after an update, both of one shape; the update itself where there is none."""
+    """The momentum after an update, shaped as both: `beta before + (1 - beta) update`; the update without `before`."""
     return update if before is None else beta * before + (1 - beta) * update
 
 
@@ -221,7 +243,7 @@ class ServerState(NamedTuple):
 
 
 def initial_state(theta: Tensor) -> ServerState:
-    """The state before the first round."""
+    """The optimizer's state before the first round: zeros, shaped as theta."""
     return ServerState(0, torch.zeros_like(theta), torch.zeros_like(theta))
 
 
@@ -230,8 +252,26 @@ def server_step(
 ) -> tuple[Tensor, ServerState]:
     """Parameters and state after the server has taken the aggregated gradient.
 
-    sgd `theta - lr g`; momentum (0.9, not dampened) as in Polyak 1964; adam as in Kingma and Ba 2015 with
-    betas 0.9, 0.999 and eps 1e-8.
+    Parameters
+    ----------
+    optimizer : {"sgd", "momentum", "adam"}
+        sgd `theta - lr g`; momentum 0.9, not dampened; adam with betas 0.9 and 0.999 and eps 1e-8.
+    theta, gradient : (..., A, B) tensor
+        The parameters and the aggregate.
+    lr : float or (..., 1, 1) tensor
+        The learning rate.
+    state : ServerState
+        What the rounds before have left.
+
+    Returns
+    -------
+    theta : (..., A, B) tensor
+    state : ServerState
+        Neither argument is changed.
+
+    References
+    ----------
+    Polyak 1964 (momentum); Kingma and Ba 2015, https://arxiv.org/abs/1412.6980 (adam).
     """
     step = state.step + 1
     if optimizer == "sgd":

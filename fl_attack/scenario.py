@@ -59,19 +59,19 @@ class Scenario:
 
     @property
     def theta_shape(self) -> tuple[int, int]:
-        """Of the parameters: (C, d) of logistic regression, the constant included; (1, P) of a network."""
+        """Shape of the parameters: (C, d) of logistic regression, the constant included; (1, P) of a network."""
         return self.model.shape
 
     @cached_property
     def model(self) -> models.Model:
-        """What is trained."""
+        """The model that is trained."""
         chosen = self.settings.model
         args = json.dumps(chosen.args, sort_keys=True)
         return _model(chosen.name, args, chosen.loss, self.dataset.image_shape, self.classes, self.settings.seed)
 
     @property
     def write_access(self) -> float:
-        """Share k of the clients' samples that malicious ones hold."""
+        """Share k of the clients' samples that malicious clients hold, from 0 to 1."""
         theirs = int(np.isin(self.partition.client, self.partition.malicious).sum())
         return theirs / int((self.partition.client >= 0).sum())
 
@@ -103,7 +103,7 @@ class Scenario:
         return self.gradient_of(theta, *self.schedule.samples(clients, round_))
 
     def gradient_of(self, theta: Tensor, samples: NDArray[np.int64], counts: NDArray[np.int64]) -> Tensor:
-        """Clean gradient of samples that count so often, shaped as theta and in its precision.
+        """Clean gradient of samples (n,) that are used `counts` (n,) times each, shaped as theta and in its precision.
 
         The last one is remembered: attackers, clients and measures ask for the same.
         """
@@ -118,7 +118,7 @@ class Scenario:
 
     @cached_property
     def memo(self) -> dict[str, Any]:
-        """What has been worked out of this experiment and may be asked for again."""
+        """Results of this experiment that may be asked for again, by name: a cache that starts empty."""
         return {}
 
     def batch(
@@ -140,11 +140,11 @@ class Scenario:
         return protocol.Momenta(self.settings.worker_momentum, self.settings.clients.total, start)
 
     def rule(self) -> aggregate.Combine:
-        """The server's rule: updates (..., m, C, d), weights (m,) and lots (m,) to the aggregate (..., C, d)."""
+        """The server's rule: updates (..., m, C, d), weights (m,), client_order (m,) to the aggregate (..., C, d)."""
         strategy, clients = self.settings.strategy, self.settings.per_round or self.settings.clients.total
         return aggregate.make(
             strategy.name,
-            f=self.settings.tolerated,
+            f=self.settings.assumed_malicious,
             m=clients,
             args=strategy.args,
             pre=strategy.pre,
@@ -152,12 +152,12 @@ class Scenario:
         )
 
     @cached_property
-    def takes_part(self) -> NDArray[np.bool_]:
-        """(rounds, clients): who takes part when."""
+    def participation(self) -> NDArray[np.bool_]:
+        """Which client takes part in which round, (rounds, clients) of bool."""
         rounds, clients = self.settings.rounds, self.settings.clients.total
         found = np.zeros((rounds, clients), bool)
         for i in range(rounds):
-            found[i, self.schedule.drawn(i + 1)] = True
+            found[i, self.schedule.participants(i + 1)] = True
         return found
 
     def relabelled(self, y_train: NDArray[np.int64]) -> "Scenario":
@@ -167,7 +167,7 @@ class Scenario:
 
 @lru_cache(maxsize=64)
 def _model(name: str, args: str, loss: str, inputs: tuple[int, ...], classes: int, seed: int) -> models.Model:
-    """`models.make`, once for all cells that have it in common."""
+    """The model that `models.make` gives, made once for all cells that have it in common."""
     return models.make(name, json.loads(args), loss, inputs, classes, seed)
 
 
@@ -191,12 +191,13 @@ def of(settings: Settings, dataset: data.Dataset) -> Scenario:
     batch_size = None if settings.batch_size == "full" else settings.batch_size
     sizes = protocol.batch_sizes(np.array([len(shard) for shard in shards]), batch_size)
     schedule = protocol.Schedule(shards, sizes, settings.local_steps, settings.seed, settings.per_round)
-    made = Scenario(settings, dataset, partition, schedule)
-    _ = made.model  # a user's module that can't be trained is told before any work starts
-    return made
+    scenario = Scenario(settings, dataset, partition, schedule)
+    _ = scenario.model  # a user's module that can't be trained is told before any work starts
+    return scenario
 
 
 def _spelled_out(settings: Settings, scale: float) -> Settings:
+    """Settings with absolute paths, import paths that name their file, and the divisor of the pixels."""
     # clients may live in another folder, and whoever replays a run needs the divisor of its pixels
     here = {
         "root": os.path.abspath(settings.dataset.root),
@@ -230,7 +231,28 @@ def from_json(text: str) -> Scenario:
 
 
 def client_update(scenario: Scenario, client: int, theta: Tensor, round_: int, flips: Flips) -> tuple[Tensor, int]:
-    """A client's parameters (A, B) after its local steps on labels with flips, and the samples it used."""
+    """The parameters of a client after its local steps on labels with flips.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    client : int
+        Its number.
+    theta : (A, B) tensor of float64
+        The parameters that it starts from.
+    round_ : int
+        The round, counted from 1.
+    flips : Flips
+        Labels that replace the true ones, of any samples: only those that the client uses matter.
+
+    Returns
+    -------
+    moved : (A, B) tensor
+        In the precision of theta.
+    weight : int
+        The number of samples used, a sample as often as it is.
+    """
     steps = scenario.schedule.steps(client, round_)
     X = scenario.features(steps.ravel()).to(theta.device)
     y = torch.from_numpy(relabelled(scenario.dataset.y_train, steps, flips)).to(theta.device)
@@ -246,7 +268,7 @@ def client_update(scenario: Scenario, client: int, theta: Tensor, round_: int, f
 
 
 def relabelled(y_train: NDArray[np.int64], samples: NDArray[np.int64], flips: Flips) -> NDArray[np.int64]:
-    """Labels of samples, shaped as these, with flips."""
+    """The labels of samples with flips in place, shaped as `samples`."""
     y = y_train[samples]
     if not len(flips.samples):
         return y
@@ -255,12 +277,28 @@ def relabelled(y_train: NDArray[np.int64], samples: NDArray[np.int64], flips: Fl
 
 
 def mean_gradient(scenario: Scenario, theta: Tensor, round_: int, flips: Flips = NO_FLIPS) -> Tensor:
-    """Mean of the gradients that the clients of a round of one local step send, shaped as theta.
+    """Mean of the gradients that the clients of a round of one local step send, with the weight decay.
 
     It is the gradient of the union of their minibatches. Where the clean one is at hand, what few flips change is added
     to it.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        An experiment of one local step.
+    theta : (A, B) tensor of float64
+        The parameters that the server has broadcast.
+    round_ : int
+        The round, counted from 1.
+    flips : Flips
+        The labels that are flipped in the round.
+
+    Returns
+    -------
+    (A, B) tensor
+        In the precision of theta.
     """
-    schedule, clients = scenario.schedule, scenario.schedule.drawn(round_)
+    schedule, clients = scenario.schedule, scenario.schedule.participants(round_)
     samples, counts = schedule.samples(clients, round_)
     decay = scenario.settings.weight_decay
     changed = np.isin(samples, flips.samples, assume_unique=True)

@@ -44,7 +44,10 @@ def load_target(scenario: Scenario, on_round: OnRound = lambda round_: None) -> 
 
 
 def load_targets(scenarios: Sequence[Scenario], on_round: OnRound = lambda round_: None) -> list[Tensor]:
-    """`load_target` of experiments that differ in their attack, learning rate and optimizer alone."""
+    """The targets (A, B) of experiments that differ in their attack, learning rate and optimizer alone, in their order.
+
+    Each is what `load_target` gives; those that are not there yet are trained together.
+    """
     files = [_target_file(cell) for cell in scenarios]
     missing = {file: cell for file, cell in zip(files, scenarios, strict=True) if not _is_target(file, cell)}
     if missing:
@@ -62,7 +65,10 @@ def train(scenario: Scenario, on_round: OnRound = lambda round_: None) -> Tensor
 
 
 def train_all(scenarios: Sequence[Scenario], on_round: OnRound = lambda round_: None) -> list[Tensor]:
-    """`train` of experiments that differ in learning rate and optimizer alone; each minibatch is fetched once."""
+    """Parameters after all rounds of experiments that differ in learning rate and optimizer alone, as `train` gives.
+
+    Each minibatch is fetched once for all of them.
+    """
     first, thetas = scenarios[0], [cell.start() for cell in scenarios]
     gradients = _of_unions(first) if first.model.linear and first.settings.local_steps == 1 else None
     states = [protocol.initial_state(theta) for theta in thetas]
@@ -84,14 +90,14 @@ def train_all(scenarios: Sequence[Scenario], on_round: OnRound = lambda round_: 
 
 
 def _of_unions(first: Scenario) -> Callable[[Sequence[Tensor], int], list[Tensor]]:
-    """The gradients of several linear models in a round: of the union of the minibatches, each fetched once."""
+    """A function of thetas and a round: each model's gradient over the union of the minibatches, fetched once."""
     take, schedule = _taker(first), first.schedule
     last: NDArray[np.int64] = np.empty(0, np.int64)
     batch: tuple[Tensor, Tensor] | None = None
 
     def gradients(thetas: Sequence[Tensor], round_: int) -> list[Tensor]:
         nonlocal last, batch
-        samples, _ = schedule.samples_once(round_)  # each once: clients share none
+        samples, _ = schedule.round_samples(round_)  # each once: clients share none
         if batch is None or not np.array_equal(samples, last):  # full batches are all the same
             last, batch = samples, (take(samples), torch.from_numpy(first.dataset.y_train[samples]))
         return _gradients(first, thetas, *batch)
@@ -100,7 +106,7 @@ def _of_unions(first: Scenario) -> Callable[[Sequence[Tensor], int], list[Tensor
 
 
 def _taker(first: Scenario) -> Callable[[NDArray[np.int64]], Tensor]:
-    """What gives the features of samples: from all at hand, where these are not too many and used a few times."""
+    """A function of samples (n,) that gives their features (n, d): from memory where they fit and are used again."""
     x, size, dtype = first.dataset.x_train, int(first.schedule.sizes.sum()), first.settings.torch_dtype
     few_uses = first.settings.rounds * size <= 2 * len(x) or size == len(x) or first.settings.local_steps > 1
     if few_uses or x.size * dtype.itemsize > AT_HAND:
@@ -109,7 +115,7 @@ def _taker(first: Scenario) -> Callable[[NDArray[np.int64]], Tensor]:
 
 
 def _gradients(first: Scenario, thetas: Sequence[Tensor], X: Tensor, y: Tensor) -> list[Tensor]:
-    """Gradients of several linear models; of many samples a piece at a time, which all models read from the cache."""
+    """Gradients (A, B) of several linear models; samples go a piece at a time, which all read from the cache."""
 
     def gradient(theta: Tensor, X: Tensor, y: Tensor) -> Tensor:
         return first.model.gradient(theta.to(X.dtype), X, y).to(theta.dtype)
@@ -125,8 +131,8 @@ def _gradients(first: Scenario, thetas: Sequence[Tensor], X: Tensor, y: Tensor) 
 
 
 def _mean_update(cell: Scenario, theta: Tensor, round_: int, momenta: protocol.Momenta) -> Tensor:
-    """The mean of what the clients of a round send, as a gradient."""
-    clients, sizes, lr = cell.schedule.drawn(round_), cell.schedule.sizes, cell.lr(round_)
+    """The mean (A, B) of the updates that the clients of a round send honestly, as a gradient."""
+    clients, sizes, lr = cell.schedule.participants(round_), cell.schedule.sizes, cell.lr(round_)
     weights = sizes[clients] / sizes[clients].sum()
     if not cell.settings.worker_momentum:
         moved = sum(

@@ -43,10 +43,10 @@ def cells(made: list[Scenario], count: int) -> list[Scenario]:
     """As many cells as asked for, of budgets from 0.02 to 0.98, by turns with the malicious clients of `made`."""
     chosen = []
     for i in range(count):
-        like = made[i % len(made)]
-        threat = like.settings.attack.model_copy(update={"budget": round(0.02 + 0.96 * i / count, 2)})
-        one = Scenario(like.settings.model_copy(update={"attack": threat}), *[vars(like)[k] for k in SHARED])
-        one.memo["target"] = like.memo.get("target")
+        template = made[i % len(made)]
+        threat = template.settings.attack.model_copy(update={"budget": round(0.02 + 0.96 * i / count, 2)})
+        one = Scenario(template.settings.model_copy(update={"attack": threat}), *[vars(template)[k] for k in SHARED])
+        one.memo["target"] = template.memo.get("target")
         chosen.append(one)
     return chosen
 

@@ -114,7 +114,7 @@ def byzfl_step(chosen: Scenario) -> Callable[[], object]:
     from byzfl import Average
 
     module = chosen.model._module  # type: ignore[attr-defined]
-    clients = chosen.schedule.drawn(1)
+    clients = chosen.schedule.participants(1)
     batches = [chosen.batch(*chosen.schedule.samples([client], 1))[:2] for client in clients]
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
     average, loss = Average(), torch.nn.CrossEntropyLoss()

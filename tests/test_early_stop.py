@@ -56,14 +56,14 @@ def check_ended(folder: Path, settings: Settings, patience: int) -> None:
     assert summary["best_round"] == int(best["round"])
     assert summary["final_accuracy"] == pytest.approx(float(best["test_accuracy"]))
     assert summary["final_loss"] == pytest.approx(float(best["test_loss"]))
-    made = scenario.make(settings)
+    cell = scenario.make(settings)
     theta = torch.from_numpy(np.load(folder / "model.npz")["theta"])
-    X, y = made.test_set()
+    X, y = cell.test_set()
     measured = [float(best[f"test_{k}"]) for k in ("accuracy", "f1", "loss")]
     assert outputs.quality(logistic.logits(theta, X), y) == pytest.approx(measured)
     client = np.load(folder / "partition.npz")["client"]
-    held = data.features(made.dataset.x_train[client < 0], made.dataset.scaling, torch.float64)
-    y = torch.from_numpy(made.dataset.y_train[client < 0])
+    held = data.features(cell.dataset.x_train[client < 0], cell.dataset.scaling, torch.float64)
+    y = torch.from_numpy(cell.dataset.y_train[client < 0])
     loss = outputs.losses(logistic.logits(theta, held), y).mean().item()
     assert loss == pytest.approx(min(losses))
     flips = np.load(folder / "flips.npz")
@@ -127,9 +127,9 @@ def test_cells_of_a_batch_end_one_by_one_as_each_does_alone(
         np.testing.assert_allclose(outcome.table[:, LOSS], alone.table[:, LOSS], rtol=0, atol=1e-9)
         torch.testing.assert_close(outcome.theta, alone.theta, rtol=0, atol=1e-9)
         assert outcome.flip_count == alone.flip_count == outcome.history().flip_count
-        for (round_, made), (wanted_round, wanted) in zip(outcome.flips, alone.flips, strict=True):
+        for (round_, flips), (wanted_round, wanted) in zip(outcome.flips, alone.flips, strict=True):
             assert round_ == wanted_round
-            np.testing.assert_array_equal(made.samples, wanted.samples)
+            np.testing.assert_array_equal(flips.samples, wanted.samples)
         ends.add(int(outcome.table[-1, 0]))
     assert len(ends) >= 4 and 60 in ends
     early = [cell for cell in cells if cell.settings.early_stop.patience == 1]
@@ -155,15 +155,15 @@ def test_the_split_belongs_to_no_client_and_write_access_is_a_share_of_the_rest(
     settings: Compose, small_data: Small, deal: list[str]
 ) -> None:
     stop = ["early_stop.patience=5", "early_stop.share=0.25"]
-    made = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", *deal, *stop))
-    parts = made.partition
+    cell = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", *deal, *stop))
+    parts = cell.partition
     assert len(parts.validation) == 30 == (parts.client == -1).sum()
     assert sorted(np.concatenate([*parts.shards, parts.validation]).tolist()) == list(range(120))
     for client, shard in enumerate(parts.shards):
         assert (parts.client[shard] == client).all()
-    assert made.write_access == pytest.approx(sum(len(parts.shards[i]) for i in parts.malicious) / 90)
+    assert cell.write_access == pytest.approx(sum(len(parts.shards[i]) for i in parts.malicious) / 90)
     if deal == ["partition.malicious_share=0.4"]:
-        assert made.write_access == pytest.approx(0.4)
+        assert cell.write_access == pytest.approx(0.4)
     other = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", *deal, *stop, "seed=1"))
     assert set(other.partition.validation) != set(parts.validation)
     longer = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", *deal, *stop, "early_stop.patience=9"))
@@ -171,9 +171,9 @@ def test_the_split_belongs_to_no_client_and_write_access_is_a_share_of_the_rest(
 
 
 def test_without_patience_nothing_is_held_out(settings: Compose, small_data: Small) -> None:
-    made = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", "early_stop.share=0.5"))
-    assert len(made.partition.validation) == 0
-    outcome = sequential.run(made, client_by_client=True)
+    cell = scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", "early_stop.share=0.5"))
+    assert len(cell.partition.validation) == 0
+    outcome = sequential.run(cell, client_by_client=True)
     assert np.isnan(outcome.table[:, LOSS]).all()
     assert outcome.history().best["round"] == 60
 

@@ -42,21 +42,21 @@ def one_thread() -> Iterator[None]:
 def alone(cell: Scenario) -> History:
     """The rounds of one experiment, client after client, each by the functions that define it."""
     recorder, chosen = Recorder(cell), cell.settings
-    theta = anchor = cell.start()
+    theta = epoch_theta = cell.start()
     state = protocol.initial_state(theta)
     recorder.record(0, theta)
     for round_ in range(1, chosen.rounds + 1):
-        anchor = theta if adversary.epoch_start(cell, round_) == round_ else anchor
-        flips = adversary.flips(cell, theta, round_, anchor)
-        clients = cell.schedule.drawn(round_)
+        epoch_theta = theta if adversary.epoch_start(cell, round_) == round_ else epoch_theta
+        flips = adversary.flips(cell, theta, round_, epoch_theta)
+        clients = cell.schedule.participants(round_)
         updates = adversary.updates(cell, theta, round_, flips)
         updates = adversary.crafted(cell, theta, round_, updates)
         weights = torch.from_numpy(cell.schedule.sizes[clients])
         if chosen.strategy.name == "mean" and not chosen.strategy.pre:
             aggregate = torch.tensordot(weights / weights.sum().double(), updates, 1)
         else:
-            lots = torch.from_numpy(protocol.shuffled(chosen.seed, round_, len(clients)))
-            aggregate = cell.rule()(updates, weights, lots)
+            client_order = torch.from_numpy(protocol.shuffled(chosen.seed, round_, len(clients)))
+            aggregate = cell.rule()(updates, weights, client_order)
         theta, state = protocol.server_step(chosen.server_optimizer, theta, aggregate, chosen.lr, state)
         recorder.record(round_, theta, aggregate, flips, updates)
     return recorder.history
@@ -467,9 +467,9 @@ def test_the_largest_are_taken_as_the_definition_takes_them() -> None:
         sorted_ = priority[:, order].masked_fill(priority[:, order] <= 0, -math.inf)
         expected = torch.empty(M, n, dtype=torch.bool)
         expected[:, order] = attack.select(sorted_, torch.zeros(n, dtype=torch.int64), torch.tensor(allowed)[:, None])
-        (pick,) = kernels.picks(allowed[None], n, 5e-324, torch.double)
+        (plan,) = kernels.selection_plans(allowed[None], n, 5e-324, torch.double)
         scratch = torch.empty(M, n, dtype=torch.double)
-        counts = kernels.take_largest_(priority, pick, scratch, samples)
+        counts = kernels.take_largest_(priority, plan, scratch, samples)
         assert torch.equal(priority.bool(), expected)
         assert counts.tolist() == expected.sum(1).tolist()
 
@@ -502,9 +502,9 @@ def test_columns_hold_what_the_schedule_gives_each_client(
     (cell,) = cells_of(settings, small_data(2), shared, [[]])
     monkeypatch.setattr(batches, "SAMPLES_AT_ONCE", 500)
     order, cpu = np.array([3, 1, 0, 2, 6, 5, 4]), torch.device("cpu")
-    made, room = batches.Batches(cell, order, cpu, 1e9), kernels.Room(cpu, torch.double)
+    made, workspace = batches.Batches(cell, order, cpu, 1e9), kernels.Workspace(cpu, torch.double)
     for round_ in (*range(1, 41), 7):
-        batch = made.at(round_, room)
+        batch = made.at(round_, workspace)
         for client in order:
             columns = batch.layout.columns(client)
             samples = batch.samples[columns]

@@ -9,7 +9,7 @@ import pytest
 from fl_attack import launcher, plots
 from fl_attack.config import compose
 from fl_attack.errors import InputError
-from fl_attack.overrides import many, opened
+from fl_attack.overrides import as_multirun, completed
 from fl_attack.plots import canvas, equal_budgets
 from fl_attack.sweep_table import RESULTS, read_sweep
 
@@ -83,7 +83,7 @@ def test_one_attack_is_no_comparison(folder: Path) -> None:
 
 
 def test_the_experiment_is_all_pairs_of_budget_and_attack_for_every_model() -> None:
-    cells = launcher.grid(*many(["experiment=networks", "out=unused"])[1:])
+    cells = launcher.grid(*as_multirun(["experiment=networks", "out=unused"])[1:])
     assert len(cells) == 3 * 5 * 6 * 5
     pairs = {(cell.settings.clients.malicious, cell.settings.attack.budget) for cell in cells}
     assert pairs == {(10, 0.1), (10, 0.25), (10, 0.5), (3, 1.0), (5, 1.0)}
@@ -98,7 +98,7 @@ def test_the_experiment_is_all_pairs_of_budget_and_attack_for_every_model() -> N
 )
 def test_the_experiment_is_on_mnist_where_its_folder_is_named(given: list[str], loader: str) -> None:
     assert compose("experiment=networks", "out=unused", *given).dataset.loader == loader
-    assert opened(["dataset.root=x"]) == ["dataset.root=x"]
+    assert completed(["dataset.root=x"]) == ["dataset.root=x"]
 
 
 def test_values_set_together_must_be_as_many_as_their_keys() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fl_attack.config import compose
-from fl_attack.overrides import conf_folder, many
+from fl_attack.overrides import as_multirun, conf_folder
 
 EXPERIMENTS = sorted(file.stem for file in (conf_folder() / "experiment").glob("*.yaml"))
 Small = Callable[..., list[str]]
@@ -29,9 +29,9 @@ def test_every_experiment_composes_for_the_batched_engine(name: str) -> None:
 
 
 def test_an_experiment_is_a_multirun_by_itself() -> None:
-    assert many(["experiment=harm", "rounds=3"]) == ["-m", "experiment=harm", "rounds=3"]
-    assert many(["-m", "experiment=harm"]) == ["-m", "experiment=harm"]
-    assert many(["rounds=3"]) == ["rounds=3"]
+    assert as_multirun(["experiment=harm", "rounds=3"]) == ["-m", "experiment=harm", "rounds=3"]
+    assert as_multirun(["-m", "experiment=harm"]) == ["-m", "experiment=harm"]
+    assert as_multirun(["rounds=3"]) == ["rounds=3"]
 
 
 @pytest.mark.parametrize("name", LEFT)

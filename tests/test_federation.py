@@ -46,14 +46,14 @@ def federate(settings: Settings, grid: Grid) -> History:
 
 def alone(settings: Settings) -> tuple[torch.Tensor, list[list[int]]]:
     """The same rounds in this process, client after client."""
-    made = scenario.make(settings)
-    hook = OmniscientHook(made)
-    theta, flipped = made.start(), []
-    weights = made.schedule.sizes / made.schedule.sizes.sum()
+    cell = scenario.make(settings)
+    hook = OmniscientHook(cell)
+    theta, flipped = cell.start(), []
+    weights = cell.schedule.sizes / cell.schedule.sizes.sum()
     assert settings.server_optimizer == "sgd"
     for round_ in range(1, settings.rounds + 1):
         clients = [
-            MaliciousClient(made, i, hook) if i in made.partition.malicious else HonestClient(made, i)
+            MaliciousClient(cell, i, hook) if i in cell.partition.malicious else HonestClient(cell, i)
             for i in range(settings.clients.total)
         ]
         asked = Request(theta, True, round_, "", None, None)
@@ -244,10 +244,10 @@ def test_a_client_that_raises_stops_the_run_with_its_message(
 def test_a_client_says_who_it_is_when_it_fails(settings: Compose, small_data: Small, grid: BlockGrid) -> None:
     chosen = settings(*small_data(3), *COMMON, "batch_size=40")
     Path(chosen.dataset.path).write_bytes(b"damaged")
-    made = scenario.make(chosen.model_copy(update={"dataset": settings().dataset}))
-    object.__setattr__(made, "settings", chosen)  # the server has its data, the clients find theirs damaged
+    cell = scenario.make(chosen.model_copy(update={"dataset": settings().dataset}))
+    object.__setattr__(cell, "settings", chosen)  # the server has its data, the clients find theirs damaged
     with pytest.raises(RunError, match=r"round 1 failed: client \d: InputError: .*npz"):
-        start(grid, Recorder(made))
+        start(grid, Recorder(cell))
 
 
 class Forgetful:
@@ -341,11 +341,11 @@ def test_flips_of_f_attackers_stay_within_those_of_more(settings: Compose, small
 
 
 def test_the_flips_of_all_clients_together_are_those_agreed_on(settings: Compose, small_data: Small) -> None:
-    made = scenario.make(settings(*small_data(3), *COMMON, "batch_size=40"))
-    asked = Request(torch.ones(made.theta_shape, dtype=torch.float64), True, 2, "", None, None)
-    agreed = OmniscientHook(made).flips(asked)
-    clients = [MaliciousClient(made, int(i), OmniscientHook(made)) for i in made.partition.malicious]
+    cell = scenario.make(settings(*small_data(3), *COMMON, "batch_size=40"))
+    asked = Request(torch.ones(cell.theta_shape, dtype=torch.float64), True, 2, "", None, None)
+    agreed = OmniscientHook(cell).flips(asked)
+    clients = [MaliciousClient(cell, int(i), OmniscientHook(cell)) for i in cell.partition.malicious]
     parts = [flips for client in clients if (flips := client.train(asked).flips) is not None]
     assert len(parts) == 3
     assert sorted(np.concatenate([part.samples for part in parts]).tolist()) == agreed.samples.tolist()
-    assert HonestClient(made, 0).train(asked).flips is None
+    assert HonestClient(cell, 0).train(asked).flips is None

@@ -152,7 +152,7 @@ def test_what_clients_send_is_their_momentum(settings: Compose, attacked: list[s
     theta, m = cell.start(), torch.zeros(10, *cell.theta_shape, dtype=torch.float64)
     rule = cell.rule()
     for round_ in range(1, 5):
-        clients = cell.schedule.drawn(round_)
+        clients = cell.schedule.participants(round_)
         flips = adversary.flips(cell, theta, round_)
         m[clients] = 0.9 * m[clients] + 0.1 * adversary.updates(
             cell.__class__(

@@ -55,8 +55,8 @@ def test_two_class_accuracy_is_exact(small_data: Small, tmp_path: Path) -> None:
 def test_the_numbers_are_scikit_learns(small_data: Small, tmp_path: Path, classes: int) -> None:
     settings = compose(*small_data(classes), "rounds=5", "engine=batched", "batch_size=full", f"out={tmp_path}/o")
     experiment.run(settings)
-    made, theta = scenario.make(settings), np.load(tmp_path / "o" / "model.npz")["theta"]
-    X, y = made.test_set()
+    cell, theta = scenario.make(settings), np.load(tmp_path / "o" / "model.npz")["theta"]
+    X, y = cell.test_set()
     Z = X.double().numpy() @ theta.T
     predicted = (Z[:, 0] > 0).astype(int) if classes == 2 else Z.argmax(1)
     average = "binary" if classes == 2 else "macro"
@@ -71,17 +71,17 @@ def test_each_clients_accuracy_on_its_own_data_is_told(small_data: Small, tmp_pa
     experiment.run(settings)
     theta = torch.from_numpy(np.load(tmp_path / "o" / "model.npz")["theta"])
     dealt = np.load(tmp_path / "o" / "partition.npz")
-    made = scenario.make(settings)
+    cell = scenario.make(settings)
     with (tmp_path / "o" / "clients.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     assert [int(row["client"]) for row in rows] == list(range(10))
     assert [i for i, row in enumerate(rows) if row["malicious"] == "1"] == dealt["malicious"].tolist()
     for i, row in enumerate(rows):
         mine = np.flatnonzero(dealt["client"] == i)
-        y = made.dataset.y_train[mine]
+        y = cell.dataset.y_train[mine]
         assert int(row["samples"]) == len(mine)
         assert row["labels"] == " ".join(map(str, np.unique(y)))
-        correct = (made.features(mine).double() @ theta.T).argmax(1).numpy() == y
+        correct = (cell.features(mine).double() @ theta.T).argmax(1).numpy() == y
         assert float(row["final_accuracy"]) == pytest.approx(correct.mean())
     total = sum(float(row["final_accuracy"]) * int(row["samples"]) for row in rows)
     assert 0 < total <= 120

@@ -28,8 +28,8 @@ def make(settings: Callable[..., Settings], small_data: Callable[..., list[str]]
     return build
 
 
-def some_theta(made: Scenario, seed: int = 0) -> torch.Tensor:
-    return torch.randn(made.theta_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def some_theta(cell: Scenario, seed: int = 0) -> torch.Tensor:
+    return torch.randn(cell.theta_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("scope", ["pooled", "per_client"])
@@ -37,20 +37,20 @@ def some_theta(made: Scenario, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("batch", ["full", "17", "40"])
 def test_the_budget_holds_in_every_round_and_in_the_long_run(make: Make, scope: str, rounding: str, batch: str) -> None:
     budget = 0.23
-    made = make(
+    cell = make(
         f"attack.budget={budget}", f"attack.scope={scope}", f"attack.rounding={rounding}", f"batch_size={batch}"
     )
-    malicious = made.partition.malicious
-    writable = made.schedule.used[malicious]
+    malicious = cell.partition.malicious
+    writable = cell.schedule.used[malicious]
     spent = np.zeros(len(malicious), int)
     for round_ in range(1, 13):
-        flips = adversary.flips(made, some_theta(made, round_), round_)
-        owner = made.partition.client[flips.samples]
+        flips = adversary.flips(cell, some_theta(cell, round_), round_)
+        owner = cell.partition.client[flips.samples]
         counts = np.array([(owner == client).sum() for client in malicious])
-        used = made.schedule.samples(malicious, round_)[0]
+        used = cell.schedule.samples(malicious, round_)[0]
         assert np.isin(flips.samples, used).all()
         assert len(set(flips.samples)) == len(flips.samples) <= flips.allowed
-        assert (flips.labels != made.dataset.y_train[flips.samples]).all()
+        assert (flips.labels != cell.dataset.y_train[flips.samples]).all()
         spent += counts
         if rounding == "floor" and scope == "pooled":
             assert counts.sum() <= math.floor(budget * writable.sum())
@@ -67,8 +67,8 @@ def test_the_budget_holds_in_every_round_and_in_the_long_run(make: Make, scope: 
 
 def test_a_budget_below_one_flip_never_writes_under_floor_and_does_now_and_then_under_carry(make: Make) -> None:
     def rounds_with_flips(rounding: str) -> int:
-        made = make("attack.budget=0.1", f"attack.rounding={rounding}", "batch_size=14")  # 6 of the attackers
-        return sum(len(adversary.flips(made, some_theta(made), r).samples) > 0 for r in range(1, 11))
+        cell = make("attack.budget=0.1", f"attack.rounding={rounding}", "batch_size=14")  # 6 of the attackers
+        return sum(len(adversary.flips(cell, some_theta(cell), r).samples) > 0 for r in range(1, 11))
 
     assert rounds_with_flips("floor") == 0
     assert rounds_with_flips("carry") == 6
@@ -76,37 +76,37 @@ def test_a_budget_below_one_flip_never_writes_under_floor_and_does_now_and_then_
 
 @pytest.mark.parametrize("overrides", [["attack.budget=0"], ["attack=none"], ["clients.malicious=0"]])
 def test_without_budget_attack_or_attackers_nothing_is_flipped(make: Make, overrides: list[str]) -> None:
-    made = make(*overrides)
-    assert len(adversary.flips(made, some_theta(made), 1).samples) == 0
+    cell = make(*overrides)
+    assert len(adversary.flips(cell, some_theta(cell), 1).samples) == 0
 
 
 def test_an_attacker_with_everything_flips_every_label_that_helps(make: Make) -> None:
-    made = make("clients.honest=0", "attack.budget=1")
-    theta = some_theta(made)
-    flips = adversary.flips(made, theta, 1)
-    X, y = made.features(np.arange(120)), made.dataset.y_train
-    v = made.gradient(theta, range(3), 1)
-    assert made.write_access == 1
+    cell = make("clients.honest=0", "attack.budget=1")
+    theta = some_theta(cell)
+    flips = adversary.flips(cell, theta, 1)
+    X, y = cell.features(np.arange(120)), cell.dataset.y_train
+    v = cell.gradient(theta, range(3), 1)
+    assert cell.write_access == 1
     labels = logistic.scores(v, X).argmax(-1).numpy()
     assert flips.samples.tolist() == np.flatnonzero(labels != y).tolist()
     assert (flips.labels == labels[flips.samples]).all()
 
 
 def test_only_attacked_rounds_are_written_to(make: Make) -> None:
-    made = make("attack.every=3", "attack.start=2", "attack.stop=9", "attack.budget=0.5")
-    written = [r for r in range(1, 13) if len(adversary.flips(made, some_theta(made), r).samples)]
+    cell = make("attack.every=3", "attack.start=2", "attack.stop=9", "attack.budget=0.5")
+    written = [r for r in range(1, 13) if len(adversary.flips(cell, some_theta(cell), r).samples)]
     assert written == [2, 5, 8]
 
 
 @pytest.mark.parametrize(("knowledge", "who"), [("full", range(7)), ("honest", None), ("own", None)])
 def test_the_direction_is_the_clean_gradient_of_what_is_known(make: Make, knowledge: str, who: range | None) -> None:
-    made = make(f"attack.knowledge={knowledge}")
-    malicious = set(made.partition.malicious.tolist())
+    cell = make(f"attack.knowledge={knowledge}")
+    malicious = set(cell.partition.malicious.tolist())
     clients = {"honest": set(range(7)) - malicious, "own": malicious}.get(knowledge, set(range(7)))
-    samples = np.flatnonzero(np.isin(made.partition.client, list(clients)))
-    theta, X = some_theta(made), made.features(samples)
-    expected = logistic.gradient(theta, X, torch.tensor(made.dataset.y_train[samples]))
-    torch.testing.assert_close(adversary.direction(made, theta, 1), expected)
+    samples = np.flatnonzero(np.isin(cell.partition.client, list(clients)))
+    theta, X = some_theta(cell), cell.features(samples)
+    expected = logistic.gradient(theta, X, torch.tensor(cell.dataset.y_train[samples]))
+    torch.testing.assert_close(adversary.direction(cell, theta, 1), expected)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -114,51 +114,51 @@ def test_an_untargeted_attack_turns_the_union_gradient_away_and_a_targeted_one_t
     make: Make, classes: int
 ) -> None:
     for goal in ("untargeted", "targeted"):
-        made = make(f"attack.goal={goal}", "attack.budget=0.6", classes=classes)
-        theta = some_theta(made)
-        flips = adversary.flips(made, theta, 1)
-        y = made.dataset.y_train.copy()
+        cell = make(f"attack.goal={goal}", "attack.budget=0.6", classes=classes)
+        theta = some_theta(cell)
+        flips = adversary.flips(cell, theta, 1)
+        y = cell.dataset.y_train.copy()
         y[flips.samples] = flips.labels
-        X, v = made.features(np.arange(120)), adversary.direction(made, theta, 1)
+        X, v = cell.features(np.arange(120)), adversary.direction(cell, theta, 1)
         honest, attacked = (
-            (logistic.gradient(theta, X, torch.tensor(labels)) * v).sum().item() for labels in (made.dataset.y_train, y)
+            (logistic.gradient(theta, X, torch.tensor(labels)) * v).sum().item() for labels in (cell.dataset.y_train, y)
         )
         assert attacked < honest
 
 
 def test_data_and_labels_are_never_changed(make: Make) -> None:
-    made = make("attack.budget=1", "local_steps=3", "batch_size=60")
-    before = made.dataset.x_train.copy(), made.dataset.y_train.copy()
+    cell = make("attack.budget=1", "local_steps=3", "batch_size=60")
+    before = cell.dataset.x_train.copy(), cell.dataset.y_train.copy()
     for client in range(7):
-        flips = adversary.flips(made, some_theta(made), 2)
-        scenario.client_update(made, client, some_theta(made), 2, flips)
-    assert (made.dataset.x_train == before[0]).all()
-    assert (made.dataset.y_train == before[1]).all()
+        flips = adversary.flips(cell, some_theta(cell), 2)
+        scenario.client_update(cell, client, some_theta(cell), 2, flips)
+    assert (cell.dataset.x_train == before[0]).all()
+    assert (cell.dataset.y_train == before[1]).all()
 
 
 def test_flips_reach_the_gradient_of_their_owner_alone(make: Make) -> None:
-    made = make("attack.budget=0.5")
-    theta = some_theta(made)
-    flips = adversary.flips(made, theta, 1)
+    cell = make("attack.budget=0.5")
+    theta = some_theta(cell)
+    flips = adversary.flips(cell, theta, 1)
     for client in range(7):
-        clean, _ = scenario.client_update(made, client, theta, 1, scenario.NO_FLIPS)
-        dirty, _ = scenario.client_update(made, client, theta, 1, flips)
-        touched = (made.partition.client[flips.samples] == client).any()
+        clean, _ = scenario.client_update(cell, client, theta, 1, scenario.NO_FLIPS)
+        dirty, _ = scenario.client_update(cell, client, theta, 1, flips)
+        touched = (cell.partition.client[flips.samples] == client).any()
         assert torch.equal(clean, dirty) != touched
-        assert not touched or client in made.partition.malicious
+        assert not touched or client in cell.partition.malicious
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_target_is_trained_on_fully_flipped_labels_with_the_runs_own_settings(make: Make, classes: int) -> None:
-    made = make("attack.goal=targeted", "rounds=9", "lr=0.4", "server_optimizer=momentum", classes=classes)
-    X, y = made.features(np.arange(120)), torch.tensor((made.dataset.y_train + 1) % classes)
-    theta = torch.zeros(made.theta_shape, dtype=torch.float64, requires_grad=True)
+    cell = make("attack.goal=targeted", "rounds=9", "lr=0.4", "server_optimizer=momentum", classes=classes)
+    X, y = cell.features(np.arange(120)), torch.tensor((cell.dataset.y_train + 1) % classes)
+    theta = torch.zeros(cell.theta_shape, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([theta], lr=0.4, momentum=0.9)
     for _ in range(9):
         optimizer.zero_grad()
         outputs.losses(logistic.logits(theta, X), y).mean().backward()
         optimizer.step()
-    torch.testing.assert_close(targets.target(made), theta.detach())
+    torch.testing.assert_close(targets.target(cell), theta.detach())
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -180,24 +180,24 @@ def test_the_target_is_trained_once_and_a_damaged_one_again(
 
 @pytest.mark.parametrize("more", [[], ["local_steps=2"], ["server_optimizer=adam"], ["clients.per_round=3"]])
 def test_targets_trained_together_are_those_trained_alone(make: Make, more: list[str]) -> None:
-    alike = [make("attack.goal=targeted", "batch_size=50", f"lr={lr}", *more) for lr in (0.1, 0.3, 1)]
-    alike.append(make("attack.goal=targeted", "batch_size=50", "lr=1", *more, "server_optimizer=momentum"))
-    together = targets.train_all(alike)
-    for made, theta in zip(alike, together, strict=True):
-        assert torch.equal(targets.train(made), theta)
+    cells = [make("attack.goal=targeted", "batch_size=50", f"lr={lr}", *more) for lr in (0.1, 0.3, 1)]
+    cells.append(make("attack.goal=targeted", "batch_size=50", "lr=1", *more, "server_optimizer=momentum"))
+    together = targets.train_all(cells)
+    for cell, theta in zip(cells, together, strict=True):
+        assert torch.equal(targets.train(cell), theta)
     assert not torch.equal(together[0], together[1])
-    found = targets.load_targets([alike[2], alike[0], alike[2]])
-    assert torch.equal(found[0], targets.target(alike[2])) and torch.equal(found[1], targets.target(alike[0]))
+    found = targets.load_targets([cells[2], cells[0], cells[2]])
+    assert torch.equal(found[0], targets.target(cells[2])) and torch.equal(found[1], targets.target(cells[0]))
     assert torch.equal(found[2], found[0])
     assert len({tuple(theta.ravel().tolist()) for theta in together}) == 4
 
 
 @pytest.mark.parametrize("more", [[], ["clients.total=7", "batch_size=61", "partition=dirichlet", "seed=3"]])
 def test_many_samples_are_gone_through_in_pieces(make: Make, more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make("attack.goal=targeted", *more)
-    whole = targets.train(made)
-    monkeypatch.setattr(targets, "PIECE", 7 * made.theta_shape[1])
-    torch.testing.assert_close(targets.train(made), whole, rtol=1e-12, atol=1e-12)
+    cell = make("attack.goal=targeted", *more)
+    whole = targets.train(cell)
+    monkeypatch.setattr(targets, "PIECE", 7 * cell.theta_shape[1])
+    torch.testing.assert_close(targets.train(cell), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_a_target_of_ones_own_is_taken_or_refused(make: Make, tmp_path: object) -> None:

@@ -137,10 +137,10 @@ def test_a_changed_parameter_is_never_answered_with_an_old_result(small_data: Sm
 def test_work_under_a_rule_is_new_where_the_numbers_of_rules_have_changed(
     small_data: Small, monkeypatch: pytest.MonkeyPatch, change: tuple[str, ...]
 ) -> None:
-    (made,) = engine.make_scenarios([compose(*small_data(2), "engine=batched", "batch_size=30", "out=a", *change)])
-    before = key_of([made])
+    (scenario,) = engine.make_scenarios([compose(*small_data(2), "engine=batched", "batch_size=30", "out=a", *change)])
+    before = key_of([scenario])
     monkeypatch.setattr(identity, "OF_RULES", "another")
-    assert (key_of([made]) != before) == bool(change)
+    assert (key_of([scenario]) != before) == bool(change)
 
 
 def test_the_same_data_in_another_place_are_the_same_work(small_data: Small, tmp_path: Path) -> None:
@@ -189,10 +189,10 @@ def test_what_gives_the_same_numbers_is_computed_once(small_data: Small, more: l
         goals, "batch_size=30", "out=unused", *more,
     )  # fmt: skip
     scenarios = engine.make_scenarios([cell.settings for cell in made])
-    apart, place = distinct(scenarios)
-    assert len(apart) == cells
+    kept, place = distinct(scenarios)
+    assert len(kept) == cells
     for asked, at in zip(scenarios, place, strict=True):
-        done = apart[at]
+        done = kept[at]
         assert done.partition.client.tolist() == asked.partition.client.tolist()
         assert done is asked or done.settings.label_budget == 0 or done.settings == asked.settings
         assert engine.group_key(done)[1:3] == engine.group_key(asked)[1:3]  # type: ignore[index]

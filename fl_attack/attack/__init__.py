@@ -115,7 +115,7 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
 
 
 def try_args(name: str, args: Mapping[str, Any], classes: int) -> None:
-    """InputError where an attack of the table refuses the values of these arguments, with so many classes."""
+    """InputError where an attack of the table refuses the values of these arguments with this number of classes."""
     if name not in ATTACKS:
         return
     some = torch.zeros(classes, classes)
@@ -136,22 +136,22 @@ def try_args(name: str, args: Mapping[str, Any], classes: int) -> None:
 def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int], classes: int) -> Proposal:
     """What an attack on labels proposes, in `shape` (..., n); RunError where a user's function gives no proposal."""
     if name in ATTACKS:
-        made: Proposal = ATTACKS[name].function(view, **args)
-        return made
-    made = plugins.call(name, view.copied(), **args)
-    if not (isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, Tensor) for part in made)):
-        plugins.refuse(name, _told(made), "wanted: Proposal(labels, priority), two tensors")
-    labels, priority = made
-    for what, given in (("labels", labels), ("priority", priority)):
-        if tuple(given.shape) not in {tuple(shape), tuple(shape[-1:])}:
-            plugins.refuse(name, f"{what} of {_told(given)}", f"wanted: one for each of {shape[-1]} samples")
+        given: Proposal = ATTACKS[name].function(view, **args)
+        return given
+    given = plugins.call(name, view.copied(), **args)
+    if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given)):
+        plugins.refuse(name, _describe(given), "wanted: Proposal(labels, priority), two tensors")
+    labels, priority = given
+    for what, part in (("labels", labels), ("priority", priority)):
+        if tuple(part.shape) not in {tuple(shape), tuple(shape[-1:])}:
+            plugins.refuse(name, f"{what} of {_describe(part)}", f"wanted: one for each of {shape[-1]} samples")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        plugins.refuse(name, f"labels of {_told(labels)}", "wanted: whole numbers, as in int64")
+        plugins.refuse(name, f"labels of {_describe(labels)}", "wanted: whole numbers, as in int64")
     if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
         odd = labels[(labels < 0) | (labels >= classes)][0].item()
         plugins.refuse(name, f"the label {odd}", f"wanted: 0 to {classes - 1}")
     if priority.dtype.is_complex or priority.isnan().any():
-        what = _told(priority) if priority.dtype.is_complex else "NaN"
+        what = _describe(priority) if priority.dtype.is_complex else "NaN"
         plugins.refuse(name, f"a priority of {what}", "wanted: real numbers, -inf where no flip is wanted")
     return Proposal(labels.long(), priority)
 
@@ -159,29 +159,48 @@ def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int]
 def craft(name: str, view: Updates, args: Mapping[str, Any]) -> Tensor:
     """What an attack on updates sends, (..., m, C, d); RunError where a user's function gives something else."""
     if name in ATTACKS:
-        made: Tensor = ATTACKS[name].function(view, **args)
-        return made
-    made = plugins.call(name, view.copied(), **args)
+        given: Tensor = ATTACKS[name].function(view, **args)
+        return given
+    given = plugins.call(name, view.copied(), **args)
     shape = view.updates.shape
-    if not isinstance(made, Tensor) or made.shape[-3:] != shape[-3:] or made.shape not in (shape, shape[-3:]):
-        plugins.refuse(name, _told(made), f"wanted: an update for each client, {_told(view.updates)}")
-    if made.dtype.is_complex or made.isnan().any():
-        what = _told(made) if made.dtype.is_complex else "NaN"
-        plugins.refuse(name, what, f"wanted: real numbers, {_told(view.updates)}")
-    return made.to(view.updates)
+    if not isinstance(given, Tensor) or given.shape[-3:] != shape[-3:] or given.shape not in (shape, shape[-3:]):
+        plugins.refuse(name, _describe(given), f"wanted: an update for each client, {_describe(view.updates)}")
+    if given.dtype.is_complex or given.isnan().any():
+        what = _describe(given) if given.dtype.is_complex else "NaN"
+        plugins.refuse(name, what, f"wanted: real numbers, {_describe(view.updates)}")
+    return given.to(view.updates)
 
 
-def _told(made: Any) -> str:
-    if not isinstance(made, Tensor):
-        return f"{type(made).__name__}"
-    return f"shape {tuple(made.shape)}, {str(made.dtype).removeprefix('torch.')}"
+def _describe(given: Any) -> str:
+    """The type of what a function has given, or the shape and dtype of a tensor, for a message."""
+    if not isinstance(given, Tensor):
+        return f"{type(given).__name__}"
+    return f"shape {tuple(given.shape)}, {str(given.dtype).removeprefix('torch.')}"
 
 
 def direction(goal: Goal, theta: Tensor, clean_gradient: Tensor | None, target: Tensor | None) -> Tensor:
-    """The direction v whose inner product with the gradient is minimised, (..., C, d).
+    """The direction v whose inner product with the gradient is minimised.
 
-    Untargeted, the clean gradient: the update is turned away from the honest one. Targeted, `target - theta`:
-    the update is turned towards the target.
+    Parameters
+    ----------
+    goal : {"untargeted", "targeted"}
+        Untargeted, the update is turned away from the honest one; targeted, towards the target.
+    theta : (..., C, d) tensor
+        The parameters.
+    clean_gradient : (..., C, d) tensor or None
+        The gradient on the true labels, for an untargeted goal.
+    target : (..., C, d) tensor or None
+        The parameters to steer to, for a targeted goal.
+
+    Returns
+    -------
+    (..., C, d) tensor
+        The clean gradient, or `target - theta`.
+
+    Raises
+    ------
+    ValueError
+        Where the one that the goal needs is None.
     """
     v = clean_gradient if goal == "untargeted" else target - theta if target is not None else None
     if v is None:

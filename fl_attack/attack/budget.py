@@ -13,10 +13,22 @@ Refresh = Literal["step", "epoch"]
 
 
 def select(priority: Tensor, group: Tensor, budgets: Tensor) -> Tensor:
-    """Mask (..., n) of at most `budgets[g]` samples of each group g, those of largest priority.
+    """The samples of largest priority within the budget of each group.
 
-    `group` (n,) names the budget that a sample draws on, `budgets` (..., G) counts flips. Ties go to the lower
-    index; samples of priority -inf are never taken.
+    This is the plain definition, which the tests hold `engine.kernels.take_largest_` to.
+
+    Parameters
+    ----------
+    priority : (..., n) tensor
+        Samples of priority -inf are never taken; ties go to the lower index.
+    group : (n,) tensor of int64
+        The budget, from 0 to G - 1, that a sample draws on.
+    budgets : (..., G) tensor of int64
+        The samples that may be taken of each group.
+
+    Returns
+    -------
+    (..., n) tensor of bool
     """
     by_priority = priority.argsort(dim=-1, descending=True, stable=True)
     by_group = group[by_priority].argsort(dim=-1, stable=True)
@@ -31,7 +43,7 @@ def select(priority: Tensor, group: Tensor, budgets: Tensor) -> Tensor:
 
 
 def flip_allowance(budget: Fraction, writable_before: int, writable: int, rounding: Rounding) -> int:
-    """Labels that may be flipped in a round in which `writable` are within reach.
+    """The number of labels that may be flipped in a round in which `writable` can be written.
 
     `floor` never exceeds the budget in any round; `carry` hands the fraction on from the `writable_before` samples
     of the rounds attacked so far, so that all rounds together come to the floor of the whole.
@@ -42,7 +54,7 @@ def flip_allowance(budget: Fraction, writable_before: int, writable: int, roundi
 
 
 def attacked_before(round_: int, every: int, start: int, stop: int | None) -> int | None:
-    """Rounds attacked before this one, or None where this one isn't: each `every`-th from `start` to `stop`."""
+    """The number of attacked rounds before a round, each `every`-th from `start` to `stop`; None where it is none."""
     if round_ < start or (stop is not None and round_ > stop) or (round_ - start) % every:
         return None
     return (round_ - start) // every

@@ -58,6 +58,7 @@ class Updates:
         return self._honest_mean((self.updates - self.mean) ** 2).sqrt()
 
     def _honest_mean(self, values: Tensor) -> Tensor:
+        """Mean (..., 1, C, d) of values (..., m, C, d) over the honest clients."""
         weights = self.honest.to(values.dtype)
         weights = weights / weights.sum(-1, keepdim=True)
         return (values * weights[..., None, None]).sum(-3, keepdim=True)

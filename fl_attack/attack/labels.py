@@ -57,6 +57,7 @@ class View:
 
 
 def _worked_out(lazy: Lazy) -> Tensor:
+    """A tensor that is there or has yet to be computed."""
     return lazy if isinstance(lazy, Tensor) else lazy()
 
 

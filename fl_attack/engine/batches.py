@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fl_attack import data
-from fl_attack.engine.kernels import Room
+from fl_attack.engine.kernels import Workspace
 from fl_attack.models import outputs
 from fl_attack.scenario import Scenario
 
@@ -28,7 +28,7 @@ SAMPLES_AT_ONCE = 2**16  # of which it is worked out in one go when they are use
 
 
 class Layout(NamedTuple):
-    """Whose samples the columns are."""
+    """The clients that the columns of a minibatch belong to."""
 
     clients: NDArray[np.int64]  # (m,) in the order of their columns
     ends: NDArray[np.int64]  # (m,) the column after the last of each
@@ -36,28 +36,26 @@ class Layout(NamedTuple):
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """(m,) columns of each client."""
+        """The number of columns of each client, (m,)."""
         return np.diff(self.ends, prepend=0)
 
     @property
     def rank(self) -> NDArray[np.int64]:
-        """(m,) the place of each among the clients in ascending order."""
+        """The place of each client among those of the round in ascending order, (m,)."""
         return self.clients.argsort().argsort()
 
     def columns(self, client: int) -> slice:
-        """Those of a client."""
+        """The columns of a client."""
         place = int(np.flatnonzero(self.clients == client)[0])
         return slice(int(self.ends[place - 1]) if place else 0, int(self.ends[place]))
 
 
 class Batch:
-    """What the cells see of a round. n columns, C outputs, d features that are not zero everywhere."""
+    """The minibatch of a round: n columns, C outputs, d features that are not zero everywhere."""
 
     def __init__(self, at: Tensor, X: Tensor, y_train: Tensor, encoded: int, layout: Layout) -> None:
-        self.at, self.X = (
-            at,
-            X,
-        )  # (n,) sample of each column; (n, d) features, signed for two classes of a linear model
+        self.at = at  # (n,) sample of each column
+        self.X = X  # (n, d) features, signed for two classes of a linear model
         self.layout = layout
         self._y_train, self._encoded = y_train, encoded  # classes of one-hot labels, or 0
         self.counts: Tensor | None = None  # (n,) how often each sample is used, where that is not once
@@ -65,17 +63,17 @@ class Batch:
 
     @cached_property
     def samples(self) -> NDArray[np.int64]:
-        """(n,) sample of each column."""
+        """The sample of each column, (n,)."""
         return self.at.numpy()
 
     @cached_property
     def y(self) -> Tensor:
-        """(n,) labels."""
+        """The true label of each column, (n,)."""
         return self._y_train[self.at].to(self.X.device)
 
     @cached_property
     def sign(self) -> Tensor:
-        """(n,) by which features are multiplied for two classes."""
+        """The sign (n,) that features are multiplied by for two classes: -1 for label 1, else 1."""
         return (1 - 2 * self.y).to(self.X.dtype)
 
     @cached_property
@@ -91,7 +89,7 @@ class Batches:
 
     def __init__(
         self,
-        like: Scenario,
+        template_cell: Scenario,
         clients: NDArray[np.int64],
         device: torch.device,
         memory: float,
@@ -101,18 +99,19 @@ class Batches:
 
         Features that are zero in every sample are left out unless `every_feature`.
         """
-        self.like, self.device = like, device
-        x, settings = like.dataset.x_train, like.settings
-        self.classes, self.dtype = like.classes, settings.torch_dtype
-        nonzero = np.ones(x.shape[1], bool) if every_feature or like.dataset.standardize else _nonzero_columns(x)
-        self._constant = like.model.constant
+        self.template_cell, self.device = template_cell, device
+        x, settings = template_cell.dataset.x_train, template_cell.settings
+        self.classes, self.dtype = template_cell.classes, settings.torch_dtype
+        everything = every_feature or template_cell.dataset.standardize
+        nonzero = np.ones(x.shape[1], bool) if everything else _nonzero_columns(x)
+        self._constant = template_cell.model.constant
         self.seen = torch.from_numpy(np.append(nonzero, True) if self._constant else nonzero)  # the constant last
-        self.y = torch.tensor(like.dataset.y_train)
-        signed = like.model.linear and self.classes == 2
+        self.y = torch.tensor(template_cell.dataset.y_train)
+        signed = template_cell.model.linear and self.classes == 2
         self.sign = (1 - 2 * self.y).to(self.dtype)[:, None] if signed else None
         self._encoded = 0 if signed else self.classes
         self.d = int(self.seen.sum()) if every_feature else padded(int(self.seen.sum()))
-        used = like.schedule.used[clients]
+        used = template_cell.schedule.used[clients]
         self.all = Layout(clients, np.cumsum(used))
         self.width = int(self.all.ends[-1])
         bytes_each = self.d * self.dtype.itemsize
@@ -120,85 +119,90 @@ class Batches:
         self.row = torch.full((len(x),), -1)  # of each sample among all that the clients hold
         self.row[torch.from_numpy(held)] = torch.arange(len(held))
         self.resident = self._all().to(device) if len(held) * bytes_each <= memory else None  # in this order
-        whole = (like.schedule.sizes == [len(shard) for shard in like.schedule.shards]).all()
+        whole = (template_cell.schedule.sizes == [len(shard) for shard in template_cell.schedule.shards]).all()
         self._kept: Batch | None = None
-        self._keep = bool(whole) and like.schedule.per_round is None  # every round is the same
+        self._keep = bool(whole) and template_cell.schedule.per_round is None  # every round is the same
         self._rounds = min(settings.rounds, max(1, SAMPLES_AT_ONCE // self.width))
         self._block, self._table = -1, np.empty((0, 0), np.int64)
 
-    def fitted(self, rows: Tensor) -> Tensor:
-        """Of all features (n, features) those that are used, and zeros, (n, d)."""
+    def drop_features(self, rows: Tensor) -> Tensor:
+        """The used ones of all features (n, features), filled up with zeros to (n, d)."""
         rows = rows[:, self.seen]
         return functional.pad(rows, (0, self.d - rows.shape[1])) if rows.shape[1] < self.d else rows
 
-    def unfitted(self, rows: Tensor) -> Tensor:
-        """The other way round, with zeros for the features that are not used."""
+    def restore_features(self, rows: Tensor) -> Tensor:
+        """All features (n, features) from the used ones (n, d), with zeros for those that are not used."""
         whole = torch.zeros(len(rows), len(self.seen), dtype=rows.dtype)
         whole[:, self.seen] = rows[:, : int(self.seen.sum())].cpu()
         return whole
 
     @property
     def bytes(self) -> int:
-        """Memory that features take."""
+        """The memory that features take, in bytes."""
         resident = 0 if self.resident is None else self.resident.nbytes
         minibatch = self.width * self.d * self.dtype.itemsize
         return max(resident, minibatch) if self._keep else resident + minibatch
 
-    def at(self, round_: int, room: Room) -> Batch:
+    def at(self, round_: int, workspace: Workspace) -> Batch:
         """The minibatch of a round, counted from 1; its features are in a buffer."""
         if self._kept is not None:
             return self._kept
         layout = self._layout(round_)
-        if self.like.schedule.local_steps > 1:
-            batch = self._several_steps(round_, layout, room)
+        if self.template_cell.schedule.local_steps > 1:
+            batch = self._several_steps(round_, layout, workspace)
         else:
             samples = self._samples(round_)
-            batch = self._batch(samples if layout.kept is None else samples[layout.kept], layout, room)
+            batch = self._batch(samples if layout.kept is None else samples[layout.kept], layout, workspace)
         self._kept = batch if self._keep else None
         return batch
 
     @cached_property
     def whole_samples(self) -> NDArray[np.int64]:
-        """All that the clients hold, client after client in the order of their columns."""
-        return np.concatenate([self.like.schedule.shards[client] for client in self.all.clients])
+        """All samples that the clients hold, (n,): client after client in the order of their columns."""
+        return np.concatenate([self.template_cell.schedule.shards[client] for client in self.all.clients])
 
     @cached_property
     def whole_layout(self) -> Layout:
-        """Whose they are."""
-        sizes = [len(self.like.schedule.shards[client]) for client in self.all.clients]
+        """The clients that `whole_samples` belong to."""
+        sizes = [len(self.template_cell.schedule.shards[client]) for client in self.all.clients]
         return Layout(self.all.clients, np.cumsum(sizes))
 
     def pieces(self, n: int, size: int) -> Iterator[tuple[Batch, slice]]:
-        """The first n of all columns, so many at a time."""
+        """The first n of `whole_samples` in pieces of `size`: each as a batch, and its place among them."""
         for start in range(0, n, max(1, size)):
             part = slice(start, min(n, start + max(1, size)))
             at = torch.from_numpy(self.whole_samples[part])
-            X = self._features(at, Room(self.device, self.dtype)) if self.resident is None else self.resident[part]
+            X = self._features(at, Workspace(self.device, self.dtype)) if self.resident is None else self.resident[part]
             yield Batch(at, X, self.y, self._encoded, self.whole_layout), part
 
     def _layout(self, round_: int) -> Layout:
-        schedule, whole = self.like.schedule, self.all
+        """The columns of a round, of the clients that take part in it."""
+        schedule, whole = self.template_cell.schedule, self.all
         if schedule.per_round is None:
             return whole
-        drawn = np.isin(whole.clients, schedule.drawn(round_))
+        takes_part = np.isin(whole.clients, schedule.participants(round_))
         sizes = whole.sizes
-        return Layout(whole.clients[drawn], np.cumsum(sizes[drawn]), np.flatnonzero(np.repeat(drawn, sizes)))
+        return Layout(
+            whole.clients[takes_part], np.cumsum(sizes[takes_part]), np.flatnonzero(np.repeat(takes_part, sizes))
+        )
 
-    def _batch(self, samples: NDArray[np.int64], layout: Layout, room: Room) -> Batch:
+    def _batch(self, samples: NDArray[np.int64], layout: Layout, workspace: Workspace) -> Batch:
+        """The minibatch of these samples (n,), in the order of the columns of a layout."""
         at = torch.from_numpy(samples)
-        return Batch(at, self._features(at, room), self.y, self._encoded, layout)
+        return Batch(at, self._features(at, workspace), self.y, self._encoded, layout)
 
-    def _several_steps(self, round_: int, layout: Layout, room: Room) -> Batch:
-        drawn = [self.like.schedule.steps(int(client), round_) for client in layout.clients]
-        unique = [np.unique(step, return_counts=True) for step in drawn]
-        batch = self._batch(np.concatenate([found for found, _ in unique]), layout, room)
-        often = np.concatenate([count for _, count in unique])
-        if (often != 1).any():
-            batch.counts = torch.from_numpy(often).to(self.device, self.dtype)
+    def _several_steps(self, round_: int, layout: Layout, workspace: Workspace) -> Batch:
+        """The minibatch of a round of several local steps: each sample once, its count, the columns of each step."""
+        steps = [self.template_cell.schedule.steps(int(client), round_) for client in layout.clients]
+        unique = [np.unique(step, return_counts=True) for step in steps]
+        batch = self._batch(np.concatenate([found for found, _ in unique]), layout, workspace)
+        counts = np.concatenate([count for _, count in unique])
+        if (counts != 1).any():
+            batch.counts = torch.from_numpy(counts).to(self.device, self.dtype)
         starts = layout.ends - layout.sizes
         batch.steps = [
             [torch.from_numpy(start + np.searchsorted(found, step)).to(self.device) for step in client]
-            for start, (found, _), client in zip(starts, unique, drawn, strict=True)
+            for start, (found, _), client in zip(starts, unique, steps, strict=True)
         ]
         return batch
 
@@ -207,21 +211,24 @@ class Batches:
         block, place = divmod(round_ - 1, self._rounds)
         if block != self._block:
             first = 1 + block * self._rounds
-            parts = [self.like.schedule.turns(int(client), first, self._rounds) for client in self.all.clients]
+            schedule = self.template_cell.schedule
+            parts = [schedule.samples_of_rounds(int(client), first, self._rounds) for client in self.all.clients]
             self._block, self._table = block, np.concatenate(parts, 1)
         samples: NDArray[np.int64] = self._table[place]
         return samples
 
-    def _features(self, at: Tensor, room: Room) -> Tensor:
+    def _features(self, at: Tensor, workspace: Workspace) -> Tensor:
+        """Features (n, d) of samples (n,), signed for two classes: from memory where they are held, else computed."""
         if self.resident is not None:
             rows = self.row[at]
             if len(rows) == len(self.resident) and torch.equal(rows, torch.arange(len(rows))):
                 return self.resident
-            X = room.take("X", len(at), self.d)
+            X = workspace.buffer("X", len(at), self.d)
             return torch.index_select(self.resident, 0, rows.to(self.device), out=X)
         return torch.cat([self._piece(part) for part in at.split(ROWS_AT_ONCE)]).to(self.device)
 
     def _all(self) -> Tensor:
+        """Features (n, d) of all samples that the clients hold, in the order of `whole_samples`."""
         held = torch.from_numpy(self.whole_samples)
         X = torch.empty(len(held), self.d, dtype=self.dtype)
         for rows, samples in zip(X.split(ROWS_AT_ONCE), held.split(ROWS_AT_ONCE), strict=True):
@@ -229,20 +236,22 @@ class Batches:
         return X
 
     def _piece(self, at: Tensor) -> Tensor:
-        dataset = self.like.dataset
+        """Features (n, d) of samples (n,), computed from the data set and signed for two classes."""
+        dataset = self.template_cell.dataset
         X = data.features(dataset.x_train[at.numpy()], dataset.scaling, self.dtype, self._constant)
-        X = self.fitted(X if self._constant else dataset.images(X).flatten(1))  # a network's own order of the pixels
+        X = X if self._constant else dataset.images(X).flatten(1)  # a network's own order of the pixels
+        X = self.drop_features(X)
         return X if self.sign is None else X.mul_(self.sign[at])
 
 
 def padded(features: int) -> int:
-    """So many or a few more: rows that begin where a line of the cache does, and not all in the same place of it."""
+    """The width of rows of features: at least `features`, so that rows begin at cache lines, and at different ones."""
     columns = -(-features // LINE) * LINE
     return columns + LINE * (columns % (16 * LINE) == 0)
 
 
 def _nonzero_columns(x: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which features are not zero in every sample: no gradient ever reaches the others."""
+    """Which features of x (n, p) are not zero in every sample, (p,) of bool: no gradient ever reaches the others."""
     found = np.zeros(x.shape[1], bool)
     for start in range(0, len(x), ROWS_AT_ONCE):
         found |= x[start : start + ROWS_AT_ONCE].any(0)

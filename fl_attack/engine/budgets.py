@@ -12,7 +12,7 @@ AHEAD, NUMBERS_AHEAD = 64, 2**20  # rounds that are worked out together, and num
 
 
 class Rounds:
-    """Which of M cells are attacked when; see `attack.attacked_before`."""
+    """The attacked rounds of each of M cells; see `attack.attacked_before`."""
 
     def __init__(self, threats: Sequence[AttackSettings], rounds: int) -> None:
         self._every, self._first, self._stop = (
@@ -22,7 +22,7 @@ class Rounds:
         self.always = bool((self._every == 1).all() and (self._first == 1).all() and (self._stop >= rounds).all())
 
     def attacked(self, round_: int | NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(M,) whether a cell is attacked in a round; of rounds (n, 1), (n, M)."""
+        """Whether each cell is attacked in a round, (M,) of bool; (n, M) for rounds (n, 1)."""
         since = round_ - self._first
         found: NDArray[np.bool_] = (since >= 0) & (round_ <= self._stop) & (since % self._every == 0)
         return found
@@ -34,22 +34,22 @@ class Allowances:
     To be asked for one round after the other: what is carried over depends on the rounds before.
     """
 
-    def __init__(self, threats: Sequence[AttackSettings], most: int, rounds: int) -> None:
-        """`most` is the largest number of samples that a budget can be for in a round."""
+    def __init__(self, threats: Sequence[AttackSettings], max_samples: int, rounds: int) -> None:
+        """`max_samples` is the largest number of samples that a budget can be for in a round."""
         exact = [threat.exact_budget for threat in threats]
-        small = all(max(b.numerator, b.denominator) * most * (rounds + AHEAD) < EXACT for b in exact)
+        small = all(max(b.numerator, b.denominator) * max_samples * (rounds + AHEAD) < EXACT for b in exact)
         kind = np.int64 if small else object
         self._over = np.array([b.numerator for b in exact], kind)[:, None]
         self._under = np.array([b.denominator for b in exact], kind)[:, None]
         self._carries = np.array([threat.rounding == "carry" for threat in threats])[:, None]
         self.rounds = Rounds(threats, rounds)
-        self._of: NDArray[np.int64] | None = None  # the samples within reach that the table is for
+        self._of: NDArray[np.int64] | None = None  # the writable samples that the table is for
         self._first = 1  # round of the table
         self.table, self._past = np.empty((0, 0, 0), np.int64), np.zeros((1, 1, 1), np.int64)
         self.place = 0  # in the table, of the round that was asked for last
 
     def at(self, round_: int, writable: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For a round in which `writable` (M, G) samples are within reach.
+        """The flips allowed (M, G) in a round in which `writable` (M, G) samples can be written.
 
         Rounds ahead are worked out with it, in `table` (rounds, M, G), as if the very same array would come again.
         """
@@ -61,6 +61,7 @@ class Allowances:
         return allowed
 
     def _work_out(self, round_: int, writable: NDArray[np.int64]) -> None:
+        """Fill the table from a round on, and the samples that could be written before each of its rounds."""
         ahead = max(1, min(AHEAD, NUMBERS_AHEAD // max(1, writable.size))) if writable is self._of else 1
         past = self._past[min(round_ - self._first, len(self._past) - 1)]
         self._of, self._first, self.place = writable, round_, 0
@@ -73,5 +74,6 @@ class Allowances:
             self.table = np.where(self._carries, total[1:] - total[:-1], self.table)
 
     def _floor(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The whole part of the budgets times samples (..., M, G), exactly."""
         whole: NDArray[np.int64] = (self._over * samples // self._under).astype(np.int64)
         return whole

@@ -30,12 +30,31 @@ def outcomes(
     seconds: float,
     ended: bool = True,
 ) -> list[Outcome]:
-    """What each cell leaves; one that diverged is run again client by client, to end with the round where it did.
+    """The outcome of each cell; one that diverged is run again client by client, to end with the round where it did.
 
-    Before all have `ended` it is what each would leave so far, and none is run again.
+    Parameters
+    ----------
+    cells : sequence of Scenario
+        M cells of one group.
+    theta : (M rows, columns) tensor
+        Their parameters after the last round.
+    parameters
+        Gives the whole parameters (A, B) of a cell from its rows of theta; None where they are not kept.
+    log : Log
+        Their rows and flips.
+    flips : (M,) array of int64
+        Flips in all rounds.
+    stopping : Stopping or None
+        Their best models, where they stop early.
+    seconds : float
+        The time that all of them took together.
+    ended : bool
+        False before the last round: then the outcomes are those so far, and no cell is run again.
 
-    `theta` (M rows, columns) are the parameters at the end, of which `parameters` gives those of a cell as a whole
-    from its rows, where they are kept; `flips` (M,) those of all rounds.
+    Returns
+    -------
+    list of Outcome
+        In the order of the cells.
     """
     M = len(cells)
     finite = theta.view(M, -1).isfinite().all(1).cpu().numpy()

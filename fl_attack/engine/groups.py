@@ -26,7 +26,7 @@ def check(chosen: Scenario) -> None:
 
 
 def group_key(chosen: Scenario) -> Hashable:
-    """What the experiments of one call must have in common; all else may differ between them."""
+    """The key of the experiments that can run together: equal where they see the same minibatches in every round."""
     settings = chosen.settings
     return (
         chosen.dataset.fingerprint,
@@ -53,21 +53,21 @@ def group(scenarios: Sequence[Scenario]) -> list[list[int]]:
     return list(members.values())
 
 
-def make_scenarios(many: Iterable[Settings], verify: bool = True) -> list[Scenario]:
-    """`scenario.make` of each; data, partition and schedule are there once for all that have them in common."""
-    made: dict[str, Scenario] = {}
+def make_scenarios(all_settings: Iterable[Settings], verify: bool = True) -> list[Scenario]:
+    """The scenarios of settings, in their order; those that have data, partition and schedule in common share them."""
+    templates: dict[str, Scenario] = {}
     loaded: dict[str, data.Dataset] = {}  # once: to see that a folder of images has not changed is a matter of seconds
     kept = {"dataset", "partition", "clients", "seed", "batch_size", "local_steps", "early_stop", "model"}
     scenarios = []
-    for settings in many:
+    for settings in all_settings:
         key = settings.model_dump_json(include=kept)
-        if key not in made:
+        if key not in templates:
             wanted = settings.dataset.model_dump_json()
             if wanted not in loaded:
                 loaded[wanted] = data.load(**settings.dataset.model_dump(), verify=verify)
-            made[key] = scenario.of(settings, loaded[wanted])
-        like = made[key]
-        scenarios.append(Scenario(settings, like.dataset, like.partition, like.schedule))
+            templates[key] = scenario.of(settings, loaded[wanted])
+        template = templates[key]
+        scenarios.append(Scenario(settings, template.dataset, template.partition, template.schedule))
     return scenarios
 
 
@@ -86,4 +86,5 @@ class _Same:
 
 @lru_cache(maxsize=1024)
 def _digest(same: _Same) -> str:
+    """A hash of the contents of an array, computed once for each array."""
     return hashlib.sha256(np.ascontiguousarray(same.array).tobytes()).hexdigest()

@@ -20,28 +20,28 @@ from fl_attack.engine.threads import pool
 SORTED_BY_A_THREAD = 2**14  # numbers that it has to be worth to wake another
 
 
-class Room:
+class Workspace:
     """Buffers that are used again and again; what a step leaves in them the next one overwrites."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._like = torch.empty(0, device=device, dtype=dtype)
+        self._template = torch.empty(0, device=device, dtype=dtype)
         self._whole: dict[str, Tensor] = {}
         self._views: dict[tuple[str | int, ...], Tensor] = {}
 
-    def take(self, name: str, *shape: int) -> Tensor:
+    def buffer(self, name: str, *shape: int) -> Tensor:
         """The buffer of this name in this shape, contiguous, with anything in it."""
         view = self._views.get((name, *shape))
         if view is None:
             size = math.prod(shape)
             if name not in self._whole or self._whole[name].numel() < size:
-                self._whole[name] = self._like.new_empty(size)
+                self._whole[name] = self._template.new_empty(size)
                 self._views = {key: view for key, view in self._views.items() if key[0] != name}
             view = self._views[name, *shape] = self._whole[name][:size].view(shape)
         return view
 
 
 def residuals_(Z: Tensor, C: int, encoded: Tensor) -> Tensor:
-    """Turns logits (M C, n) into what the gradient multiplies with the features."""
+    """Turn logits (M C, n) into residuals, given encoded labels (C, n): times the features they are the gradient."""
     if C == 1:
         return Z.sigmoid_()
     by_class = Z.view(-1, C, Z.shape[-1])
@@ -50,57 +50,94 @@ def residuals_(Z: Tensor, C: int, encoded: Tensor) -> Tensor:
     return Z
 
 
-class Pick(NamedTuple):
-    """Which of each row's priorities, once sorted, is the smallest taken; made beforehand for many rounds."""
+class SelectionPlan(NamedTuple):
+    """Where the threshold of each row of priorities is, once these are sorted; worked out ahead for many rounds."""
 
     allowed: NDArray[np.int64]  # (M,)
-    taken: NDArray[np.int64]  # (M,) if so many reach the floor
+    taken: NDArray[np.int64]  # (M,) how many are, if as many reach the floor
     last: NDArray[np.int64]  # (M,) its place among all rows'
     cut: NDArray[np.bool_]  # (M,) whether some are taken and some left
     before: NDArray[np.int64]  # (M,) where it is cut the place of the largest left, else any
     bound: NDArray[np.float64]  # (M,) below which nothing is taken: infinite where nothing may be
 
 
-def picks(allowed: NDArray[np.int64], n: int, floor: float | NDArray[np.float64], dtype: torch.dtype) -> Iterator[Pick]:
-    """For each round, of M rows of n priorities of which `allowed` (rounds, M) are taken if they reach the floor."""
+def selection_plans(
+    allowed: NDArray[np.int64], n: int, floor: float | NDArray[np.float64], dtype: torch.dtype
+) -> Iterator[SelectionPlan]:
+    """The plan of each round, for M rows of n priorities of which the largest `allowed` are taken.
+
+    Parameters
+    ----------
+    allowed : (rounds, M) array of int64
+        How many of each row may be taken.
+    n : int
+        Length of a row.
+    floor : float or (M,) array
+        The lowest priority that is taken.
+    dtype : torch.dtype
+        Precision of the priorities.
+
+    Returns
+    -------
+    iterator of SelectionPlan
+        In the order of the rounds.
+    """
     taken = allowed.clip(0, n)
     last = np.arange(1, allowed.shape[1] + 1) * n - taken.clip(1)
     cut = (taken > 0) & (taken < n)
     bound = np.where(taken > 0, floor, np.inf).astype(torch.empty(0, dtype=dtype).numpy().dtype)
-    return map(Pick, allowed, taken, last, cut, last - cut, bound)
+    return map(SelectionPlan, allowed, taken, last, cut, last - cut, bound)
 
 
-def take_largest_(priority: Tensor, chosen: Pick, scratch: Tensor, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Turns priorities (M, n) into 1 for the largest `allowed` of each row that reach the floor, else 0; how many.
+def take_largest_(
+    priority: Tensor, plan: SelectionPlan, scratch: Tensor, samples: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Turn priorities into 1 for the largest `allowed` of each row that reach the floor, else 0.
 
-    Ties go to the lower sample. `scratch` is as large and contiguous; what is in it is lost.
+    `attack.select` is the plain definition, which the tests hold this to; here one sort serves many rows.
+
+    Parameters
+    ----------
+    priority : (M, n) tensor
+        Overwritten by the result.
+    plan : SelectionPlan
+        How many of each row may be taken, from which floor on.
+    scratch : (M, n) tensor
+        Contiguous memory that is overwritten.
+    samples : (n,) array of int64
+        The sample of each column: ties go to the lower one.
+
+    Returns
+    -------
+    (M,) array of int64
+        How many of each row are taken.
     """
     scratch.copy_(priority)
     if scratch.is_cuda:
         ranked = scratch.sort(-1).values.view(-1)
-        last, before = (ranked[torch.from_numpy(at)].cpu().numpy() for at in (chosen.last, chosen.before))
+        last, before = (ranked[torch.from_numpy(at)].cpu().numpy() for at in (plan.last, plan.before))
     else:  # numpy's sort is vectorised, many times as fast as torch's
         ordered = scratch.numpy()
         sort_rows_(ordered)
-        last, before = ordered.take(chosen.last), ordered.take(chosen.before)
-    threshold = np.maximum(last, chosen.bound)
-    enough = last >= chosen.bound
-    alike = (before == threshold) & chosen.cut
+        last, before = ordered.take(plan.last), ordered.take(plan.before)
+    threshold = np.maximum(last, plan.bound)
+    enough = last >= plan.bound
+    tied = (before == threshold) & plan.cut
     exact = None
-    if alike.any():
-        rows = torch.from_numpy(np.flatnonzero(alike)).to(priority.device)
-        exact = rows, _exact(priority[rows], chosen.allowed[alike], samples)
+    if tied.any():
+        rows = torch.from_numpy(np.flatnonzero(tied)).to(priority.device)
+        exact = rows, _exact(priority[rows], plan.allowed[tied], samples)
     priority.ge_(torch.from_numpy(threshold).to(priority.device).unsqueeze(1))
     if exact is not None:
         priority[exact[0]] = exact[1]
     if enough.all():
-        return chosen.taken
+        return plan.taken
     counted: NDArray[np.int64] = priority.sum(1).cpu().numpy().astype(np.int64)
     return counted
 
 
 def sort_rows_(rows: NDArray[np.float64]) -> None:
-    """Sorts each row, ascending, on as many threads as torch uses."""
+    """Sort each row (M, n) in place, ascending, on as many threads as torch uses."""
     threads = min(torch.get_num_threads(), rows.size // SORTED_BY_A_THREAD)
     if threads < 2:
         rows.sort(axis=-1)
@@ -109,6 +146,7 @@ def sort_rows_(rows: NDArray[np.float64]) -> None:
 
 
 def _exact(priority: Tensor, allowed: NDArray[np.int64], samples: NDArray[np.int64]) -> Tensor:
+    """1 for the largest `allowed` (M,) of each row of priorities (M, n), else 0; ties go to the lower sample."""
     by_sample = torch.from_numpy(samples.argsort()).to(priority.device)
     order = by_sample[priority[:, by_sample].argsort(dim=-1, descending=True, stable=True)]
     within = torch.arange(priority.shape[1]) < torch.from_numpy(allowed)[:, None]
@@ -127,11 +165,11 @@ class ServerOptimizer:
         self.second = torch.zeros_like(theta) if optimizer == "adam" else None
         self.step = 0
 
-    def descend(self, R: Tensor, X: Tensor, room: Room, factor: float) -> None:
+    def descend(self, R: Tensor, X: Tensor, workspace: Workspace, factor: float) -> None:
         """Take the gradient `R X / n`, at `factor` times the learning rate; R is lost."""
         n = X.shape[0]
         if self.optimizer == "adam" or self.weight_decay is not None:
-            self.take(torch.mm(R, X, out=room.take("gradient", *self.theta.shape)).div_(n), factor)
+            self.take(torch.mm(R, X, out=workspace.buffer("gradient", *self.theta.shape)).div_(n), factor)
         elif self.optimizer == "sgd":
             if self.one_lr is None:
                 self.theta.addmm_(R.mul_(self.lr), X, alpha=-factor / n)

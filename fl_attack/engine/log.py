@@ -15,7 +15,7 @@ from fl_attack.scenario import Flips
 
 
 class Report(NamedTuple):
-    """What there is to say of a round in which a tile was watched."""
+    """The flips and measures of a tile in a round in which it is watched."""
 
     change: Change
     allowed: NDArray[np.int64]  # (M,)
@@ -34,7 +34,7 @@ class Log:
     """Rows, one for each column of `history.COLUMNS`, and flips of M cells."""
 
     def __init__(self, M: int, samples: int, keep_flips: bool, full_rows: bool) -> None:
-        """`samples` is how many there are to train on."""
+        """`M` is the number of cells, `samples` that of the training samples."""
         self.M, self.samples, self.keep_flips, self.full_rows = M, samples, keep_flips, full_rows
         self._rows: list[NDArray[np.float64]] = []  # (M, columns) each
         self._flips: list[list[tuple[int, Flips]]] = [[] for _ in range(M)]
@@ -43,12 +43,12 @@ class Log:
         self._detection = np.full((M, len(MEASURES)), np.nan)
 
     def table(self, cell: int, last: int) -> NDArray[np.float64]:
-        """The rows of a cell up to its last round."""
+        """The rows (evaluations, columns) of a cell up to a round `last`."""
         return np.stack([rows[cell] for rows in self._rows if rows[cell, 0] <= last])
 
     def flips(self, cell: int, last: int) -> list[tuple[int, Flips]]:
-        """The flips of a cell up to its last round, where they are kept."""
-        return [(round_, made) for round_, made in self._flips[cell] if round_ <= last]
+        """The rounds and flips of a cell up to a round `last`; empty where they are not kept."""
+        return [(round_, flips) for round_, flips in self._flips[cell] if round_ <= last]
 
     def watch(self, round_: int, start: int, batch: Batch, report: Report) -> None:
         """Note what the cells from `start` on did in a round."""
@@ -67,8 +67,8 @@ class Log:
         ends = np.searchsorted(cells, np.arange(len(report.allowed) + 1))
         for i in np.flatnonzero(np.diff(ends)):
             part = slice(ends[i], ends[i + 1])
-            made = Flips(samples[part], labels[part], int(report.allowed[i]))
-            self._flips[start + i].append((round_, made))
+            flips = Flips(samples[part], labels[part], int(report.allowed[i]))
+            self._flips[start + i].append((round_, flips))
 
     def measure(
         self,
@@ -78,24 +78,24 @@ class Log:
         tiles: Sequence[Watched] = (),
     ) -> None:
         """A row for each cell: quality (M, 3) and loss (M,) after a round, and what its attackers did in it."""
-        made, allowed = np.zeros(self.M), np.zeros(self.M)
+        flips, allowed = np.zeros(self.M), np.zeros(self.M)
         repeated, relabelled = np.zeros((2, self.M))
         if tiles:
-            made = np.concatenate([tile.attackers.last for tile in tiles])
+            flips = np.concatenate([tile.attackers.last for tile in tiles])
             allowed = np.concatenate([tile.allowed for tile in tiles])
         if round_ and not self.full_rows:
             repeated[:] = relabelled[:] = np.nan
-        elif made.any():
+        elif flips.any():
             empty = np.empty((2, 0), np.int64)
             now, before = (np.concatenate([empty, *self._written[r]], 1) for r in (round_, round_ - 1))
             _, here, there = np.intersect1d(now[0], before[0], assume_unique=True, return_indices=True)
             cells = now[0, here] // self.samples
-            repeated = np.bincount(cells, minlength=self.M) / made.clip(1)
+            repeated = np.bincount(cells, minlength=self.M) / flips.clip(1)
             other = cells[now[1, here] != before[1, there]]
-            relabelled = np.bincount(other, minlength=self.M) / made.clip(1)
+            relabelled = np.bincount(other, minlength=self.M) / flips.clip(1)
         full = bool(round_) and self.full_rows
         cosine, detection = (part if full else np.full_like(part, np.nan) for part in (self._cosine, self._detection))
-        used = made / allowed.clip(1)
+        used = flips / allowed.clip(1)
         loss = np.broadcast_to(validation_loss, self.M)
-        parts = np.full(self.M, round_), quality, made, allowed, used, cosine, repeated, relabelled, detection, loss
+        parts = np.full(self.M, round_), quality, flips, allowed, used, cosine, repeated, relabelled, detection, loss
         self._rows.append(np.column_stack(parts))

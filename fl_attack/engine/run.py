@@ -42,7 +42,7 @@ def run_cells(
     memory_gb
         What may be held at a time, in 2^30 bytes, except flips that are kept.
     progress
-        Is told how many rounds of one cell are done since it was last told.
+        Is called with the number of rounds of one cell that were done since the last call.
     watch
         Is called after every round with the numbers of the cells that run, and what gives their outcomes so far.
     checkpoints
@@ -82,7 +82,7 @@ def run_cells(
             full_rows=full_rows,
         )
     together = [i for i, cell in enumerate(scenarios) if not full_rows and stacked.can_run(cell)]
-    apart = [i for i in range(len(scenarios)) if i not in set(together)]
+    one_by_one = [i for i in range(len(scenarios)) if i not in set(together)]
     found: dict[int, Outcome] = {}
     with torch.inference_mode():
         if together:
@@ -96,7 +96,7 @@ def run_cells(
                 keep_theta=keep_theta,
             )
             found |= zip(together, outcomes, strict=True)
-    aimed = [scenarios[i] for i in apart if scenarios[i].settings.attacked]
+    aimed = [scenarios[i] for i in one_by_one if scenarios[i].settings.attacked]
     for cell in (cell for cell in aimed if cell.settings.attack.goal == "targeted"):
         targets.target(cell)  # here, so that no two threads train the same
     lock = threading.Lock()
@@ -126,12 +126,12 @@ def run_cells(
         return outcome
 
     on_cpu = torch.device(device).type == "cpu"
-    found |= zip(apart, side_by_side(one, apart) if on_cpu else map(one, apart), strict=True)
+    found |= zip(one_by_one, side_by_side(one, one_by_one) if on_cpu else map(one, one_by_one), strict=True)
     return [found[i] for i in range(len(scenarios))]
 
 
 def cells_at_once(cell: Scenario) -> int:
-    """How many cells like this one are worth computing together; what an interruption may lose."""
+    """The number of cells of this kind worth computing together, which is what an interruption may lose."""
     if is_linear(cell):
         return LINEAR_CELLS
     return stacked.CELLS["cpu"] if stacked.can_run(cell) else torch.get_num_threads()

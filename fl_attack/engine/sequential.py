@@ -37,7 +37,7 @@ def run(
     device
         Where gradients are computed.
     progress
-        Is told 1 after every round, and at an early end how many more rounds need not be run.
+        Is called with 1 after every round, and at an early end with the number of rounds that need not be run.
     watch
         Gets after every round what gives the outcome so far.
     checkpoint
@@ -68,7 +68,7 @@ def run(
     started = time.perf_counter() - recorder.history.seconds
 
     def reached() -> State:
-        """How far the run is, as `kept` above."""
+        """The state of the run after the last round, as `checkpoint.load` gives it back."""
         recorder.history.seconds = time.perf_counter() - started
         parts = {"theta": theta, "epoch_theta": epoch_theta, "momenta": momenta.table, "optimizer": tuple(state)}
         return {"recorder": recorder.state(), **parts}
@@ -87,7 +87,7 @@ def run(
                 epoch_theta = theta
             measured = full_rows and (round_ % settings.eval_every == 0 or round_ == settings.rounds)
             flips = adversary.flips(cell, theta, round_, epoch_theta)
-            clients = cell.schedule.drawn(round_)
+            clients = cell.schedule.participants(round_)
             updates = None
             if together and not (measured and settings.attacked):
                 aggregate = mean_gradient(cell, theta, round_, flips)

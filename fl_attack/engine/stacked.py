@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fl_attack import attack, targets
 from fl_attack.engine import ending, kernels, sequential
-from fl_attack.engine.attackers import Attackers, Change, Turn, kind_of, no_change
+from fl_attack.engine.attackers import Attackers, Change, RoundAccess, kind_of, no_change
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.log import Log, Report
 from fl_attack.engine.outcome import Outcome
@@ -50,7 +50,7 @@ def run_cells(
     keep_flips: bool,
     keep_theta: bool,
 ) -> list[Outcome]:
-    """See `engine.run_cells`, without `full_rows`."""
+    """The outcomes of cells, in their order, as `engine.run_cells` gives them without `full_rows`."""
     order = sorted(range(len(cells)), key=lambda i: (_tile_key(cells[i]), i))
     kind = torch.device(device).type
     each = COPIES * cells[0].theta_shape[1] * cells[0].settings.torch_dtype.itemsize
@@ -64,7 +64,7 @@ def run_cells(
 
 
 def _tile_key(cell: Scenario) -> str:
-    """What the cells whose attackers choose together have in common."""
+    """The key of the cells whose attackers choose together: their attack and how the server steps."""
     settings = cell.settings
     return f"{kind_of(cell)} {settings.server_optimizer} {settings.lr_schedule} {settings.lr_every} {settings.lr_decay}"
 
@@ -90,7 +90,7 @@ class Stack:
         held = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
         client_order = np.argsort(-np.asarray(held), kind="stable")
         self.batches = Batches(cells[0], client_order, device, memory, every_feature=True)
-        self.room = kernels.Room(device, self.batches.dtype)
+        self.workspace = kernels.Workspace(device, self.batches.dtype)
         self.keep_theta = keep_theta
         start = self.model.start().to(device, self.batches.dtype)
         self.theta = start.expand(len(cells), -1).clone()
@@ -146,7 +146,7 @@ class Stack:
         return self._outcomes(time.perf_counter() - began, ended=True)
 
     def _outcomes(self, seconds: float, ended: bool) -> list[Outcome]:
-        """See `ending.outcomes`."""
+        """The outcomes of all cells, as `ending.outcomes` gives them; so far, where they have not `ended`."""
         whole = (lambda rows: rows.cpu()) if self.keep_theta else None
         return ending.outcomes(self.cells, self.theta, whole, self.log, self._flips(), self.stopping, seconds, ended)
 
@@ -155,7 +155,7 @@ class Stack:
         return np.concatenate([tile.attackers.flips for tile in self.tiles])
 
     def _measure(self, round_: int) -> bool:
-        """Note how good the cells are after a round; whether all have stopped early."""
+        """Note how good the cells are after a round; gives whether all have stopped early."""
         losses = self.stopping.losses(self.theta) if self.stopping else np.nan
         self.log.measure(round_, self.test_set.quality(self.theta), losses, self.tiles if round_ else ())
         if self.stopping is None:
@@ -164,22 +164,22 @@ class Stack:
 
     def step(self, round_: int) -> None:
         """One round of all cells."""
-        batch = self.batches.at(round_, self.room)
+        batch = self.batches.at(round_, self.workspace)
         X, y, n = batch.X, batch.y, len(batch.X)
-        turns = [tile.attackers.turn(round_, batch.layout) for tile in self.tiles]
+        accesses = [tile.attackers.access(round_, batch.layout) for tile in self.tiles]
         theta = self.theta[:, None]
         first = shared_product(X, *self.model.layers(theta)[0])
-        aimed = any(turn is not None and turn.picks is not None for turn in turns) and len(self.targets) > 0
-        steered = self._steered(X, first, turns) if aimed else {}
+        anybody = any(access is not None and access.selection_plans is not None for access in accesses)
+        along_targets = self._along_targets(X, first, accesses) if anybody and len(self.targets) else {}
         activations = self.model.forward(theta, X, first)
         labels = y.expand(len(self.cells), n).clone()
         gram = _once(lambda: X @ X.mT)
-        for number, (tile, turn) in enumerate(zip(self.tiles, turns, strict=True)):
+        for number, (tile, access) in enumerate(zip(self.tiles, accesses, strict=True)):
             change = no_change(X.device)
             tile.allowed = np.zeros(len(tile.cells), np.int64)
-            if turn is not None and turn.picks is not None:
-                change = self._choose(tile, turn, batch, activations, steered.get(number), gram, round_)
-                tile.allowed = turn.allowed
+            if access is not None and access.selection_plans is not None:
+                change = self._choose(tile, access, batch, activations, along_targets.get(number), gram, round_)
+                tile.allowed = access.allowed
                 labels[tile.rows.start + change.cells, change.columns] = change.labels
             if self.log.keep_flips:
                 self.log.watch(round_, tile.rows.start, batch, Report(change, tile.allowed, None, None))
@@ -190,50 +190,50 @@ class Stack:
             factor = first_cell.lr(round_) / first_cell.settings.lr
             optimizer.take(gradient[tile.rows], factor)
 
-    def _steered(self, X: Tensor, first: Tensor, turns: Sequence[Turn | None]) -> dict[int, Tensor]:
-        """By the number of a targeted tile, what its first layers give along `target - theta`, (cells, n, width)."""
+    def _along_targets(self, X: Tensor, first: Tensor, accesses: Sequence[RoundAccess | None]) -> dict[int, Tensor]:
+        """By the number of a targeted tile the outputs (cells, n, width) of its first layer along `target - theta`."""
         of_targets = shared_product(X, *self.model.layers(self.targets[:, None])[0])
         found = {}
-        for number, (tile, turn) in enumerate(zip(self.tiles, turns, strict=True)):
+        for number, (tile, access) in enumerate(zip(self.tiles, accesses, strict=True)):
             place = self.target_of[tile.rows]
-            if turn is not None and turn.picks is not None and place[0] >= 0:
+            if access is not None and access.selection_plans is not None and place[0] >= 0:
                 at = torch.from_numpy(place).to(X.device)
-                found[number] = of_targets[at, : turn.n] - first[tile.rows, : turn.n]
+                found[number] = of_targets[at, : access.n] - first[tile.rows, : access.n]
         return found
 
     def _choose(
         self,
         tile: Attacked,
-        turn: Turn,
+        access: RoundAccess,
         batch: Batch,
         activations: list[Tensor],
-        steered: Tensor | None,
+        along_targets: Tensor | None,
         gram: Callable[[], Tensor],
         round_: int,
     ) -> Change:
         """The labels that the attackers of a tile write in a round."""
-        rows, n = tile.rows, turn.n
+        rows, n = tile.rows, access.n
         here = [part[rows, :n] for part in activations]
         threat = tile.cells[0].settings.attack
 
         def scores() -> Tensor:
             theta = self.theta[rows, None]
-            if steered is not None:
+            if along_targets is not None:
                 at = torch.from_numpy(self.target_of[rows]).to(theta.device)
                 others = self.model.layers(self.targets[at, None] - theta)[1:]
-                return self.model.forward_scores(theta, here, steered, others)
+                return self.model.forward_scores(theta, here, along_targets, others)
             own = [part[rows] for part in activations]
             R = self.model.residuals(own[-1], batch.y)
-            if turn.known is not None:
-                R = R * turn.known[..., None]
+            if access.known is not None:
+                R = R * access.known[..., None]
             deltas = self.model.deltas(theta, own, R / R.shape[1])
             along_first = torch.matmul(gram()[:n], deltas[0]).add_(deltas[0].sum(1, keepdim=True))
             return self.model.forward_scores(theta, here, along_first, self.model.pull_back_others(own, deltas))
 
-        view = tile.attackers.view(batch, turn, scores, lambda: here[-1], round_)
+        view = tile.attackers.view(batch, access, scores, lambda: here[-1], round_)
         proposal = attack.propose(threat.name, view, threat.args, (len(tile.cells), n), tile.cells[0].classes)
-        scratch = self.room.take("sorted", len(tile.cells), n)
-        return tile.attackers.proposed(proposal, batch, turn, scratch)
+        scratch = self.workspace.buffer("sorted", len(tile.cells), n)
+        return tile.attackers.proposed(proposal, batch, access, scratch)
 
 
 class Measured:
@@ -249,7 +249,7 @@ class Measured:
 
 
 def _once(work_out: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What is worked out when it is first asked for, and then remembered."""
+    """A function that gives the result of `work_out`, which it calls when it is first asked."""
     found: list[Tensor] = []
 
     def ask() -> Tensor:

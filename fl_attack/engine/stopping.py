@@ -20,7 +20,7 @@ class Split(Protocol):
 
 
 class Stopping:
-    """What each of M cells has been at its best, and whether it is over; see `history.EarlyStop`."""
+    """The best model of each of M cells so far, and whether its run is over; see `history.EarlyStop`."""
 
     def __init__(self, cells: Sequence[Scenario], split: Split, theta: Tensor) -> None:
         """`split` is the server's validation split, `theta` (M C, d) what the cells start from."""
@@ -36,9 +36,9 @@ class Stopping:
         return self.split.quality(theta)[:, 2]
 
     def note(self, round_: int, losses: NDArray[np.float64], theta: Tensor, flips: NDArray[np.int64]) -> bool:
-        """Note an evaluation and the flips (M,) so far; whether all cells have ended.
+        """Note the validation losses (M,), parameters and flips (M,) after a round; gives whether all cells have ended.
 
-        A cell whose parameters are not finite is left to run on: it has diverged, which is told at the end.
+        A cell whose parameters are not finite is left to run on: it has diverged, which its outcome says in the end.
         """
         M = len(losses)
         lower = torch.from_numpy(self.rule.lower(losses) & ~self.over).to(theta.device)

@@ -12,21 +12,21 @@ from typing import TypeVar
 import torch
 
 Part = TypeVar("Part")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-def side_by_side(work: Callable[[Part], Made], parts: Sequence[Part]) -> list[Made]:
-    """What is made of each part, in their order; on as many threads as torch uses, each of which works alone."""
+def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+    """The results of `work` on parts, in their order; on as many threads as torch uses, each of which works alone."""
     threads = torch.get_num_threads()
     if min(threads, len(parts)) < 2:
         return [work(part) for part in parts]
-    made: dict[int, Made] = {}
+    results: dict[int, Result] = {}
     left = iter(range(len(parts)))
 
     def some() -> None:
         try:
             for i in left:  # shared: to hand over a part at a time would cost as much as a short one takes
-                made[i] = work(parts[i])
+                results[i] = work(parts[i])
         finally:
             deque(left, maxlen=0)  # where one has failed the others need not go on
 
@@ -37,10 +37,10 @@ def side_by_side(work: Callable[[Part], Made], parts: Sequence[Part]) -> list[Ma
     finally:
         deque(left, maxlen=0)  # where this one is interrupted, too
         torch.set_num_threads(threads)
-    return [made[i] for i in range(len(parts))]
+    return [results[i] for i in range(len(parts))]
 
 
 @lru_cache(maxsize=1)
 def pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, which stay."""
+    """A pool of this number of threads, which stays."""
     return ThreadPoolExecutor(threads)

@@ -6,7 +6,7 @@ parameters they are sent, so that any process can be any client at any time, and
 
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,15 +20,6 @@ from fl_attack.federation import wire
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
 Found = TypeVar("Found")
-
-
-class Trained(NamedTuple):
-    """What a client makes of a request."""
-
-    theta: Tensor  # (A, B)
-    weight: int  # samples used
-    flips: Flips | None  # None: not a client that flips
-    momentum: Tensor | None = None  # (A, B) where clients have one
 
 
 class OmniscientHook:
@@ -51,7 +42,7 @@ class OmniscientHook:
         return adversary.of_round(scenario, chosen, round_)
 
     def updates(self, asked: wire.Request) -> tuple[Tensor, Tensor]:
-        """What all clients of a round would send honestly, and what they send, (m, A, B) each."""
+        """The updates that all clients of a round would send honestly, and those that they send, (m, A, B) each."""
         scenario, theta, round_ = self.scenario, asked.theta, asked.round_
 
         def crafted() -> tuple[Tensor, Tensor]:
@@ -61,6 +52,7 @@ class OmniscientHook:
         return self._once("updates", round_, theta, crafted)
 
     def _once(self, what: str, round_: int, theta: Tensor, work_out: Callable[[], Found]) -> Found:
+        """The result of `work_out` for a round and its parameters, remembered until others are asked for."""
         key = round_, theta.cpu().numpy().tobytes()
         if what not in self._known or self._known[what][0] != key:
             self._known[what] = key, work_out()
@@ -75,20 +67,20 @@ class HonestClient:
         self.scenario = scenario
         self.client = client
 
-    def train(self, asked: wire.Request) -> Trained:
-        """A round's local steps from the broadcast parameters."""
+    def train(self, asked: wire.Request) -> wire.Answer:
+        """The answer to a request: the parameters after the local steps of a round."""
         return self.trained_on(asked, None)
 
-    def trained_on(self, asked: wire.Request, flips: Flips | None) -> Trained:
-        """The same on labels of which some are flipped."""
+    def trained_on(self, asked: wire.Request, flips: Flips | None) -> wire.Answer:
+        """The answer after a round's local steps on labels with flips; None says that this client never flips any."""
         own, theta = self.scenario, asked.theta
         moved, weight = scenario.client_update(own, self.client, theta, asked.round_, flips or NO_FLIPS)
         if not own.settings.worker_momentum:
-            return Trained(moved, weight, flips)
+            return wire.Answer(moved, self.client, weight, flips)
         assert asked.momentum is not None
         lr = own.lr(asked.round_)
         after = protocol.with_momentum(own.settings.worker_momentum, asked.momentum[0], (theta - moved) / lr)
-        return Trained(theta - lr * after, weight, flips, after)
+        return wire.Answer(theta - lr * after, self.client, weight, flips, after)
 
 
 class MaliciousClient(HonestClient):
@@ -98,14 +90,15 @@ class MaliciousClient(HonestClient):
         super().__init__(scenario, client)
         self.hook = hook
 
-    def train(self, asked: wire.Request) -> Trained:
-        """This client's part of what the attackers agreed on."""
+    def train(self, asked: wire.Request) -> wire.Answer:
+        """The answer of this client: its part of the flips, or of the updates, that the attackers agreed on."""
         if self.scenario.settings.attack.writes == "updates":
-            place = np.searchsorted(self.scenario.schedule.drawn(asked.round_), self.client)
-            honest, sent = (updates[place] for updates in self.hook.updates(asked))
+            place = np.searchsorted(self.scenario.schedule.participants(asked.round_), self.client)
+            honest, crafted = (updates[place] for updates in self.hook.updates(asked))
             weight = self.scenario.schedule.steps(self.client, asked.round_).size
-            moved = asked.theta - self.scenario.lr(asked.round_) * sent
-            return Trained(moved, weight, NO_FLIPS, honest if self.scenario.settings.worker_momentum else None)
+            moved = asked.theta - self.scenario.lr(asked.round_) * crafted
+            momentum = honest if self.scenario.settings.worker_momentum else None
+            return wire.Answer(moved, self.client, weight, NO_FLIPS, momentum)
         flips = self.hook.flips(asked)
         own = self.scenario.partition.client[flips.samples] == self.client
         return self.trained_on(asked, Flips(flips.samples[own], flips.labels[own], flips.allowed))
@@ -113,20 +106,22 @@ class MaliciousClient(HonestClient):
 
 @lru_cache(maxsize=2)
 def _hook(settings_json: str) -> OmniscientHook:
+    """The hook that the malicious clients of a process share in an experiment."""
     return OmniscientHook(scenario.from_json(settings_json))
 
 
 @lru_cache(maxsize=4096)
 def client(settings_json: str, number: int) -> HonestClient:
     """The client of a number in an experiment."""
-    made = scenario.from_json(settings_json)
-    if made.settings.attacked and number in made.partition.malicious:
-        return MaliciousClient(made, number, _hook(settings_json))
-    return HonestClient(made, number)
+    cell = scenario.from_json(settings_json)
+    if cell.settings.attacked and number in cell.partition.malicious:
+        return MaliciousClient(cell, number, _hook(settings_json))
+    return HonestClient(cell, number)
 
 
 @cache
 def _one_thread() -> None:
+    """Have torch use one thread in this process."""
     # many clients share a machine; and then no sum depends on how many cores it has
     torch.set_num_threads(1)
 
@@ -150,8 +145,8 @@ def train(message: Message, context: Context) -> Message:
     except Exception as error:
         raise RuntimeError(f"client {number}: {type(error).__name__}: {error}") from error
     momentum = None if answer.momentum is None else answer.momentum.cpu()
-    reply = wire.Answer(answer.theta.cpu(), number, answer.weight, answer.flips, momentum)
-    return Message(wire.answer(reply, asked.raw), reply_to=message)
+    answer = answer._replace(theta=answer.theta.cpu(), momentum=momentum)
+    return Message(wire.answer(answer, asked.raw), reply_to=message)
 
 
 def _on(asked: wire.Request, device: str) -> wire.Request:

@@ -46,6 +46,7 @@ class Block:
         return pickle.dumps([self._reply(message) for message in pickle.loads(messages)], PICKLE)
 
     def _reply(self, message: Message) -> Message:
+        """The reply of the client that a message is for; an error reply where it raises."""
         try:
             return self.app(message, self.contexts[message.metadata.dst_node_id])
         except Exception as error:

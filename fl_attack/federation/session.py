@@ -136,6 +136,7 @@ def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
 
 
 def _refuse_unreachable(address: str | None) -> None:
+    """InputError where nothing listens at the host and port of a Ray address."""
     # Ray itself tries for minutes
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not port.isdigit():

@@ -38,16 +38,16 @@ class RuleStrategy(FedAvg):
         answers = [wire.read_answer(reply.content) for reply in replies]
         moved = torch.stack([answer.theta for answer in answers])
         weights = torch.tensor([answer.weight for answer in answers])
-        lots = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(answers)))
+        client_order = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(answers)))
         lr = self.scenario.lr(server_round)
-        self.aggregate = self.rule((self._theta - moved) / lr, weights, lots)
+        self.aggregate = self.rule((self._theta - moved) / lr, weights, client_order)
         self._theta, self._state = protocol.server_step(
             self.settings.server_optimizer, self._theta, self.aggregate, lr, self._state
         )
         return wire.pack(self._theta, raw=True), None
 
     def state(self) -> State:
-        """What the rounds to come need of those gone by."""
+        """The state that the rounds to come need of those gone by."""
         return {"theta": self._theta, "optimizer": tuple(self._state)}
 
     def restore(self, state: State) -> None:
@@ -56,7 +56,7 @@ class RuleStrategy(FedAvg):
 
 
 def state_of(strategy: Strategy) -> State:
-    """What a strategy, ours or another, remembers between rounds; TypeError where that can't be stored."""
+    """The state that a strategy, ours or another, keeps between rounds; TypeError where it can't be stored."""
     if isinstance(strategy, RuleStrategy):
         return strategy.state()
     return {
@@ -100,19 +100,19 @@ class WatchedStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the strategy does, for the clients that are drawn in this round."""
-        made, server_round = self.recorder.scenario, server_round + self._done
+        """The messages of the wrapped strategy to the clients that take part in a round."""
+        scenario, server_round = self.recorder.scenario, server_round + self._done
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         if self.client_of is not None:
-            drawn = set(made.schedule.drawn(server_round).tolist())
-            messages = [message for message in messages if self.client_of[message.metadata.dst_node_id] in drawn]
+            participants = set(scenario.schedule.participants(server_round).tolist())
+            messages = [message for message in messages if self.client_of[message.metadata.dst_node_id] in participants]
         self._asked = len(messages)
-        if made.settings.attack.refresh == "epoch":
-            if adversary.epoch_start(made, server_round) == server_round:
+        if scenario.settings.attack.refresh == "epoch":
+            if adversary.epoch_start(scenario, server_round) == server_round:
                 self._epoch_theta = wire.pack(self.recorder.history.theta, raw=True)
             for message in messages:  # the strategy may have given the same content to all
                 message.content[wire.EPOCH_THETA] = self._epoch_theta
-        if made.settings.worker_momentum:
+        if scenario.settings.worker_momentum:
             assert self.client_of is not None
             for message in messages:
                 content = RecordDict(dict(message.content))
@@ -121,18 +121,18 @@ class WatchedStrategy(Strategy):
         return messages
 
     def _momentum_for(self, client: int, round_: int) -> ConfigRecord:
-        """The momentum that a client is sent: its own, or where it attacks updates those of all of the round."""
+        """The record of the momentum for a client: its own, or for an attacker on updates those of all of the round."""
         scenario = self.recorder.scenario
         settings = scenario.settings
         knows_all = settings.attacked and settings.attack.writes == "updates" and client in scenario.partition.malicious
-        momenta = self._momenta.of(scenario.schedule.drawn(round_) if knows_all else [client])
+        momenta = self._momenta.of(scenario.schedule.participants(round_) if knows_all else [client])
         assert momenta is not None
         return wire.momentum_record(momenta)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As the strategy does, on replies that are complete and in order; RunError where they are not."""
+        """The result of the wrapped strategy on replies in the order of the clients; RunError where one is missing."""
         server_round += self._done
         ordered = complete(list(replies), self._asked, server_round)
         # read first: strategies of Flower's take the arrays out of the replies
@@ -179,7 +179,7 @@ class WatchedStrategy(Strategy):
         }
 
     def run(self, grid: Grid) -> None:
-        """All rounds, or those that an earlier process has not made."""
+        """Run all rounds, or those that an earlier process has not done."""
         recorder, kept = self.recorder, self.recorder.checkpoint
         history, settings = recorder.history, recorder.scenario.settings
         state = kept.load() if kept else None
@@ -213,15 +213,15 @@ class WatchedStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Nothing: the server evaluates."""
+        """No messages: the server evaluates."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing: the server evaluates."""
+        """No metrics: the server evaluates."""
         return None
 
     def summary(self) -> None:
-        """As the strategy does."""
+        """Have the wrapped strategy log its summary."""
         self.strategy.summary()
 
 
@@ -239,7 +239,7 @@ def complete(replies: list[Message], asked: int, round_: int) -> list[Message]:
 
 
 def all_flips(replies: Iterable[Message]) -> Flips:
-    """What all clients flipped in a round, by ascending sample."""
+    """The flips of all clients in a round, by ascending sample; `NO_FLIPS` where none of them flips."""
     parts = [flips for reply in replies if (flips := wire.flips_of(reply.content)) is not None]
     if not parts:
         return NO_FLIPS

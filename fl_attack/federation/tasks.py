@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fl_attack.federation.session import ray_session
 
 Job = Any
-TOLD = 1.0  # seconds between two reports
+REPORT_EVERY = 1.0  # seconds between two reports
 
 
 class Board:
@@ -20,11 +20,11 @@ class Board:
         self.done: dict[int, int] = {}
 
     def note(self, i: int, done: int) -> None:
-        """So much of a job is done; one that was lost starts anew."""
+        """Note how many steps of job `i` are done; a job that was lost starts anew."""
         self.done[i] = done
 
     def read(self) -> dict[int, int]:
-        """What has been noted."""
+        """The steps done of each job, by its number."""
         return self.done
 
 
@@ -34,12 +34,12 @@ def scatter(
     threads: int,
     address: str | None,
     verbose: bool,
-    told: Callable[[int, int], None],
+    on_progress: Callable[[int, int], None],
 ) -> Iterator[tuple[int, Any]]:
     """`function` of each job, as Ray tasks: its position and result, in the order in which they are done.
 
     A job takes as many processors as it uses `threads`, or all of a node that has fewer. One whose worker or node is
-    lost is done again on another. `function` is also given what it can tell its steps to; `told` gets a job's
+    lost is done again on another. `function` is also given what it can tell its steps to; `on_progress` gets a job's
     position and how many steps it has made.
     """
     with ray_session(address, verbose):
@@ -56,7 +56,7 @@ def scatter(
             def step(more: int) -> None:
                 nonlocal done, last
                 done += more
-                if time.monotonic() - last > TOLD:
+                if time.monotonic() - last > REPORT_EVERY:
                     last = time.monotonic()
                     board.note.remote(i, done)
 
@@ -65,10 +65,10 @@ def scatter(
         task = remote(max_retries=-1, num_cpus=cpus, scheduling_strategy="SPREAD")(work)
         pending = {task.remote(i, job): i for i, job in enumerate(jobs)}
         while pending:
-            done, _ = ray.wait(list(pending), timeout=TOLD)
+            done, _ = ray.wait(list(pending), timeout=REPORT_EVERY)
             if not done:
                 for i, steps in ray.get(board.read.remote()).items():
                     if i in pending.values():
-                        told(i, steps)
+                        on_progress(i, steps)
             for one in done:
                 yield pending.pop(one), ray.get(one)

@@ -25,7 +25,7 @@ RAW = "fl_attack.raw"
 
 
 class Request(NamedTuple):
-    """What a client is asked."""
+    """The content of a message to a client."""
 
     theta: Tensor  # (A, B) float64
     raw: bool  # how to answer
@@ -36,7 +36,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a client says."""
+    """The content of a client's reply."""
 
     theta: Tensor  # (A, B) float64
     client: int
@@ -83,7 +83,7 @@ def from_plain(plain: dict[str, dict[str, Any]]) -> ArrayRecord:
 
 
 def read_request(content: Any) -> Request:
-    """What a message to a client asks."""
+    """The request in a message to a client."""
     array, config = content[ARRAYS]["theta"], content[CONFIG]
     raw = array.stype == RAW
     theta = _broadcast(array.data, array.shape) if raw else unpack(content[ARRAYS])
@@ -104,6 +104,7 @@ def _numbers(values: bytes) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _broadcast(data: bytes, shape: tuple[int, ...]) -> Tensor:
+    """Parameters in float64 from their bytes, of which the last are remembered."""
     # the clients of a block are sent the same bytes
     return torch.frombuffer(bytearray(data), dtype=torch.float64).view(shape)
 
@@ -140,7 +141,7 @@ def flips_of(content: Any) -> Flips | None:
 
 
 def read_answer(content: Any) -> Answer:
-    """What a reply says."""
+    """The answer in a client's reply."""
     theta = unpack(content[ARRAYS])
     momentum = _numbers(content[MOMENTUM]["values"]).view(theta.shape) if MOMENTUM in content else None
     return Answer(theta, client_of(content), content[METRICS][WEIGHT], flips_of(content), momentum)

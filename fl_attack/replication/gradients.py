@@ -64,7 +64,7 @@ def points(
         The first direction is the clean gradient, the second that in which the others differ most.
     """
     base = scenarios["untargeted"]
-    samples, counts = base.schedule.samples(base.schedule.drawn(round_), round_)
+    samples, counts = base.schedule.samples(base.schedule.participants(round_), round_)
     X, y = base.features(samples).double(), torch.from_numpy(base.dataset.y_train[samples])
     writable = np.flatnonzero(np.isin(base.partition.client[samples], base.partition.malicious))
     chosen = {goal: adversary.flips(one, theta, round_) for goal, one in scenarios.items()}

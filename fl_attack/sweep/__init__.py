@@ -84,10 +84,10 @@ def tabulate_together(
     """
     cells = list(itertools.chain(*grids))
     scenarios = engine.make_scenarios([cell.settings for cell in cells])
-    for made in scenarios:
-        (engine.check if made.settings.engine.name == "batched" else federation.check)(made)
-    apart, place = distinct(scenarios)
-    work = units(apart)
+    for scenario in scenarios:
+        (engine.check if scenario.settings.engine.name == "batched" else federation.check)(scenario)
+    kept_scenarios, place = distinct(scenarios)
+    work = units(kept_scenarios)
     own = {f"{unit.key}.npz" for unit in work}
 
     def goes_on(at: Path) -> bool:
@@ -100,11 +100,11 @@ def tabulate_together(
             first = grid[0].settings
             places.append(held.enter_context(folder.taken(Path(first.out), "sweep", first.overwrite, goes_on)))
         kept = places[0].work / folder.UNITS if kept is None else kept
-        held.enter_context(_told(places[0].work, kept))
+        held.enter_context(_explain_interruption(places[0].work, kept))
         for grid, at in zip(grids, places, strict=True):
             text = to_yaml(grid[0].settings).encode()
             write_whole(at.work / "config.yaml", lambda stream, text=text: stream.write(text))  # type: ignore[misc]
-        numbers = _computed(work, apart, kept, grids[0][0].settings.overwrite, progress, len(cells))
+        numbers = _computed(work, kept_scenarios, kept, grids[0][0].settings.overwrite, progress, len(cells))
         all_of_it = zip(cells, scenarios, (numbers[at] for at in place), strict=True)
         for grid, at in zip(grids, places, strict=True):
             write_tables(at.work, *zip(*itertools.islice(all_of_it, len(grid)), strict=True))
@@ -139,7 +139,7 @@ def _computed(
 
 
 @contextmanager
-def _told(out: Path, kept: Path) -> Iterator[None]:
+def _explain_interruption(out: Path, kept: Path) -> Iterator[None]:
     """A signal that ends the block says what is kept."""
     try:
         yield
@@ -164,6 +164,7 @@ def _check_figures(cells: Sequence[Cell]) -> None:
 
 
 def _draw_all(out: Path, figures: Sequence[Sequence[str]]) -> None:
+    """Draw the figures that a sweep's table allows and those asked for; none where all cells broke off."""
     cells, lost = broken_off(out)
     if cells == lost:
         return

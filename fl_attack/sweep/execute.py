@@ -19,7 +19,7 @@ Keep = Callable[[Unit, Numbers], None]
 
 
 def compute(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
-    """Have the numbers of units kept, as they are done."""
+    """Compute the units `todo` and hand the numbers of each to `keep` as it is done."""
     batched = [unit for unit in todo if scenarios[unit.cells[0]].settings.engine.name == "batched"]
     settings = scenarios[0].settings
     if settings.launcher == "ray" or (settings.launcher == "auto" and settings.engine.ray_address):
@@ -32,6 +32,7 @@ def compute(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progr
 
 
 def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
+    """Have units of the batched engine computed by the workers of a Ray cluster, and kept as they are done."""
     if not todo:
         return
     settings = scenarios[todo[0].cells[0]].settings
@@ -39,11 +40,11 @@ def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress:
     # the longest first, so that no worker starts on one when the others are done
     todo = sorted(todo, key=lambda unit: -len(unit.cells) * _samples_of(scenarios[unit.cells[0]]))
     jobs = [(threads, [scenarios[i].settings.model_dump_json() for i in unit.cells]) for unit in todo]
-    told = [0] * len(todo)
+    reported = [0] * len(todo)
 
     def tell(i: int, rounds: int) -> None:
-        progress.rounds(scenarios[todo[i].cells[0]].settings.rounds, rounds - told[i])
-        told[i] = rounds
+        progress.rounds(scenarios[todo[i].cells[0]].settings.rounds, rounds - reported[i])
+        reported[i] = rounds
 
     scattered = federation.scatter(numbers_of_job, jobs, threads, settings.engine.ray_address, settings.verbose, tell)
     for i, numbers in scattered:
@@ -51,13 +52,13 @@ def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress:
         keep(todo[i], numbers)
 
 
-def _samples_of(made: Scenario) -> int:
-    """Seen by a cell in all its rounds, if all clients take part."""
-    return made.settings.rounds * made.settings.local_steps * int(made.schedule.sizes.sum())
+def _samples_of(scenario: Scenario) -> int:
+    """The samples that a cell uses in all its rounds, if all clients take part."""
+    return scenario.settings.rounds * scenario.settings.local_steps * int(scenario.schedule.sizes.sum())
 
 
 def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
-    """Cells of the Flower engine, one after the other, over the same clients where they have as many."""
+    """Run cells of the Flower engine one after the other, over the same clients where they have as many."""
     by_grid: dict[str, list[Unit]] = {}
     for unit in todo:
         settings = scenarios[unit.cells[0]].settings
@@ -65,10 +66,10 @@ def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: P
     if not todo:
         return
 
-    def federate_all(alike: Sequence[Unit], federate: federation.Federate) -> None:
-        for unit in alike:
-            made, error = scenarios[unit.cells[0]], ""
-            recorder = Recorder(made, partial(progress.round, made.settings.rounds))
+    def federate_all(units_of_grid: Sequence[Unit], federate: federation.Federate) -> None:
+        for unit in units_of_grid:
+            scenario, error = scenarios[unit.cells[0]], ""
+            recorder = Recorder(scenario, partial(progress.round, scenario.settings.rounds))
             try:
                 federate(recorder)
             except RunError as failure:
@@ -77,8 +78,8 @@ def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: P
             keep(unit, stacked([(rows, recorder.history.flip_count, error)]))
 
     with federation.ray_session(settings.engine.ray_address, settings.verbose):
-        for alike in by_grid.values():
-            federation.run(partial(federate_all, alike), scenarios[alike[0].cells[0]].settings)
+        for units_of_grid in by_grid.values():
+            federation.run(partial(federate_all, units_of_grid), scenarios[units_of_grid[0].cells[0]].settings)
 
 
 def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] = lambda rounds: None) -> Numbers:

@@ -9,7 +9,7 @@ class Progress:
     """How many cells are done, a second and still to come: one bar on a terminal, lines elsewhere."""
 
     def __init__(self, cells: int, name: str = "sweep") -> None:
-        self.cells, self.name, self.done, self.told = cells, name, 0.0, 0
+        self.cells, self.name, self.done, self.printed = cells, name, 0.0, 0
         self.bar = tqdm(total=cells, unit="cell", desc=name, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Progress":
@@ -29,12 +29,12 @@ class Progress:
         self.done += cells
         self.bar.update(round(self.done, 1) - self.bar.n)  # parts of cells would be shown to the last digit
         tenth = int(self.done * 10 / self.cells + 1e-6)
-        if self.bar.disable and tenth > self.told:
-            self.told = tenth
+        if self.bar.disable and tenth > self.printed:
+            self.printed = tenth
             print(f"{self.name}: {tenth * 10} % of {self.cells} cells", file=sys.stderr, flush=True)
 
     def rounds(self, of: int, done: int) -> None:
-        """Count rounds, of so many that make a cell."""
+        """Count `done` rounds of a cell that has `of` rounds."""
         self.add(done / of)
 
     def round(self, of: int, round_: int, row: object) -> None:

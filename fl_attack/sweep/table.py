@@ -42,7 +42,7 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
     honest = {
         _twin_key(scenario.settings): one
         for scenario, one in zip(scenarios, numbers, strict=True)
-        if scenario.settings.harmless and not one.error
+        if scenario.settings.is_unattacked and not one.error
     }
     rows = []
     for i, (cell, scenario, one) in enumerate(zip(cells, scenarios, numbers, strict=True)):
@@ -98,7 +98,7 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
         "final_f1": values["test_f1"][best],
         "final_loss": values["test_loss"][best],
         **_detectability(values, len(rounds) if scenario.settings.detectability else 0),
-        "drop": "" if twin is None or scenario.settings.harmless else final_accuracy(twin) - accuracy[best],
+        "drop": "" if twin is None or scenario.settings.is_unattacked else final_accuracy(twin) - accuracy[best],
         "rounds_to_recover": "" if twin is None else _recovered(scenario, numbers, twin),
         "flips": int(numbers.flips),
         "rounds": int(rounds[-1]),
@@ -128,7 +128,7 @@ def _recovered(scenario: Scenario, numbers: Numbers, twin: Numbers) -> float | s
         table[:, COLUMNS.index(name)]
         for table, name in ((numbers.table, "round"), (numbers.table, "test_accuracy"), (twin.table, "test_accuracy"))
     )
-    if scenario.settings.harmless or len(accuracy) != len(honest):
+    if scenario.settings.is_unattacked or len(accuracy) != len(honest):
         return ""
     found = rounds_to_recover(rounds, accuracy, honest, scenario.settings.attack.stop)
     return "" if math.isnan(found) else found

@@ -1,4 +1,4 @@
-"""The work of a sweep, cut into units: what each is known by, what is kept of it."""
+"""The work of a sweep, cut into units: the key of each, and the numbers that are kept of it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,24 +25,24 @@ class Unit:
 
 
 class Numbers(NamedTuple):
-    """What is kept of the cells of a unit."""
+    """The numbers that are kept of the cells of a unit."""
 
     table: NDArray[np.float64]  # (cells, evaluations, columns of `history.COLUMNS`); NaN after a cell broke off
     flips: NDArray[np.int64]  # (cells,)
     error: NDArray[np.str_]  # (cells,) empty where a cell ended well
 
 
-def plain(made: Scenario) -> Scenario:
+def plain(scenario: Scenario) -> Scenario:
     """An experiment without the settings that change none of its numbers: unattacked ones of a seed become equal."""
-    settings = made.settings
-    if not settings.harmless or settings.detectability:
-        return made
-    partition = made.partition
+    settings = scenario.settings
+    if not settings.is_unattacked or settings.detectability:
+        return scenario
+    partition = scenario.partition
     update: dict[str, object] = {"attack": AttackSettings(name="none")}
     if settings.strategy.averages and settings.partition.malicious_share is None:  # else they shape rule or shards
         update |= {"clients": settings.clients.model_copy(update={"honest": settings.clients.total, "malicious": 0})}
         partition = Partition(partition.client, partition.malicious[:0])
-    return Scenario(settings.model_copy(update=update), made.dataset, partition, made.schedule)
+    return Scenario(settings.model_copy(update=update), scenario.dataset, partition, scenario.schedule)
 
 
 def distinct(scenarios: Sequence[Scenario]) -> tuple[list[Scenario], list[int]]:
@@ -50,19 +50,19 @@ def distinct(scenarios: Sequence[Scenario]) -> tuple[list[Scenario], list[int]]:
     places: dict[str, int] = {}
     kept: list[Scenario] = []
     place = []
-    for made in map(plain, scenarios):
-        key = made.settings.model_dump_json(exclude=NOT_NUMBERS)
+    for scenario in map(plain, scenarios):
+        key = scenario.settings.model_dump_json(exclude=NOT_NUMBERS)
         if key not in places:
             places[key] = len(kept)
-            kept.append(made)
+            kept.append(scenario)
         place.append(places[key])
     return kept, place
 
 
 def units(scenarios: Sequence[Scenario]) -> list[Unit]:
     """The work, cut: groups of batched cells into pieces as large as suits their model, cells of Flower one by one."""
-    batched = [i for i, made in enumerate(scenarios) if made.settings.engine.name == "batched"]
-    cuts = [[i] for i, made in enumerate(scenarios) if made.settings.engine.name != "batched"]
+    batched = [i for i, scenario in enumerate(scenarios) if scenario.settings.engine.name == "batched"]
+    cuts = [[i] for i, scenario in enumerate(scenarios) if scenario.settings.engine.name != "batched"]
     for group in engine.group([scenarios[i] for i in batched]):
         size = engine.cells_at_once(scenarios[batched[group[0]]])
         pieces = np.array_split(np.array(batched)[group], -(-len(group) // size))

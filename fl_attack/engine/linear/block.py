@@ -17,7 +17,7 @@ class Block:
     """The parameters of the cells of some tiles, and their rounds."""
 
     def __init__(self, tiles: Sequence[Tile], theta: Tensor) -> None:
-        """The tiles have one optimizer; one that is `apart` has a block of its own.
+        """The tiles have one optimizer; one of which `needs_client_updates` is true has a block of its own.
 
         `theta` (M C, d), tile after tile, is changed in place.
         """
@@ -25,17 +25,17 @@ class Block:
         lr, weight_decay = (torch.cat([getattr(tile, name) for tile in tiles]) for name in ("lr", "weight_decay"))
         self.optimizer = kernels.ServerOptimizer(tiles[0].optimizer, theta, lr, weight_decay)
 
-    def step(self, shared: Shared, room: kernels.Room, watched: bool, measured: bool) -> list[Report | None]:
-        """One round of all cells; gives what each tile reports."""
+    def step(self, shared: Shared, workspace: kernels.Workspace, watched: bool, measured: bool) -> list[Report | None]:
+        """Step all cells by one round; gives the report of each tile, None where it is not watched."""
         X = shared.batch.X
-        Z = torch.mm(self.theta, X.mT, out=room.take("Z", len(self.theta), len(X)))
+        Z = torch.mm(self.theta, X.mT, out=workspace.buffer("Z", len(self.theta), len(X)))
         aggregate, reports = None, []
         for tile, rows in zip(self.tiles, Z.split([len(tile.theta) for tile in self.tiles]), strict=True):
-            report, aggregate = tile.step(rows, shared, room, watched, measured)
+            report, aggregate = tile.step(rows, shared, workspace, watched, measured)
             reports.append(report)
         factor = self.tiles[0].lr_factor(shared.round_)
         if aggregate is None:
-            self.optimizer.descend(Z, X, room, factor)
+            self.optimizer.descend(Z, X, workspace, factor)
         else:
             self.optimizer.take(aggregate, factor, decayed=True)
         return reports

@@ -1,4 +1,4 @@
-"""What each client sends, for aggregation rules, attacks on gradients and measures that need to see it.
+"""The update of each client, for aggregation rules, attacks on updates and measures that need to see it.
 
 The mean of label attacks never does: its gradients of all clients together are one matrix product.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fl_attack import adversary, aggregate, attack, detect, protocol
 from fl_attack.engine import kernels
-from fl_attack.engine.attackers import NOBODY, Attackers, Turn
+from fl_attack.engine.attackers import NOBODY, Attackers, RoundAccess
 from fl_attack.engine.batches import Batch
 from fl_attack.engine.threads import side_by_side
 from fl_attack.scenario import Scenario
@@ -22,7 +22,7 @@ Direction = Callable[[slice], Tensor]
 
 
 class Residuals(NamedTuple):
-    """Where the updates of a round come from; of the cells of a tile, or of some of them."""
+    """The residuals of a round and what else the updates of cells are computed from."""
 
     theta: Tensor  # (M C, d)
     R: Tensor  # (M C, n) residuals with the labels as written
@@ -31,7 +31,7 @@ class Residuals(NamedTuple):
     weight_decay: Tensor | None  # (M C, 1)
 
     def rows(self, part: slice) -> "Residuals":
-        """The same of some rows."""
+        """The residuals of a part of the rows."""
         written = None if self.written is None else self.written[part]
         decay = None if self.weight_decay is None else self.weight_decay[part]
         return Residuals(self.theta[part], self.R[part], written, self.lr[part], decay)
@@ -59,76 +59,93 @@ def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor
 
 
 def pieces(cells: int, bytes_each: int) -> list[slice]:
-    """Of so many cells, those that are gone through together."""
+    """The slices of this number of cells whose updates are computed together."""
     step = max(1, BYTES_AT_ONCE // bytes_each)
     return [slice(start, min(cells, start + step)) for start in range(0, cells, step)]
 
 
 class Server:
-    """What is made of the updates of a tile's clients."""
+    """The server of the cells of a tile: their rule, on the updates of their clients."""
 
     def __init__(self, cells: Sequence[Scenario], attackers: Attackers) -> None:
-        self.like, self.attackers = cells[0], attackers
+        self.template_cell, self.attackers = cells[0], attackers
         self.M, self.C = attackers.M, attackers.C
-        self.crafts = attackers.kind != NOBODY and self.like.settings.attack.writes == "updates"
-        self.rule = self.like.rule()
-        strategy, threat = self.like.settings.strategy, self.like.settings.attack
+        self.crafts = attackers.kind != NOBODY and self.template_cell.settings.attack.writes == "updates"
+        self.rule = self.template_cell.rule()
+        strategy, threat = self.template_cell.settings.strategy, self.template_cell.settings.attack
         # a function of others may draw from a generator that all threads share
-        self.ours = aggregate.is_builtin(strategy.name, strategy.pre) and (
-            not self.crafts or threat.name in attack.ATTACKS
-        )
-        self.needed = (
-            self.crafts or not self.like.settings.strategy.averages
-        )  # else the mean of what clients send is one matrix product
+        own_attack = not self.crafts or threat.name in attack.ATTACKS
+        self.is_builtin = own_attack and aggregate.is_builtin(strategy.name, strategy.pre)
+        # else the mean of what clients send is one matrix product
+        self.needed = self.crafts or not strategy.averages
 
     def mean(self, of: Residuals, batch: Batch) -> Tensor:
-        """The mean of what clients send, (M C, d), where all are honest with their gradients."""
-        sizes = self.like.schedule.sizes[np.sort(batch.layout.clients)]
+        """The mean (M C, d) of the updates of all clients, where no attack replaces any."""
+        sizes = self.template_cell.schedule.sizes[np.sort(batch.layout.clients)]
         total = torch.zeros_like(of.theta)
         for place, update in by_client(of, batch, self.C):
             total.add_(update, alpha=float(sizes[place] / sizes.sum()))
         return total
 
     def take(
-        self, of: Residuals, batch: Batch, turn: Turn | None, v: Direction, round_: int, measured: bool
+        self, of: Residuals, batch: Batch, access: RoundAccess | None, v: Direction, round_: int, measured: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The aggregate (M C, d) of what clients send, and `detect.MEASURES` of it (M, measures) where measured.
+        """The aggregate of the updates that the clients of a round send.
 
-        `v` gives the direction (cells, C, d) of some cells, for attacks that have one.
+        Parameters
+        ----------
+        of : Residuals
+            Of all cells of the tile.
+        batch : Batch
+            The minibatch.
+        access : RoundAccess or None
+            What the attackers can do; None where nobody attacks.
+        v
+            Gives the direction (cells, C, d) of a slice of cells, for attacks that have one.
+        round_ : int
+            The round, counted from 1.
+        measured : bool
+            Whether `detect.MEASURES` are wanted.
+
+        Returns
+        -------
+        aggregate : (M C, d) tensor
+        detection : (M, measures) tensor or None
+            None where it is not measured, or nobody attacks.
         """
         d, layout = of.theta.shape[1], batch.layout
         m = len(layout.clients)
-        weights = torch.from_numpy(self.like.schedule.sizes[np.sort(layout.clients)])
-        order = torch.from_numpy(protocol.shuffled(self.like.settings.seed, round_, m))
+        weights = torch.from_numpy(self.template_cell.schedule.sizes[np.sort(layout.clients)])
+        client_order = torch.from_numpy(protocol.shuffled(self.template_cell.settings.seed, round_, m))
         out = torch.empty_like(of.theta)
 
         def some(cells: slice) -> Tensor | None:
             rows = slice(cells.start * self.C, cells.stop * self.C)
-            sent = out.new_empty(m, rows.stop - rows.start, d)
+            stacked = out.new_empty(m, rows.stop - rows.start, d)
             for place, update in by_client(of.rows(rows), batch, self.C):
-                sent[place] = update
-            updates = sent.view(m, -1, self.C, d).movedim(0, 1)
-            if self.crafts and turn is not None:
-                updates = self._crafted(updates, turn, cells, v, round_)
-            out[rows] = self.rule(updates, weights.to(out.device), order.to(out.device)).reshape(-1, d)
-            return detect.measures(updates, turn.malicious[cells]) if measured and turn is not None else None
+                stacked[place] = update
+            updates = stacked.view(m, -1, self.C, d).movedim(0, 1)
+            if self.crafts and access is not None:
+                updates = self._crafted(updates, access, cells, v, round_)
+            out[rows] = self.rule(updates, weights.to(out.device), client_order.to(out.device)).reshape(-1, d)
+            return detect.measures(updates, access.malicious[cells]) if measured and access is not None else None
 
         parts = pieces(self.M, m * self.C * d * out.element_size())
-        found = side_by_side(some, parts) if self.ours else [some(cells) for cells in parts]
-        return out, torch.cat([one for one in found if one is not None]) if measured and turn is not None else None
+        found = side_by_side(some, parts) if self.is_builtin else [some(cells) for cells in parts]
+        return out, torch.cat([one for one in found if one is not None]) if measured and access is not None else None
 
-    def _crafted(self, updates: Tensor, turn: Turn, cells: slice, v: Direction, round_: int) -> Tensor:
-        """See `adversary.crafted`."""
+    def _crafted(self, updates: Tensor, access: RoundAccess, cells: slice, v: Direction, round_: int) -> Tensor:
+        """The updates (cells, m, C, d) with those of malicious clients replaced, as `adversary.crafted` does."""
         now = torch.from_numpy(self.attackers.rounds.attacked(round_)[cells]).to(updates.device)
-        malicious = turn.malicious[cells] & now[:, None]
+        malicious = access.malicious[cells] & now[:, None]
         if not malicious.any():
             return updates
-        threat = self.like.settings.attack
+        threat = self.template_cell.settings.attack
         view = attack.Updates(
             updates,
-            turn.malicious[cells],
+            access.malicious[cells],
             direction=lambda: v(cells),
-            noise=lambda: adversary.update_noise(self.like, round_).to(updates),
+            noise=lambda: adversary.update_noise(self.template_cell, round_).to(updates),
         )
-        sent = attack.craft(threat.name, view, threat.args)
-        return torch.where(malicious[..., None, None], sent, updates)
+        crafted = attack.craft(threat.name, view, threat.args)
+        return torch.where(malicious[..., None, None], crafted, updates)

@@ -19,10 +19,10 @@ class Samples:
 
     def __init__(self, batches: Batches, x: NDArray[Any], y: NDArray[np.int64]) -> None:
         """`x` (n, p) raw values as of the data set of these batches, `y` (n,) their labels."""
-        scale, C = batches.like.dataset.scaling, batches.classes
+        scale, C = batches.template_cell.dataset.scaling, batches.classes
         order = np.argsort(y, kind="stable")
         parts = [
-            batches.fitted(data.features(x[at], scale, batches.dtype))
+            batches.drop_features(data.features(x[at], scale, batches.dtype))
             for at in np.array_split(order, max(1, len(order) // 4096))
         ]
         self.X = torch.cat(parts).to(batches.device)
@@ -37,6 +37,7 @@ class Samples:
         return np.concatenate([measure(part).cpu().numpy() for part in theta.split(cells * C)])
 
     def _two(self, theta: Tensor) -> Tensor:
+        """`quality` of two classes, by sorted labels: the first `zeros` samples are of label 0."""
         Z = theta @ self.X.mT
         positive = Z > 0
         false, true = positive[:, : self.zeros].sum(1), positive[:, self.zeros :].sum(1)
@@ -47,6 +48,7 @@ class Samples:
         return torch.stack([(true + self.zeros - false).double() / len(self.y), f1, loss / len(self.y)], 1)
 
     def _several(self, theta: Tensor) -> Tensor:
+        """`quality` of several classes, from a confusion matrix for each cell."""
         n, C = len(self.y), self.classes
         Z = (theta @ self.X.mT).view(-1, C, n)
         loss = Z.logsumexp(1) - Z.gather(1, self.y.expand(len(Z), 1, n))[:, 0]

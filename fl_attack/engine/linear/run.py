@@ -15,7 +15,7 @@ from fl_attack import targets
 from fl_attack.engine import ending
 from fl_attack.engine.attackers import Kind, kind_of
 from fl_attack.engine.batches import Batch, Batches
-from fl_attack.engine.kernels import Room
+from fl_attack.engine.kernels import Workspace
 from fl_attack.engine.linear.block import Block
 from fl_attack.engine.linear.measure import Samples
 from fl_attack.engine.linear.tile import Shared, Tile
@@ -45,7 +45,7 @@ def run_cells(
     keep_theta: bool,
     full_rows: bool,
 ) -> list[Outcome]:
-    """See `engine.run_cells`; of a linear model, whose clients have no momentum."""
+    """The outcomes of cells of a linear model, whose clients have no momentum, as `engine.run_cells` gives them."""
     with _threads(scenarios):
         work = _Work(scenarios, torch.device(device), memory_gb * 2**30, keep_flips, keep_theta, full_rows)
         outcomes: dict[int, Outcome] = {}
@@ -69,16 +69,16 @@ def _threads(scenarios: Sequence[Scenario]) -> Iterator[None]:
 
 
 def _tile_key(cell: Scenario) -> tuple[tuple[Any, ...], Kind, str, int]:
-    """What the cells of a tile have in common."""
+    """The key of the cells that can be in one tile: how the server steps, the attack, and the rule."""
     settings = cell.settings
     strategy, training = settings.strategy, _training(cell)
     if strategy.averages:
-        return training, kind_of(cell).alike, "", 0
-    return training, kind_of(cell).alike, strategy.model_dump_json(), settings.tolerated
+        return training, kind_of(cell).tile_key, "", 0
+    return training, kind_of(cell).tile_key, strategy.model_dump_json(), settings.assumed_malicious
 
 
 def _training(cell: Scenario) -> tuple[Any, ...]:
-    """What the cells of a block have in common: how the server steps; rates may differ, their schedule may not."""
+    """The key of the cells that can be in one block: how the server steps; rates may differ, their schedule may not."""
     settings = cell.settings
     return settings.server_optimizer, settings.lr_schedule, settings.lr_every or 0, settings.lr_decay
 
@@ -89,7 +89,14 @@ def _same_attackers(cell: Scenario, other: Scenario) -> bool:
     return same and kind_of(cell) == kind_of(other)
 
 
+def _share_a_block(tile: Tile, other: Tile) -> bool:
+    """Whether two tiles can be stepped as one block: under one optimizer, of which neither needs client updates."""
+    return tile.training == other.training and not (tile.needs_client_updates or other.needs_client_updates)
+
+
 class _Targets(NamedTuple):
+    """The different targets of the cells, and which of them each cell has."""
+
     theta: Tensor  # (T C, d)
     number: NDArray[np.int64]  # by cell
 
@@ -110,21 +117,21 @@ class _Work:
         self.keep_flips, self.keep_theta, self.full_rows = keep_flips, keep_theta, full_rows
         self.settings = cells[0].settings
         total = self.settings.clients.total
-        often = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
-        clients = np.argsort(-np.asarray(often), kind="stable")
+        counts = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
+        clients = np.argsort(-np.asarray(counts), kind="stable")
         crafted = any(cell.settings.attacked and cell.settings.attack.writes == "updates" for cell in cells)
         self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=crafted)
         dataset, split = cells[0].dataset, cells[0].partition.validation
         self.test_set = Samples(self.batches, dataset.x_test, dataset.y_test)
         self.validation = Samples(self.batches, dataset.x_train[split], dataset.y_train[split]) if len(split) else None
         self.targets = self._targets()
-        self._target_logits: Tensor | None = None
+        self._logits_of_all: Tensor | None = None
 
     def chunks(self) -> Iterator[list[int]]:
         """The cells in the order in which they are run, as many at a time as fit in memory."""
         numbers = self.targets.number
 
-        def likeness(i: int) -> tuple[object, ...]:
+        def sort_key(i: int) -> tuple[object, ...]:
             cell = self.cells[i]
             threat, malicious = cell.settings.attack, cell.partition.malicious
             wanted = threat.goal, threat.selection
@@ -138,7 +145,7 @@ class _Work:
                 threat.budget,
             )
 
-        order = sorted(range(len(self.cells)), key=likeness)
+        order = sorted(range(len(self.cells)), key=sort_key)
         C, d = self.cells[0].theta_shape
         held = self.batches.bytes + self.test_set.X.nbytes + (self.validation.X.nbytes if self.validation else 0)
         held += len(self.cells) * C * d * self.batches.dtype.itemsize * self.keep_theta
@@ -151,7 +158,7 @@ class _Work:
             yield piece.tolist()
 
     def run(self, chunk: list[int], progress: Progress, watch: Watch) -> list[Outcome]:
-        """All rounds of some cells."""
+        """The outcomes of the cells of a chunk after all rounds, in their order."""
         began = time.perf_counter()
         cells = [self.cells[i] for i in chunk]
         C, d = cells[0].theta_shape[0], self.batches.d
@@ -165,24 +172,25 @@ class _Work:
         log = Log(len(cells), len(self.batches.y), self.keep_flips, self.full_rows)
         stopping = None if self.validation is None else Stopping(cells, self.validation, theta)
         ended = self._measure(0, theta, log, stopping)
-        evaluated, room = ending.evaluated_rounds(self.settings), Room(self.device, self.batches.dtype)
+        evaluated, workspace = ending.evaluated_rounds(self.settings), Workspace(self.device, self.batches.dtype)
 
         def outcomes(ended: bool) -> list[Outcome]:
             flips = np.concatenate([tile.attackers.flips for tile in tiles])
-            whole = self.batches.unfitted if self.keep_theta else None
+            whole = self.batches.restore_features if self.keep_theta else None
             seconds = time.perf_counter() - began
             return ending.outcomes(cells, theta, whole, log, flips, stopping, seconds, ended)
 
         for round_ in range(1, self.settings.rounds + 1):
-            shared = self._shared(round_, tiles, room)
-            told = round_ in evaluated
-            measured = self.full_rows and told
+            shared = self._shared(round_, tiles, workspace)
+            evaluates = round_ in evaluated
+            measured = self.full_rows and evaluates
             watched = self.keep_flips or measured or (self.full_rows and round_ + 1 in evaluated)
-            reports = itertools.chain.from_iterable(block.step(shared, room, watched, measured) for block in blocks)
+            by_block = (block.step(shared, workspace, watched, measured) for block in blocks)
+            reports = itertools.chain.from_iterable(by_block)
             for (start, _), report in zip(cuts, reports, strict=True):
                 if report is not None:
                     log.watch(round_, start, shared.batch, report)
-            if told:
+            if evaluates:
                 ended = self._measure(round_, theta, log, stopping, tiles)
             progress(len(cells) * (self.settings.rounds - round_ + 1 if ended else 1))
             watch(chunk, lambda: outcomes(ended=False))
@@ -193,7 +201,7 @@ class _Work:
     def _measure(
         self, round_: int, theta: Tensor, log: Log, stopping: Stopping | None, tiles: Sequence[Tile] = ()
     ) -> bool:
-        """Note how good the cells are after a round; whether all have stopped early."""
+        """Note how good the cells are after a round; gives whether all have stopped early."""
         losses = stopping.losses(theta) if stopping else np.nan
         log.measure(round_, self.test_set.quality(theta), losses, tiles)
         if stopping is None:
@@ -217,55 +225,56 @@ class _Work:
         return cuts
 
     def _fits(self, cells: int) -> int:
-        """How many of so many cells a block may have."""
+        """The number of cells, of this many, that a block may have."""
         if self.device.type != "cpu":
             return cells
         return max(FEWEST, CACHE // (self.cells[0].theta_shape[0] * self.batches.d * self.batches.dtype.itemsize))
 
     def _blocks(self, tiles: Sequence[Tile], theta: Tensor) -> list[Block]:
-        """Consecutive tiles of one optimizer, as many together as fit."""
+        """The blocks of consecutive tiles of one optimizer, as many together as fit."""
         together: list[list[Tile]] = []
         fits = self._fits(sum(tile.M for tile in tiles))
         for tile in tiles:
-            last = together[-1][-1] if together else None
-            alone = last is None or tile.apart or last.apart or tile.training != last.training
-            if alone or sum(other.M for other in together[-1]) + tile.M > fits:
-                together.append([])
-            together[-1].append(tile)
+            last = together[-1] if together else []
+            if last and _share_a_block(last[-1], tile) and sum(other.M for other in last) + tile.M <= fits:
+                last.append(tile)
+            else:
+                together.append([tile])
         rows = theta.split([sum(len(tile.theta) for tile in some) for some in together])
         return [Block(some, part) for some, part in zip(together, rows, strict=True)]
 
-    def _shared(self, round_: int, tiles: Sequence[Tile], room: Room) -> Shared:
-        batch = self.batches.at(round_, room)
+    def _shared(self, round_: int, tiles: Sequence[Tile], workspace: Workspace) -> Shared:
+        """What the tiles share in a round: the minibatch, and the products that serve several of them."""
+        batch = self.batches.at(round_, workspace)
         for tile in tiles:
             tile.prepare(round_, batch.layout)
-        gram = steered = None
-        if aware := [tile for tile in tiles if tile.reach("untargeted")]:
-            n, rows = (
-                max(tile.reach("untargeted") for tile in aware),
-                sum(tile.C * tile.seeking["untargeted"] for tile in aware),
-            )
+        gram = target_logits = None
+        if aware := [tile for tile in tiles if tile.scored_columns("untargeted")]:
+            n = max(tile.scored_columns("untargeted") for tile in aware)
+            rows = sum(tile.C * tile.seeking["untargeted"] for tile in aware)
             if self._gram_pays(batch, n, rows):
-                gram = torch.mm(batch.X, batch.X[:n].mT, out=room.take("gram", len(batch.X), n))
-        if aimed := [tile for tile in tiles if tile.reach("targeted")]:
-            n, C = max(tile.reach("targeted") for tile in aimed), aimed[0].C
-            steered = self._steered(batch, n).view(-1, C, n)
-        return Shared(round_, batch, gram, steered, self.targets.theta)
+                gram = torch.mm(batch.X, batch.X[:n].mT, out=workspace.buffer("gram", len(batch.X), n))
+        if aimed := [tile for tile in tiles if tile.scored_columns("targeted")]:
+            n, C = max(tile.scored_columns("targeted") for tile in aimed), aimed[0].C
+            target_logits = self._target_logits(batch, n).view(-1, C, n)
+        return Shared(round_, batch, gram, target_logits, self.targets.theta)
 
-    def _steered(self, batch: Batch, n: int) -> Tensor:
+    def _target_logits(self, batch: Batch, n: int) -> Tensor:
         """Logits of the targets on the first n columns, (T C, n)."""
         if self.batches.resident is None or len(self.targets.theta) > TARGETS_KEPT:
             return torch.mm(self.targets.theta, batch.X[:n].mT)
-        if self._target_logits is None:  # those of all samples, once
-            self._target_logits = torch.mm(self.targets.theta, self.batches.resident.mT)
-        return self._target_logits.index_select(1, self.batches.row[batch.at[:n]].to(self.device))
+        if self._logits_of_all is None:  # those of all samples, once
+            self._logits_of_all = torch.mm(self.targets.theta, self.batches.resident.mT)
+        return self._logits_of_all.index_select(1, self.batches.row[batch.at[:n]].to(self.device))
 
     def _gram_pays(self, batch: Batch, n: int, rows: int) -> bool:
+        """Whether inner products of n samples with all cost less than `rows` products with the features."""
         # multiplications: once for the matrix and once for each row, or there and back through the features
         size, d = batch.X.shape
         return size * n * (d + rows) < rows * d * (size + n)
 
     def _targets(self) -> _Targets:
+        """The targets of all targeted cells, each different one once."""
         aimed: dict[object, Scenario] = {}
         keys: list[object] = []
         for cell in self.cells:
@@ -275,11 +284,12 @@ class _Work:
             keys.append(key)
             if key is not None:
                 aimed.setdefault(key, cell)
-        thetas = [self.batches.fitted(theta) for theta in targets.load_targets(list(aimed.values()))]
+        thetas = [self.batches.drop_features(theta) for theta in targets.load_targets(list(aimed.values()))]
         theta = torch.cat([torch.empty(0, self.batches.d), *thetas]).to(self.device, self.batches.dtype)
         place = {key: i for i, key in enumerate(aimed)}
         return _Targets(theta, np.array([place.get(key, -1) for key in keys]))
 
     def _target_of(self, chunk: list[int]) -> Tensor | None:
+        """The number (M,) of the target of each cell of a chunk; None where there is only one."""
         number = torch.from_numpy(self.targets.number[chunk]).to(self.device)
         return None if len(self.targets.theta) == self.cells[0].theta_shape[0] else number
