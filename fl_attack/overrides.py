@@ -40,7 +40,7 @@ def allow_new_args(overrides: Iterable[str]) -> list[str]:
 
 
 def completed(overrides: Iterable[str]) -> list[str]:
-    """Overrides as Hydra takes them: as of `allow_new_args`, and grids of `ON_MNIST` on MNIST where its folder is named."""
+    """Overrides as Hydra takes them, see `allow_new_args`; grids of `ON_MNIST` on MNIST where its folder is named."""
     found = allow_new_args(overrides)
     keys = {override.partition("=")[0].lstrip("+") for override in found}
     if any(one.lstrip("+") in ON_MNIST for one in found) and "dataset.root" in keys and "dataset" not in keys:
