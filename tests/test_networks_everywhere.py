@@ -13,6 +13,7 @@ from fl_attack import adversary, engine, federation, identity, protocol, scenari
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings
 from fl_attack.engine import sequential, stacked
+from fl_attack.errors import InputError
 from fl_attack.federation.grid import BlockGrid
 from fl_attack.federation.session import ray_session
 from fl_attack.federation.strategy import start
@@ -376,3 +377,33 @@ def test_pixels_reach_a_network_in_the_order_of_channels_rows_and_columns(settin
     cell = scenario.make(settings("dataset=npz", f"dataset.path={tmp_path}/x.npz", "model=mlp", "batch_size=20"))
     X = cell.features(np.array([3, 1]))
     np.testing.assert_allclose(X.numpy(), x[[3, 1]].transpose(0, 3, 1, 2) / np.float32(255), rtol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "more", [[*MLP], ["model=cnn", "attack.goal=targeted"], ["worker_momentum=0.9", "strategy=median"]]
+)
+@pytest.mark.parametrize("full_rows", [True, False])
+def test_a_gpu_gives_what_the_processor_gives(settings: Compose, more: list[str], full_rows: bool) -> None:
+    cell = scenario.make(settings(*SMALL, "engine=batched", "rounds=5", *more))
+    here, there = (engine.run_cells([cell], device=device, full_rows=full_rows)[0] for device in ("cpu", "cuda"))
+    assert_same(here.history(), there.history())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.slow
+def test_clients_on_a_gpu_give_what_those_on_a_processor_give(settings: Compose) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        chosen = settings(*SMALL, "batch_size=30", "rounds=3", "model=cnn", f"engine.client_device={device}")
+        recorder = Recorder(scenario.make(chosen))
+        federation.run(lambda federate, recorder=recorder: federate(recorder), chosen)  # type: ignore[misc]
+        found.append(recorder.history)
+    assert_same(*found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_clients_on_a_gpu_that_is_not_there_are_refused(settings: Compose) -> None:
+    chosen = settings(*SMALL, "model=cnn", "engine.client_device=cuda")
+    with pytest.raises(InputError, match=r"engine\.client_device=cuda needs a GPU"):
+        federation.check(scenario.make(chosen))
