@@ -106,7 +106,7 @@ def flower(chosen: Settings, grid: str, actors: int) -> tuple[Clock, torch.Tenso
     clock = Clock()
     recorder = Recorder(scenario.make(chosen), clock)
     if grid == "stock":
-        simulate(lambda grid: start(grid, recorder), chosen.clients.total, 1.0, client_app)
+        simulate(lambda grid: start(grid, recorder), chosen.clients.total, 1.0, 0.0, client_app)
     else:
         with BlockGrid(client_app, chosen.clients.total, actors, 1.0) as blocks:
             start(blocks, recorder)
