@@ -135,3 +135,4 @@ class BlockGrid(Grid):
     def __exit__(self, *exception: object) -> None:
         for actor in self.actors:
             ray.kill(actor)
+        gc.unfreeze()  # or libraries whose objects it holds report them as leaked when Python ends
