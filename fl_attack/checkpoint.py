@@ -125,7 +125,7 @@ def _packed(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
         return pack(tree.item())
     if isinstance(tree, np.ndarray | torch.Tensor):
         name = str(len(arrays))
-        arrays[name] = tree.numpy() if isinstance(tree, torch.Tensor) else tree
+        arrays[name] = tree.cpu().numpy() if isinstance(tree, torch.Tensor) else tree
         return {"tensor" if isinstance(tree, torch.Tensor) else "array": name}
     if isinstance(tree, list | tuple):
         return {"list" if isinstance(tree, list) else "tuple": [pack(part) for part in tree]}

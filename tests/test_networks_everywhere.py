@@ -99,6 +99,13 @@ def test_a_cell_of_a_stack_that_diverges_ends_alone(settings: Compose) -> None:
     assert_same(fine.history(), sequential.run(cells[1], client_by_client=True).history())
 
 
+def test_a_run_that_diverges_counts_every_round_once(settings: Compose) -> None:
+    cell = scenario.make(settings(*SMALL, *MLP, "rounds=7", "eval_every=3", "lr=1e60", "server_optimizer=momentum"))
+    told: list[int] = []
+    assert sequential.run(cell, progress=told.append).error is not None
+    assert sum(told) == 7
+
+
 ALONE = {
     "cnn": ["model=cnn"],
     "cnn, targeted": ["model=cnn", "attack.goal=targeted"],

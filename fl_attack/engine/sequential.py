@@ -61,6 +61,7 @@ def run(
     kept = checkpoint.load() if checkpoint else None
     if kept:
         recorder.restore(kept["recorder"])
+        recorder.measure_on(torch.device(device))
         theta, epoch_theta, momenta.table = (kept[name].to(device) for name in ("theta", "epoch_theta", "momenta"))
         first, second = (part.to(device) for part in kept["optimizer"][1:])
         state = protocol.ServerState(kept["optimizer"][0], first, second)
@@ -110,7 +111,7 @@ def run(
                 checkpoint.offer(reached)
     except RunError as failure:
         error = str(failure)
-        progress(settings.rounds - (recorder.history.rows[-1]["round"] if recorder.history.rows else 0))
+        progress(settings.rounds - recorder.round)
     if checkpoint and error is None:
         checkpoint.save(reached())  # for the twin, should its run be cut off
     return outcome()
