@@ -131,6 +131,8 @@ CHANGES = {  # what may differ from cell to cell
     "ipm": ["attack.name=ipm", "attack.args={epsilon: 0.5}", "attack.stop=5"],
     "alie": ["attack.name=alie"],
     "mimic": ["attack.name=mimic"],
+    "minmax": ["attack.name=minmax", "strategy.name=median"],
+    "minsum": ["attack.name=minsum", "attack.args={perturbation: sign}"],
     "largest": ["attack.name=gradient_max"],
     "largest targeted": ["attack.name=gradient_max", "attack.goal=targeted"],
     "largest own": ["attack.name=gradient_max", "attack.knowledge=own"],

@@ -62,6 +62,8 @@ ATTACKS: dict[str, Attack] = {
     "ipm": Attack(gradients.ipm, "updates"),
     "alie": Attack(gradients.alie, "updates"),
     "mimic": Attack(gradients.mimic, "updates"),
+    "minmax": Attack(gradients.minmax, "updates"),
+    "minsum": Attack(gradients.minsum, "updates"),
     "gradient_max": Attack(gradients.gradient_max, "updates", AIMED),
 }
 
