@@ -16,7 +16,9 @@ from fl_attack.aggregate.ordering import ascending, finite_rows, middle, smalles
 from fl_attack.aggregate.rules import clip, clip_shares, mean_by_shares
 
 State = dict[str, Tensor]
-ALIKE = 1e-12  # a cosine nearer to 1 is a rounding error away from it
+DECIMALS = 12  # of a cosine; what is beyond are rounding errors
+ALIKE = 10.0**-DECIMALS
+BITS = 36  # likewise of a score
 
 
 class Seen(NamedTuple):
@@ -71,7 +73,7 @@ def cosine_history(
         state = {"summed": none, "rounds": none}
     summed = state["summed"].index_add(-1, clients, cosine.where(finite, -1.0))
     rounds = state["rounds"].index_add(-1, clients, torch.ones_like(cosine))
-    distance = (-summed / rounds)[..., clients].where(finite, torch.inf)
+    distance = significant((-summed / rounds)[..., clients]).where(finite, torch.inf)
     kept = smallest(distance, m - f, ascending(distance))
     clipped, _ = clip_shares(updates, None)
     share = torch.where(kept > 0, clipped / (m - f), 0.0)
@@ -91,7 +93,7 @@ def class_norms(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tens
     finite = norm.isfinite().all(-1) & finite_rows(updates)
     point = norm.where(finite.unsqueeze(-1), torch.inf)
     usual = middle(point.unsqueeze(-2), (m - 1) // 2, m // 2 + 1)
-    away = (point - usual).square().sum(-1).where(finite, torch.inf)
+    away = significant((point - usual).square().sum(-1)).where(finite, torch.inf)
     return combined(updates, smallest(away, m - f, ascending(away)) / (m - f))
 
 
@@ -115,9 +117,10 @@ def spectral(updates: Tensor, weights: Tensor, f: int) -> Tensor:
         to_mean = gram - (gram @ share.unsqueeze(-1)) - (gram @ share.unsqueeze(-1)).mT
         to_mean = to_mean + (share.unsqueeze(-2) @ gram @ share.unsqueeze(-1))
         both = (share > 0).unsqueeze(-1) & (share > 0).unsqueeze(-2)
-        score = torch.linalg.eigh(to_mean.where(both, 0.0)).eigenvectors[..., -1].abs()
+        score = significant(torch.linalg.eigh(to_mean.where(both, 0.0)).eigenvectors[..., -1].abs())
         score = score.where(finite, torch.inf).where(kept, -1.0)
-        kept = kept.scatter(-1, score.argmax(-1, keepdim=True), False)
+        last = m - 1 - score.flip(-1).argmax(-1, keepdim=True)  # of equal ones the lower client stays
+        kept = kept.scatter(-1, last, False)
     return combined(updates, kept.to(updates) / (m - f))
 
 
@@ -223,7 +226,8 @@ def flame(
         models = seen.theta.unsqueeze(-3).double() - rate * updates.double()
     own = directions(models)
     both = finite.unsqueeze(-1) & finite.unsqueeze(-2)
-    member = largest_cluster((1 - own @ own.mT).clamp(min=0).where(both, torch.inf), m // 2 + 1) & finite
+    distance = (1 - own @ own.mT).clamp(min=0).round(decimals=DECIMALS)
+    member = largest_cluster(distance.where(both, torch.inf), m // 2 + 1) & finite
     share, _ = clip_shares(updates, None)
     share = torch.where(member, share / member.sum(-1, keepdim=True).clamp(min=1), 0.0)
     found = mean_by_shares(updates.where(member[..., None, None], 0.0), share)
@@ -260,6 +264,13 @@ def directions(updates: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(whole, dim=-1, keepdim=True)
     unit: Tensor = whole / length.where(length > 0, 1.0)
     return unit
+
+
+def significant(score: Tensor) -> Tensor:
+    """Scores to so many digits that a rounding error does not tell two equal ones apart."""
+    mantissa, exponent = torch.frexp(score)
+    found: Tensor = torch.ldexp((mantissa * 2.0**BITS).round() / 2.0**BITS, exponent)
+    return found
 
 
 def _numbers(seen: Seen, m: int, device: torch.device) -> tuple[Tensor, int]:
