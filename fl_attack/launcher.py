@@ -151,7 +151,7 @@ def grid(*overrides: str) -> "list[Cell]":
             assert isinstance(sweeper.launcher, SweepLauncher)
             return sweeper.launcher.cells(sweeper.jobs(OmegaConf.to_container(config.hydra.overrides.task)))  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, overrides)) from None
 
 
 def _unused(config: DictConfig) -> None:
