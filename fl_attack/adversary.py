@@ -39,7 +39,9 @@ def present(scenario: Scenario, round_: int) -> Clients:
     return np.intersect1d(scenario.partition.malicious, scenario.schedule.participants(round_), assume_unique=True)
 
 
-def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | None = None) -> Flips:
+def flips(
+    scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | None = None, percent: int = 100
+) -> Flips:
     """The labels that all malicious clients together write in a round.
 
     Parameters
@@ -52,6 +54,9 @@ def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | 
         The round, counted from 1.
     epoch_theta : (A, B) tensor of float64, optional
         The parameters broadcast at the start of the epoch, on which the flips depend with `attack.refresh=epoch`.
+    percent : int
+        Of the budget that is used. Less than all of it is dealt out to the clients in proportion to what they can
+        write, so that none sticks out.
 
     Returns
     -------
@@ -65,7 +70,7 @@ def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | 
     if scenario.settings.attack.refresh == "step":
         writable = scenario.schedule.used[malicious]
         writable_before = _writable_before(scenario, round_, before, malicious)
-        return _chosen(scenario, theta, round_, malicious, writable_before, writable)
+        return _chosen(scenario, theta, round_, malicious, writable_before, writable, percent)
     assert epoch_theta is not None
     return of_round(scenario, flips_of_epoch(scenario, epoch_theta, epoch_start(scenario, round_)), round_)
 
@@ -120,6 +125,7 @@ def _chosen(
     malicious: Clients,
     before: Counts,
     writable: Counts,
+    percent: int = 100,
 ) -> Flips:
     """The flips that clients `malicious` (m,) choose among the samples that they use or, by epoch, hold.
 
@@ -131,6 +137,11 @@ def _chosen(
     budgets = [attack.flip_allowance(threat.exact_budget, int(b), int(n), threat.rounding) for b, n in writables]
     if not any(budgets):
         return NO_FLIPS
+    in_all = sum(budgets)
+    if percent < 100:
+        part = np.array(budgets) * percent // 100
+        budgets = attack.spread(part[0], writable).tolist() if pooled else part.tolist()
+        pooled = False
     if threat.refresh == "step":
         samples, counts = schedule.samples(malicious, round_)
         everyone = schedule.participants(round_)
@@ -161,7 +172,7 @@ def _chosen(
     group = torch.zeros(len(y), dtype=torch.int64) if pooled else torch.from_numpy(owner)
     allowed = torch.tensor(budgets, device=theta.device)
     chosen = attack.select(proposal.priority, group.to(theta.device), allowed) & (proposal.labels != y)
-    return Flips(samples[chosen.cpu().numpy()], proposal.labels[chosen].cpu().numpy(), sum(budgets))
+    return Flips(samples[chosen.cpu().numpy()], proposal.labels[chosen].cpu().numpy(), in_all)
 
 
 def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:

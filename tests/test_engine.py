@@ -43,7 +43,7 @@ def alone(cell: Scenario) -> History:
     """The rounds of one experiment, client after client, each by the functions that define it."""
     recorder, chosen = Recorder(cell), cell.settings
     theta = epoch_theta = cell.start()
-    state = protocol.initial_state(theta)
+    state, rule, remembered = protocol.initial_state(theta), cell.rule(), None
     recorder.record(0, theta)
     for round_ in range(1, chosen.rounds + 1):
         epoch_theta = theta if adversary.epoch_start(cell, round_) == round_ else epoch_theta
@@ -56,7 +56,8 @@ def alone(cell: Scenario) -> History:
             aggregate = torch.tensordot(weights / weights.sum().double(), updates, 1)
         else:
             client_order = torch.from_numpy(protocol.shuffled(chosen.seed, round_, len(clients)))
-            aggregate = cell.rule()(updates, weights, client_order)
+            seen = cell.seen(round_, theta)
+            aggregate, remembered = rule.step(updates, weights, client_order, seen, remembered)
         theta, state = protocol.server_step(chosen.server_optimizer, theta, aggregate, chosen.lr, state)
         recorder.record(round_, theta, aggregate, flips, updates)
     return recorder.history

@@ -17,7 +17,7 @@ from fl_attack.aggregate import byzfl, defences, pre, rules
 from fl_attack.aggregate.defences import Seen, State
 from fl_attack.errors import InputError
 
-__all__ = ["PRE", "RULES", "Combine", "Pre", "Rule", "Seen", "State", "is_builtin", "is_known", "make"]
+__all__ = ["PRE", "RULES", "Combine", "Pre", "Rule", "Seen", "State", "is_builtin", "is_known", "make", "needs", "sees"]
 
 NOTHING = Seen()
 _GIVEN = {"seen", "state"}  # arguments that rules don't get from the settings
@@ -33,6 +33,7 @@ class Rule(NamedTuple):
     combine: Callable[..., Any]
     max_f: Callable[[int], int]  # of m clients
     breaks: frozenset[str] = frozenset()  # of "shift" and "minority": see tests/test_aggregate.py
+    needs: frozenset[str] = frozenset()  # of "root", "noise" and "classes": what is used of `seen`
 
 
 class Pre(NamedTuple):
@@ -54,6 +55,11 @@ RULES: dict[str, Rule] = {
     "centered_clipping": Rule(rules.centered_clipping, rules.any_f),
     "norm_clipping": Rule(rules.norm_clipping, rules.any_f, LENGTHS),
     "meamed": Rule(rules.meamed, rules.max_f_below_half),
+    "fltrust": Rule(defences.fltrust, rules.any_f, LENGTHS, frozenset({"root"})),
+    "cosine_history": Rule(defences.cosine_history, rules.max_f_below_half, LENGTHS),
+    "class_norms": Rule(defences.class_norms, rules.max_f_below_half, LENGTHS, frozenset({"classes"})),
+    "foolsgold": Rule(defences.foolsgold, rules.any_f, LENGTHS | {"minority"}, frozenset({"classes"})),
+    "flame": Rule(defences.flame, rules.any_f, LENGTHS, frozenset({"noise"})),
     "spectral": Rule(defences.spectral, rules.max_f_below_half),
 }
 PRE: dict[str, Pre] = {
@@ -66,6 +72,18 @@ PRE: dict[str, Pre] = {
 def is_known(name: str) -> bool:
     """Whether there may be a rule of this name: of the table, ByzFL's, or the import path of a function."""
     return name in RULES or name == "byzfl" or plugins.is_path(name)
+
+
+def needs(name: str) -> frozenset[str]:
+    """What a rule uses of `Seen`, of "root", "noise" and "classes"; nothing that is made up for it, of others."""
+    return RULES[name].needs if name in RULES else frozenset()
+
+
+def sees(name: str) -> bool:
+    """Whether a rule asks for what the server knows besides the updates, or keeps something between rounds."""
+    if name in RULES:
+        return bool(_asks(RULES[name].combine))
+    return plugins.is_path(name) and bool(_asks(plugins.load(name)))
 
 
 def is_builtin(name: str, pre: Sequence[PreEntry] = ()) -> bool:

@@ -139,4 +139,4 @@ def cells_at_once(cell: Scenario) -> int:
 
 def is_linear(cell: Scenario) -> bool:
     """Whether the matrix products of a linear model are all that the rounds of a cell take."""
-    return cell.model.linear and not cell.settings.worker_momentum
+    return cell.model.linear and not groups.by_itself(cell)
