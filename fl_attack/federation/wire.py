@@ -33,7 +33,7 @@ class Request(NamedTuple):
     settings: str  # JSON
     epoch_theta: Tensor | None  # theta at the start of the epoch, where attackers choose by epoch
     momentum: Tensor | None  # the client's (1, A, B), or for attackers on updates those of all of the round (m, A, B)
-    stored: Flips  # what stands in the attackers' data, of all of them, where flips stay there
+    stored: Flips = NO_FLIPS  # what stands in the attackers' data, of all of them, where flips stay there
 
 
 class Answer(NamedTuple):
