@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fl_attack import adversary, aggregate, attack, protocol
-from fl_attack.scenario import Flips, Scenario
+from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
 
 class Server(NamedTuple):
@@ -30,12 +30,19 @@ def searches(scenario: Scenario) -> bool:
     return settings.attacked and settings.attack.adapt == "rule" and not linear
 
 
-def flips(scenario: Scenario, theta: Tensor, round_: int, server: Server, epoch_theta: Tensor | None = None) -> Flips:
+def flips(
+    scenario: Scenario,
+    theta: Tensor,
+    round_: int,
+    server: Server,
+    epoch_theta: Tensor | None = None,
+    stored: Flips = NO_FLIPS,
+) -> Flips:
     """The labels that all malicious clients together write in a round, see `adversary.flips`.
 
     Of the parts `attack.PERCENTS` of the budget, the one whose aggregate has the smallest inner product with v.
     """
-    plain = adversary.flips(scenario, theta, round_, epoch_theta)
+    plain = adversary.flips(scenario, theta, round_, epoch_theta, stored)
     if not len(plain.samples) or not searches(scenario):
         return plain
     tries = [plain, *(adversary.flips(scenario, theta, round_, percent=percent) for percent in attack.PERCENTS[1:])]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fl_attack import aggregate, attack, data, scenario
+from fl_attack import attack, data, scenario
 from fl_attack.config import Settings
 from fl_attack.errors import InputError
 from fl_attack.scenario import Scenario
@@ -34,7 +34,7 @@ def group_key(chosen: Scenario) -> Hashable:
         _digest(_Same(chosen.partition.client)),
         settings.clients.total,
         settings.model.model_dump_json(),
-        by_itself(chosen),  # such cells are not those of the linear fast path
+        settings.worker_momentum > 0,  # such cells are not those of the linear fast path
         settings.seed,
         settings.batch_size,
         settings.local_steps,
@@ -43,14 +43,6 @@ def group_key(chosen: Scenario) -> Hashable:
         settings.dtype,
         settings.per_round,
     )
-
-
-def by_itself(chosen: Scenario) -> bool:
-    """Whether a cell's rounds take more than products with the minibatch: see `sequential`."""
-    settings = chosen.settings
-    adapts = settings.attacked and settings.attack.adapt == "rule"
-    more = settings.worker_momentum > 0 or settings.sanitize.name != "none" or adapts
-    return more or aggregate.sees(settings.strategy.name)
 
 
 def group(scenarios: Sequence[Scenario]) -> list[list[int]]:

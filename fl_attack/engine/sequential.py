@@ -16,7 +16,7 @@ from fl_attack.checkpoint import Checkpoint, State
 from fl_attack.engine.outcome import Outcome
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, Recorder
-from fl_attack.scenario import Scenario, mean_gradient
+from fl_attack.scenario import NO_FLIPS, Flips, Scenario, mean_gradient
 
 
 def run(
@@ -59,7 +59,7 @@ def run(
     state, momenta, rule = protocol.initial_state(theta), cell.momenta(theta), cell.rule()
     together = not client_by_client and mean_is_enough(cell)
     remembered = None  # what the server's rule keeps between rounds
-    error = None
+    stored, error = NO_FLIPS, None
     kept = checkpoint.load() if checkpoint else None
     if kept:
         recorder.restore(kept["recorder"])
@@ -68,20 +68,16 @@ def run(
         first, second = (part.to(device) for part in kept["optimizer"][1:])
         state = protocol.ServerState(kept["optimizer"][0], first, second)
         remembered = aggregate_state(kept["rule"], device)
+        stored = Flips(kept["stored"]["samples"], kept["stored"]["labels"], 0)
         progress(recorder.round)
     started = time.perf_counter() - recorder.history.seconds
 
     def reached() -> State:
         """The state of the run after the last round, as `checkpoint.load` gives it back."""
         recorder.history.seconds = time.perf_counter() - started
-        parts = {
-            "theta": theta,
-            "epoch_theta": epoch_theta,
-            "momenta": momenta.table,
-            "optimizer": tuple(state),
-            "rule": remembered,
-        }
-        return {"recorder": recorder.state(), **parts}
+        standing = {"samples": stored.samples, "labels": stored.labels}
+        parts = {"theta": theta, "epoch_theta": epoch_theta, "momenta": momenta.table, "optimizer": tuple(state)}
+        return {"recorder": recorder.state(), "stored": standing, "rule": remembered, **parts}
 
     def outcome() -> Outcome:
         history = recorder.history
@@ -99,7 +95,8 @@ def run(
             clients = cell.schedule.participants(round_)
             before = momenta.of(clients)
             server = adaptive.Server(rule, remembered, before)
-            flips = adaptive.flips(cell, theta, round_, server, epoch_theta)
+            flips = adaptive.flips(cell, theta, round_, server, epoch_theta, stored)
+            stored = adversary.remembered(cell, round_, stored, flips)
             updates = None
             if together and not (measured and settings.attacked):
                 aggregate = mean_gradient(cell, theta, round_, flips)
