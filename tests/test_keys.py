@@ -69,7 +69,7 @@ CHANGES: dict[str, Change] = {
     "attack.target_path": Change("attack.target_path={target}", ("attack.goal=targeted",)),
     "strategy.name": Change("strategy.name=median"),
     "strategy.f": Change("strategy.f=1", ("strategy.name=trimmed_mean",)),
-    "strategy.root": Change("strategy.root=50", ("strategy=fltrust",)),
+    "strategy.root": Change("strategy.root=20", ("strategy=fltrust", "strategy.root=40")),
     "sanitize.name": Change("sanitize=confident"),
     "sanitize.k": Change("sanitize.k=2", ("sanitize=knn",)),
     "sanitize.share": Change("sanitize.share=0.9", ("sanitize=knn",)),
