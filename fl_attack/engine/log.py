@@ -2,15 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack.detect import MEASURES
-from fl_attack.engine.attackers import Attackers, Change
+from fl_attack.engine.attackers import Attackers
 from fl_attack.engine.batches import Batch
+from fl_attack.engine.choices import Change
 from fl_attack.scenario import Flips
 
 
@@ -21,13 +22,6 @@ class Report(NamedTuple):
     allowed: NDArray[np.int64]  # (M,)
     cosine: Tensor | None  # (M,) between the aggregate and the clean gradient, NaN where one of them is zero
     detection: Tensor | None  # (M, detect.MEASURES)
-
-
-class Watched(Protocol):
-    """Cells whose attackers choose together."""
-
-    attackers: Attackers
-    allowed: NDArray[np.int64]  # (M,) flips in the last round
 
 
 class Log:
@@ -75,14 +69,14 @@ class Log:
         round_: int,
         quality: NDArray[np.float64],
         validation_loss: NDArray[np.float64] | float,
-        tiles: Sequence[Watched] = (),
+        attackers: Sequence[Attackers] = (),
     ) -> None:
         """A row for each cell: quality (M, 3) and loss (M,) after a round, and what its attackers did in it."""
         flips, allowed = np.zeros(self.M), np.zeros(self.M)
         repeated, relabelled = np.zeros((2, self.M))
-        if tiles:
-            flips = np.concatenate([tile.attackers.last for tile in tiles])
-            allowed = np.concatenate([tile.allowed for tile in tiles])
+        if attackers:
+            flips = np.concatenate([some.last for some in attackers])
+            allowed = np.concatenate([some.allowed for some in attackers])
         if round_ and not self.full_rows:
             repeated[:] = relabelled[:] = np.nan
         elif flips.any():

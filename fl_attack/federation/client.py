@@ -34,12 +34,8 @@ class OmniscientHook:
 
     def flips(self, asked: wire.Request) -> Flips:
         """The labels that all malicious clients together write in a round."""
-        scenario, theta, round_, epoch_theta = self.scenario, asked.theta, asked.round_, asked.epoch_theta
-        if scenario.settings.attack.refresh == "step" or epoch_theta is None:
-            return self._once("flips", round_, theta, lambda: adversary.flips(scenario, theta, round_))
-        first = adversary.epoch_start(scenario, round_)
-        chosen = self._once("epoch", first, epoch_theta, lambda: adversary.flips_of_epoch(scenario, epoch_theta, first))
-        return adversary.of_round(scenario, chosen, round_)
+        scenario, theta, round_ = self.scenario, asked.theta, asked.round_
+        return self._once("flips", round_, theta, lambda: adversary.flips(scenario, theta, round_, asked.epoch_theta))
 
     def updates(self, asked: wire.Request) -> tuple[Tensor, Tensor]:
         """The updates that all clients of a round would send honestly, and those that they send, (m, A, B) each."""
