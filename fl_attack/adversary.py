@@ -96,7 +96,7 @@ def _chosen_for_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Fl
 def _writable_before(scenario: Scenario, round_: int, attacked: int, malicious: Clients) -> NDArray[np.int64]:
     """The samples (m,) that clients could write in the rounds `attacked` so far, for budgets that carry over."""
     schedule, threat = scenario.schedule, scenario.settings.attack
-    if schedule.per_round is None or threat.rounding == "floor":
+    if schedule.per_round is None or threat.rounding != "carry":
         return attacked * schedule.used[malicious]
     times = scenario.participation[threat.start - 1 : round_ - 1 : threat.every][:, scenario.partition.malicious].sum(0)
     past = times * schedule.used[scenario.partition.malicious]
@@ -163,9 +163,7 @@ class Seen(NamedTuple):
     logits: Callable[[], Tensor]  # (..., n, classes)
 
 
-def propose(
-    scenario: Scenario, round_: int, seen: Seen, shape: Sequence[int], dtype: torch.dtype
-) -> attack.Proposal:
+def propose(scenario: Scenario, round_: int, seen: Seen, shape: Sequence[int], dtype: torch.dtype) -> attack.Proposal:
     """What the attack on labels of an experiment, or of several with this attack, proposes in a round.
 
     Parameters

@@ -84,6 +84,7 @@ CHANGES: dict[str, Change] = {
     "worker_momentum": Change("worker_momentum=0.5", together=False),
     "server_optimizer": Change("server_optimizer=momentum"),
     "early_stop.patience": Change("early_stop.patience=1", together=False),
+    "early_stop.restore": Change("early_stop.restore=last", ("early_stop.patience=1", "lr=30", "rounds=9")),
     "early_stop.share": Change("early_stop.share=0.3", ("early_stop.patience=1",), together=False),
     "seed": Change("seed=1", together=False),
     "dtype": Change("dtype=float32", together=False),

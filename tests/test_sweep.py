@@ -71,6 +71,7 @@ def test_a_sweep_is_its_cells_run_alone(command: Command, small_data: Small, tmp
         assert float(row["write_access"]) == pytest.approx(summary["write_access"])
         assert float(row["global_budget"]) == pytest.approx(summary["global_budget"])
         assert int(row["flips"]) == summary["flips"]
+        assert float(row["effective_budget"]) == pytest.approx(summary["effective_budget"]) == summary["flips"] / 360
         assert row["early_stop_accuracy"] == ""
         assert curves["accuracy"][int(row["cell"])][-1] == pytest.approx(summary["final_accuracy"])
 

@@ -1,7 +1,7 @@
 """What the attackers of cells may write, know and flip in each round."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,12 @@ from fl_attack.engine.budgets import Allowances, Rounds
 from fl_attack.engine.kinds import kind_of
 from fl_attack.scenario import Scenario
 
-Key = tuple[object, ...]
+
+class _Last(NamedTuple):
+    """What was worked out last, and the key of all that it depends on."""
+
+    key: tuple[object, ...] = ()
+    found: Any = None
 
 
 class RoundAccess(NamedTuple):
@@ -59,10 +64,7 @@ class Access:
         self._floor = np.array(  # (M,) below which no priority is worth a flip
             [above_zero if kind_of(cell)[:3:2] == ("greedy", "gain") else lowest for cell in cells]
         )
-        # what was worked out last, each with the key of what it depends on
-        self._on_layout: tuple[Key, RoundAccess | None, NDArray[np.int64]] = ((), None, np.zeros((0, 1), np.int64))
-        self._on_table: tuple[Key, list[list[kernels.SelectionPlan] | None], NDArray[np.int64]] = ((), [], self._on_layout[2])
-        self._in_round: tuple[Key, RoundAccess | None] = ((), None)
+        self._of_layout, self._of_table, self._of_round = _Last(), _Last(), _Last()
 
     def at(self, round_: int, layout: Layout, knowledge_round: int | None = None) -> RoundAccess:
         """The access in a round.
@@ -82,22 +84,21 @@ class Access:
         """
         knowledge = (knowledge_round or round_) if self._kind.knowledge == "noisy" else 0
         key = layout.key, knowledge
-        if key != self._on_layout[0]:
-            self._on_layout = key, self._without_budgets(layout, knowledge), self._writable(layout)
-        _, access, writable = self._on_layout
-        assert access is not None
+        if key != self._of_layout.key:
+            self._of_layout = _Last(key, (self._without_budgets(layout, knowledge), self._writable(layout)))
+        access, writable = self._of_layout.found
         first, place = self._allowances.place(round_, writable)
         of_table = layout.key, first
-        if of_table != self._on_table[0]:
+        if of_table != self._of_table.key:
             table = self._allowances.table
             plans = list(self._selection_plans(access.groups, table, layout))
-            self._on_table = of_table, plans, table.sum(2)
-        in_round = key, of_table, place
-        if in_round != self._in_round[0]:
-            _, plans, allowed = self._on_table
-            self._in_round = in_round, access._replace(selection_plans=plans[place], allowed=allowed[place])
-        found = self._in_round[1]
-        assert found is not None
+            self._of_table = _Last(of_table, (plans, table.sum(2)))
+        in_round = key, first, place
+        if in_round != self._of_round.key:
+            plans, allowed = self._of_table.found
+            filled = access._replace(selection_plans=plans[place], allowed=allowed[place])
+            self._of_round = _Last(in_round, filled)
+        found: RoundAccess = self._of_round.found
         return found
 
     def _without_budgets(self, layout: Layout, knowledge_round: int) -> RoundAccess:

@@ -54,7 +54,7 @@ class Attackers:
 
     def seeking(self, goal: str) -> int:
         """The number of cells whose greedy attackers choose by scores for this goal in every round."""
-        return sum(part.count for part in self.parts if part.goal == goal) if self.kind.exact else 0
+        return sum(part.size for part in self.parts if part.goal == goal) if self.kind.exact else 0
 
     def state(self) -> State:
         """The state that `restore` needs to go on after the last round."""

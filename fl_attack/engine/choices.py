@@ -30,7 +30,7 @@ class Change(NamedTuple):
         new = self.labels != y[self.columns]
         return Change(self.cells[new], self.columns[new], self.labels[new])
 
-    def count(self, M: int) -> NDArray[np.int64]:
+    def per_cell(self, M: int) -> NDArray[np.int64]:
         """The number of labels that each of M cells changes, (M,)."""
         counts: NDArray[np.int64] = torch.bincount(self.cells, minlength=M).cpu().numpy()
         return counts

@@ -1,4 +1,4 @@
-"""The features of samples as the engine multiplies them: without those that no gradient reaches, signed for two classes.
+"""Features as the engine multiplies them: without those that no gradient reaches, signed for two classes.
 
 For two classes the samples of label 1 are stored negated: with `x~ = (1 - 2y) x` and `z~ = <theta, x~>` the residual
 times the features is `sigmoid(z~) x~` and a flip takes 1 from that sigmoid, whatever the label.

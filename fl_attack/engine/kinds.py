@@ -59,7 +59,7 @@ class Part(NamedTuple):
     selection: str
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """The number of these cells."""
         return int(self.cells.stop - self.cells.start)
 

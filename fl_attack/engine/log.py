@@ -90,6 +90,19 @@ class Log:
         full = bool(round_) and self.full_rows
         cosine, detection = (part if full else np.full_like(part, np.nan) for part in (self._cosine, self._detection))
         used = flips / allowed.clip(1)
+        effective = flips / attackers[0].cell.schedule.labels_used(round_) if attackers else flips
         loss = np.broadcast_to(validation_loss, self.M)
-        parts = np.full(self.M, round_), quality, flips, allowed, used, cosine, repeated, relabelled, detection, loss
+        parts = (
+            np.full(self.M, round_),
+            quality,
+            flips,
+            allowed,
+            used,
+            effective,
+            cosine,
+            repeated,
+            relabelled,
+            detection,
+            loss,
+        )
         self._rows.append(np.column_stack(parts))

@@ -182,7 +182,7 @@ class Stack:
             tile.attackers.note(None, None)
             if access is not None and access.selection_plans is not None:
                 change = self._choose(tile, access, batch, activations, along_targets.get(number), gram, round_)
-                tile.attackers.note(change.count(len(tile.cells)), access.allowed)
+                tile.attackers.note(change.per_cell(len(tile.cells)), access.allowed)
                 labels[tile.rows.start + change.cells, change.columns] = change.labels
             if self.log.keep_flips:
                 self.log.watch(round_, tile.rows.start, batch, Report(change, tile.attackers.allowed, None, None))

@@ -27,7 +27,7 @@ class EpochFlips:
     def __init__(
         self, cells: Sequence[Scenario], attackers: Attackers, batches: Batches, targets: TargetsOf, theta: Tensor
     ) -> None:
-        """`attackers` are those of the cells; `theta` (M C, d) the cells' parameters, which the server moves in place."""
+        """`attackers` are those of the cells; the server moves theta (M C, d), their parameters, in place."""
         self.attackers, self.batches, self.targets, self.theta = attackers, batches, targets, theta
         self.rounds_per_epoch = cells[0].schedule.rounds_per_epoch
         every_epoch = {"every": 1, "start": 1, "stop": None}
@@ -54,7 +54,7 @@ class EpochFlips:
         attacked = self.attackers.attacked(shared.round_)
         change = self._change(shared.batch, attacked, access.n)
         allowed = self.allowed * attacked * access.malicious.any(1).cpu().numpy()
-        return Written(None, change, change.count(self.attackers.M), allowed)
+        return Written(None, change, change.per_cell(self.attackers.M), allowed)
 
     def renew(self, round_: int) -> None:
         """Choose the flips of the epoch that begins with a round."""

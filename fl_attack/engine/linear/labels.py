@@ -27,7 +27,7 @@ class Written(NamedTuple):
 
     flipped: Tensor | None  # (M, writable) two classes: 1 where a label is the other one, else 0
     change: Change | None  # else
-    count: NDArray[np.int64]  # (M,) the flips of each cell
+    flips: NDArray[np.int64]  # (M,) of each cell
     allowed: NDArray[np.int64]  # (M,) those that its budget allows
 
     def put_into(self, R: Tensor, batch: Batch, C: int) -> None:
@@ -99,7 +99,7 @@ class Greedy:
             return Written(flipped, None, count, access.allowed)
         priority = workspace.buffer("priority", M, access.n)
         change = choices.greedy_of_several(scores, batch, access, parts, priority, scratch)
-        return Written(None, change, change.count(M), access.allowed)
+        return Written(None, change, change.per_cell(M), access.allowed)
 
     def _along_targets(self, Z: Tensor, shared: Shared, scores: Tensor) -> None:
         """Fill scores (M, C, n) of targeted cells along `target - theta`: the target's logits less those of theta."""
@@ -162,7 +162,7 @@ class Proposed:
         )
         proposal = adversary.propose(self.attackers.cell, shared.round_, seen, (M, n), R.dtype)
         change = choices.of_proposal(proposal, batch, access, workspace.buffer("sorted", M, n))
-        return Written(None, change, change.count(M), access.allowed)
+        return Written(None, change, change.per_cell(M), access.allowed)
 
 
 def known_residuals(R: Tensor, batch: Batch, known: Tensor | None, C: int, cells: slice) -> Tensor:

@@ -97,7 +97,7 @@ class Tile:
             self.attackers.note(None, None)
         else:
             written.put_into(Z, shared.batch, self.C)
-            self.attackers.note(written.count, written.allowed)
+            self.attackers.note(written.flips, written.allowed)
         aggregate = detection = None
         if self.needs_client_updates or (measured and access is not None):
             aggregate, detection = self.server.take(self._residuals(Z, shared), shared, access, measured)
