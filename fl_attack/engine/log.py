@@ -96,6 +96,7 @@ class Log:
             np.full(self.M, round_),
             quality,
             flips,
+            flips,
             allowed,
             used,
             effective,
