@@ -101,6 +101,14 @@ class Access:
         found: RoundAccess = self._of_round.found
         return found
 
+    def past(self, round_: int) -> NDArray[np.int64]:
+        """See `Allowances.past`."""
+        return self._allowances.past(round_)
+
+    def restore(self, round_: int, past: NDArray[np.int64]) -> None:
+        """See `Allowances.restore`."""
+        self._allowances.restore(round_, past)
+
     def _without_budgets(self, layout: Layout, knowledge_round: int) -> RoundAccess:
         """The access in a round of a layout, whose budgets are still to be filled in."""
         clients, sizes = layout.clients, layout.sizes

@@ -56,10 +56,13 @@ class Attackers:
         """The number of cells whose greedy attackers choose by scores for this goal in every round."""
         return sum(part.size for part in self.parts if part.goal == goal) if self.kind.exact else 0
 
-    def state(self) -> State:
-        """The state that `restore` needs to go on after the last round."""
-        return {"flips": self.flips, "last": self.last, "allowed": self.allowed}
+    def state(self, round_: int) -> State:
+        """The state that `restore` needs to go on after a round, the last one that `access` was asked for."""
+        past = None if self._access is None else self._access.past(round_ + 1)
+        return {"flips": self.flips, "last": self.last, "allowed": self.allowed, "past": past}
 
-    def restore(self, state: State) -> None:
-        """Be as the attackers were whose `state` this is."""
-        self.flips, self.last, self.allowed = state["flips"].copy(), state["last"], state["allowed"]
+    def restore(self, state: State, round_: int) -> None:
+        """Be as the attackers were whose `state` after a round this is."""
+        self.flips, self.last, self.allowed = state["flips"], state["last"], state["allowed"]
+        if self._access is not None:
+            self._access.restore(round_ + 1, state["past"])

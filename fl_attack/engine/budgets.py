@@ -68,10 +68,20 @@ class Allowances:
             place = 0
         return self._first, place
 
+    def past(self, round_: int) -> NDArray[np.int64]:
+        """The samples (M, G), or of a shape that broadcasts to it, that could be written before a round to come."""
+        past: NDArray[np.int64] = self._past[min(round_ - self._first, len(self._past) - 1)]
+        return past
+
+    def restore(self, round_: int, past: NDArray[np.int64]) -> None:
+        """Be as the allowances were whose `past` before a round this is."""
+        self._first, self._past = round_, past[None]
+        self.table, self._writable = np.empty((0, 0, 0), np.int64), np.empty((0, 0), np.int64)
+
     def _work_out(self, round_: int, writable: NDArray[np.int64], ahead: int) -> None:
         """Fill the table from a round on, and the samples that could be written before each of its rounds."""
         ahead = max(1, min(ahead, NUMBERS_AHEAD // max(1, writable.size)))
-        past = self._past[min(round_ - self._first, len(self._past) - 1)]
+        past = self.past(round_)
         self._writable, self._first = writable, round_
         attacked = self.rounds.attacked(np.arange(round_, round_ + ahead)[:, None])
         now = np.where(attacked[:, :, None], writable, 0)

@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_attack.checkpoint import State
 from fl_attack.detect import MEASURES
 from fl_attack.engine.attackers import Attackers
 from fl_attack.engine.batches import Batch
 from fl_attack.engine.choices import Change
+from fl_attack.history import packed_flips, unpacked_flips
 from fl_attack.scenario import Flips
 
 
@@ -43,6 +45,20 @@ class Log:
     def flips(self, cell: int, last: int) -> list[tuple[int, Flips]]:
         """The rounds and flips of a cell up to a round `last`; empty where they are not kept."""
         return [(round_, flips) for round_, flips in self._flips[cell] if round_ <= last]
+
+    def state(self) -> State:
+        """The state that `restore` needs to go on."""
+        rows = np.stack(self._rows)
+        written = {str(round_): np.concatenate(parts, 1) for round_, parts in self._written.items() if parts}
+        return {"rows": rows, "flips": [packed_flips(flips) for flips in self._flips], "written": written}
+
+    def restore(self, state: State) -> None:
+        """Be as the log was whose `state` this is."""
+        self._rows = list(state["rows"])
+        self._flips = [unpacked_flips(flips) for flips in state["flips"]]
+        self._written.clear()
+        for round_, written in state["written"].items():
+            self._written[int(round_)] = [written]
 
     def watch(self, round_: int, start: int, batch: Batch, report: Report) -> None:
         """Note what the cells from `start` on did in a round."""

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import adversary, attack
+from fl_attack.checkpoint import State
 from fl_attack.engine import choices, kernels
 from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
@@ -56,10 +57,25 @@ class EpochFlips:
         allowed = self.allowed * attacked * access.malicious.any(1).cpu().numpy()
         return Written(None, change, change.per_cell(self.attackers.M), allowed)
 
+    def state(self, round_: int) -> State:
+        """The state that `restore` needs to go on after a round."""
+        planners = self.planners.state(self._epoch(round_))
+        return {"written": self.written, "allowed": self.allowed, "planners": planners}
+
+    def restore(self, state: State, round_: int) -> None:
+        """Be as the flips were whose `state` after a round this is."""
+        self.written = None if state["written"] is None else state["written"].to(self.theta.device)
+        self.allowed = state["allowed"]
+        self.planners.restore(state["planners"], self._epoch(round_))
+
+    def _epoch(self, round_: int) -> int:
+        """The epoch that a round is in, counted from 1."""
+        return (round_ - 1) // self.rounds_per_epoch + 1
+
     def renew(self, round_: int) -> None:
         """Choose the flips of the epoch that begins with a round."""
-        planners, epoch = self.planners, (round_ - 1) // self.rounds_per_epoch + 1
-        access = planners.access(epoch, self.batches.whole_layout, round_)
+        planners = self.planners
+        access = planners.access(self._epoch(round_), self.batches.whole_layout, round_)
         assert access is not None
         self.written, self.allowed = None, access.allowed
         if access.selection_plans is None:

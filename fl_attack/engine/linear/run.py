@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fl_attack.checkpoint import Checkpoint, State
 from fl_attack.engine import ending
 from fl_attack.engine.batches import Batches
 from fl_attack.engine.kernels import Workspace
@@ -37,13 +38,19 @@ def run_cells(
     keep_flips: bool,
     keep_theta: bool,
     full_rows: bool,
+    checkpoints: Sequence[Checkpoint] = (),
 ) -> list[Outcome]:
-    """The outcomes of cells of a linear model, whose clients have no momentum, as `engine.run_cells` gives them."""
+    """The outcomes of cells of a linear model, whose clients have no momentum, as `engine.run_cells` gives them.
+
+    Cells that fit in memory together go on from the last of `checkpoints`, which is that of all of them.
+    """
     with _threads(scenarios):
         work = Work(scenarios, torch.device(device), memory_gb * 2**30, keep_flips, keep_theta, full_rows)
         outcomes: dict[int, Outcome] = {}
-        for chunk in work.chunks():
-            outcomes |= zip(chunk, Chunk(work, chunk).run(progress, watch), strict=True)
+        chunks = work.chunks()
+        kept = Kept(checkpoints[-1], [one.key for one in checkpoints]) if checkpoints and len(chunks) == 1 else None
+        for chunk in chunks:
+            outcomes |= zip(chunk, Chunk(work, chunk).run(progress, watch, kept), strict=True)
     return [outcomes[i] for i in range(len(scenarios))]
 
 
@@ -59,6 +66,30 @@ def _threads(scenarios: Sequence[Scenario]) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class Kept:
+    """The checkpoint of cells that run together."""
+
+    def __init__(self, checkpoint: Checkpoint, cells: list[str]) -> None:
+        """`cells` are the keys of the cells, without any of which the others' numbers differ in the last digit."""
+        self.checkpoint, self.cells = checkpoint, cells
+
+    def labelled(self, state: State) -> State:
+        """A state, and whose it is."""
+        return {"cells": self.cells, "chunk": state}
+
+    def save(self, state: State) -> None:
+        """Save the state of these cells."""
+        self.checkpoint.save(self.labelled(state))
+
+    def load(self) -> State | None:
+        """The state of these cells; None where there is none."""
+        found = self.checkpoint.load()
+        if found is None or found.get("cells") != self.cells:
+            return None
+        state: State = found["chunk"]
+        return state
 
 
 class Work:
@@ -122,18 +153,56 @@ class Chunk:
         self.evaluated = ending.evaluated_rounds(self.settings)
         self.began = time.perf_counter()
 
-    def run(self, progress: Progress, watch: Watch) -> list[Outcome]:
-        """The outcomes of the cells after all rounds, in their order."""
-        ended = self.measure(0)
-        for round_ in range(1, self.settings.rounds + 1):
+    def run(self, progress: Progress, watch: Watch, kept: Kept | None = None) -> list[Outcome]:
+        """The outcomes of the cells after all rounds, in their order; those that are `kept` are not done again."""
+        done, ended = 0, False
+        if kept is not None and (state := kept.load()) is not None:
+            done = self.restore(state)
+            progress(len(self.cells) * done)
+        else:
+            ended = self.measure(0)
+        for round_ in range(done + 1, self.settings.rounds + 1):
             self.step(round_)
             if round_ in self.evaluated:
                 ended = self.measure(round_)
             progress(len(self.cells) * (self.settings.rounds - round_ + 1 if ended else 1))
-            watch(self.numbers, lambda: self.outcomes(ended=False))
+            try:
+                watch(self.numbers, lambda: self.outcomes(ended=False))
+            except KeyboardInterrupt:
+                if kept is not None and not ended:
+                    kept.save(self.state(round_))
+                raise
             if ended:
                 break
+            if kept is not None:
+                kept.checkpoint.offer(lambda round_=round_: kept.labelled(self.state(round_)))  # type: ignore[misc]
         return self.outcomes(ended=True)
+
+    def state(self, round_: int) -> State:
+        """The state that `restore` needs to go on after a round."""
+        return {
+            "round": round_,
+            "seconds": time.perf_counter() - self.began,
+            "theta": self.theta,
+            "optimizers": [block.optimizer.state() for block in self.blocks],
+            "tiles": [tile.state(round_) for tile in self.tiles],
+            "log": self.log.state(),
+            "stopping": self.stopping and self.stopping.state(),
+        }
+
+    def restore(self, state: State) -> int:
+        """Be as the chunk was whose `state` this is; gives the round after which it was."""
+        round_: int = state["round"]
+        self.began = time.perf_counter() - state["seconds"]
+        self.theta.copy_(state["theta"])
+        for block, of_block in zip(self.blocks, state["optimizers"], strict=True):
+            block.optimizer.restore(of_block)
+        for tile, of_tile in zip(self.tiles, state["tiles"], strict=True):
+            tile.restore(of_tile, round_)
+        self.log.restore(state["log"])
+        if self.stopping is not None:
+            self.stopping.restore(state["stopping"])
+        return round_
 
     def step(self, round_: int) -> None:
         """One round of all cells."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fl_attack.checkpoint import State
 from fl_attack.engine import kernels
 from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
@@ -110,6 +111,17 @@ class Tile:
         change = written.as_change(shared.batch) if written is not None else no_change(Z.device)
         report = Report(change, self.attackers.allowed, cosine, detection)
         return report, aggregate if self.needs_client_updates else None
+
+    def state(self, round_: int) -> State:
+        """The state that `restore` needs to go on after a round."""
+        way = self.way.state(round_) if isinstance(self.way, EpochFlips) else None
+        return {"attackers": self.attackers.state(round_), "way": way}
+
+    def restore(self, state: State, round_: int) -> None:
+        """Be as the tile was whose `state` after a round this is."""
+        self.attackers.restore(state["attackers"], round_)
+        if isinstance(self.way, EpochFlips):
+            self.way.restore(state["way"], round_)
 
     def _mean_gradient(self, R: Tensor, batch: Batch) -> Tensor:
         """The gradient of residuals R with the weight decay, up to the number of samples, (M C, d)."""
