@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fl_attack import __version__, attack, models
 from fl_attack.aggregate import RULES, is_known
-from fl_attack.attack import Goal, Knowledge, Refresh, Rounding, Scope, Selection
+from fl_attack.attack import Goal, Knowledge, Memory, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
 from fl_attack.overrides import completed, conf_folder, did_you_mean, explain, unknown_key
 from fl_attack.protocol import LrSchedule, Optimizer
@@ -27,6 +27,7 @@ from fl_attack.protocol import LrSchedule, Optimizer
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Restore = Literal["best", "last"]
 
 
 class Strict(BaseModel):
@@ -118,11 +119,18 @@ class AttackSettings(Strict):
     knowledge: Knowledge = "full"
     knowledge_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     refresh: Refresh = "step"
+    memory: Memory = "forget"
+    unflip: bool = False
     args: dict[str, Any] = {}
     every: Count = 1
     start: Count = 1
     stop: Count | None = None
     target_path: str | None = None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether flips stay in the attackers' data after their round."""
+        return self.memory != "forget" and self.writes == "labels"
 
     @cached_property
     def writes(self) -> str:
@@ -144,6 +152,11 @@ class AttackSettings(Strict):
         for key, value in usual.items():
             if key not in chosen.uses and getattr(self, key) != value:
                 raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
+        if self.memory != "forget" and self.refresh != "step":
+            raise ValueError(
+                f"refresh={self.refresh} has no meaning with memory={self.memory}, whose flips stay for good; use "
+                "refresh=step"
+            )
         if self.stop is not None and self.stop < self.start:
             raise ValueError(f"stop={self.stop} is before start={self.start}; use start or later, or null for no end")
         if self.goal == "targeted" and self.knowledge != "full":
@@ -200,6 +213,7 @@ class EarlyStopSettings(Strict):
     """When the server ends a run before its last round; see `history.EarlyStop`."""
 
     patience: Count | None = None
+    restore: Restore = "best"
     share: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
     @property
@@ -313,10 +327,22 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
         (not flips and threat.scope != "pooled", f"attack.scope={threat.scope}", no_labels),
         (not flips and threat.rounding != "floor", f"attack.rounding={threat.rounding}", no_labels),
         (not flips and threat.refresh != "step", f"attack.refresh={threat.refresh}", no_labels),
+        (not flips and threat.memory != "forget", f"attack.memory={threat.memory}", no_labels),
+        (threat.unflip and threat.memory == "forget", "attack.unflip=true", "attack.memory=forget keeps no flips"),
+        (
+            threat.memory == "persist_total" and threat.rounding == "carry",
+            "attack.rounding=carry",
+            "the one budget of attack.memory=persist_total has no next round",
+        ),
         (
             threat.knowledge_fraction != 0.5 and threat.knowledge != "noisy",
             f"attack.knowledge_fraction={threat.knowledge_fraction}",
             "it is of attack.knowledge=noisy",
+        ),
+        (
+            early.restore != "best" and early.patience is None,
+            f"early_stop.restore={early.restore}",
+            "patience is not set",
         ),
         (early.share != 0.1 and early.patience is None, f"early_stop.share={early.share}", "patience is not set"),
         (settings.eval_every > settings.rounds, f"eval_every={settings.eval_every}", f"{few}; the last is evaluated"),
@@ -336,7 +362,7 @@ def compose(*overrides: str) -> Settings:
             config = hydra_compose("config", overrides=completed(overrides))
         plain = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, overrides)) from None
     return settings_from(plain)
 
 

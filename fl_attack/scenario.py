@@ -21,11 +21,17 @@ from fl_attack.config import Settings, settings_from
 
 
 class Flips(NamedTuple):
-    """The labels that attackers write in a round, and how many they were allowed to."""
+    """The labels of a round that are not the true ones, and how many the attackers were allowed to write."""
 
     samples: NDArray[np.int64]  # ascending
     labels: NDArray[np.int64]
     allowed: int
+    new: int | None = None  # how many of them were not flipped before; None: all
+
+    @property
+    def written(self) -> int:
+        """The number of labels that the budget of the round was spent on."""
+        return len(self.samples) if self.new is None else self.new
 
 
 class CleanGradient(NamedTuple):
@@ -159,6 +165,12 @@ class Scenario:
         for i in range(rounds):
             found[i, self.schedule.participants(i + 1)] = True
         return found
+
+    def labels_used(self, rounds: int) -> int:
+        """The number of labels that the clients use in the first so many rounds, one of each sample of a round."""
+        if self.schedule.per_round is None:
+            return rounds * int(self.schedule.used.sum())
+        return int((self.participation[:rounds] @ self.schedule.used).sum())
 
     def relabelled(self, y_train: NDArray[np.int64]) -> "Scenario":
         """The same experiment with other training labels."""
