@@ -73,7 +73,7 @@ CHANGES: dict[str, Change] = {
     "sanitize.name": Change("sanitize=confident"),
     "sanitize.k": Change("sanitize.k=2", ("sanitize=knn",)),
     "sanitize.share": Change("sanitize.share=0.9", ("sanitize=knn",)),
-    "attack.adapt": Change("attack.adapt=rule", ("strategy.name=krum", "attack.name=ipm")),
+    "attack.adapt": Change("attack.adapt=rule", ("strategy.name=krum", "strategy.f=1", "attack.name=ipm")),
     "strategy.pre": Change("strategy.pre=[nnm]", ("strategy.name=median",)),
     "strategy.args": Change("strategy.args={c: 0.01}", ("strategy.name=norm_clipping",)),
     "model.name": Change("model=mlp", together=False),

@@ -35,15 +35,13 @@ class OmniscientHook:
 
     def flips(self, asked: wire.Request) -> Flips:
         """The labels that all malicious clients together write in a round."""
-        scenario, theta, round_, epoch_theta = self.scenario, asked.theta, asked.round_, asked.epoch_theta
-        if scenario.settings.attack.refresh == "step" or epoch_theta is None:
-            server, stored = self._server(asked), asked.stored
-            return self._once(
-                "flips", round_, theta, lambda: adaptive.flips(scenario, theta, round_, server, None, stored), stored
-            )
-        first = adversary.epoch_start(scenario, round_)
-        chosen = self._once("epoch", first, epoch_theta, lambda: adversary.flips_of_epoch(scenario, epoch_theta, first))
-        return adversary.of_round(scenario, chosen, round_)
+        scenario, theta, round_, stored = self.scenario, asked.theta, asked.round_, asked.stored
+        server = self._server(asked)
+
+        def flips() -> Flips:
+            return adaptive.flips(scenario, theta, round_, server, asked.epoch_theta, stored)
+
+        return self._once("flips", round_, theta, flips, stored)
 
     def _server(self, asked: wire.Request) -> adaptive.Server:
         """What the attackers know of the server in a round."""
