@@ -31,7 +31,7 @@ from fl_attack.overrides import completed, conf_folder, explain, unknown_key
 
 if TYPE_CHECKING:
     from fl_attack.config import Settings
-    from fl_attack.sweep import Cell, Launch
+    from fl_attack.multirun import Cell, Launch
 
 Plugins.instance()  # loads Hydra's own plugins anew, so that only now their classes are the ones it will know
 from hydra._internal.callbacks import Callbacks  # noqa: E402
@@ -89,18 +89,18 @@ class SweepLauncher(Launcher):
 
         What each returns is its `objective`, for sweepers that choose the next jobs by it.
         """
-        from fl_attack import sweep  # slow to import; bad input is told before
+        from fl_attack import multirun  # slow to import; bad input is told before
 
         try:
             cells = self.cells(job_overrides)
             if not self._is_of_ours():
                 cells = [cell._replace(settings=_of_trials(cell.settings, initial_job_idx)) for cell in cells]
-            out = sweep.run(cells, launch=self._other())
-            total, lost = sweep.broken_off(out)
+            out = multirun.run(cells, launch=self._other())
+            total, lost = multirun.broken_off(out)
             print(f"results in {out}" + (f"; {lost} of {total} cells broke off: see the column error" if lost else ""))
         except SystemExit as error:  # of somebody's library or file: the sweep is not finished
             raise RunError(f"something called sys.exit({error.code}) before the sweep was finished") from None
-        values = sweep.column(out, cells[0].settings.objective)
+        values = multirun.column(out, cells[0].settings.objective)
         return [
             JobReturn(overrides=one, status=JobStatus.COMPLETED, _return_value=value)
             for one, value in zip(job_overrides, values, strict=True)
@@ -133,7 +133,7 @@ class SweepLauncher(Launcher):
     def cells(self, job_overrides: Sequence[Sequence[str]]) -> "list[Cell]":
         """The cells that the overrides of each job make."""
         from fl_attack.config import settings_from
-        from fl_attack.sweep import Cell
+        from fl_attack.multirun import Cell
 
         constant = [set(overrides) for overrides in job_overrides]
         shared = set.intersection(*constant) if len(constant) > 1 else set()
@@ -198,14 +198,14 @@ def grid(*overrides: str) -> "list[Cell]":
             assert isinstance(sweeper.launcher, SweepLauncher)
             return sweeper.launcher.cells(sweeper.jobs(OmegaConf.to_container(config.hydra.overrides.task)))  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, overrides)) from None
 
 
 def compute_unit(config: DictConfig, threads: int) -> None:
     """The job of another launcher: the unit whose file the settings name."""
-    from fl_attack import sweep
+    from fl_attack import multirun
 
-    sweep.compute_file(Path(config[UNIT]), threads)
+    multirun.compute_file(Path(config[UNIT]), threads)
 
 
 def _of_trials(settings: "Settings", first: int) -> "Settings":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fl_attack import sweep
+from fl_attack import multirun
 from fl_attack.errors import InputError, RunError
 from fl_attack.launcher import grid
 
@@ -19,11 +19,12 @@ GRID = ["engine=batched", "rounds=6", "batch_size=20", "attack.budget=0.1,0.5", 
 # what SLURM does with an array, done here, one task after the other
 SBATCH = """#!/bin/bash
 cp "$1" "$SUBMITTED"
-for task in 0 1 2; do
+(for task in 0 1 2; do
     export SLURM_JOB_ID=$((8 + task)) SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 SLURM_PROCID=0
     export SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_LOCALID=0 SLURM_JOB_NODELIST=here
-    bash "$1" >&2 || exit 1
-done
+    sleep 1
+    bash "$1"
+done) >/dev/null 2>&1 &
 echo "Submitted batch job 7"
 """
 SRUN = """#!/bin/bash
@@ -43,7 +44,7 @@ for task in 0 1 2; do echo "7_$task|COMPLETED|here"; done
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sweep of `GRID` in this process."""
     out = tmp_path_factory.mktemp("here") / "out"
-    sweep.tabulate(grid(*GRID, f"out={out}"))
+    multirun.tabulate(grid(*GRID, f"out={out}"))
     return out
 
 
@@ -104,18 +105,18 @@ def test_jobs_that_left_nothing_are_told_and_done_by_the_next_call(here: Path, t
 
     def lose(files: Sequence[Path]) -> None:
         asked.append(len(files))
-        sweep.compute_file(files[0], 1)
+        multirun.compute_file(files[0], 1)
         raise OSError("node lost")
 
     def compute(files: Sequence[Path]) -> None:
         asked.append(len(files))
         for file in files:
-            sweep.compute_file(file, 1)
+            multirun.compute_file(file, 1)
 
     with pytest.raises(RunError, match="2 of 3 jobs left no result, the first because node lost; the same command"):
-        sweep.tabulate(cells, launch=lose)
+        multirun.tabulate(cells, launch=lose)
     assert not (tmp_path / "out" / "sweep.csv").exists()
-    sweep.tabulate(cells, launch=compute)
+    multirun.tabulate(cells, launch=compute)
     assert asked == [3, 2]
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == (here / "sweep.csv").read_bytes()
 
@@ -123,9 +124,9 @@ def test_jobs_that_left_nothing_are_told_and_done_by_the_next_call(here: Path, t
 def test_gpus_are_those_of_the_jobs(tmp_path: Path) -> None:
     cells = grid(*GRID, "engine.device=cuda:99", f"out={tmp_path}/out")
     with pytest.raises(InputError, match="cuda:99 is not there"):
-        sweep.tabulate(cells)
+        multirun.tabulate(cells)
     with pytest.raises(RunError, match="3 of 3 jobs left no result"):
-        sweep.tabulate(cells, launch=lambda files: None)
+        multirun.tabulate(cells, launch=lambda files: None)
 
 
 @pytest.mark.slow

@@ -1,0 +1,32 @@
+"""The harm that is planned for: a smooth stand-in for the error, on samples of the training data.
+
+Shapes: logits Z (..., n, C) and labels y (n,), as in `models.outputs`; leading axes are plans made together.
+"""
+
+import torch
+from torch import Tensor
+
+from fl_attack.models.outputs import class_logits
+
+
+def smoothed_error(Z: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """Mean over samples of the probability that the model gives to other labels than the true one, (...,).
+
+    The lower the temperature by which logits are divided, the nearer it is to the error, and the rougher.
+    """
+    return 1 - _own_probability(class_logits(Z) / temperature, y).mean(-1)
+
+
+def smoothed_error_residuals(Z: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """Derivative of `smoothed_error` by the logits, shaped as Z."""
+    p = torch.softmax(class_logits(Z) / temperature, -1)
+    own = p.gather(-1, y.expand(p.shape[:-1]).unsqueeze(-1))
+    R = own * p
+    R.scatter_add_(-1, y.expand(p.shape[:-1]).unsqueeze(-1), -own)
+    R = R / (temperature * len(y))
+    return R[..., 1:] if Z.shape[-1] == 1 else R
+
+
+def _own_probability(Z: Tensor, y: Tensor) -> Tensor:
+    """The probability of each sample's true label, (..., n)."""
+    return torch.softmax(Z, -1).gather(-1, y.expand(Z.shape[:-1]).unsqueeze(-1)).squeeze(-1)
