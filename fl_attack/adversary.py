@@ -5,6 +5,8 @@ process works out the same, and again.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from fl_attack.scenario import NO_FLIPS, Flips, Scenario, client_update
 LABEL_NOISE, UPDATE_NOISE, KNOWN_CLIENTS = 3, 4, 5  # names of random streams, beside those of `protocol`
 Clients = NDArray[np.int64]
 Counts = NDArray[np.int64]
+Samples = NDArray[np.int64]
 
 
 def epoch_start(scenario: Scenario, round_: int) -> int:
@@ -39,8 +42,10 @@ def present(scenario: Scenario, round_: int) -> Clients:
     return np.intersect1d(scenario.partition.malicious, scenario.schedule.participants(round_), assume_unique=True)
 
 
-def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | None = None) -> Flips:
-    """The labels that all malicious clients together write in a round.
+def flips(
+    scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | None = None, stored: Flips = NO_FLIPS
+) -> Flips:
+    """The labels that all malicious clients together have written in the samples of a round.
 
     Parameters
     ----------
@@ -52,14 +57,24 @@ def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | 
         The round, counted from 1.
     epoch_theta : (A, B) tensor of float64, optional
         The parameters broadcast at the start of the epoch, on which the flips depend with `attack.refresh=epoch`.
+    stored : Flips
+        The labels that stand in the attackers' data before the round, where they stay there; see `remembered`.
 
     Returns
     -------
     Flips
-        The samples, ascending, that get a label other than their true one; `NO_FLIPS` in a round that is not attacked.
+        The samples, ascending, that are used with a label other than their true one. In a round that is not attacked
+        these are what is `stored` of them.
     """
     before = rounds_before(scenario, round_)
     malicious = present(scenario, round_)
+    if scenario.settings.attacked and scenario.settings.attack.remembers:
+        standing = _among(stored, scenario.schedule.samples(malicious, round_)[0])
+        if before is None or not len(malicious):
+            return standing
+        writable = scenario.schedule.used[malicious]
+        past = _writable_before(scenario, round_, before, malicious)
+        return _added(scenario, theta, round_, malicious, past, writable, stored)
     if before is None or scenario.settings.attack.writes != "labels" or not len(malicious):
         return NO_FLIPS
     if scenario.settings.attack.refresh == "step":
@@ -67,34 +82,58 @@ def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | 
         writable_before = _writable_before(scenario, round_, before, malicious)
         return _chosen(scenario, theta, round_, malicious, writable_before, writable)
     assert epoch_theta is not None
-    return of_round(scenario, flips_of_epoch(scenario, epoch_theta, epoch_start(scenario, round_)), round_)
-
-
-def of_round(scenario: Scenario, chosen: Flips, round_: int) -> Flips:
-    """The part of an epoch's flips `chosen` whose samples are in the minibatches of a round."""
-    if rounds_before(scenario, round_) is None:
-        return NO_FLIPS
-    now = np.isin(chosen.samples, scenario.schedule.samples(present(scenario, round_), round_)[0])
+    chosen = _flips_of_epoch(scenario, epoch_theta, epoch_start(scenario, round_))
+    now = np.isin(chosen.samples, scenario.schedule.samples(malicious, round_)[0])
     return Flips(chosen.samples[now], chosen.labels[now], chosen.allowed)
 
 
-def flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
-    """The labels that are flipped in an epoch, of all that the malicious clients hold.
+def remembered(scenario: Scenario, round_: int, stored: Flips, flips: Flips) -> Flips:
+    """The labels that stand in the attackers' data after a round.
 
     Parameters
     ----------
     scenario : Scenario
-        The experiment, with `attack.refresh=epoch`.
-    theta : (A, B) tensor of float64
-        The parameters broadcast in the first round of the epoch.
-    first_round : int
-        That round, counted from 1.
+        The experiment.
+    round_ : int
+        The round, counted from 1.
+    stored : Flips
+        What stood there before it, of all samples.
+    flips : Flips
+        What the round's samples were used with.
 
     Returns
     -------
     Flips
-        The samples that are flipped, ascending, whichever round of the epoch they are used in.
+        By ascending sample; none with `attack.memory=forget`.
     """
+    if not (scenario.settings.attacked and scenario.settings.attack.remembers):
+        return NO_FLIPS
+    used = scenario.schedule.samples(present(scenario, round_), round_)[0]
+    kept = ~np.isin(stored.samples, used)
+    samples = np.concatenate([stored.samples[kept], flips.samples])
+    labels = np.concatenate([stored.labels[kept], flips.labels])
+    order = samples.argsort(kind="stable")
+    return Flips(samples[order], labels[order], 0)
+
+
+def _among(stored: Flips, samples: NDArray[np.int64]) -> Flips:
+    """The stored labels of these samples, none of them new."""
+    here = np.isin(stored.samples, samples)
+    return Flips(stored.samples[here], stored.labels[here], 0, 0)
+
+
+def _flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
+    """The labels flipped in an epoch that began at theta, of all that the malicious clients hold; remembered for it."""
+    key = first_round, theta.cpu().numpy().tobytes()
+    last = scenario.memo.get("flips of an epoch")
+    if last is None or last[0] != key:
+        last = scenario.memo["flips of an epoch"] = key, _chosen_for_epoch(scenario, theta, first_round)
+    found: Flips = last[1]
+    return found
+
+
+def _chosen_for_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
+    """The labels that attackers choose at theta for the epoch that begins with a round."""
     malicious = scenario.partition.malicious
     writable = np.array([len(scenario.schedule.shards[client]) for client in malicious])
     epochs = (first_round - 1) // scenario.schedule.rounds_per_epoch
@@ -125,43 +164,168 @@ def _chosen(
 
     `before` and `writable` (m,) are the samples that each could write in rounds gone by, and can write now.
     """
-    threat, schedule = scenario.settings.attack, scenario.schedule
-    pooled = threat.scope == "pooled"
-    writables = [(before.sum(), writable.sum())] if pooled else zip(before, writable, strict=True)
-    budgets = [attack.flip_allowance(threat.exact_budget, int(b), int(n), threat.rounding) for b, n in writables]
+    budgets = _allowances(scenario, before, writable)
     if not any(budgets):
         return NO_FLIPS
+    samples, y, proposal = _proposal(scenario, theta, round_, malicious)
+    chosen = _within(scenario, malicious, samples, proposal.priority, budgets) & (proposal.labels != y)
+    return Flips(samples[chosen.cpu().numpy()], proposal.labels[chosen].cpu().numpy(), sum(budgets))
+
+
+def _added(
+    scenario: Scenario,
+    theta: Tensor,
+    round_: int,
+    malicious: Clients,
+    before: Counts,
+    writable: Counts,
+    stored: Flips,
+) -> Flips:
+    """The labels of a round's samples after clients `malicious` (m,) have written into data where flips stay.
+
+    The objective is a sum over samples, so the largest gains within the budget are the exact optimum among the samples
+    that are not flipped yet. With `attack.unflip` those that are take their best label, or the true one, at no cost.
+    `before` and `writable` are as for `_chosen`.
+    """
+    threat, schedule = scenario.settings.attack, scenario.schedule
+    samples = schedule.samples(malicious, round_)[0]
+    standing = _among(stored, samples)
+    flipped = np.isin(samples, standing.samples)
+    if threat.memory == "persist":
+        budgets = _allowances(scenario, before, writable)
+    else:  # of all that they hold, less what is flipped already and is not to be chosen anew
+        fixed = stored.samples[~np.isin(stored.samples, samples)] if threat.unflip else stored.samples
+        of_all = scenario.partition.malicious if threat.scope == "pooled" else malicious
+        holder = scenario.partition.client
+        held = np.array([len(schedule.shards[client]) for client in of_all])
+        taken = np.array([(holder[fixed] == client).sum() for client in of_all])
+        if threat.scope == "pooled":
+            held, taken = held.sum(keepdims=True), taken.sum(keepdims=True)
+        rounding: attack.Rounding = "ceil" if threat.rounding == "ceil" else "floor"
+        whole = [attack.flip_allowance(threat.exact_budget, 0, int(n), rounding) for n in held]
+        budgets = [max(0, total - int(n)) for total, n in zip(whole, taken, strict=True)]
+    if not any(budgets) and not (threat.unflip and flipped.any()):
+        return standing
+    _, y, proposal = _proposal(scenario, theta, round_, malicious)
+    now = torch.from_numpy(flipped).to(y.device)
+    old = y.clone()
+    old[now] = torch.from_numpy(standing.labels).to(y.device)
+    wanted, priority = proposal.priority > -math.inf, proposal.priority
+    if threat.memory == "persist" or not threat.unflip:
+        priority = priority.masked_fill(now, -math.inf)
+    chosen = _within(scenario, malicious, samples, priority, budgets)
+    labels = torch.where(chosen, proposal.labels, y)
+    if not threat.unflip:
+        labels = torch.where(now, old, labels)
+    elif threat.memory == "persist":
+        labels = torch.where(now & wanted, proposal.labels, labels)
+    differs = labels != y
+    new = int((differs & ~now).sum())
+    return Flips(samples[differs.cpu().numpy()], labels[differs].cpu().numpy(), sum(budgets), new)
+
+
+def _allowances(scenario: Scenario, before: Counts, writable: Counts) -> list[int]:
+    """The labels that may be written in a round of `writable` (m,) samples: one number, or one for each client."""
+    threat = scenario.settings.attack
+    writables = [(before.sum(), writable.sum())]
+    if threat.scope != "pooled":
+        writables = list(zip(before, writable, strict=True))
+    return [attack.flip_allowance(threat.exact_budget, int(b), int(n), threat.rounding) for b, n in writables]
+
+
+def _within(
+    scenario: Scenario, malicious: Clients, samples: NDArray[np.int64], priority: Tensor, budgets: list[int]
+) -> Tensor:
+    """The samples (n,) of largest priority (n,) within the budgets of clients, (n,) of bool."""
+    group = np.zeros(len(samples), np.int64)
+    if scenario.settings.attack.scope != "pooled":
+        group = np.searchsorted(malicious, scenario.partition.client[samples])
+    device = priority.device
+    return attack.select(priority, torch.from_numpy(group).to(device), torch.tensor(budgets, device=device))
+
+
+def _proposal(
+    scenario: Scenario, theta: Tensor, round_: int, malicious: Clients
+) -> tuple[NDArray[np.int64], Tensor, attack.Proposal]:
+    """The samples (n,) that clients can write, their true labels, and what the attack proposes for them."""
+    threat, schedule = scenario.settings.attack, scenario.schedule
     if threat.refresh == "step":
         samples, counts = schedule.samples(malicious, round_)
-        everyone = schedule.participants(round_)
     else:
         samples = np.sort(np.concatenate([schedule.shards[client] for client in malicious]))
-        everyone, counts = np.arange(len(schedule.shards)), np.ones_like(samples)
+        counts = np.ones_like(samples)
+
+    def everybodys() -> Samples:
+        if threat.refresh == "step":
+            return schedule.samples(schedule.participants(round_), round_)[0]
+        return np.concatenate(schedule.shards)
+
     X, y, _ = scenario.batch(samples, counts, theta.device)
     at = theta.to(X.dtype)
-
-    def noise() -> Tensor:
-        if threat.refresh == "step":
-            pool, _ = schedule.samples(everyone, round_)
-        else:
-            pool = np.sort(np.concatenate(schedule.shards))
-        drawn = label_noise(scenario, round_, len(pool))[np.searchsorted(pool, samples)]
-        return torch.from_numpy(drawn).to(X)
-
-    view = attack.View(
+    seen = Seen(
         y,
         torch.from_numpy(counts).to(theta.device),
+        samples,
+        everybodys,
         scores=lambda: scenario.model.scores(at, direction(scenario, theta, round_).to(X.dtype), X),
         logits=lambda: outputs.class_logits(scenario.model.logits(at, X)),
+    )
+    return samples, y, propose(scenario, round_, seen, (len(samples),), X.dtype)
+
+
+class Seen(NamedTuple):
+    """What attackers on labels can see of a round; what takes work is worked out when it is asked for."""
+
+    y: Tensor  # (n,) true labels of the samples that they can write
+    counts: Tensor | None  # (n,) how often each of them is used; None: once
+    samples: Samples  # (n,) which samples of the training set they are
+    everybodys: Callable[[], Samples]  # those of all clients in this round, among which they have their noise
+    scores: Callable[[], Tensor]  # (..., n, classes), see `attack.View`
+    logits: Callable[[], Tensor]  # (..., n, classes)
+
+
+def propose(scenario: Scenario, round_: int, seen: Seen, shape: Sequence[int], dtype: torch.dtype) -> attack.Proposal:
+    """What the attack on labels of an experiment, or of several with this attack, proposes in a round.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, or one of several that have their attack and their data in common.
+    round_ : int
+        The round, counted from 1, whose noise the attack may use.
+    seen : Seen
+        What the attackers can see.
+    shape : sequence of int
+        (..., n), the shape of the proposal.
+    dtype : torch.dtype
+        Precision of the noise.
+
+    Returns
+    -------
+    attack.Proposal
+        Before any budget.
+
+    Raises
+    ------
+    RunError
+        Where a user's function gives something else.
+    """
+    threat, device = scenario.settings.attack, seen.y.device
+
+    def noise() -> Tensor:
+        everybodys = np.sort(seen.everybodys())
+        uniform = label_noise(scenario, round_, len(everybodys))[np.searchsorted(everybodys, seen.samples)]
+        return torch.from_numpy(uniform).to(device, dtype)
+
+    view = attack.View(
+        seen.y,
+        torch.ones_like(seen.y) if seen.counts is None else seen.counts,
+        scores=seen.scores,
+        logits=seen.logits,
         noise=noise,
         selection=threat.selection,
     )
-    proposal = attack.propose(threat.name, view, threat.args, (len(samples),), scenario.classes)
-    owner = np.searchsorted(malicious, scenario.partition.client[samples])
-    group = torch.zeros(len(y), dtype=torch.int64) if pooled else torch.from_numpy(owner)
-    allowed = torch.tensor(budgets, device=theta.device)
-    chosen = attack.select(proposal.priority, group.to(theta.device), allowed) & (proposal.labels != y)
-    return Flips(samples[chosen.cpu().numpy()], proposal.labels[chosen].cpu().numpy(), sum(budgets))
+    return attack.propose(threat.name, view, threat.args, shape, scenario.classes)
 
 
 def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:
@@ -266,12 +430,8 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
 
     Parameters
     ----------
-    scenario : Scenario
-        The experiment.
-    theta : (A, B) tensor of float64
-        The parameters that the server has broadcast.
-    round_ : int
-        The round, counted from 1.
+    scenario, theta, round_
+        As of `updates`.
     honest : (m, A, B) tensor
         The updates that all clients of the round would send honestly, clients ascending.
 
@@ -292,11 +452,45 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
     malicious = malicious.to(theta.device)
     if not malicious.any():
         return honest
+    return replace_updates(scenario, round_, honest, malicious, malicious, lambda: direction(scenario, theta, round_))
+
+
+def replace_updates(
+    scenario: Scenario,
+    round_: int,
+    updates: Tensor,
+    malicious: Tensor,
+    attacking: Tensor,
+    direction: Callable[[], Tensor],
+) -> Tensor:
+    """The updates of clients, with those that the attack on updates of an experiment sends in their place.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, or one of several that have their attack and their data in common.
+    round_ : int
+        The round, counted from 1, whose noise the attack may use.
+    updates : (..., m, A, B) tensor
+        What all clients of the round would send honestly, clients ascending.
+    malicious : (..., m) tensor of bool
+        Which of them are malicious.
+    attacking : (..., m) tensor of bool
+        Whose updates are replaced: the malicious ones, where the round is attacked.
+    direction
+        Gives the direction (..., A, B).
+
+    Returns
+    -------
+    (..., m, A, B) tensor
+
+    Raises
+    ------
+    RunError
+        Where a user's function gives something else than an update for each client.
+    """
+    threat = scenario.settings.attack
     view = attack.Updates(
-        honest,
-        malicious,
-        direction=lambda: direction(scenario, theta, round_),
-        noise=lambda: update_noise(scenario, round_).to(theta.device),
+        updates, malicious, direction=direction, noise=lambda: update_noise(scenario, round_).to(updates)
     )
-    replaced = attack.craft(threat.name, view, threat.args)
-    return torch.where(malicious[:, None, None], replaced, honest)
+    return torch.where(attacking[..., None, None], attack.craft(threat.name, view, threat.args), updates)

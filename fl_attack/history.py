@@ -22,9 +22,10 @@ COLUMNS = (
     "test_accuracy",
     "test_f1",
     "test_loss",
-    "flips",
+    "flips",  # labels used that are not the true ones
+    "new_flips",  # of them those that were not flipped before: fewer where flips stay (attack.memory)
     "allowed",  # flips that the budget allowed in this round
-    "budget_used",  # flips / allowed
+    "budget_used",  # new_flips / allowed
     "effective_budget",  # flips / labels that all clients used in this round
     "cosine",  # between the aggregated gradient and the clean one
     "repeated",  # share of this round's flipped samples that were flipped in the round before too
@@ -32,7 +33,7 @@ COLUMNS = (
     *MEASURES,  # of the updates that the clients sent
     "validation_loss",  # on the server's validation split; NaN without early stopping
 )
-COUNTS = ("round", "flips", "allowed")  # the columns that are whole numbers
+COUNTS = ("round", "flips", "new_flips", "allowed")  # the columns that are whole numbers
 WITHIN = 0.01  # of accuracy: what counts as recovered
 Row = dict[str, Any]
 OnRound = Callable[[int, Row], None]  # gets the round and the row last measured
@@ -54,7 +55,7 @@ class History:
 
     @property
     def flip_count(self) -> int:
-        """The number of flips in all rounds."""
+        """The number of flipped labels that were used, in all rounds."""
         return sum(len(flips.samples) for _, flips in self.flips)
 
     def flip_table(self) -> dict[str, NDArray[np.int64]]:
@@ -77,6 +78,29 @@ def given_row(validation_loss: NDArray[np.float64], restore: Restore) -> int:
     """The evaluation whose model a run gives: the last, or with early stopping that of the lowest validation loss."""
     last = restore == "last" or np.isnan(validation_loss).all()
     return len(validation_loss) - 1 if last else int(np.nanargmin(validation_loss))
+
+
+def packed_flips(flips: Sequence[tuple[int, Flips]]) -> State:
+    """Rounds and their flips as a few arrays, for a checkpoint."""
+    written = [of_round for _, of_round in flips]
+    return {
+        "flip_rounds": np.array([round_ for round_, _ in flips], np.int64),
+        "flip_counts": np.array([len(of_round.samples) for of_round in written], np.int64),
+        "flip_allowed": np.array([of_round.allowed for of_round in written], np.int64),
+        "flip_new": np.array([of_round.written for of_round in written], np.int64),
+        "flip_samples": np.concatenate([np.empty(0, np.int64), *(of_round.samples for of_round in written)]),
+        "flip_labels": np.concatenate([np.empty(0, np.int64), *(of_round.labels for of_round in written)]),
+    }
+
+
+def unpacked_flips(state: State) -> list[tuple[int, Flips]]:
+    """The rounds and flips of which `packed_flips` made this."""
+    if not len(state["flip_counts"]):
+        return []
+    ends = np.cumsum(state["flip_counts"])[:-1]
+    samples, labels = (np.split(state[name], ends) for name in ("flip_samples", "flip_labels"))
+    written = map(Flips, samples, labels, state["flip_allowed"].tolist(), state["flip_new"].tolist())
+    return list(zip(state["flip_rounds"].tolist(), written, strict=True))
 
 
 class EarlyStop:
@@ -220,17 +244,13 @@ class Recorder:
 
     def state(self) -> State:
         """The state that `restore` needs to go on after the last round recorded."""
-        history, written = self.history, [flips for _, flips in self.history.flips]
+        history = self.history
         return {
             "round": self.round,
             "seconds": history.seconds,
             "theta": history.theta,
             "rows": np.array([[row[name] for name in COLUMNS] for row in history.rows], float),
-            "flip_rounds": np.array([round_ for round_, _ in history.flips], np.int64),
-            "flip_counts": np.array([len(flips.samples) for flips in written], np.int64),
-            "flip_allowed": np.array([flips.allowed for flips in written], np.int64),
-            "flip_samples": np.concatenate([np.empty(0, np.int64), *(flips.samples for flips in written)]),
-            "flip_labels": np.concatenate([np.empty(0, np.int64), *(flips.labels for flips in written)]),
+            **packed_flips(history.flips),
             "early_stop": self._early_stop
             and {"lowest": self._early_stop.lowest, "since": self._early_stop.since, "best": self._best},
         }
@@ -241,15 +261,7 @@ class Recorder:
         history.seconds, history.theta = state["seconds"], state["theta"]
         history.rows = [row_of(values) for values in state["rows"].tolist()]
         self._row = history.rows[-1]
-        ends = np.cumsum(state["flip_counts"])[:-1]
-        parts = zip(
-            np.split(state["flip_samples"], ends),
-            np.split(state["flip_labels"], ends),
-            state["flip_allowed"].tolist(),
-            strict=True,
-        )
-        written = [Flips(*part) for part in parts] if len(state["flip_counts"]) else []
-        history.flips = list(zip(state["flip_rounds"].tolist(), written, strict=True))
+        history.flips = unpacked_flips(state)
         if history.flips and history.flips[-1][0] == self.round:
             self._last = history.flips[-1][1]
         if self._early_stop:
@@ -276,8 +288,9 @@ class Recorder:
             round_,
             *quality,
             count,
+            flips.written,
             flips.allowed,
-            count / flips.allowed if flips.allowed else 0.0,
+            flips.written / flips.allowed if flips.allowed else 0.0,
             count / self.scenario.schedule.labels_used(round_) if round_ else 0.0,
             cosine,
             len(here) / max(1, count),

@@ -34,12 +34,12 @@ class OmniscientHook:
 
     def flips(self, asked: wire.Request) -> Flips:
         """The labels that all malicious clients together write in a round."""
-        scenario, theta, round_, epoch_theta = self.scenario, asked.theta, asked.round_, asked.epoch_theta
-        if scenario.settings.attack.refresh == "step" or epoch_theta is None:
-            return self._once("flips", round_, theta, lambda: adversary.flips(scenario, theta, round_))
-        first = adversary.epoch_start(scenario, round_)
-        chosen = self._once("epoch", first, epoch_theta, lambda: adversary.flips_of_epoch(scenario, epoch_theta, first))
-        return adversary.of_round(scenario, chosen, round_)
+        scenario, theta, round_, stored = self.scenario, asked.theta, asked.round_, asked.stored
+
+        def flips() -> Flips:
+            return adversary.flips(scenario, theta, round_, asked.epoch_theta, stored)
+
+        return self._once("flips", round_, theta, flips, stored)
 
     def updates(self, asked: wire.Request) -> tuple[Tensor, Tensor]:
         """The updates that all clients of a round would send honestly, and those that they send, (m, A, B) each."""
@@ -51,9 +51,11 @@ class OmniscientHook:
 
         return self._once("updates", round_, theta, crafted)
 
-    def _once(self, what: str, round_: int, theta: Tensor, work_out: Callable[[], Found]) -> Found:
+    def _once(
+        self, what: str, round_: int, theta: Tensor, work_out: Callable[[], Found], stored: Flips = NO_FLIPS
+    ) -> Found:
         """The result of `work_out` for a round and its parameters, remembered until others are asked for."""
-        key = round_, theta.cpu().numpy().tobytes()
+        key = round_, b"".join([theta.cpu().numpy().tobytes(), stored.samples.tobytes(), stored.labels.tobytes()])
         if what not in self._known or self._known[what][0] != key:
             self._known[what] = key, work_out()
         found: Found = self._known[what][1]
@@ -101,7 +103,7 @@ class MaliciousClient(HonestClient):
             return wire.Answer(moved, self.client, weight, NO_FLIPS, momentum)
         flips = self.hook.flips(asked)
         own = self.scenario.partition.client[flips.samples] == self.client
-        return self.trained_on(asked, Flips(flips.samples[own], flips.labels[own], flips.allowed))
+        return self.trained_on(asked, Flips(flips.samples[own], flips.labels[own], flips.allowed, flips.new))
 
 
 @lru_cache(maxsize=2)
