@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fl_attack import __version__, attack, models
 from fl_attack.aggregate import RULES, is_known
-from fl_attack.attack import Goal, Knowledge, Refresh, Rounding, Scope, Selection
+from fl_attack.attack import Goal, Knowledge, Memory, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
 from fl_attack.overrides import completed, composing, conf_folder, did_you_mean, explain, unknown_key, written
 from fl_attack.protocol import LrSchedule, Optimizer
@@ -119,11 +119,18 @@ class AttackSettings(Strict):
     knowledge: Knowledge = "full"
     knowledge_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     refresh: Refresh = "step"
+    memory: Memory = "forget"
+    unflip: bool = False
     args: dict[str, Any] = {}
     every: Count = 1
     start: Count = 1
     stop: Count | None = None
     target_path: str | None = None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether flips stay in the attackers' data after their round."""
+        return self.memory != "forget" and self.writes == "labels"
 
     @cached_property
     def writes(self) -> str:
@@ -145,6 +152,11 @@ class AttackSettings(Strict):
         for key, value in usual.items():
             if key not in chosen.uses and getattr(self, key) != value:
                 raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
+        if self.memory != "forget" and self.refresh != "step":
+            raise ValueError(
+                f"refresh={self.refresh} has no meaning with memory={self.memory}, whose flips stay for good; use "
+                "refresh=step"
+            )
         if self.stop is not None and self.stop < self.start:
             raise ValueError(f"stop={self.stop} is before start={self.start}; use start or later, or null for no end")
         if self.goal == "targeted" and self.knowledge != "full":
@@ -316,6 +328,13 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
         (not flips and threat.scope != "pooled", f"attack.scope={threat.scope}", no_labels),
         (not flips and threat.rounding != "floor", f"attack.rounding={threat.rounding}", no_labels),
         (not flips and threat.refresh != "step", f"attack.refresh={threat.refresh}", no_labels),
+        (not flips and threat.memory != "forget", f"attack.memory={threat.memory}", no_labels),
+        (threat.unflip and threat.memory == "forget", "attack.unflip=true", "attack.memory=forget keeps no flips"),
+        (
+            threat.memory == "persist_total" and threat.rounding == "carry",
+            "attack.rounding=carry",
+            "the one budget of attack.memory=persist_total has no next round",
+        ),
         (
             threat.knowledge_fraction != 0.5 and threat.knowledge != "noisy",
             f"attack.knowledge_fraction={threat.knowledge_fraction}",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fl_attack import plugins
 from fl_attack.attack import gradients, labels
-from fl_attack.attack.budget import Refresh, Rounding, Scope, attacked_before, flip_allowance, select
+from fl_attack.attack.budget import Memory, Refresh, Rounding, Scope, attacked_before, flip_allowance, select
 from fl_attack.attack.gradients import Updates
 from fl_attack.attack.labels import Proposal, Selection, View
 from fl_attack.errors import InputError
@@ -21,6 +21,7 @@ __all__ = [
     "Attack",
     "Goal",
     "Knowledge",
+    "Memory",
     "Proposal",
     "Refresh",
     "Rounding",
