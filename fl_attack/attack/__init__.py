@@ -12,15 +12,21 @@ from torch import Tensor
 from fl_attack import plugins
 from fl_attack.attack import gradients, labels
 from fl_attack.attack.budget import Refresh, Rounding, Scope, attacked_before, flip_allowance, select
+from fl_attack.attack.directions import DIRECTIONS, Aim, direction_of, find_direction
 from fl_attack.attack.gradients import Updates
-from fl_attack.attack.labels import Proposal, Selection, View
+from fl_attack.attack.harm import smoothed_error, smoothed_error_residuals
+from fl_attack.attack.labels import Proposal, Selection, View, planned_options
 from fl_attack.errors import InputError
 
 __all__ = [
     "ATTACKS",
+    "DIRECTIONS",
+    "Aim",
     "Attack",
+    "Foresight",
     "Goal",
     "Knowledge",
+    "Objective",
     "Proposal",
     "Refresh",
     "Rounding",
@@ -31,16 +37,23 @@ __all__ = [
     "attacked_before",
     "craft",
     "direction",
+    "direction_of",
     "find",
+    "find_direction",
     "flip_allowance",
     "flipped_target",
+    "planned_options",
     "propose",
     "select",
+    "smoothed_error",
+    "smoothed_error_residuals",
     "try_args",
 ]
 
 Goal = Literal["untargeted", "targeted"]
 Knowledge = Literal["full", "honest", "noisy", "own"]
+Objective = Literal["final", "average"]
+Foresight = Literal["known", "simulated"]
 
 
 class Attack(NamedTuple):
@@ -51,9 +64,10 @@ class Attack(NamedTuple):
     uses: tuple[str, ...] = ()
 
 
-AIMED = ("goal", "knowledge", "target_path")
+AIMED = ("goal", "direction", "knowledge", "target_path")
 ATTACKS: dict[str, Attack] = {
     "greedy": Attack(labels.greedy, "labels", (*AIMED, "selection")),
+    "planned": Attack(labels.planned, "labels", ("objective", "foresight", "horizon", "selection")),
     "random_flip": Attack(labels.random_flip, "labels"),
     "static_flip": Attack(labels.static_flip, "labels"),
     "confidence_flip": Attack(labels.confidence_flip, "labels"),
@@ -123,7 +137,8 @@ def try_args(name: str, args: Mapping[str, Any], classes: int) -> None:
         if ATTACKS[name].writes == "labels":
             noise = torch.zeros(classes, 2)
             ATTACKS[name].function(
-                View(torch.arange(classes), noise[:, 0], scores=some, logits=some, noise=noise), **args
+                View(torch.arange(classes), noise[:, 0], scores=some, logits=some, noise=noise),
+                **args,
             )
         else:
             updates, malicious = torch.zeros(3, 1, 2), torch.tensor([True, False, False])

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from fl_attack import targets
+from fl_attack import plans, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.engine import groups, linear, sequential, stacked
 from fl_attack.engine.outcome import Outcome
@@ -70,20 +70,23 @@ def run_cells(
         groups.check(cell)
     if len({groups.group_key(cell) for cell in scenarios}) > 1:
         raise InputError("these experiments differ in what cells of one batch share; see fl_attack.engine.group")
-    if is_linear(scenarios[0]):
-        return linear.run_cells(
-            scenarios,
+    found: dict[int, Outcome] = {}
+    fast = [i for i, cell in enumerate(scenarios) if is_linear(cell)]
+    if fast:
+        outcomes = linear.run_cells(
+            [scenarios[i] for i in fast],
             device=device,
             memory_gb=memory_gb,
             progress=progress,
-            watch=watch,
+            watch=lambda cells, so_far: watch([fast[i] for i in cells], so_far),
             keep_flips=keep_flips,
             keep_theta=keep_theta,
             full_rows=full_rows,
         )
-    together = [i for i, cell in enumerate(scenarios) if not full_rows and stacked.can_run(cell)]
-    one_by_one = [i for i in range(len(scenarios)) if i not in set(together)]
-    found: dict[int, Outcome] = {}
+        found |= zip(fast, outcomes, strict=True)
+    rest = [i for i in range(len(scenarios)) if i not in found]
+    together = [i for i in rest if not full_rows and stacked.can_run(scenarios[i])]
+    one_by_one = [i for i in rest if i not in set(together)]
     with torch.inference_mode():
         if together:
             outcomes = stacked.run_cells(
@@ -97,8 +100,10 @@ def run_cells(
             )
             found |= zip(together, outcomes, strict=True)
     aimed = [scenarios[i] for i in one_by_one if scenarios[i].settings.attacked]
-    for cell in (cell for cell in aimed if cell.settings.attack.goal == "targeted"):
+    for cell in (cell for cell in aimed if cell.settings.attack.steers):
         targets.target(cell)  # here, so that no two threads train the same
+    if planning := [cell for cell in aimed if cell.settings.attack.plans and cell.settings.attack.horizon is None]:
+        plans.load_plans(planning)  # together
     lock = threading.Lock()
 
     def report(rounds: int) -> None:
@@ -139,4 +144,4 @@ def cells_at_once(cell: Scenario) -> int:
 
 def is_linear(cell: Scenario) -> bool:
     """Whether the matrix products of a linear model are all that the rounds of a cell take."""
-    return cell.model.linear and not cell.settings.worker_momentum
+    return cell.model.linear and not cell.settings.worker_momentum and not groups.is_alone(cell)

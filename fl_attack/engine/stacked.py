@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import attack, targets
-from fl_attack.engine import ending, kernels, sequential
+from fl_attack.engine import ending, groups, kernels, sequential
 from fl_attack.engine.attackers import Attackers, Change, RoundAccess, kind_of, no_change
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.log import Log, Report
@@ -36,7 +36,7 @@ COPIES = 6  # of the parameters, that a step holds at most: with the optimizer's
 
 def can_run(cell: Scenario) -> bool:
     """Whether a cell can be in a stack: dense layers, the mean, and flips chosen in every round if any."""
-    labels = not cell.settings.attacked or cell.settings.attack.refresh == "step"
+    labels = not cell.settings.attacked or (cell.settings.attack.refresh == "step" and not groups.is_alone(cell))
     return isinstance(cell.model, Mlp) and sequential.mean_is_enough(cell) and labels
 
 

@@ -36,7 +36,7 @@ class OmniscientHook:
         """The labels that all malicious clients together write in a round."""
         scenario, theta, round_, epoch_theta = self.scenario, asked.theta, asked.round_, asked.epoch_theta
         if scenario.settings.attack.refresh == "step" or epoch_theta is None:
-            return self._once("flips", round_, theta, lambda: adversary.flips(scenario, theta, round_))
+            return self._once("flips", round_, theta, lambda: adversary.flips(scenario, theta, round_, epoch_theta))
         first = adversary.epoch_start(scenario, round_)
         chosen = self._once("epoch", first, epoch_theta, lambda: adversary.flips_of_epoch(scenario, epoch_theta, first))
         return adversary.of_round(scenario, chosen, round_)

@@ -16,7 +16,7 @@ from fl_attack.errors import InputError
 from fl_attack.folder import TABLE
 from fl_attack.plots.by_budget import budget, spread
 from fl_attack.plots.by_column import columns
-from fl_attack.plots.by_round import curves, curves_of, rounds
+from fl_attack.plots.by_round import curves, curves_of, plan, rounds
 from fl_attack.plots.comparisons import harm, matrix
 from fl_attack.plots.equal_budgets import networks
 from fl_attack.plots.maps import difference, heatmap
@@ -39,6 +39,7 @@ __all__ = [
     "main",
     "matrix",
     "networks",
+    "plan",
     "rounds",
     "spread",
 ]
@@ -73,6 +74,7 @@ PLOTS: dict[str, Callable[..., list[Path]]] = {
     "harm": harm,
     "networks": networks,
     "rounds": rounds,
+    "plan": plan,
     "all": all_of_sweep,
 }
 USAGE = (
