@@ -111,7 +111,7 @@ def flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips
 def _writable_before(scenario: Scenario, round_: int, attacked: int, malicious: Clients) -> NDArray[np.int64]:
     """The samples (m,) that clients could write in the rounds `attacked` so far, for budgets that carry over."""
     schedule, threat = scenario.schedule, scenario.settings.attack
-    if schedule.per_round is None or threat.rounding == "floor":
+    if schedule.per_round is None or threat.rounding != "carry":
         return attacked * schedule.used[malicious]
     times = scenario.participation[threat.start - 1 : round_ - 1 : threat.every][:, scenario.partition.malicious].sum(0)
     past = times * schedule.used[scenario.partition.malicious]

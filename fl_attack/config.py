@@ -27,6 +27,7 @@ from fl_attack.protocol import LrSchedule, Optimizer
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Restore = Literal["best", "last"]
 
 
 class Strict(BaseModel):
@@ -236,6 +237,7 @@ class EarlyStopSettings(Strict):
     """When the server ends a run before its last round; see `history.EarlyStop`."""
 
     patience: Count | None = None
+    restore: Restore = "best"
     share: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
     @property
@@ -370,6 +372,11 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
             f"attack.knowledge_fraction={threat.knowledge_fraction}",
             "it is of attack.knowledge=noisy",
         ),
+        (
+            early.restore != "best" and early.patience is None,
+            f"early_stop.restore={early.restore}",
+            "patience is not set",
+        ),
         (early.share != 0.1 and early.patience is None, f"early_stop.share={early.share}", "patience is not set"),
         (settings.eval_every > settings.rounds, f"eval_every={settings.eval_every}", f"{few}; the last is evaluated"),
         (bool(settings.figures) and not sweep, "figures", f"{of_sweep}; a run draws its curves"),
@@ -388,7 +395,7 @@ def compose(*overrides: str) -> Settings:
             config = hydra_compose("config", overrides=completed(overrides))
         plain = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, overrides)) from None
     return settings_from(plain)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fl_attack import detect
 from fl_attack.checkpoint import Checkpoint, State
+from fl_attack.config import Restore
 from fl_attack.detect import MEASURES
 from fl_attack.errors import RunError
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
@@ -24,6 +25,7 @@ COLUMNS = (
     "flips",
     "allowed",  # flips that the budget allowed in this round
     "budget_used",  # flips / allowed
+    "effective_budget",  # flips / labels that all clients used in this round
     "cosine",  # between the aggregated gradient and the clean one
     "repeated",  # share of this round's flipped samples that were flipped in the round before too
     "relabelled",  # share of them that were flipped to another label then
@@ -45,11 +47,10 @@ class History:
     flips: list[tuple[int, Flips]] = field(default_factory=list)
     seconds: float = 0.0
 
-    @property
-    def best(self) -> Row:
-        """The row of the model that the run gives: the last, or with early stopping that of the lowest loss."""
+    def given(self, restore: Restore) -> Row:
+        """The row of the model that the run gives; see `given_row`."""
         losses = [row["validation_loss"] for row in self.rows]
-        return self.rows[best_row(np.array(losses))]
+        return self.rows[given_row(np.array(losses), restore)]
 
     @property
     def flip_count(self) -> int:
@@ -72,9 +73,10 @@ def row_of(values: Sequence[float]) -> Row:
     return {name: int(value) if name in COUNTS else value for name, value in zip(COLUMNS, values, strict=True)}
 
 
-def best_row(validation_loss: NDArray[np.float64]) -> int:
-    """The evaluation whose model a run gives: that of the lowest validation loss, where there is none the last."""
-    return len(validation_loss) - 1 if np.isnan(validation_loss).all() else int(np.nanargmin(validation_loss))
+def given_row(validation_loss: NDArray[np.float64], restore: Restore) -> int:
+    """The evaluation whose model a run gives: the last, or with early stopping that of the lowest validation loss."""
+    last = restore == "last" or np.isnan(validation_loss).all()
+    return len(validation_loss) - 1 if last else int(np.nanargmin(validation_loss))
 
 
 class EarlyStop:
@@ -163,7 +165,7 @@ class Recorder:
 
     @property
     def stopped(self) -> bool:
-        """Whether the run is to end here; its history then ends with the model of the lowest validation loss."""
+        """Whether the run is to end here; its history then ends with the model of `early_stop.restore`."""
         return self._early_stop is not None and bool(self._early_stop.over[0])
 
     def record(
@@ -191,7 +193,7 @@ class Recorder:
             self.history.rows.append(self._row)
             if self._early_stop and self._early_stop.lower(np.array([self._row["validation_loss"]]))[0]:
                 self._best = theta
-        if self._early_stop and (self.stopped or round_ == settings.rounds):
+        if settings.early_stop.restore == "best" and self._early_stop and (self.stopped or round_ == settings.rounds):
             self.history.theta = self._best
         self._last, self.round = flips, round_
         self.on_round(round_, self._row)
@@ -276,6 +278,7 @@ class Recorder:
             count,
             flips.allowed,
             count / flips.allowed if flips.allowed else 0.0,
+            count / self.scenario.schedule.labels_used(round_) if round_ else 0.0,
             cosine,
             len(here) / max(1, count),
             int(changed.sum()) / max(1, count),

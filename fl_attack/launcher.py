@@ -29,7 +29,7 @@ from fl_attack.errors import InputError, RunError
 from fl_attack.overrides import completed, conf_folder, explain, unknown_key
 
 if TYPE_CHECKING:
-    from fl_attack.sweep import Cell
+    from fl_attack.multirun import Cell
 
 Plugins.instance()  # loads Hydra's own plugins anew, so that only now their classes are the ones it will know
 from hydra._internal.callbacks import Callbacks  # noqa: E402
@@ -74,11 +74,11 @@ class SweepLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; the results are in the folder that they name."""
-        from fl_attack import sweep  # slow to import; bad input is told before
+        from fl_attack import multirun  # slow to import; bad input is told before
 
         try:
-            out = sweep.run(self.cells(job_overrides))
-            cells, lost = sweep.broken_off(out)
+            out = multirun.run(self.cells(job_overrides))
+            cells, lost = multirun.broken_off(out)
             print(f"results in {out}" + (f"; {lost} of {cells} cells broke off: see the column error" if lost else ""))
         except SystemExit as error:  # of somebody's library or file: the sweep is not finished
             raise RunError(f"something called sys.exit({error.code}) before the sweep was finished") from None
@@ -87,7 +87,7 @@ class SweepLauncher(Launcher):
     def cells(self, job_overrides: Sequence[Sequence[str]]) -> "list[Cell]":
         """The cells that the overrides of each job make."""
         from fl_attack.config import settings_from
-        from fl_attack.sweep import Cell
+        from fl_attack.multirun import Cell
 
         constant = [set(overrides) for overrides in job_overrides]
         shared = set.intersection(*constant) if len(constant) > 1 else set()
@@ -151,7 +151,7 @@ def grid(*overrides: str) -> "list[Cell]":
             assert isinstance(sweeper.launcher, SweepLauncher)
             return sweeper.launcher.cells(sweeper.jobs(OmegaConf.to_container(config.hydra.overrides.task)))  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, overrides)) from None
 
 
 def _unused(config: DictConfig) -> None:

@@ -87,6 +87,10 @@ class Schedule:
         lengths = np.array([len(shard) for shard in self.shards])
         return np.minimum(self.local_steps, lengths // self.sizes) * self.sizes
 
+    def labels_used(self, round_: int) -> int:
+        """The number of different samples that all clients together use in a round."""
+        return int((self.used if self.per_round is None else self.used[self.participants(round_)]).sum())
+
     def steps(self, client: int, round_: int) -> NDArray[np.int64]:
         """Samples of a client's local steps in a round, (local_steps, size); those of a step differ.
 

@@ -106,7 +106,7 @@ def write_summary(out: Path, facts: dict[str, Any]) -> None:
 def summary(scenario: Scenario, history: History, twin: History | None = None) -> dict[str, Any]:
     """The figures of a run: accuracies and F1 from 0 to 1, shares from 0 to 1, times in seconds."""
     settings: Settings = scenario.settings
-    last, best = history.rows[-1]["round"], history.best
+    last, best = history.rows[-1]["round"], history.given(settings.early_stop.restore)
     budget = settings.label_budget
     return {
         "final_accuracy": best["test_accuracy"],
@@ -118,6 +118,7 @@ def summary(scenario: Scenario, history: History, twin: History | None = None) -
         "write_access": scenario.write_access,
         "budget": budget,
         "global_budget": scenario.write_access * budget,
+        "effective_budget": history.flip_count / max(1, scenario.labels_used(last)),
         "flips": history.flip_count,
         "flips_per_round": history.flip_count / last,
         "clients": settings.clients.total,
@@ -156,6 +157,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
         "flips a round": lambda s: f"{s['flips_per_round']:.1f}",
         "flips": lambda s: f"{s['flips']:,}",
         "global budget": lambda s: f"{s['global_budget']:.3f}",
+        "effective": lambda s: f"{s['effective_budget']:.3f}",
         "seconds": lambda s: f"{s['seconds']:.1f}",
     }
     if any(s["best_round"] != s["rounds"] for s in summaries.values()):  # with early stopping

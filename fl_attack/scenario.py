@@ -160,6 +160,12 @@ class Scenario:
             found[i, self.schedule.participants(i + 1)] = True
         return found
 
+    def labels_used(self, rounds: int) -> int:
+        """The number of labels that the clients use in the first so many rounds, one of each sample of a round."""
+        if self.schedule.per_round is None:
+            return rounds * int(self.schedule.used.sum())
+        return int((self.participation[:rounds] @ self.schedule.used).sum())
+
     def relabelled(self, y_train: NDArray[np.int64]) -> "Scenario":
         """The same experiment with other training labels."""
         return replace(self, dataset=replace(self.dataset, y_train=y_train))

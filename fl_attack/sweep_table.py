@@ -28,6 +28,7 @@ RESULTS = (  # the columns of a sweep's table after the overrides
     "write_access",
     "budget",
     "global_budget",
+    "effective_budget",  # labels flipped of all that the clients used, in all rounds
     "seed",
     "final_accuracy",
     "minimum_accuracy",
@@ -42,6 +43,7 @@ RESULTS = (  # the columns of a sweep's table after the overrides
     "error",
 )
 K, B, KB, ACCURACY, GOAL = "write_access", "budget", "global_budget", "final_accuracy", "attack.goal"
+EFFECTIVE, UNLIKE, SHOWN = "effective_budget", 0.1, 6  # relative difference worth telling; values told
 WRITES, NAME, BUDGET, SHARE = "writes", "attack.name", "attack.budget", "partition.malicious_share"
 NUMBERS = {  # columns that every sweep has: the label of their axis, and the factor from the table to its unit
     K: ("write access k (share of all samples)", 1),
@@ -57,6 +59,7 @@ NUMBERS = {  # columns that every sweep has: the label of their axis, and the fa
 }
 LABELS = NUMBERS | {  # the same for columns that only some sweeps fill
     "rounds_to_recover": ("rounds to recover (count)", 1),
+    EFFECTIVE: ("effective budget (share of all labels used)", 1),
     "drop": ("drop of the final accuracy by the attack (points)", 100),
     "norm_auc": ("AUC of the norm (0.5: chance)", 1),
     "cosine_auc": ("AUC of the cosine (0.5: chance)", 1),
@@ -284,6 +287,17 @@ class Sweep:
         """What a mean of the sweep is taken over, in words."""
         seeds = len(set(self.seed_index.tolist()))
         return f"mean over {seeds} seeds" if seeds > 1 else "one seed"
+
+    def effective(self) -> str:
+        """The share of all labels that was flipped at each nominal global budget, in words where they are unlike."""
+        if EFFECTIVE not in self.cells.columns:
+            return ""
+        nominal, found = self.column(KB), self.column(EFFECTIVE)
+        means = {kb: float(np.nanmean(found[at])) for (kb,), at in split(len(self), nominal).items() if kb > 0}
+        if all(abs(value / kb - 1) < UNLIKE for kb, value in means.items()):
+            return ""
+        shown = list(means.items())[:: -(-len(means) // SHOWN)]
+        return "Labels flipped at k·b, of all used: " + ", ".join(f"{kb:.3g}: {value:.2g}" for kb, value in shown) + "."
 
     def note(self, *sentences: str) -> str:
         """Sentences that belong under a figure, and how many cells it lacks."""

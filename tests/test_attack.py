@@ -172,6 +172,14 @@ def test_carried_budgets_add_up_to_the_whole_and_never_exceed_it(budget: Fractio
         assert spent == math.floor(budget * (before + now))
 
 
+@given(st.fractions(0, 1), st.integers(0, 50))
+def test_a_budget_that_rounds_up_is_the_least_whole_number_that_holds_it(budget: Fraction, now: int) -> None:
+    allowed = attack.flip_allowance(budget, 7, now, "ceil")
+    assert 0 <= budget * now <= allowed < budget * now + 1
+    assert allowed <= now
+    assert (allowed >= 1) == (budget > 0 and now > 0)
+
+
 def test_a_budget_is_counted_as_it_was_typed() -> None:
     assert 0.29 * 100 < 29  # what floating point would have counted
     assert attack.flip_allowance(Fraction("0.29"), 0, 100, "floor") == 29

@@ -111,10 +111,15 @@ def test_cells_of_a_batch_end_one_by_one_as_each_does_alone(
     settings: Compose, small_data: Small, classes: int, every: int
 ) -> None:
     changes = [
-        [f"early_stop.patience={patience}", f"attack.budget={budget}", f"attack.goal={goal}"]
+        [
+            f"early_stop.patience={patience}",
+            f"attack.budget={budget}",
+            f"attack.goal={goal}",
+            f"early_stop.restore={give}",
+        ]
         for patience in (1, 3, 1000)
         for budget in (0, 0.5, 1)
-        for goal in ("untargeted", "targeted")
+        for goal, give in (("untargeted", "best"), ("targeted", "best"), ("untargeted", "last"))
     ]
     base = [*small_data(classes), *COMMON, "batch_size=40", f"eval_every={every}"]
     cells = engine.make_scenarios([settings(*base, *change) for change in changes])
@@ -138,6 +143,27 @@ def test_cells_of_a_batch_end_one_by_one_as_each_does_alone(
         torch.testing.assert_close(outcome.theta, sequential.run(cell, client_by_client=True).theta, rtol=0, atol=1e-9)
     assert sum(told) == 60 * len(early)
     assert len(told) < 60  # the rounds end with the last of the cells
+
+
+def test_a_run_gives_the_model_of_the_lowest_validation_loss_or_of_the_round_it_stopped_in(
+    small_data: Small, tmp_path: Path
+) -> None:
+    base = [*small_data(3), *COMMON, "batch_size=40", "early_stop.patience=4", "engine=batched", "attack.budget=1"]
+    found = {}
+    for give in ("best", "last"):
+        out = tmp_path / give
+        found[give] = experiment.run(compose(*base, f"early_stop.restore={give}", f"out={out}"))["attacked"]
+        with (out / "rounds.csv").open() as lines:
+            rows = list(csv.DictReader(lines))
+        row = {"best": min(rows, key=lambda row: float(row["validation_loss"])), "last": rows[-1]}[give]
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["final_accuracy"] == float(row["test_accuracy"])
+        assert summary["best_round"] == int(row["round"])
+        cell = scenario.make(compose(*base, "out=unused"))
+        theta = torch.from_numpy(np.load(out / "model.npz")["theta"])
+        assert cell.model.measure(theta, *cell.test_set()).loss == pytest.approx(float(row["test_loss"]))
+    assert found["best"]["stopped_round"] == found["last"]["stopped_round"] == found["best"]["best_round"] + 4
+    assert found["best"]["final_loss"] < found["last"]["final_loss"]
 
 
 def test_a_cell_that_diverges_before_it_stops_is_told_as_diverged(settings: Compose, small_data: Small) -> None:
@@ -175,7 +201,7 @@ def test_without_patience_nothing_is_held_out(settings: Compose, small_data: Sma
     assert len(cell.partition.validation) == 0
     outcome = sequential.run(cell, client_by_client=True)
     assert np.isnan(outcome.table[:, LOSS]).all()
-    assert outcome.history().best["round"] == 60
+    assert all(outcome.history().given(restore)["round"] == 60 for restore in ("best", "last"))
 
 
 @pytest.mark.parametrize(
@@ -200,6 +226,7 @@ def test_a_sweep_gives_the_accuracy_of_the_model_kept(
     shared_ray: None, command: Callable[..., tuple[int, str, str]], small_data: Small, tmp_path: Path
 ) -> None:
     grid = [*small_data(3), *COMMON, "batch_size=40", "early_stop.patience=null,2", "attack.budget=0.2,1"]
+    grid += ["early_stop.restore=best,last"]
     tables = []
     for name in ("batched", "flower"):
         out = tmp_path / name
@@ -212,6 +239,8 @@ def test_a_sweep_gives_the_accuracy_of_the_model_kept(
             known = curve[np.isfinite(curve)]
             assert len(known) == int(row["rounds"]) + 1
             assert np.isclose(known, float(row["final_accuracy"])).any()
+            if row["early_stop.restore"] == "last":
+                assert np.isclose(known[-1], float(row["final_accuracy"]))
     for row, other in zip(*tables, strict=True):
         stops = row["early_stop.patience"] == "2"
         assert row["early_stop_accuracy"] == (row["final_accuracy"] if stops else "")

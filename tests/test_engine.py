@@ -102,6 +102,8 @@ CHANGES = {  # what may differ from cell to cell
     "literal targeted": ["attack.selection=literal", "attack.goal=targeted", "attack.budget=0.9"],
     "scope": ["attack.scope=per_client", "clients.malicious=4"],
     "carry": ["attack.rounding=carry", "attack.budget=0.07"],
+    "ceil": ["attack.rounding=ceil", "attack.budget=0.01"],
+    "ceil per client": ["attack.rounding=ceil", "attack.budget=0.01", "attack.scope=per_client"],
     "carry per client": ["attack.rounding=carry", "attack.budget=0.11", "attack.scope=per_client"],
     "honest": ["attack.knowledge=honest"],
     "own": ["attack.knowledge=own", "clients.malicious=2"],
@@ -478,7 +480,7 @@ def test_allowances_are_those_of_the_definition_in_every_round() -> None:
     kinds = [
         {"budget": budget, "rounding": rounding} | when
         for budget in (0.0, 0.1, 0.29, 1 / 3, 0.123456789012345, 1.0)
-        for rounding in ("floor", "carry")
+        for rounding in ("floor", "carry", "ceil")
         for when in ({}, {"every": 3, "start": 2}, {"start": 5, "stop": 30})
     ]
     threats = [AttackSettings(name="greedy", **kind) for kind in kinds]  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from fl_attack import engine, experiment
 from fl_attack.config import Settings, compose
 from fl_attack.engine import sequential
+from fl_attack.multirun.units import units
 from fl_attack.scenario import Scenario
-from fl_attack.sweep.units import units
 
 BASE = ["rounds=4", "batch_size=20", "clients.total=5", "clients.malicious=2", "attack.budget=0.6", "lr=0.5"]
 
@@ -88,6 +88,7 @@ CHANGES: dict[str, Change] = {
     "worker_momentum": Change("worker_momentum=0.5", together=False),
     "server_optimizer": Change("server_optimizer=momentum"),
     "early_stop.patience": Change("early_stop.patience=1", together=False),
+    "early_stop.restore": Change("early_stop.restore=last", ("early_stop.patience=1", "lr=30", "rounds=9")),
     "early_stop.share": Change("early_stop.share=0.3", ("early_stop.patience=1",), together=False),
     "seed": Change("seed=1", together=False),
     "dtype": Change("dtype=float32", together=False),

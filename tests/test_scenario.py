@@ -33,7 +33,7 @@ def some_theta(cell: Scenario, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scope", ["pooled", "per_client"])
-@pytest.mark.parametrize("rounding", ["floor", "carry"])
+@pytest.mark.parametrize("rounding", ["floor", "carry", "ceil"])
 @pytest.mark.parametrize("batch", ["full", "17", "40"])
 def test_the_budget_holds_in_every_round_and_in_the_long_run(make: Make, scope: str, rounding: str, batch: str) -> None:
     budget = 0.23
@@ -56,11 +56,15 @@ def test_the_budget_holds_in_every_round_and_in_the_long_run(make: Make, scope: 
             assert counts.sum() <= math.floor(budget * writable.sum())
         elif rounding == "floor":
             assert (counts <= np.floor(budget * writable)).all()
+        elif rounding == "ceil" and scope == "pooled":
+            assert counts.sum() <= math.ceil(budget * writable.sum()) == flips.allowed
+        elif rounding == "ceil":
+            assert (counts <= np.ceil(budget * writable)).all()
         elif scope == "pooled":
             assert spent.sum() <= budget * writable.sum() * round_
         else:
             assert (spent <= budget * writable * round_).all()
-    if rounding == "carry" and batch == "17":
+    if rounding != "floor" and batch == "17":
         assert spent.sum() > 0  # where floor would give nothing to a client of two samples
     assert spent.sum() == 0 or spent.sum() > 0.5 * budget * writable.sum() * 12 or rounding == "floor"
 
@@ -71,6 +75,7 @@ def test_a_budget_below_one_flip_never_writes_under_floor_and_does_now_and_then_
         return sum(len(adversary.flips(cell, some_theta(cell), r).samples) > 0 for r in range(1, 11))
 
     assert rounds_with_flips("floor") == 0
+    assert rounds_with_flips("ceil") == 10
     assert rounds_with_flips("carry") == 6
 
 

@@ -156,6 +156,29 @@ def test_a_bucket_is_the_mean_of_its_clients_and_weighs_what_they_weigh_together
     )
 
 
+@pytest.mark.parametrize("drawn", [[], ["clients.per_round=3"], ["local_steps=3"]])
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_effective_budget_is_the_flipped_share_of_the_labels_that_were_used(
+    small_data: Small, tmp_path: Path, drawn: list[str], batched: bool
+) -> None:
+    run = ["rounds=5", "attack.rounding=ceil", "attack.budget=0.01", "batch_size=30", "clients.total=5", *drawn]
+    chosen = compose(*small_data(3), *run, "engine=batched", "baseline=false", f"out={tmp_path}/out")
+    (cell,) = engine.make_scenarios([chosen])
+    if batched:
+        experiment.run(chosen)
+        with (tmp_path / "out" / "rounds.csv").open() as lines:
+            rows = list(csv.DictReader(lines))
+        total = json.loads((tmp_path / "out" / "summary.json").read_text())["effective_budget"]
+    else:
+        outcome = sequential.run(cell, client_by_client=True)
+        rows, total = outcome.history().rows, outcome.flip_count / cell.labels_used(5)
+    used = [len(cell.schedule.samples(cell.schedule.participants(r), r)[0]) for r in range(1, 6)]
+    flips = [int(row["flips"]) for row in rows[1:]]
+    assert max(flips) == 1 and float(rows[0]["effective_budget"]) == 0
+    assert [float(row["effective_budget"]) for row in rows[1:]] == pytest.approx(np.divide(flips, used))
+    assert total == pytest.approx(sum(flips) / sum(used))
+
+
 def test_the_least_of_each_measure_is_its_own(small_data: Small, tmp_path: Path) -> None:
     unlike = []
     for seed in range(4):

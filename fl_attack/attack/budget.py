@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Scope = Literal["pooled", "per_client"]
-Rounding = Literal["floor", "carry"]
+Rounding = Literal["floor", "carry", "ceil"]
 Refresh = Literal["step", "epoch"]
 
 
@@ -46,10 +46,13 @@ def flip_allowance(budget: Fraction, writable_before: int, writable: int, roundi
     """The number of labels that may be flipped in a round in which `writable` can be written.
 
     `floor` never exceeds the budget in any round; `carry` hands the fraction on from the `writable_before` samples
-    of the rounds attacked so far, so that all rounds together come to the floor of the whole.
+    of the rounds attacked so far, so that all rounds together come to the floor of the whole; `ceil` rounds up, so
+    that any budget above 0 is at least one label in every round.
     """
     if rounding == "floor":
         return math.floor(budget * writable)
+    if rounding == "ceil":
+        return math.ceil(budget * writable)
     return math.floor(budget * (writable_before + writable)) - math.floor(budget * writable_before)
 
 

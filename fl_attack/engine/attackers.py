@@ -108,6 +108,7 @@ class Attackers:
         """`layout` is that of a round in which every client takes part."""
         self.M, self.C = len(cells), cells[0].theta_shape[0]
         self.template_cell, self.kind = cells[0], kind_of(cells[0])
+        self.schedule = self.template_cell.schedule
         self.device, self.dtype = batches.device, batches.dtype
         self.tiny = float(np.nextafter(torch.zeros((), dtype=self.dtype).numpy()[()], 1))  # above 0, whatever is
         self.parts = parts_of(cells)

@@ -41,7 +41,9 @@ class Allowances:
         kind = np.int64 if small else object
         self._over = np.array([b.numerator for b in exact], kind)[:, None]
         self._under = np.array([b.denominator for b in exact], kind)[:, None]
-        self._carries = np.array([threat.rounding == "carry" for threat in threats])[:, None]
+        self._carries, self._rounds_up = (
+            np.array([threat.rounding == rounding for threat in threats])[:, None] for rounding in ("carry", "ceil")
+        )
         self.rounds = Rounds(threats, rounds)
         self._of: NDArray[np.int64] | None = None  # the writable samples that the table is for
         self._first = 1  # round of the table
@@ -69,6 +71,8 @@ class Allowances:
         now = np.where(attacked[:, :, None], writable, 0)
         self._past = np.concatenate([np.broadcast_to(past, (1, *writable.shape)), past + now.cumsum(0)])
         self.table = self._floor(now)
+        if self._rounds_up.any():
+            self.table = np.where(self._rounds_up, -self._floor(-now), self.table)
         if self._carries.any():
             total = self._floor(self._past)
             self.table = np.where(self._carries, total[1:] - total[:-1], self.table)

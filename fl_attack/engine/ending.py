@@ -45,7 +45,7 @@ def outcomes(
     flips : (M,) array of int64
         Flips in all rounds.
     stopping : Stopping or None
-        Their best models, where they stop early.
+        The models that they give, where they stop early.
     seconds : float
         The time that all of them took together.
     ended : bool
@@ -61,7 +61,7 @@ def outcomes(
     last = np.full(M, cells[0].settings.rounds)
     if stopping:
         finite |= stopping.over
-        theta, flips, last = stopping.best, stopping.flips, stopping.rounds
+        theta, flips, last = stopping.given, stopping.flips, stopping.rounds
     found = []
     for i, (cell, rows) in enumerate(zip(cells, theta.chunk(M), strict=True)):
         if not finite[i] and ended:

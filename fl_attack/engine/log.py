@@ -96,6 +96,19 @@ class Log:
         full = bool(round_) and self.full_rows
         cosine, detection = (part if full else np.full_like(part, np.nan) for part in (self._cosine, self._detection))
         used = flips / allowed.clip(1)
+        effective = flips / tiles[0].attackers.schedule.labels_used(round_) if tiles else flips
         loss = np.broadcast_to(validation_loss, self.M)
-        parts = np.full(self.M, round_), quality, flips, allowed, used, cosine, repeated, relabelled, detection, loss
+        parts = (
+            np.full(self.M, round_),
+            quality,
+            flips,
+            allowed,
+            used,
+            effective,
+            cosine,
+            repeated,
+            relabelled,
+            detection,
+            loss,
+        )
         self._rows.append(np.column_stack(parts))

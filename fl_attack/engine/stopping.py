@@ -20,13 +20,14 @@ class Split(Protocol):
 
 
 class Stopping:
-    """The best model of each of M cells so far, and whether its run is over; see `history.EarlyStop`."""
+    """The model that each of M cells would give so far, and whether its run is over; see `history.EarlyStop`."""
 
     def __init__(self, cells: Sequence[Scenario], split: Split, theta: Tensor) -> None:
         """`split` is the server's validation split, `theta` (M C, d) what the cells start from."""
         patience = [cell.settings.early_stop.patience for cell in cells]
         self.rule = EarlyStop(np.array(patience))
-        self.split, self.best = split, theta.clone()
+        self.split, self.given = split, theta.clone()
+        self._last = np.array([cell.settings.early_stop.restore == "last" for cell in cells])
         self.rounds = np.full(len(cells), cells[0].settings.rounds)  # the last one of each cell
         self.flips = np.zeros(len(cells), np.int64)  # in these rounds
         self.over = np.zeros(len(cells), bool)
@@ -41,8 +42,9 @@ class Stopping:
         A cell whose parameters are not finite is left to run on: it has diverged, which its outcome says in the end.
         """
         M = len(losses)
-        lower = torch.from_numpy(self.rule.lower(losses) & ~self.over).to(theta.device)
-        self.best.view(M, -1)[lower] = theta.view(M, -1)[lower]
+        better = (self.rule.lower(losses) | self._last) & ~self.over
+        kept = torch.from_numpy(better).to(theta.device)
+        self.given.view(M, -1)[kept] = theta.view(M, -1)[kept]
         self.flips = np.where(self.over, self.flips, flips)
         finite = theta.view(M, -1).isfinite().all(1).cpu().numpy()
         now = self.rule.over & ~self.over & finite

@@ -83,7 +83,9 @@ def budget(folder: Path) -> list[Path]:
     legend(figure, panels)
     several_seeds = sweep.seed_index.any()
     bands = "Bands: 95 % confidence of the mean over seeds (Student t)." if several_seeds else "One seed: no bands."
-    caption(figure, f"Final test accuracy by global budget, {sweep.averaging()}", sweep.note(note, bands))
+    caption(
+        figure, f"Final test accuracy by global budget, {sweep.averaging()}", sweep.note(note, bands, sweep.effective())
+    )
     return canvas.save(figure, folder, "budget")
 
 

@@ -50,7 +50,7 @@ def heatmap(folder: Path, column: str = ACCURACY) -> list[Path]:
     panel = sweep.labels(sweep.varied(KB))
     figure = _maps(sweep.column(K), sweep.column(B), sweep.numbers(column), panel, "cividis", canvas.label(column))
     name = "Final test accuracy" if column == ACCURACY else canvas.label(column)
-    caption(figure, f"{name}, {sweep.averaging()}", sweep.note(EQUAL_PRODUCTS))
+    caption(figure, f"{name}, {sweep.averaging()}", sweep.note(EQUAL_PRODUCTS, sweep.effective()))
     return canvas.save(figure, folder, "heatmap" if column == ACCURACY else f"heatmap_{column}")
 
 

@@ -11,9 +11,9 @@ from fl_attack import engine, federation
 from fl_attack.config import settings_from
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, Recorder
+from fl_attack.multirun.progress import Progress
+from fl_attack.multirun.units import Numbers, Unit, stacked
 from fl_attack.scenario import Scenario
-from fl_attack.sweep.progress import Progress
-from fl_attack.sweep.units import Numbers, Unit, stacked
 
 Keep = Callable[[Unit, Numbers], None]
 

@@ -95,6 +95,7 @@ def read(file: Path) -> Numbers | None:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             if str(stored["key"]) != file.stem:
                 return None
-            return Numbers(*(stored[name] for name in Numbers._fields))
+            numbers = Numbers(*(stored[name] for name in Numbers._fields))
+            return numbers if numbers.table.shape[-1] == len(COLUMNS) else None
     except Exception:
         return None

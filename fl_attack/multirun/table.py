@@ -12,10 +12,10 @@ from fl_attack.config import Settings
 from fl_attack.data.cache import write_whole
 from fl_attack.detect import MEASURES
 from fl_attack.folder import CURVES, TABLE
-from fl_attack.history import COLUMNS, best_row, rounds_to_recover
+from fl_attack.history import COLUMNS, given_row, rounds_to_recover
 from fl_attack.identity import NOT_NUMBERS
+from fl_attack.multirun.units import Numbers
 from fl_attack.scenario import Scenario
-from fl_attack.sweep.units import Numbers
 from fl_attack.sweep_table import RESULTS, write_csv
 
 OF_MODEL = RESULTS[RESULTS.index("final_accuracy") : RESULTS.index("flips")]  # of a model that did not break off
@@ -84,13 +84,14 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
     rounds = values["round"][~np.isnan(values["round"])]
     accuracy = values["test_accuracy"][: len(rounds)]
     after_start = accuracy[1:] if len(accuracy) > 1 else accuracy
-    best = best_row(values["validation_loss"][: len(rounds)])
+    best = given_row(values["validation_loss"][: len(rounds)], scenario.settings.early_stop.restore)
     budget = scenario.settings.label_budget
     found = {
         "writes": scenario.settings.attack.writes if scenario.settings.attacked else "none",
         "write_access": scenario.write_access,
         "budget": budget,
         "global_budget": scenario.write_access * budget,
+        "effective_budget": int(numbers.flips) / max(1, scenario.labels_used(int(rounds[-1]))),
         "seed": scenario.settings.seed,
         "final_accuracy": accuracy[best],
         "minimum_accuracy": after_start.min(),
@@ -98,7 +99,9 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
         "final_f1": values["test_f1"][best],
         "final_loss": values["test_loss"][best],
         **_detectability(values, len(rounds) if scenario.settings.detectability else 0),
-        "drop": "" if twin is None or scenario.settings.is_unattacked else final_accuracy(twin) - accuracy[best],
+        "drop": ""
+        if twin is None or scenario.settings.is_unattacked
+        else final_accuracy(twin, scenario) - accuracy[best],
         "rounds_to_recover": "" if twin is None else _recovered(scenario, numbers, twin),
         "flips": int(numbers.flips),
         "rounds": int(rounds[-1]),
@@ -109,10 +112,11 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
     return {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in found.items()}
 
 
-def final_accuracy(numbers: Numbers) -> float:
-    """Test accuracy (0 to 1) of the model that a cell ends with."""
+def final_accuracy(numbers: Numbers, scenario: Scenario) -> float:
+    """Test accuracy (0 to 1) of the model that a cell ends with, which stops early as the scenario does."""
     rows = numbers.table[~np.isnan(numbers.table[:, COLUMNS.index("round")])]
-    return float(rows[best_row(rows[:, COLUMNS.index("validation_loss")]), COLUMNS.index("test_accuracy")])
+    row = given_row(rows[:, COLUMNS.index("validation_loss")], scenario.settings.early_stop.restore)
+    return float(rows[row, COLUMNS.index("test_accuracy")])
 
 
 def _detectability(values: dict[str, NDArray[np.float64]], rounds: int) -> dict[str, Any]:
