@@ -67,7 +67,6 @@ class Attack(NamedTuple):
 AIMED = ("goal", "direction", "knowledge", "target_path")
 ATTACKS: dict[str, Attack] = {
     "greedy": Attack(labels.greedy, "labels", (*AIMED, "selection")),
-    "planned": Attack(labels.planned, "labels", ("objective", "foresight", "horizon", "selection")),
     "random_flip": Attack(labels.random_flip, "labels"),
     "static_flip": Attack(labels.static_flip, "labels"),
     "confidence_flip": Attack(labels.confidence_flip, "labels"),
@@ -77,6 +76,7 @@ ATTACKS: dict[str, Attack] = {
     "alie": Attack(gradients.alie, "updates"),
     "mimic": Attack(gradients.mimic, "updates"),
     "gradient_max": Attack(gradients.gradient_max, "updates", AIMED),
+    "planned": Attack(labels.planned, "labels", ("objective", "foresight", "horizon", "selection")),
 }
 
 

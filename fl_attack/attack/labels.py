@@ -86,7 +86,7 @@ def greedy(view: View) -> Proposal:
 class PlannedOptions(NamedTuple):
     """The arguments of `planned`."""
 
-    sweeps: int = 60
+    sweeps: int = 40
     starts: int = 4
     tolerance: float = 1e-4
     sample: int = 1000
@@ -109,7 +109,7 @@ def planned_options(args: Mapping[str, Any]) -> PlannedOptions:
 def planned(
     view: View,
     *,
-    sweeps: int = 60,
+    sweeps: int = 40,
     starts: int = 4,
     tolerance: float = 1e-4,
     sample: int = 1000,
