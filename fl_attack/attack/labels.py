@@ -90,7 +90,7 @@ class PlannedOptions(NamedTuple):
     starts: int = 4
     tolerance: float = 1e-4
     sample: int = 1000
-    temperature: float = 1.0
+    temperature: float = 0.3
 
 
 def planned_options(args: Mapping[str, Any]) -> PlannedOptions:
@@ -113,7 +113,7 @@ def planned(
     starts: int = 4,
     tolerance: float = 1e-4,
     sample: int = 1000,
-    temperature: float = 1.0,
+    temperature: float = 0.3,
 ) -> Proposal:
     """As `greedy`, along a direction that looks ahead: `plans` gives it for all rounds, and so the flips of all.
 

@@ -20,6 +20,7 @@ from fl_attack.plots.by_round import curves, curves_of, plan, rounds
 from fl_attack.plots.comparisons import harm, matrix
 from fl_attack.plots.equal_budgets import networks
 from fl_attack.plots.maps import difference, heatmap
+from fl_attack.plots.planning import planning
 from fl_attack.sweep_table import ACCURACY, GOAL, KB, NotDrawableError, read_sweep
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "matrix",
     "networks",
     "plan",
+    "planning",
     "rounds",
     "spread",
 ]
@@ -75,6 +77,7 @@ PLOTS: dict[str, Callable[..., list[Path]]] = {
     "networks": networks,
     "rounds": rounds,
     "plan": plan,
+    "planning": planning,
     "all": all_of_sweep,
 }
 USAGE = (
