@@ -20,6 +20,7 @@ from fl_attack.scenario import Scenario
 
 SMALL = ("rounds=8", "batch_size=20", "clients.total=4", "clients.malicious=2", "attack.budget=0.4", "lr=0.5")
 PLANNED = ("attack=planned", "attack.args={sweeps: 6}", "dtype=float64", "engine=batched")
+TEMPERATURE = attack.planned_options({}).temperature
 Make = Callable[..., Scenario]
 
 
@@ -38,7 +39,7 @@ def final_harm(cell: Scenario) -> float:
     theta = engine.run_cells([cell])[0].theta
     assert theta is not None
     X, y = plans.sample_of(cell, 1000)
-    return attack.smoothed_error(cell.model.logits(theta, X), y, 1.0).item()
+    return attack.smoothed_error(cell.model.logits(theta, X), y, TEMPERATURE).item()
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_directions_raise_what_they_are_named_for(make: Make) -> None:
 
     def error(cell: Scenario, theta: torch.Tensor) -> float:
         X, y = adversary.sample_of(cell)
-        return attack.smoothed_error(cell.model.logits(theta, X), y, 1.0).item()
+        return attack.smoothed_error(cell.model.logits(theta, X), y, attack.directions.TEMPERATURE).item()
 
     for name, of in {"validation_loss": loss, "smoothed_error": error}.items():
         found, expected = slope(name, of)
@@ -282,3 +283,52 @@ def test_directions_without_meaning_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=says):
         settings(*how)
+
+
+# --- experiment=planning ------------------------------------------------------------------------------
+
+
+def test_gaps_are_those_to_the_better_goal_seed_by_seed(tmp_path: Path) -> None:
+    from fl_attack.plots import planning
+    from fl_attack.sweep_table import RESULTS, write_csv
+
+    final = {  # two seeds
+        ("greedy", "untargeted", "final", "known"): (0.70, 0.72),
+        ("greedy", "targeted", "final", "known"): (0.65, 0.61),
+        ("planned", "untargeted", "final", "known"): (0.45, 0.40),
+        ("planned", "untargeted", "average", "known"): (0.66, 0.58),
+    }
+    settings = ("attack.name", "attack.goal", "attack.objective", "attack.foresight")
+    rows, curves = [], []
+    for cell, (who, seed) in enumerate(itertools.product(final, (0, 1))):
+        accuracy = final[who][seed]
+        row = dict(zip(settings, who, strict=True)) | {"writes": "labels", "write_access": 1, "budget": 0.25}
+        row |= {
+            "seed": seed,
+            "final_accuracy": accuracy,
+            "early_stop_accuracy": accuracy + 0.1,
+            "flips": 1,
+            "rounds": 2,
+        }
+        row |= {"global_budget": 0.25, "minimum_accuracy": accuracy, "final_f1": 0.5, "final_loss": 1.0}
+        rows.append([cell, *(row.get(name, "") for name in (*settings, *RESULTS))])
+        curves.append([0.1, accuracy + 0.2, accuracy])
+    write_csv(tmp_path / "sweep.csv", ["cell", *settings, *RESULTS], rows)
+    np.savez(tmp_path / "curves.npz", accuracy=np.array(curves), round=np.arange(3))
+    files = planning(tmp_path)
+    assert {file.name for file in files} == {"planning.png", "planning.pdf", "planning.csv", "planning_gaps.csv"}
+    with (tmp_path / "planning_gaps.csv").open() as lines:
+        found = {(row["measure"], row["plan"]): row for row in csv.DictReader(lines)}
+    sure, unsure = (found["final accuracy", f"planned {objective}, known"] for objective in ("final", "average"))
+    assert sure["better_goal"] == "targeted"
+    assert float(sure["gap"]) == pytest.approx((20 + 21) / 2)
+    assert float(sure["interval"]) == pytest.approx(12.706 * 0.5, rel=1e-3)  # Student's t of one degree, deviation 0.5
+    assert float(unsure["gap"]) == pytest.approx((-1 + 3) / 2)
+    assert (sure["includes_zero"], unsure["includes_zero"]) == ("no", "yes")
+    assert {measure for measure, _ in found} == {
+        *("final accuracy", "average over the evaluations", "model of early stopping")
+    }
+    with (tmp_path / "planning.csv").open() as lines:
+        means = {(row["measure"], row["attacker"]): float(row["mean"]) for row in csv.DictReader(lines)}
+    assert means["average over the evaluations", "greedy targeted"] == pytest.approx(63 + 10)
+    assert means["model of early stopping", "greedy targeted"] == pytest.approx(73)
