@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fl_attack import __version__, attack, models
 from fl_attack.aggregate import RULES, is_known
-from fl_attack.attack import Foresight, Goal, Knowledge, Objective, Refresh, Rounding, Scope, Selection
+from fl_attack.attack import Foresight, Goal, Knowledge, Memory, Objective, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
 from fl_attack.overrides import completed, conf_folder, did_you_mean, explain, unknown_key
 from fl_attack.protocol import LrSchedule, Optimizer
@@ -120,6 +120,8 @@ class AttackSettings(Strict):
     knowledge: Knowledge = "full"
     knowledge_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     refresh: Refresh = "step"
+    memory: Memory = "forget"
+    unflip: bool = False
     args: dict[str, Any] = {}
     every: Count = 1
     start: Count = 1
@@ -156,6 +158,11 @@ class AttackSettings(Strict):
         """Whether theta_target is needed."""
         return self.plans or ("goal" in attack.find(self.name).uses and self.aim in ("target", "target_far"))
 
+    @property
+    def remembers(self) -> bool:
+        """Whether flips stay in the attackers' data after their round."""
+        return self.memory != "forget" and self.writes == "labels"
+
     @cached_property
     def writes(self) -> str:
         """What the attack changes: labels or updates."""
@@ -177,6 +184,11 @@ class AttackSettings(Strict):
         for key, value in usual.items():
             if key not in chosen.uses and getattr(self, key) != value:
                 raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
+        if self.memory != "forget" and self.refresh != "step":
+            raise ValueError(
+                f"refresh={self.refresh} has no meaning with memory={self.memory}, whose flips stay for good; use "
+                "refresh=step"
+            )
         if self.stop is not None and self.stop < self.start:
             raise ValueError(f"stop={self.stop} is before start={self.start}; use start or later, or null for no end")
         if self.direction is not None and self.goal == "targeted":
@@ -188,6 +200,8 @@ class AttackSettings(Strict):
             raise ValueError(f"knowledge={self.knowledge} has no meaning with {said},{why}; use knowledge=full")
         if self.target_path is not None and "target_path" not in uses:
             raise ValueError(f"target_path has no meaning with {said}; use goal=targeted or leave it out")
+        if self.plans and self.memory != "forget":
+            raise ValueError(f"memory={self.memory} can't be planned by name=planned; use memory=forget")
         if self.plans and self.refresh != "step":
             raise ValueError(f"refresh={self.refresh} has no meaning with name=planned; leave it out, or use horizon")
         return self
@@ -367,6 +381,13 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
         (not flips and threat.scope != "pooled", f"attack.scope={threat.scope}", no_labels),
         (not flips and threat.rounding != "floor", f"attack.rounding={threat.rounding}", no_labels),
         (not flips and threat.refresh != "step", f"attack.refresh={threat.refresh}", no_labels),
+        (not flips and threat.memory != "forget", f"attack.memory={threat.memory}", no_labels),
+        (threat.unflip and threat.memory == "forget", "attack.unflip=true", "attack.memory=forget keeps no flips"),
+        (
+            threat.memory == "persist_total" and threat.rounding == "carry",
+            "attack.rounding=carry",
+            "the one budget of attack.memory=persist_total has no next round",
+        ),
         (
             threat.knowledge_fraction != 0.5 and threat.knowledge != "noisy",
             f"attack.knowledge_fraction={threat.knowledge_fraction}",

@@ -166,6 +166,7 @@ def test_a_run_leaves_its_plan_and_the_figure(
         (("worker_momentum=0.9",), "use worker_momentum=0"),
         (("attack.horizon=3", "server_optimizer=adam"), "attack.horizon=null"),
         (("attack.refresh=epoch",), "use horizon"),
+        (("attack.memory=persist",), "use memory=forget"),
         (("attack.goal=targeted",), "has no meaning with name=planned"),
         (("attack.direction=mean_feature",), "has no meaning with name=planned"),
         (("attack.args={sweeps: 0}",), "must be 1 or more"),

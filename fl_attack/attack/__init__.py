@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fl_attack import plugins
 from fl_attack.attack import gradients, labels
-from fl_attack.attack.budget import Refresh, Rounding, Scope, attacked_before, flip_allowance, select
+from fl_attack.attack.budget import Memory, Refresh, Rounding, Scope, attacked_before, flip_allowance, select
 from fl_attack.attack.directions import DIRECTIONS, Aim, direction_of, find_direction
 from fl_attack.attack.gradients import Updates
 from fl_attack.attack.harm import smoothed_error, smoothed_error_residuals
@@ -26,6 +26,7 @@ __all__ = [
     "Foresight",
     "Goal",
     "Knowledge",
+    "Memory",
     "Objective",
     "Proposal",
     "Refresh",

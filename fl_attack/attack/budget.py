@@ -10,6 +10,7 @@ from torch import Tensor
 Scope = Literal["pooled", "per_client"]
 Rounding = Literal["floor", "carry", "ceil"]
 Refresh = Literal["step", "epoch"]
+Memory = Literal["forget", "persist", "persist_total"]
 
 
 def select(priority: Tensor, group: Tensor, budgets: Tensor) -> Tensor:

@@ -46,9 +46,9 @@ def group_key(chosen: Scenario) -> Hashable:
 
 
 def is_alone(cell: Scenario) -> bool:
-    """Whether the rounds of a cell are run by themselves: those of a plan, or along a direction of its own."""
+    """Whether the rounds of a cell are run by themselves: those of plans, of flips that stay, of other directions."""
     threat = cell.settings.attack
-    return cell.settings.attacked and (threat.plans or threat.direction is not None)
+    return cell.settings.attacked and (threat.plans or threat.remembers or threat.direction is not None)
 
 
 def group(scenarios: Sequence[Scenario]) -> list[list[int]]:

@@ -70,23 +70,23 @@ def run_cells(
         groups.check(cell)
     if len({groups.group_key(cell) for cell in scenarios}) > 1:
         raise InputError("these experiments differ in what cells of one batch share; see fl_attack.engine.group")
+    of_linear = [i for i, cell in enumerate(scenarios) if is_linear(cell)]
     found: dict[int, Outcome] = {}
-    fast = [i for i, cell in enumerate(scenarios) if is_linear(cell)]
-    if fast:
+    if of_linear:
         outcomes = linear.run_cells(
-            [scenarios[i] for i in fast],
+            [scenarios[i] for i in of_linear],
             device=device,
             memory_gb=memory_gb,
             progress=progress,
-            watch=lambda cells, so_far: watch([fast[i] for i in cells], so_far),
+            watch=lambda cells, so_far: watch([of_linear[i] for i in cells], so_far),
             keep_flips=keep_flips,
             keep_theta=keep_theta,
             full_rows=full_rows,
         )
-        found |= zip(fast, outcomes, strict=True)
-    rest = [i for i in range(len(scenarios)) if i not in found]
-    together = [i for i in rest if not full_rows and stacked.can_run(scenarios[i])]
-    one_by_one = [i for i in rest if i not in set(together)]
+        found |= zip(of_linear, outcomes, strict=True)
+    others = [i for i in range(len(scenarios)) if i not in found]
+    together = [i for i in others if not full_rows and stacked.can_run(scenarios[i])]
+    one_by_one = [i for i in others if i not in set(together)]
     with torch.inference_mode():
         if together:
             outcomes = stacked.run_cells(

@@ -35,7 +35,7 @@ COPIES = 6  # of the parameters, that a step holds at most: with the optimizer's
 
 
 def can_run(cell: Scenario) -> bool:
-    """Whether a cell can be in a stack: dense layers, the mean, and flips chosen in every round if any."""
+    """Whether a cell can be in a stack: dense layers, the mean, and flips that are of one round alone."""
     labels = not cell.settings.attacked or (cell.settings.attack.refresh == "step" and not groups.is_alone(cell))
     return isinstance(cell.model, Mlp) and sequential.mean_is_enough(cell) and labels
 
