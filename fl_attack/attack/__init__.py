@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fl_attack import plugins
 from fl_attack.attack import gradients, labels
+from fl_attack.attack.adapt import PERCENTS, spread, worst
 from fl_attack.attack.budget import Memory, Refresh, Rounding, Scope, attacked_before, flip_allowance, select
 from fl_attack.attack.directions import DIRECTIONS, Aim, direction_of, find_direction
 from fl_attack.attack.gradients import Updates
@@ -21,6 +22,8 @@ from fl_attack.errors import InputError
 __all__ = [
     "ATTACKS",
     "DIRECTIONS",
+    "PERCENTS",
+    "Adapt",
     "Aim",
     "Attack",
     "Foresight",
@@ -48,13 +51,16 @@ __all__ = [
     "select",
     "smoothed_error",
     "smoothed_error_residuals",
+    "spread",
     "try_args",
+    "worst",
 ]
 
 Goal = Literal["untargeted", "targeted"]
 Knowledge = Literal["full", "honest", "noisy", "own"]
 Objective = Literal["final", "average"]
 Foresight = Literal["known", "simulated"]
+Adapt = Literal["none", "rule"]
 
 
 class Attack(NamedTuple):
@@ -63,19 +69,23 @@ class Attack(NamedTuple):
     function: Callable[..., Any]  # View -> Proposal (labels) or Updates -> Tensor (updates), and arguments by name
     writes: Literal["labels", "updates"]
     uses: tuple[str, ...] = ()
+    tries: tuple[str, tuple[float, ...]] | None = None  # an argument, and values that adapting attackers try besides
 
 
 AIMED = ("goal", "direction", "knowledge", "target_path")
+FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 ATTACKS: dict[str, Attack] = {
     "greedy": Attack(labels.greedy, "labels", (*AIMED, "selection")),
     "random_flip": Attack(labels.random_flip, "labels"),
     "static_flip": Attack(labels.static_flip, "labels"),
     "confidence_flip": Attack(labels.confidence_flip, "labels"),
-    "sign_flip": Attack(gradients.sign_flip, "updates"),
+    "sign_flip": Attack(gradients.sign_flip, "updates", (), ("scale", FACTORS)),
     "gaussian": Attack(gradients.gaussian, "updates"),
-    "ipm": Attack(gradients.ipm, "updates"),
-    "alie": Attack(gradients.alie, "updates"),
+    "ipm": Attack(gradients.ipm, "updates", (), ("epsilon", FACTORS)),
+    "alie": Attack(gradients.alie, "updates", (), ("z", (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0))),
     "mimic": Attack(gradients.mimic, "updates"),
+    "minmax": Attack(gradients.minmax, "updates"),
+    "minsum": Attack(gradients.minsum, "updates"),
     "gradient_max": Attack(gradients.gradient_max, "updates", AIMED),
     "planned": Attack(labels.planned, "labels", ("objective", "foresight", "horizon", "selection")),
 }
