@@ -772,13 +772,13 @@ def test_folders_named_by_numbers_are_in_their_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "refused"), [(0, 1, True), (0, 2, False), (0, 255, False), (0, 256, True), (-1, 200, True)]
+    ("low", "high", "refused"), [(0, 1, True), (-1, 1, True), (0, 2, False), (0, 255, False), (0, 256, False)]
 )
 def test_whole_numbers_that_are_no_pixels_are_not_scaled_by_a_guess(tmp_path, low, high, refused):
     x, y = np.where(np.eye(6, dtype=int) > 0, high, low), np.arange(6) % 2
     np.savez(tmp_path / "bits.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     if refused:
-        wanted = f"holds whole numbers from {low} to {high}, which don't look like pixels of 0 to 255"
+        wanted = "holds whole numbers of at most 1, which don't look like pixels of 0 to 255"
         assert wanted in refusal("npz", path=tmp_path / "bits.npz")
     else:
         assert data.load("npz", path=tmp_path / "bits.npz").scale == 255

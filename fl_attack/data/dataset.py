@@ -150,17 +150,15 @@ def load(
         raw = source.read(place, *option)
         usual = source.scale or (1.0 if raw.x_train.dtype.kind == "f" else 255.0)
         arrays, names = _picked(_checked(raw, where), wanted, where)
-        values = arrays["x_train"]
         facts = {
-            "smallest": float(values.min()),
-            "largest": float(values.max()),
+            "largest": float(max(arrays["x_train"].max(), arrays["x_test"].max())),
             "shape": raw.x_train.shape[1:] or (1,),
         }
         return arrays, {"classes": names, "scale": usual, **facts}
 
     entry = cache.entry(f"{loader}-{key}", build, verify=verify)
-    if scale is None and entry.facts["scale"] == 255:
-        _refuse_to_guess(loader, place, entry.facts["smallest"], entry.facts["largest"], verify)
+    if scale is None and entry.facts["scale"] == 255 and entry.facts["largest"] <= 1:
+        _refuse_to_guess(loader, place, verify)
     scale = float(scale or entry.facts["scale"])
     return Dataset(
         **entry.arrays,
@@ -172,14 +170,12 @@ def load(
     )
 
 
-def _refuse_to_guess(loader: str, place: Path, smallest: float, largest: float, verify: bool) -> None:
-    """InputError where whole numbers are no pixels of 0 to 255 by the look of them; images are only spoken of."""
-    if smallest >= 0 and 1 < largest <= 255:
-        return
+def _refuse_to_guess(loader: str, place: Path, verify: bool) -> None:
+    """InputError for whole numbers of at most 1, which are hardly pixels of 0 to 255; images are only spoken of."""
     if loader == "npz":
         raise InputError(
-            f"{place} holds whole numbers from {smallest:g} to {largest:g}, which don't look like pixels of 0 to 255; "
-            "say by what they are divided, as in dataset.scale=1"
+            f"{place} holds whole numbers of at most 1, which don't look like pixels of 0 to 255; say by what they are "
+            "divided, as in dataset.scale=1"
         )
     if verify:
         told = f"note: {place} holds pixels of at most 1, which are divided by 255; is dataset.scale=1 meant?"
