@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 from fl_attack.config import Settings, from_yaml, to_yaml, versions
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
-from fl_attack.folder import BASELINE, OF_RUN, SUMMARY
+from fl_attack.folder import BASELINE, OF_RUN, PLAN, SUMMARY
 from fl_attack.history import COLUMNS, History, rounds_to_recover
 from fl_attack.identity import NOT_NUMBERS
+from fl_attack.plans import STARTS, Plan, plans_made
 from fl_attack.scenario import Scenario
 from fl_attack.sweep_table import write_csv
 from fl_attack.targets import target
 
 FILES = OF_RUN
+PLAN_COLUMNS = ("first_round", "sweep", "start", "objective", "part")  # part: of the rounds that was chosen anew
 __all__ = [
     "BASELINE",
     "FILES",
@@ -109,10 +111,22 @@ def write(out: Path, scenario: Scenario, history: History) -> None:
         "partition.npz": {"client": scenario.partition.client, "malicious": scenario.partition.malicious},
         "flips.npz": history.flip_table(),
     }
-    if settings.attacked and settings.attack.goal == "targeted":
+    if settings.attacked and settings.attack.steers and not settings.attack.plans:
         arrays["target.npz"] = scenario.model.state(target(scenario))
     for name, content in arrays.items():
         _write(out / name, partial(_savez, content))
+    if made := plans_made(scenario):
+        write_csv(out / PLAN, PLAN_COLUMNS, [row for one in made for row in _plan_rows(one)])
+
+
+def _plan_rows(plan: Plan) -> list[list[Any]]:
+    """The rows of `plan.csv` of one plan: its objective after each sweep, by start."""
+    names = [STARTS[start] if start < len(STARTS) else f"random{start}" for start in range(plan.harm.shape[1])]
+    return [
+        [plan.first, sweep, name, float(plan.harm[sweep, start]), float(plan.part[sweep, start])]
+        for start, name in enumerate(names)
+        for sweep in range(len(plan.harm))
+    ]
 
 
 def write_clients(out: Path, scenario: Scenario, history: History) -> None:
