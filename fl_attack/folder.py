@@ -47,7 +47,20 @@ class Place(NamedTuple):
 
 
 def is_finished(folder: Path, kind: Kind) -> bool:
-    """Whether a folder holds a whole run or sweep."""
+    """Whether a folder holds a whole run or sweep.
+
+    Parameters
+    ----------
+    folder : Path
+        Any folder; it need not be there.
+    kind : {"run", "sweep"}
+        Which of both is asked for.
+
+    Returns
+    -------
+    bool
+        A run is whole with its summary, a sweep with its table and without unfinished units.
+    """
     if kind == "run":
         return (folder / SUMMARY).exists()
     return (folder / TABLE).exists() and not (folder / UNITS).exists()
