@@ -236,6 +236,7 @@ class Settings(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     dtype: Literal["float32", "float64"]
     launcher: Literal["auto", "local", "ray"] = "auto"
+    workers: Count | None = None
     detectability: bool = False
     figures: tuple[tuple[str, ...], ...] = ()
     out: Annotated[str, Field(min_length=1)]
@@ -329,6 +330,7 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
         (settings.eval_every > settings.rounds, f"eval_every={settings.eval_every}", f"{few}; the last is evaluated"),
         (bool(settings.figures) and not sweep, "figures", f"{of_sweep}; a run draws its curves"),
         (settings.launcher != "auto" and not sweep, f"launcher={settings.launcher}", of_sweep),
+        (settings.workers is not None and not sweep, f"workers={settings.workers}", of_sweep),
         (settings.detectability and not sweep, "detectability=true", f"{of_sweep}; a run always measures it"),
         (place.path is not None and located != "path", f"dataset.path={place.path}", f"dataset.loader={place.loader}"),
         (place.root != "data" and located != "root", f"dataset.root={place.root}", f"dataset.loader={place.loader}"),

@@ -7,15 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, Self
-
-from tqdm import tqdm
+from typing import Any, Protocol
 
 from fl_attack import engine, federation, folder, identity, plots, results, scenario, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import AttackSettings, Settings, without_effect
 from fl_attack.errors import Interrupted, RunError
 from fl_attack.history import History, OnRound, Recorder, Row
+from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 
 SAVE_EVERY = 10.0  # seconds
@@ -54,7 +53,7 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
         if not settings.resume or not goes_on(place.work):
             folder.clear(place.work)
         if settings.attacked and settings.attack.goal == "targeted":
-            with Progress("target", settings.rounds) as progress:
+            with Progress(settings.rounds, "target", "round") as progress:
                 targets.load_target(attacked, progress)
         results.write_config(place.work, attacked.settings)
         summaries = _run(attacked, place.work, runner)
@@ -133,7 +132,7 @@ def _batched(runs: Runs, keep: Keep) -> None:
         if code := signalled():
             raise Interrupted("", code)
 
-    with Progress("batched", settings.rounds) as progress, _between_rounds() as signalled:
+    with Progress(settings.rounds, "batched", "round") as progress, _between_rounds() as signalled:
         outcomes = engine.run_cells(
             [which for which, _ in runs.values()],
             checkpoints=[Checkpoint(where, identity.key_of([which])) for which, where in runs.values()],
@@ -175,7 +174,7 @@ def _federated(runs: Runs, settings: Settings, keep: Keep, runner: federation.Ru
 
     def drive(federate: federation.Federate) -> None:
         for name, (which, where) in runs.items():
-            with Progress(name, settings.rounds) as progress:
+            with Progress(settings.rounds, name, "round") as progress:
                 recorder = Recorder(which, checkpoint=Checkpoint(where, identity.key_of([which])))
                 recorder.on_round = both(progress, saver(where, recorder.history))
                 unfinished[name] = recorder
@@ -217,29 +216,3 @@ def both(first: OnRound, second: OnRound) -> OnRound:
         second(round_, row)
 
     return observe
-
-
-class Progress:
-    """How far a run is: a live bar on a terminal, a plain line every tenth of the way elsewhere."""
-
-    def __init__(self, name: str, rounds: int) -> None:
-        self.name, self.rounds = name, rounds
-        self.bar: tqdm | None = None
-
-    def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=self.rounds, desc=f"{self.name:>8}", unit="round")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, round_: int, row: Row | None = None) -> None:
-        """Show that a round is done, and the accuracy last measured."""
-        accuracy = f"accuracy {row['test_accuracy']:.4f}" if row else ""
-        if self.bar is not None:
-            self.bar.set_postfix_str(accuracy, refresh=False)
-            self.bar.update(round_ - self.bar.n)
-        elif round_ * 10 // self.rounds > (round_ - 1) * 10 // self.rounds and round_:
-            print(f"{self.name}: round {round_} of {self.rounds}  {accuracy}".rstrip(), file=sys.stderr, flush=True)

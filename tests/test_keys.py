@@ -92,6 +92,7 @@ CHANGES: dict[str, Change] = {
     "baseline": Change("baseline=false", numbers=False),
     "figures": Change("figures=[[harm]]", numbers=False),
     "launcher": Change("launcher=ray", numbers=False),
+    "workers": Change("workers=3", numbers=False),
     "out": Change("out=elsewhere", numbers=False),
     "overwrite": Change("overwrite=true", numbers=False),
     "resume": Change("resume=false", numbers=False),

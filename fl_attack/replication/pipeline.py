@@ -1,13 +1,8 @@
 """From the plan to the report: sweeps that are not there yet are computed and drawn, data set after data set."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from fl_attack import federation, sweep
+from fl_attack import sweep
 from fl_attack.replication import figures, gradients, plan, report
 from fl_attack.replication.cells import read
 from fl_attack.replication.findings import Outcome, Result
@@ -40,22 +35,11 @@ def run(out: Path, todo: Plan, command: str, so_far: bool, only: str | None) -> 
     grids = [plan.cells(one, todo.epochs, 0.1) for one in todo.runs]
     experiments = sum({plan.folder_of(out, cells): len(cells) for cells in grids}.values())
     found = Outcome()
-    with _parallel(todo.quick or so_far), sweep.Progress(experiments, "replicate") as progress:
+    with sweep.Progress(experiments, "replicate") as progress:
         for source in todo.sources:
             progress.bar.set_description(source.title)
             _one_source(source, todo, out, found, None if so_far else progress, only)
     return report.write(out, todo, found, command)
-
-
-@contextmanager
-def _parallel(here: bool) -> Iterator[None]:
-    """Runs the units of sweeps side by side, a processor for each, unless `here` has them in this process."""
-    if here or (os.cpu_count() or 1) == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    with federation.ray_session(None, verbose=False):
-        yield
 
 
 def _one_source(
@@ -75,7 +59,7 @@ def _one_source(
                 grids[place[one]] = cells
             if progress is not None:
                 worked = worked or bool(plan.lacking(grids))
-                plan.compute(out, grids, progress, "local" if todo.quick else "ray")
+                plan.compute(out, grids, progress)
             kept = {at: read(at, cells[0].settings.lr) for at, cells in grids.items() if plan.is_there(at)}
             for one in together:
                 if place[one] not in kept:
