@@ -1,15 +1,15 @@
 """The typed border of Hydra: settings that are checked once and trusted from there on.
 
-The defaults stand in `conf/`, one commented YAML file a group; here stands what is allowed.
+The defaults stand in `conf/`, one commented YAML file a group; here stands what is allowed. Whatever can be told
+without the tables of attacks, rules and models is: these bring torch, which takes seconds to import.
 """
 
 import math
 import re
 from fractions import Fraction
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
@@ -17,12 +17,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_attack import __version__, attack, models
-from fl_attack.aggregate import RULES, is_known
-from fl_attack.attack import Goal, Knowledge, Refresh, Rounding, Scope, Selection
+from fl_attack import __version__
+from fl_attack.choices import Goal, Knowledge, LrSchedule, Optimizer, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
 from fl_attack.overrides import completed, conf_folder, did_you_mean, explain, unknown_key
-from fl_attack.protocol import LrSchedule, Optimizer
+
+if TYPE_CHECKING:
+    import torch
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -99,12 +100,13 @@ class ModelSettings(Strict):
     args: dict[str, Any] = {}
     loss: Literal["cross_entropy", "label_smoothing", "focal", "brier"] = "cross_entropy"
 
-    @model_validator(mode="after")
-    def _known(self) -> Self:
+    def check_names(self) -> None:
+        """ValueError where the table has no such model, or it does not take these arguments."""
+        from fl_attack import models
+
         if models.find(self.name).kind is None and self.loss != "cross_entropy":
             raise ValueError(f"loss={self.loss} has no meaning with name={self.name}; use cross_entropy, or model=mlp")
         models.check_args(self.name, self.args)
-        return self
 
 
 class AttackSettings(Strict):
@@ -128,6 +130,8 @@ class AttackSettings(Strict):
     @cached_property
     def writes(self) -> str:
         """What the attack changes: labels or updates."""
+        from fl_attack import attack
+
         return "labels" if self.name == "none" else attack.find(self.name).writes
 
     @property
@@ -139,12 +143,6 @@ class AttackSettings(Strict):
     def _sensible(self) -> Self:
         if self.name == "none":
             return self
-        chosen = attack.find(self.name)
-        attack.check_args(self.name, self.args)
-        usual = {"goal": "untargeted", "knowledge": "full", "target_path": None, "selection": "gain"}
-        for key, value in usual.items():
-            if key not in chosen.uses and getattr(self, key) != value:
-                raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
         if self.stop is not None and self.stop < self.start:
             raise ValueError(f"stop={self.stop} is before start={self.start}; use start or later, or null for no end")
         if self.goal == "targeted" and self.knowledge != "full":
@@ -155,6 +153,19 @@ class AttackSettings(Strict):
         if self.goal == "untargeted" and self.target_path is not None:
             raise ValueError("target_path has no meaning with goal=untargeted; use goal=targeted or leave it out")
         return self
+
+    def check_names(self) -> None:
+        """ValueError where the table has no such attack, or it does not take these arguments and settings."""
+        from fl_attack import attack
+
+        if self.name == "none":
+            return
+        chosen = attack.find(self.name)
+        attack.check_args(self.name, self.args)
+        usual = {"goal": "untargeted", "knowledge": "full", "target_path": None, "selection": "gain"}
+        for key, value in usual.items():
+            if key not in chosen.uses and getattr(self, key) != value:
+                raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
 
 
 class StrategySettings(Strict):
@@ -172,11 +183,16 @@ class StrategySettings(Strict):
         """Whether it is the plain mean."""
         return self.name == "mean" and not self.pre
 
-    @model_validator(mode="after")
-    def _known(self) -> Self:
+    def check_names(self) -> None:
+        """ValueError where the table has no such rule."""
+        from fl_attack.aggregate import RULES, is_known
+
         if self.name != "flower" and not is_known(self.name):
             names = ", ".join((*RULES, "byzfl", "flower"))
             raise ValueError(f"name={self.name} is not a strategy; known: {names}, or the import path of a function")
+
+    @model_validator(mode="after")
+    def _has_path(self) -> Self:
         if self.name == "flower" and not self.path:
             raise ValueError(
                 "path is missing; give the import path of a Flower strategy, as in "
@@ -245,8 +261,10 @@ class Settings(Strict):
     verbose: bool
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The precision of the clients' arithmetic; the server keeps theta in float64."""
+        import torch
+
         return torch.float32 if self.dtype == "float32" else torch.float64
 
     @property
@@ -351,10 +369,26 @@ def compose(*overrides: str) -> Settings:
 
 def settings_from(given: Any) -> Settings:
     """Checked settings from nested plain values; InputError says in one line what is wrong with the first."""
+    settings = typed(given)
+    check_names(settings)
+    return settings
+
+
+def typed(given: Any) -> Settings:
+    """Settings of which only the names in tables are unchecked, without seconds of imports; InputError as above."""
     try:
         return Settings.model_validate(given)
     except ValidationError as error:
         raise InputError(_one_line(error)) from None
+
+
+def check_names(settings: Settings) -> None:
+    """InputError where a table has no such model, attack or rule, or it does not take its arguments."""
+    for group in ("model", "attack", "strategy"):
+        try:
+            getattr(settings, group).check_names()
+        except ValueError as error:
+            raise InputError(f"{group}.{error}") from None
 
 
 def _one_line(error: ValidationError) -> str:

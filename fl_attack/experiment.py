@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fl_attack import engine, federation, folder, identity, plots, results, scenario, targets
+from fl_attack import engine, folder, identity, plots, results, scenario, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import AttackSettings, Settings, without_effect
 from fl_attack.errors import Interrupted, RunError
 from fl_attack.history import History, OnRound, Recorder, Row
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
+
+if TYPE_CHECKING:
+    from fl_attack import federation
 
 SAVE_EVERY = 10.0  # seconds
 Runs = Mapping[str, tuple[Scenario, Path]]  # the experiment and, before it, its unattacked twin; where each goes
@@ -28,7 +31,7 @@ class Keep(Protocol):
         """Write it; of an unfinished one no figures are worked out."""
 
 
-def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[str, dict[str, Any]]:
+def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[str, dict[str, Any]]:
     """Run an experiment and leave its results in `settings.out`; gives the summaries of its runs by name.
 
     Raises
@@ -41,8 +44,7 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
         Where a signal ends it; the message says what is kept and where.
     """
     attacked = scenario.make(settings)
-    batched = settings.engine.name == "batched"
-    (engine.check if batched else federation.check)(attacked)
+    check(attacked)
 
     def goes_on(at: Path) -> bool:
         return results.is_of(at, attacked.settings)
@@ -61,7 +63,17 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
     return summaries
 
 
-def _run(attacked: Scenario, work: Path, runner: federation.Runner) -> dict[str, dict[str, Any]]:
+def check(which: Scenario) -> None:
+    """InputError where the engine of an experiment can't run it; Flower and Ray are imported only for theirs."""
+    if which.settings.engine.name == "batched":
+        engine.check(which)
+    else:
+        from fl_attack import federation
+
+        federation.check(which)
+
+
+def _run(attacked: Scenario, work: Path, runner: "federation.Runner | None") -> dict[str, dict[str, Any]]:
     """All files of an experiment, in a folder that is held."""
     settings = attacked.settings
     runs: dict[str, tuple[Scenario, Path]] = {"attacked" if settings.attacked else "honest": (attacked, work)}
@@ -169,10 +181,13 @@ def _between_rounds() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def _federated(runs: Runs, settings: Settings, keep: Keep, runner: federation.Runner) -> None:
+def _federated(runs: Runs, settings: Settings, keep: Keep, runner: "federation.Runner | None") -> None:
+    """All runs one after the other, over the same clients; by default those of Ray."""
+    from fl_attack import federation
+
     unfinished: dict[str, Recorder] = {}
 
-    def drive(federate: federation.Federate) -> None:
+    def drive(federate: "federation.Federate") -> None:
         for name, (which, where) in runs.items():
             with Progress(settings.rounds, name, "round") as progress:
                 recorder = Recorder(which, checkpoint=Checkpoint(where, identity.key_of([which])))
@@ -182,7 +197,7 @@ def _federated(runs: Runs, settings: Settings, keep: Keep, runner: federation.Ru
             keep(name, unfinished.pop(name).history)
 
     try:
-        runner(drive, settings)
+        (runner or federation.run)(drive, settings)
     except BaseException:
         for name, recorder in unfinished.items():  # what there is of the run that broke off
             if recorder.history.rows:

@@ -8,17 +8,17 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_attack.choices import LrSchedule as LrSchedule
+from fl_attack.choices import Optimizer as Optimizer
 from fl_attack.errors import InputError
 
-Optimizer = Literal["sgd", "momentum", "adam"]
-LrSchedule = Literal["constant", "cosine", "step", "inverse"]
 Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]  # of theta (A, B), inputs (n, ...), labels (n,)
 ROUNDS_AT_ONCE = 256
 MOMENTUM = 0.9

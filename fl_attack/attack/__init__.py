@@ -11,9 +11,15 @@ from torch import Tensor
 
 from fl_attack import plugins
 from fl_attack.attack import gradients, labels
-from fl_attack.attack.budget import Refresh, Rounding, Scope, attacked_before, flip_allowance, select
+from fl_attack.attack.budget import attacked_before, flip_allowance, select
 from fl_attack.attack.gradients import Updates
-from fl_attack.attack.labels import Proposal, Selection, View
+from fl_attack.attack.labels import Proposal, View
+from fl_attack.choices import Goal as Goal
+from fl_attack.choices import Knowledge as Knowledge
+from fl_attack.choices import Refresh as Refresh
+from fl_attack.choices import Rounding as Rounding
+from fl_attack.choices import Scope as Scope
+from fl_attack.choices import Selection as Selection
 from fl_attack.errors import InputError
 
 __all__ = [
@@ -38,9 +44,6 @@ __all__ = [
     "select",
     "try_args",
 ]
-
-Goal = Literal["untargeted", "targeted"]
-Knowledge = Literal["full", "honest", "noisy", "own"]
 
 
 class Attack(NamedTuple):

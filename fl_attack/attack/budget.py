@@ -2,14 +2,11 @@
 
 import math
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Scope = Literal["pooled", "per_client"]
-Rounding = Literal["floor", "carry", "ceil"]
-Refresh = Literal["step", "epoch"]
+from fl_attack.choices import Rounding as Rounding
 
 
 def select(priority: Tensor, group: Tensor, budgets: Tensor) -> Tensor:

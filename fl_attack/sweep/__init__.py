@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from fl_attack import engine, federation, folder, plots, workers
+from fl_attack import engine, experiment, folder, plots, workers
 from fl_attack.config import Settings, to_yaml, without_effect
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError, Interrupted, RunError
@@ -86,7 +86,7 @@ def tabulate_together(
     cells = list(itertools.chain(*grids))
     scenarios = engine.make_scenarios([cell.settings for cell in cells])
     for scenario in scenarios:
-        (engine.check if scenario.settings.engine.name == "batched" else federation.check)(scenario)
+        experiment.check(scenario)
     kept_scenarios, place = distinct(scenarios)
     work = units(kept_scenarios)
     own = {f"{unit.key}.npz" for unit in work}

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from fl_attack import engine, federation, workers
+from fl_attack import engine, workers
 from fl_attack.config import Settings, settings_from
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, Recorder
@@ -100,6 +100,8 @@ def _local(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tupl
 
 def _on_ray(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
     """On the workers of a Ray cluster."""
+    from fl_attack import federation
+
     threads, address = torch.get_num_threads(), settings.engine.ray_address
     packed = [job.packed(threads) for job in jobs]
     yield from federation.scatter(numbers_of_job, packed, threads, address, settings.verbose, tell)
@@ -154,6 +156,7 @@ def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: P
         by_grid.setdefault(f"{settings.clients.total} {settings.engine}", []).append(unit)
     if not todo:
         return
+    from fl_attack import federation
 
     def federate_all(units_of_grid: Sequence[Unit], federate: federation.Federate) -> None:
         for unit in units_of_grid:
