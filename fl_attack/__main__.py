@@ -24,9 +24,9 @@ def task(config: DictConfig) -> None:
     from fl_attack.config import settings_from  # takes seconds to import, with torch; help is told before
 
     settings = settings_from(OmegaConf.to_container(config, resolve=True))
-    from fl_attack import experiment, results  # and so do Ray and Flower; bad input is told before
+    from fl_attack import api, results  # and so do Ray and Flower; bad input is told before
 
-    print(results.table(experiment.run(settings)))
+    print(results.table(api.execute(settings)))
     print(f"results in {settings.out}")
 
 
@@ -45,10 +45,7 @@ def main() -> None:
     def guarded(config: DictConfig) -> None:
         # SystemExit passes through Hydra, which would add lines of its own to any other exception of a job
         with _one_line(wants_traceback):
-            try:
-                task(config)
-            except SystemExit as error:  # of somebody's library or file: the run is not finished
-                raise RunError(f"something called sys.exit({error.code}) before the run was finished") from None
+            task(config)
 
     with _one_line(wants_traceback):
         sys.argv[1:] = as_multirun(completed(sys.argv[1:]))

@@ -363,7 +363,7 @@ def compose(*overrides: str) -> Settings:
             config = hydra_compose("config", overrides=completed(overrides))
         plain = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, overrides)) from None
     return settings_from(plain)
 
 

@@ -30,7 +30,7 @@ from fl_attack.errors import InputError, RunError
 from fl_attack.overrides import completed, conf_folder, explain, unknown_key
 
 if TYPE_CHECKING:
-    from fl_attack.sweep import Cell
+    from fl_attack.multirun import Cell
 
 Plugins.instance()  # loads Hydra's own plugins anew, so that only now their classes are the ones it will know
 from hydra._internal.callbacks import Callbacks  # noqa: E402
@@ -76,11 +76,12 @@ class SweepLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; the results are in the folder that they name."""
-        from fl_attack import sweep  # slow to import; bad input is told before
-
         try:
-            out = sweep.run(self.cells(job_overrides))
-            cells, lost = sweep.broken_off(out)
+            cells_of_jobs = self.cells(job_overrides)
+            from fl_attack import multirun  # slow to import; bad input is told before
+
+            out = multirun.run(cells_of_jobs)
+            cells, lost = multirun.broken_off(out)
             print(f"results in {out}" + (f"; {lost} of {cells} cells broke off: see the column error" if lost else ""))
         except SystemExit as error:  # of somebody's library or file: the sweep is not finished
             raise RunError(f"something called sys.exit({error.code}) before the sweep was finished") from None
@@ -112,7 +113,7 @@ class SweepLauncher(Launcher):
             )
         if len(shown_of) >= WORTH_WORKERS and settings.workers != 1 and settings.engine.name == "batched":
             workers.warm_up()  # beside the imports of this process
-        from fl_attack.sweep import Cell
+        from fl_attack.multirun import Cell
 
         for _, settings in shown_of:
             check_names(settings)
@@ -161,7 +162,7 @@ def grid(*overrides: str) -> "list[Cell]":
             assert isinstance(sweeper.launcher, SweepLauncher)
             return sweeper.launcher.cells(sweeper.jobs(OmegaConf.to_container(config.hydra.overrides.task)))  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, overrides)) from None
 
 
 def _unused(config: DictConfig) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,29 @@ def as_multirun(arguments: list[str]) -> list[str]:
     return ["-m", *arguments] if named and not explicit else arguments
 
 
-def explain(error: Exception) -> str:
-    """An error of ours, of Hydra or of OmegaConf in one line."""
+def written(key: str, value: Any) -> str:
+    """A setting with a value of Python as an override: `written("lr", None)` is `lr=null`."""
+    return f"{key}={_literal(value)}"
+
+
+def _literal(value: Any, inside: bool = False) -> str:
+    """A value as Hydra's grammar has it; texts are left as they are where it reads them as one word."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_literal(one, True)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple | range | set | frozenset):
+        return "[" + ",".join(_literal(one, True) for one in value) + "]"
+    if hasattr(value, "tolist"):  # of numpy or torch
+        return _literal(value.tolist(), inside)
+    text = str(value)
+    if isinstance(value, int | float) or re.fullmatch(r"[\w./:+-]+" if not inside else r"[\w./+-]+", text):
+        return text
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
+
+
+def explain(error: Exception, words: Iterable[str] | None = None) -> str:
+    """An error of ours, of Hydra or of OmegaConf in one line; `words` are the overrides, by default those typed."""
     text = " ".join(str(error).split())
     if isinstance(error, InputError | RunError):
         return text
@@ -87,8 +108,13 @@ def explain(error: Exception) -> str:
     if choice:
         known = choice[3].split()
         return f"{choice[1]}={choice[2]} is not known; known: {', '.join(known)}{did_you_mean(choice[2], known)}"
+    if several := re.match(r"Ambiguous value for argument '(.*?)' 1\.", text):
+        return (
+            f"{several[1]} are several values: a sweep takes them (-m, in Python sweep); if it is one, write a list as "
+            f"in key=[1,2], or quote a text: key='\"value\"'"
+        )
     if "hydra.cc" in text and "override_grammar" in text:
-        typed = next((part for part in sys.argv[1:] if _unreadable(part)), "an override")
+        typed = next((part for part in (sys.argv[1:] if words is None else words) if _unreadable(part)), "an override")
         return f"{typed} can't be read; quote values with special characters: key='\"value\"'"
     return text
 

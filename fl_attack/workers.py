@@ -29,7 +29,7 @@ Step = Callable[[int], None]
 REPORT_EVERY = 0.5  # seconds between two reports of a worker
 LOST = 2  # workers that may be killed at a job before it is given up
 WAITS = 5.0  # seconds for a worker that has nothing left to do to end
-IMPORTED = ["fl_attack.sweep.execute", "fl_attack.plots", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+IMPORTED = ["fl_attack.multirun.execute", "fl_attack.plots", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 
 
 def processors() -> int:

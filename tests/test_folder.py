@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import checkpoint, engine, experiment, folder, plots, sweep
+from fl_attack import checkpoint, engine, experiment, folder, multirun, plots
 from fl_attack.config import compose
 from fl_attack.errors import Interrupted
 
@@ -110,7 +110,7 @@ def test_a_sweep_stopped_as_it_draws_is_not_finished(
         assert code == 130
         assert f"what is done is in {tmp_path}/o" in told
     assert not list((tmp_path / "o").glob("*.png"))
-    monkeypatch.setattr(sweep.execute, "batched_numbers", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(multirun.execute, "batched_numbers", lambda *_: pytest.fail("computed again"))
     assert command(*grid)[0] == 0
     drawn = {file.name for file in (tmp_path / "o").glob("*.png")}
     assert "columns_attack.budget_flips.png" in drawn
@@ -125,7 +125,7 @@ def test_a_sweep_stopped_as_it_draws_is_not_finished(
 def test_a_figure_that_can_not_be_is_refused_before_anything_is_computed(
     command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str
 ) -> None:
-    monkeypatch.setattr(sweep.execute, "batched_numbers", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(multirun.execute, "batched_numbers", lambda *_: pytest.fail("computed"))
     code, _, told = command("-m", *short(small_data, tmp_path / "o", "attack.budget=0.1,0.5", f"figures=[{figure}]"))
     assert (code, told.count("\n")) == (2, 1)
     assert not (tmp_path / "o").exists()

@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from fl_attack import engine, experiment
 from fl_attack.config import Settings, compose
 from fl_attack.engine import sequential
+from fl_attack.multirun.units import units
 from fl_attack.scenario import Scenario
-from fl_attack.sweep.units import units
 
 BASE = ["rounds=4", "batch_size=20", "clients.total=5", "clients.malicious=2", "attack.budget=0.6", "lr=0.5"]
 

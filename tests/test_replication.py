@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fl_attack import engine, sweep
+from fl_attack import engine, multirun
 from fl_attack.errors import InputError
 from fl_attack.launcher import grid
 from fl_attack.replication import __main__ as replicate
@@ -385,7 +385,7 @@ def test_the_pipeline_leaves_figures_tables_and_a_report(
     def never(*_: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(sweep, "tabulate_together", never)
+    monkeypatch.setattr(multirun, "tabulate_together", never)
     assert replicate.main(arguments) == 0  # all of it is there
 
 
@@ -412,14 +412,14 @@ def test_sweeps_computed_together_are_those_computed_alone(tmp_path: Path) -> No
         run = plan.Run(preset, source, overrides=("attack.budget=0,0.05", "seed=0,1"), batch=32)
         made = plan.cells(run, 2, 0.1)
         grids[plan.folder_of(tmp_path, made)] = made
-    with sweep.Progress(sum(map(len, grids.values()))) as progress:
+    with multirun.Progress(sum(map(len, grids.values()))) as progress:
         plan.compute(tmp_path, grids, progress)
         assert progress.done == pytest.approx(progress.total)
     assert not plan.lacking(grids)
     assert not list(tmp_path.glob("runs/*.units"))
     for place, made in grids.items():
-        alone = sweep.tabulate(
-            [sweep.Cell(one.overrides, one.settings.model_copy(update={"out": f"{place}-alone"})) for one in made]
+        alone = multirun.tabulate(
+            [multirun.Cell(one.overrides, one.settings.model_copy(update={"out": f"{place}-alone"})) for one in made]
         )
         together, apart = read(place), read(alone)
         for name in ("k", "b", "goal", "seed", "accuracy", "late", "f1", "drop"):
@@ -452,15 +452,15 @@ def test_an_interrupted_replication_goes_on(
 ) -> None:
     whole = plan.make
     monkeypatch.setattr(plan, "make", lambda quick, only, root: replace(whole(quick, only, root), epochs=1))
-    original, calls = sweep.tabulate_together, []
+    original, calls = multirun.tabulate_together, []
 
-    def stops(grids: list[list[sweep.Cell]], kept: Path, progress: sweep.Progress) -> None:
+    def stops(grids: list[list[multirun.Cell]], kept: Path, progress: multirun.Progress) -> None:
         calls.append(sum(map(len, grids)))
         if len(calls) == 2:
             raise KeyboardInterrupt
         original(grids, kept, progress)
 
-    monkeypatch.setattr(sweep, "tabulate_together", stops)
+    monkeypatch.setattr(multirun, "tabulate_together", stops)
     arguments = ["--quick", "--only", "rounding", "--out", str(tmp_path / "out")]
     assert replicate.main(arguments) == 130
     assert "goes on" in capsys.readouterr().err
@@ -519,7 +519,7 @@ def test_cells_of_a_sweep_have_late_averages(tmp_path: Path) -> None:
         "experiment=fig8", "clients.malicious=5", "attack.budget=0,0.5", "seed=0,1", "rounds=30", "eval_every=1",
         "batch_size=32", f"out={tmp_path}/out",
     )  # fmt: skip
-    cells = read(sweep.tabulate(made))
+    cells = read(multirun.tabulate(made))
     with np.load(tmp_path / "out" / "curves.npz") as stored:
         curves = 100 * stored["accuracy"]
     assert cells["late"] == pytest.approx(curves[:, -20:].mean(1))

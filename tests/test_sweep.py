@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fl_attack import data, engine, experiment, federation, identity, sweep
+from fl_attack import data, engine, experiment, federation, identity, multirun
 from fl_attack.config import compose
 from fl_attack.identity import key_of
 from fl_attack.launcher import grid
-from fl_attack.sweep import execute
-from fl_attack.sweep.units import distinct, read, units
+from fl_attack.multirun import execute
+from fl_attack.multirun.units import distinct, read, units
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str]]
@@ -102,7 +102,7 @@ def test_what_is_done_is_kept_and_not_done_again(
     computed: list[int] = []
     original = execute.batched_numbers
 
-    def counting(cells: list[object], progress: object = None) -> sweep.Numbers:
+    def counting(cells: list[object], progress: object = None) -> multirun.Numbers:
         if len(computed) == 1 and not (tmp_path / "stopped").exists():
             (tmp_path / "stopped").touch()
             raise StoppedError
@@ -216,7 +216,7 @@ def test_an_unattacked_cell_is_its_run_alone(
         }
         lost = twin - float(row["final_accuracy"])
         assert row["drop"] == "" if row["attack.budget"] == "0" else float(row["drop"]) == pytest.approx(lost)
-    monkeypatch.setattr(sys.modules["fl_attack.sweep.units"], "plain", lambda scenario: scenario)
+    monkeypatch.setattr(sys.modules["fl_attack.multirun.units"], "plain", lambda scenario: scenario)
     assert command("-m", *data, *made, f"out={tmp_path}/each")[0] == 0
     for one, other in zip(rows(tmp_path / "sweep"), rows(tmp_path / "each"), strict=True):
         for column, value in one.items():

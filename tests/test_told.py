@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_attack import __version__, experiment, sweep, waiting
+from fl_attack import __version__, experiment, multirun, waiting
 from fl_attack.data import cache
 from fl_attack.errors import RunError
 
@@ -128,7 +128,7 @@ def test_rounds_are_counted_to_the_last_whatever_fits_in_memory(
 
 def test_the_bar_of_a_sweep_shows_no_noise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with sweep.Progress(160) as progress:
+    with multirun.Progress(160) as progress:
         for _ in range(986):
             progress.rounds(125, 1)
         progress.bar.refresh()

@@ -17,7 +17,7 @@ import pytest
 from fl_attack import engine, workers
 from fl_attack.errors import InputError, RunError
 from fl_attack.launcher import grid
-from fl_attack.sweep import execute
+from fl_attack.multirun import execute
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str, str]]

@@ -1,7 +1,9 @@
 """What every figure is drawn on and with: panels, labels, colours, files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ COLOURS = len(OKABE_ITO)
 MARKERS, DASHES = "osD^vPX*<>hd", ("-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)))  # also for prints in grey
 ENTRIES = len(MARKERS)  # names in a legend, at most
 PANELS = 12  # panels of a figure, at most
+_captured: ContextVar[list[Any] | None] = ContextVar("figures that are kept instead of written", default=None)
 
 
 def panels(names: Sequence[str], width: float, height: float, x: str, y: str) -> tuple[Any, dict[str, Any]]:
@@ -85,10 +88,24 @@ def style(number: int, shades: int | None = None) -> dict[str, Any]:
     return {"color": colour, "marker": MARKERS[number], "markersize": 4.5, "linewidth": 1.3}
 
 
+@contextmanager
+def captured() -> Iterator[list[Any]]:
+    """Figures that are saved while the block runs are put in this list instead of being written."""
+    figures: list[Any] = []
+    token = _captured.set(figures)
+    try:
+        yield figures
+    finally:
+        _captured.reset(token)
+
+
 def save(figure: Any, folder: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
     """Write a figure in each format and give the files, which hold neither dates nor versions."""
     from matplotlib import rc_context
 
+    if (kept := _captured.get()) is not None:
+        kept.append(figure)
+        return []
     files = [folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.{kind}" for kind in kinds]
     no_metadata = {"png": {"Software": None}, "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate"))}
     for file, kind in zip(files, kinds, strict=True):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fl_attack import sweep
+from fl_attack import multirun
 from fl_attack.replication import figures, gradients, plan, report
 from fl_attack.replication.cells import read
 from fl_attack.replication.findings import Outcome, Result
@@ -35,7 +35,7 @@ def run(out: Path, todo: Plan, command: str, so_far: bool, only: str | None) -> 
     grids = [plan.cells(one, todo.epochs, 0.1) for one in todo.runs]
     experiments = sum({plan.folder_of(out, cells): len(cells) for cells in grids}.values())
     found = Outcome()
-    with sweep.Progress(experiments, "replicate") as progress:
+    with multirun.Progress(experiments, "replicate") as progress:
         for source in todo.sources:
             progress.bar.set_description(source.title)
             _one_source(source, todo, out, found, None if so_far else progress, only)
@@ -43,7 +43,7 @@ def run(out: Path, todo: Plan, command: str, so_far: bool, only: str | None) -> 
 
 
 def _one_source(
-    source: Source, todo: Plan, out: Path, found: Outcome, progress: sweep.Progress | None, only: str | None
+    source: Source, todo: Plan, out: Path, found: Outcome, progress: multirun.Progress | None, only: str | None
 ) -> None:
     """Run and draw all that is planned on a data set; without `progress` nothing is computed."""
     runs = [one for one in todo.runs if one.source == source]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from fl_attack import data, sweep
+from fl_attack import data, multirun
 from fl_attack.config import AttackSettings, compose
 from fl_attack.data.cache import folder as cache_folder
 from fl_attack.data.cache import write_whole
@@ -214,7 +214,7 @@ def _loaded(settings: str) -> data.Dataset:
     return data.load(**json.loads(settings))
 
 
-def cells(run: Run, epochs: int, lr: float | None) -> list[sweep.Cell]:
+def cells(run: Run, epochs: int, lr: float | None) -> list[multirun.Cell]:
     """The cells of a run.
 
     Parameters
@@ -240,11 +240,11 @@ def _has_mean_share(attack: AttackSettings) -> bool:
     return attack.budget == 0 or math.isclose(attack.budget, MEAN_SHARE * attack.every)
 
 
-Grids = dict[Path, list[sweep.Cell]]
+Grids = dict[Path, list[multirun.Cell]]
 """The cells of sweeps by the folder in which these are kept."""
 
 
-def folder_of(out: Path, cells: Sequence[sweep.Cell]) -> Path:
+def folder_of(out: Path, cells: Sequence[multirun.Cell]) -> Path:
     """The folder of the sweep of these cells; its name changes with any setting that a number depends on."""
     facts = [str(NUMERICS), _loaded(cells[0].settings.dataset.model_dump_json()).fingerprint]
     text = "\n".join([*facts, *(cell.settings.model_dump_json(exclude=ON_DATA) for cell in cells)])
@@ -256,7 +256,7 @@ def lacking(grids: Grids) -> Grids:
     return {place: cells for place, cells in grids.items() if not is_there(place)}
 
 
-def compute(out: Path, grids: Grids, progress: sweep.Progress) -> None:
+def compute(out: Path, grids: Grids, progress: multirun.Progress) -> None:
     """Compute, together, the sweeps of grids that are not finished.
 
     Parameters
@@ -265,7 +265,7 @@ def compute(out: Path, grids: Grids, progress: sweep.Progress) -> None:
         The folder of the replication.
     grids : Grids
         Cells by the folder of their sweep.
-    progress : sweep.Progress
+    progress : multirun.Progress
         Counts all cells.
     """
     todo = lacking(grids)
@@ -273,13 +273,13 @@ def compute(out: Path, grids: Grids, progress: sweep.Progress) -> None:
     if todo:
         kept = out / RUNS / f"{hashlib.sha256(' '.join(map(str, todo)).encode()).hexdigest()[:16]}.units"
         grids_there = [_with_place(cells, place) for place, cells in todo.items()]
-        sweep.tabulate_together(grids_there, kept, progress)
+        multirun.tabulate_together(grids_there, kept, progress)
 
 
-def _with_place(cells: Sequence[sweep.Cell], place: Path) -> list[sweep.Cell]:
+def _with_place(cells: Sequence[multirun.Cell], place: Path) -> list[multirun.Cell]:
     """The cells with the folder of their sweep among their settings."""
     update = {"out": str(place)}
-    return [sweep.Cell(cell.overrides, cell.settings.model_copy(update=update)) for cell in cells]
+    return [multirun.Cell(cell.overrides, cell.settings.model_copy(update=update)) for cell in cells]
 
 
 @contextmanager

@@ -17,9 +17,9 @@ from fl_attack import engine, workers
 from fl_attack.config import Settings, settings_from
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, Recorder
+from fl_attack.multirun.units import Numbers, Unit, stacked
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
-from fl_attack.sweep.units import Numbers, Unit, stacked
 
 Keep = Callable[[Unit, Numbers], None]
 Tell = Callable[[int, int], None]  # gets the position of a job and how many rounds of its cells are done

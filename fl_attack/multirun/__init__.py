@@ -18,11 +18,11 @@ from fl_attack.config import Settings, to_yaml, without_effect
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError, Interrupted, RunError
 from fl_attack.identity import key_of
+from fl_attack.multirun.execute import compute
+from fl_attack.multirun.table import Cell, columns_of, write_tables
+from fl_attack.multirun.units import Numbers, Unit, by_cell, distinct, read, saver, units
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
-from fl_attack.sweep.execute import compute
-from fl_attack.sweep.table import Cell, columns_of, write_tables
-from fl_attack.sweep.units import Numbers, Unit, by_cell, distinct, read, saver, units
 from fl_attack.waiting import waiting
 
 __all__ = ["Cell", "Numbers", "Progress", "Unit", "broken_off", "key_of", "run", "tabulate", "tabulate_together"]

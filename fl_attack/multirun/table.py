@@ -14,8 +14,8 @@ from fl_attack.detect import MEASURES
 from fl_attack.folder import CURVES, TABLE
 from fl_attack.history import COLUMNS, given_row, rounds_to_recover
 from fl_attack.identity import NOT_NUMBERS
+from fl_attack.multirun.units import Numbers
 from fl_attack.scenario import Scenario
-from fl_attack.sweep.units import Numbers
 from fl_attack.sweep_table import RESULTS, write_csv
 
 OF_MODEL = RESULTS[RESULTS.index("final_accuracy") : RESULTS.index("flips")]  # of a model that did not break off
