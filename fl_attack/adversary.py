@@ -39,8 +39,10 @@ def present(scenario: Scenario, round_: int) -> Clients:
     return np.intersect1d(scenario.partition.malicious, scenario.schedule.participants(round_), assume_unique=True)
 
 
-def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | None = None) -> Flips:
-    """The labels that all malicious clients together write in a round.
+def flips(
+    scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | None = None, stored: Flips = NO_FLIPS
+) -> Flips:
+    """The labels that all malicious clients together have written in the samples of a round.
 
     Parameters
     ----------
@@ -52,14 +54,24 @@ def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | 
         The round, counted from 1.
     epoch_theta : (A, B) tensor of float64, optional
         The parameters broadcast at the start of the epoch, on which the flips depend with `attack.refresh=epoch`.
+    stored : Flips
+        The labels that stand in the attackers' data before the round, where they stay there; see `remembered`.
 
     Returns
     -------
     Flips
-        The samples, ascending, that get a label other than their true one; `NO_FLIPS` in a round that is not attacked.
+        The samples, ascending, that are used with a label other than their true one. In a round that is not attacked
+        these are what is `stored` of them.
     """
     before = rounds_before(scenario, round_)
     malicious = present(scenario, round_)
+    if scenario.settings.attacked and scenario.settings.attack.remembers:
+        standing = _among(stored, scenario.schedule.samples(malicious, round_)[0])
+        if before is None or not len(malicious):
+            return standing
+        writable = scenario.schedule.used[malicious]
+        past = _writable_before(scenario, round_, before, malicious)
+        return _added(scenario, theta, round_, malicious, past, writable, stored)
     if before is None or scenario.settings.attack.writes != "labels" or not len(malicious):
         return NO_FLIPS
     if scenario.settings.attack.refresh == "step":
@@ -68,6 +80,41 @@ def flips(scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | 
         return _chosen(scenario, theta, round_, malicious, writable_before, writable)
     assert epoch_theta is not None
     return of_round(scenario, flips_of_epoch(scenario, epoch_theta, epoch_start(scenario, round_)), round_)
+
+
+def remembered(scenario: Scenario, round_: int, stored: Flips, flips: Flips) -> Flips:
+    """The labels that stand in the attackers' data after a round.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    round_ : int
+        The round, counted from 1.
+    stored : Flips
+        What stood there before it, of all samples.
+    flips : Flips
+        What the round's samples were used with.
+
+    Returns
+    -------
+    Flips
+        By ascending sample; none with `attack.memory=forget`.
+    """
+    if not (scenario.settings.attacked and scenario.settings.attack.remembers):
+        return NO_FLIPS
+    used = scenario.schedule.samples(present(scenario, round_), round_)[0]
+    kept = ~np.isin(stored.samples, used)
+    samples = np.concatenate([stored.samples[kept], flips.samples])
+    labels = np.concatenate([stored.labels[kept], flips.labels])
+    order = samples.argsort(kind="stable")
+    return Flips(samples[order], labels[order], 0)
+
+
+def _among(stored: Flips, samples: NDArray[np.int64]) -> Flips:
+    """The stored labels of these samples, none of them new."""
+    here = np.isin(stored.samples, samples)
+    return Flips(stored.samples[here], stored.labels[here], 0, 0)
 
 
 def of_round(scenario: Scenario, chosen: Flips, round_: int) -> Flips:
@@ -125,12 +172,91 @@ def _chosen(
 
     `before` and `writable` (m,) are the samples that each could write in rounds gone by, and can write now.
     """
-    threat, schedule = scenario.settings.attack, scenario.schedule
-    pooled = threat.scope == "pooled"
-    writables = [(before.sum(), writable.sum())] if pooled else zip(before, writable, strict=True)
-    budgets = [attack.flip_allowance(threat.exact_budget, int(b), int(n), threat.rounding) for b, n in writables]
+    budgets = _allowances(scenario, before, writable)
     if not any(budgets):
         return NO_FLIPS
+    samples, y, proposal = _proposal(scenario, theta, round_, malicious)
+    chosen = _within(scenario, malicious, samples, proposal.priority, budgets) & (proposal.labels != y)
+    return Flips(samples[chosen.cpu().numpy()], proposal.labels[chosen].cpu().numpy(), sum(budgets))
+
+
+def _added(
+    scenario: Scenario,
+    theta: Tensor,
+    round_: int,
+    malicious: Clients,
+    before: Counts,
+    writable: Counts,
+    stored: Flips,
+) -> Flips:
+    """The labels of a round's samples after clients `malicious` (m,) have written into data where flips stay.
+
+    The objective is a sum over samples, so the largest gains within the budget are the exact optimum among the samples
+    that are not flipped yet. With `attack.unflip` those that are take their best label, or the true one, at no cost.
+    `before` and `writable` are as for `_chosen`.
+    """
+    threat, schedule = scenario.settings.attack, scenario.schedule
+    samples = schedule.samples(malicious, round_)[0]
+    standing = _among(stored, samples)
+    flipped = np.isin(samples, standing.samples)
+    if threat.memory == "persist":
+        budgets = _allowances(scenario, before, writable)
+    else:  # of all that they hold, less what is flipped already and is not to be chosen anew
+        fixed = stored.samples[~np.isin(stored.samples, samples)] if threat.unflip else stored.samples
+        of_all = scenario.partition.malicious if threat.scope == "pooled" else malicious
+        holder = scenario.partition.client
+        held = np.array([len(schedule.shards[client]) for client in of_all])
+        taken = np.array([(holder[fixed] == client).sum() for client in of_all])
+        if threat.scope == "pooled":
+            held, taken = held.sum(keepdims=True), taken.sum(keepdims=True)
+        rounding: attack.Rounding = "ceil" if threat.rounding == "ceil" else "floor"
+        whole = [attack.flip_allowance(threat.exact_budget, 0, int(n), rounding) for n in held]
+        budgets = [max(0, total - int(n)) for total, n in zip(whole, taken, strict=True)]
+    if not any(budgets) and not (threat.unflip and flipped.any()):
+        return standing
+    _, y, proposal = _proposal(scenario, theta, round_, malicious)
+    now = torch.from_numpy(flipped).to(y.device)
+    old = y.clone()
+    old[now] = torch.from_numpy(standing.labels).to(y.device)
+    wanted, priority = proposal.priority > -math.inf, proposal.priority
+    if threat.memory == "persist" or not threat.unflip:
+        priority = priority.masked_fill(now, -math.inf)
+    chosen = _within(scenario, malicious, samples, priority, budgets)
+    labels = torch.where(chosen, proposal.labels, y)
+    if not threat.unflip:
+        labels = torch.where(now, old, labels)
+    elif threat.memory == "persist":
+        labels = torch.where(now & wanted, proposal.labels, labels)
+    differs = labels != y
+    new = int((differs & ~now).sum())
+    return Flips(samples[differs.cpu().numpy()], labels[differs].cpu().numpy(), sum(budgets), new)
+
+
+def _allowances(scenario: Scenario, before: Counts, writable: Counts) -> list[int]:
+    """The labels that may be written in a round of `writable` (m,) samples: one number, or one for each client."""
+    threat = scenario.settings.attack
+    writables = [(before.sum(), writable.sum())]
+    if threat.scope != "pooled":
+        writables = list(zip(before, writable, strict=True))
+    return [attack.flip_allowance(threat.exact_budget, int(b), int(n), threat.rounding) for b, n in writables]
+
+
+def _within(
+    scenario: Scenario, malicious: Clients, samples: NDArray[np.int64], priority: Tensor, budgets: list[int]
+) -> Tensor:
+    """The samples (n,) of largest priority (n,) within the budgets of clients, (n,) of bool."""
+    group = np.zeros(len(samples), np.int64)
+    if scenario.settings.attack.scope != "pooled":
+        group = np.searchsorted(malicious, scenario.partition.client[samples])
+    device = priority.device
+    return attack.select(priority, torch.from_numpy(group).to(device), torch.tensor(budgets, device=device))
+
+
+def _proposal(
+    scenario: Scenario, theta: Tensor, round_: int, malicious: Clients
+) -> tuple[NDArray[np.int64], Tensor, attack.Proposal]:
+    """The samples (n,) that clients can write, their true labels, and what the attack proposes for them."""
+    threat, schedule = scenario.settings.attack, scenario.schedule
     if threat.refresh == "step":
         samples, counts = schedule.samples(malicious, round_)
         everyone = schedule.participants(round_)
@@ -156,12 +282,7 @@ def _chosen(
         noise=noise,
         selection=threat.selection,
     )
-    proposal = attack.propose(threat.name, view, threat.args, (len(samples),), scenario.classes)
-    owner = np.searchsorted(malicious, scenario.partition.client[samples])
-    group = torch.zeros(len(y), dtype=torch.int64) if pooled else torch.from_numpy(owner)
-    allowed = torch.tensor(budgets, device=theta.device)
-    chosen = attack.select(proposal.priority, group.to(theta.device), allowed) & (proposal.labels != y)
-    return Flips(samples[chosen.cpu().numpy()], proposal.labels[chosen].cpu().numpy(), sum(budgets))
+    return samples, y, attack.propose(threat.name, view, threat.args, (len(samples),), scenario.classes)
 
 
 def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:

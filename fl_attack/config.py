@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_attack import __version__
-from fl_attack.choices import Goal, Knowledge, LrSchedule, Optimizer, Refresh, Rounding, Scope, Selection
+from fl_attack.choices import Goal, Knowledge, LrSchedule, Memory, Optimizer, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
 from fl_attack.overrides import completed, conf_folder, did_you_mean, explain, unknown_key
 
@@ -121,11 +121,18 @@ class AttackSettings(Strict):
     knowledge: Knowledge = "full"
     knowledge_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     refresh: Refresh = "step"
+    memory: Memory = "forget"
+    unflip: bool = False
     args: dict[str, Any] = {}
     every: Count = 1
     start: Count = 1
     stop: Count | None = None
     target_path: str | None = None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether flips stay in the attackers' data after their round."""
+        return self.memory != "forget" and self.writes == "labels"
 
     @cached_property
     def writes(self) -> str:
@@ -143,6 +150,11 @@ class AttackSettings(Strict):
     def _sensible(self) -> Self:
         if self.name == "none":
             return self
+        if self.memory != "forget" and self.refresh != "step":
+            raise ValueError(
+                f"refresh={self.refresh} has no meaning with memory={self.memory}, whose flips stay for good; use "
+                "refresh=step"
+            )
         if self.stop is not None and self.stop < self.start:
             raise ValueError(f"stop={self.stop} is before start={self.start}; use start or later, or null for no end")
         if self.goal == "targeted" and self.knowledge != "full":
@@ -334,6 +346,13 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
         (not flips and threat.scope != "pooled", f"attack.scope={threat.scope}", no_labels),
         (not flips and threat.rounding != "floor", f"attack.rounding={threat.rounding}", no_labels),
         (not flips and threat.refresh != "step", f"attack.refresh={threat.refresh}", no_labels),
+        (not flips and threat.memory != "forget", f"attack.memory={threat.memory}", no_labels),
+        (threat.unflip and threat.memory == "forget", "attack.unflip=true", "attack.memory=forget keeps no flips"),
+        (
+            threat.memory == "persist_total" and threat.rounding == "carry",
+            "attack.rounding=carry",
+            "the one budget of attack.memory=persist_total has no next round",
+        ),
         (
             threat.knowledge_fraction != 0.5 and threat.knowledge != "noisy",
             f"attack.knowledge_fraction={threat.knowledge_fraction}",

@@ -22,9 +22,10 @@ COLUMNS = (
     "test_accuracy",
     "test_f1",
     "test_loss",
-    "flips",
+    "flips",  # labels used that are not the true ones
+    "new_flips",  # of them those that were not flipped before: fewer where flips stay (attack.memory)
     "allowed",  # flips that the budget allowed in this round
-    "budget_used",  # flips / allowed
+    "budget_used",  # new_flips / allowed
     "effective_budget",  # flips / labels that all clients used in this round
     "cosine",  # between the aggregated gradient and the clean one
     "repeated",  # share of this round's flipped samples that were flipped in the round before too
@@ -32,7 +33,7 @@ COLUMNS = (
     *MEASURES,  # of the updates that the clients sent
     "validation_loss",  # on the server's validation split; NaN without early stopping
 )
-COUNTS = ("round", "flips", "allowed")  # the columns that are whole numbers
+COUNTS = ("round", "flips", "new_flips", "allowed")  # the columns that are whole numbers
 WITHIN = 0.01  # of accuracy: what counts as recovered
 Row = dict[str, Any]
 OnRound = Callable[[int, Row], None]  # gets the round and the row last measured
@@ -54,7 +55,7 @@ class History:
 
     @property
     def flip_count(self) -> int:
-        """The number of flips in all rounds."""
+        """The number of flipped labels that were used, in all rounds."""
         return sum(len(flips.samples) for _, flips in self.flips)
 
     def flip_table(self) -> dict[str, NDArray[np.int64]]:
@@ -229,6 +230,7 @@ class Recorder:
             "flip_rounds": np.array([round_ for round_, _ in history.flips], np.int64),
             "flip_counts": np.array([len(flips.samples) for flips in written], np.int64),
             "flip_allowed": np.array([flips.allowed for flips in written], np.int64),
+            "flip_new": np.array([flips.written for flips in written], np.int64),
             "flip_samples": np.concatenate([np.empty(0, np.int64), *(flips.samples for flips in written)]),
             "flip_labels": np.concatenate([np.empty(0, np.int64), *(flips.labels for flips in written)]),
             "early_stop": self._early_stop
@@ -246,6 +248,7 @@ class Recorder:
             np.split(state["flip_samples"], ends),
             np.split(state["flip_labels"], ends),
             state["flip_allowed"].tolist(),
+            state["flip_new"].tolist(),
             strict=True,
         )
         written = [Flips(*part) for part in parts] if len(state["flip_counts"]) else []
@@ -276,8 +279,9 @@ class Recorder:
             round_,
             *quality,
             count,
+            flips.written,
             flips.allowed,
-            count / flips.allowed if flips.allowed else 0.0,
+            flips.written / flips.allowed if flips.allowed else 0.0,
             count / self.scenario.schedule.labels_used(round_) if round_ else 0.0,
             cosine,
             len(here) / max(1, count),

@@ -21,11 +21,17 @@ from fl_attack.config import Settings, settings_from
 
 
 class Flips(NamedTuple):
-    """The labels that attackers write in a round, and how many they were allowed to."""
+    """The labels of a round that are not the true ones, and how many the attackers were allowed to write."""
 
     samples: NDArray[np.int64]  # ascending
     labels: NDArray[np.int64]
     allowed: int
+    new: int | None = None  # how many of them were not flipped before; None: all
+
+    @property
+    def written(self) -> int:
+        """The number of labels that the budget of the round was spent on."""
+        return len(self.samples) if self.new is None else self.new
 
 
 class CleanGradient(NamedTuple):

@@ -158,7 +158,7 @@ def pooled_deviation(groups: Iterable[Floats]) -> float:
 
 def _t_quantile(n: int, level: float) -> float:
     """Quantile of Student's t for a two-sided interval from n values."""
-    from scipy.special import stdtrit  # type: ignore[import-untyped]  # comes with scikit-learn
+    from scipy.special import stdtrit  # type: ignore[import-untyped]
 
     return float(stdtrit(n - 1, (1 + level) / 2))
 

@@ -37,6 +37,26 @@ def choose(
     return {n: c for gain, n, c in gains[:budget] if gain < 0}
 
 
+def added(
+    theta_scores: np.ndarray, y: np.ndarray, mine: np.ndarray, standing: dict[int, int], threat: dict[str, object]
+) -> dict[int, int]:
+    """The labels that stand after a round in which all samples are in use and flips stay, by sample.
+
+    `theta_scores` (n, C) are what each label is worth to the attacker.
+    """
+    budget = math.floor(float(str(threat["budget"])) * len(mine) + 1e-9)
+    best = {int(n): int(theta_scores[n].argmax()) for n in mine}
+    if threat["memory"] == "persist_total" and threat["unflip"]:
+        standing = {}
+    elif threat["memory"] == "persist_total":
+        budget -= len(standing)
+    gains = sorted((theta_scores[n, y[n]] - theta_scores[n, best[n]], n) for n in best if n not in standing)
+    after = {n: best[n] for gain, n in gains[: max(0, budget)] if gain < 0}
+    if threat["unflip"]:
+        return after | {n: best[n] for n in standing if best[n] != y[n]}
+    return after | standing
+
+
 def replay(out: Path, x_train: np.ndarray, y_train: np.ndarray) -> tuple[np.ndarray, list[dict[int, int]]]:
     """theta and the flips of each round, from the folder of a run and its data as loaded."""
     config = yaml.safe_load((out / "config.yaml").read_text())
@@ -53,7 +73,11 @@ def replay(out: Path, x_train: np.ndarray, y_train: np.ndarray) -> tuple[np.ndar
     for _ in range(config["rounds"]):
         v = softmax_gradient(theta, X, y_train) if target is None else target - theta
         budget = math.floor(threat["budget"] * len(mine) + 1e-9)
-        chosen = choose(theta, v, X, y_train, mine, budget)
+        if threat["memory"] == "forget":
+            chosen = choose(theta, v, X, y_train, mine, budget)
+        else:
+            S = X @ v.T if len(v) > 1 else np.hstack([np.zeros((len(X), 1)), X @ v.T])
+            chosen = added(S, y_train, mine, flips[-1] if flips else {}, threat)
         y = y_train.copy()
         y[list(chosen)] = list(chosen.values())
         theta = theta - lr * softmax_gradient(theta, X, y)

@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fl_attack import data
-from fl_attack.data import cache
+from fl_attack import data, models
+from fl_attack.data import cache, formats
 from fl_attack.data.sources import CIFAR10_FILES, CIFAR100_FILES, FASHION_MNIST_FILES, MNIST_FILES, SOURCES, SVHN_FILES
 from fl_attack.errors import InputError
 
@@ -111,6 +111,7 @@ def plant_cifar100(folder, x_train, y_train, x_test, y_test, monkeypatch):
         with file.open("wb") as stream:
             OldPickler(stream, 2).dump(content)
     sums = [[file.name, hashlib.md5(file.read_bytes()).hexdigest()] for file in files]
+    monkeypatch.setattr(formats, "MD5", {name: sum_ for name, (_, sum_) in zip(CIFAR100_FILES, sums, strict=True)})
     monkeypatch.setattr(CIFAR100, "train_list", sums[:1])
     monkeypatch.setattr(CIFAR100, "test_list", sums[1:2])
     monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums[2][1]})
@@ -127,6 +128,7 @@ def plant_svhn(folder, x_train, y_train, x_test, y_test, monkeypatch):
         savemat(file, {"X": x.transpose(1, 2, 3, 0), "y": np.where(y == 0, 10, y).astype(np.uint8)[:, None]})
         sums[part] = ["unused", file.name, hashlib.md5(file.read_bytes()).hexdigest()]
     monkeypatch.setattr(SVHN, "split_list", sums)
+    monkeypatch.setattr(formats, "MD5", {name: sum_ for _, name, sum_ in sums.values()})
     parts = [x_train.transpose(0, 3, 1, 2), y_train, x_test.transpose(0, 3, 1, 2), y_test]
     return Planted("svhn", {"root": folder}, files, *parts, tuple("0123"))
 
@@ -152,6 +154,7 @@ def plant_cifar10(folder, x_train, y_train, x_test, y_test, monkeypatch):
         with file.open("wb") as stream:
             OldPickler(stream, 2).dump(content)
     sums = [[file.name, hashlib.md5(file.read_bytes()).hexdigest()] for file in files]
+    monkeypatch.setattr(formats, "MD5", {name: sum_ for name, (_, sum_) in zip(CIFAR10_FILES, sums, strict=True)})
     monkeypatch.setattr(CIFAR10, "train_list", sums[:5])
     monkeypatch.setattr(CIFAR10, "test_list", sums[5:6])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums[6][1]})
@@ -278,6 +281,49 @@ def test_what_is_cached_needs_no_reader(planted, monkeypatch):
     again = planted.load()
     np.testing.assert_array_equal(first.x_train, again.x_train)
     assert (first.classes, first.scale, first.fingerprint) == (again.classes, again.scale, again.fingerprint)
+
+
+OF_TORCHVISION = ["mnist", "fashion_mnist", "emnist", "cifar10", "cifar100", "svhn"]
+
+
+@pytest.mark.parametrize("loader", OF_TORCHVISION)
+def test_without_torchvision_the_same_arrays_are_read_and_damage_is_refused(loader, tmp_path, monkeypatch):
+    planted = plant(loader, tmp_path, monkeypatch)
+    raws = [planted.load()]
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # whoever imports it fails
+    monkeypatch.setenv("FL_ATTACK_CACHE", f"{tmp_path}/another")
+    raws.append(planted.load())
+    assert raws[0].fingerprint == raws[1].fingerprint  # of arrays, their types, and the names
+    for file in planted.files:
+        whole = file.read_bytes()
+        for damaged in (b"", whole[:3], whole[:-1], whole[:2] + b"\x0b" + whole[3:], whole + b"\0"):
+            file.write_bytes(damaged)
+            assert str(file) in refusal(planted.loader, **planted.given)
+        file.write_bytes(whole)
+
+
+def test_what_is_known_of_files_is_what_torchvision_knows():
+    from torchvision import datasets
+
+    known = {}
+    for kind in (datasets.CIFAR10, datasets.CIFAR100):
+        sums = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
+        known |= {f"{kind.base_folder}/{name}": sum_ for name, sum_ in sums}
+    known |= {name: sum_ for _, name, sum_ in (datasets.SVHN.split_list[part] for part in ("train", "test"))}
+    assert known == formats.MD5
+    assert datasets.FashionMNIST.classes == formats.CLOTHES
+    splits = {
+        name: [one for one in labels if one != "N/A"] for name, labels in datasets.EMNIST.classes_split_dict.items()
+    }
+    assert splits == {name: list(labels) for name, labels in formats.EMNIST.items()}
+
+
+def test_without_torchvision_a_missing_file_and_a_resnet_are_told_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    message = refusal("mnist", root=tmp_path)
+    assert "torchvision" in message and str(tmp_path / MNIST_FILES[0]) in message and "dataset.root" in message
+    with pytest.raises(InputError, match=r"resnet18 needs torchvision.*fl-attack\[vision\]"):
+        models.make("resnet18", {}, "cross_entropy", (3, 8, 8), 2, 0)
 
 
 def test_every_source_has_a_yaml_with_the_arguments_of_load():

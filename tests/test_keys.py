@@ -60,6 +60,8 @@ CHANGES: dict[str, Change] = {
     "attack.knowledge": Change("attack.knowledge=own"),
     "attack.knowledge_fraction": Change("attack.knowledge_fraction=0.3", ("attack.knowledge=noisy",)),
     "attack.refresh": Change("attack.refresh=epoch"),
+    "attack.memory": Change("attack.memory=persist", ("attack.budget=0.2", "rounds=12")),
+    "attack.unflip": Change("attack.unflip=true", ("attack.memory=persist", "lr=30", "rounds=12")),
     "attack.args": Change("attack.args={map: cyclic}", ("attack.name=static_flip",)),
     "attack.every": Change("attack.every=2"),
     "attack.start": Change("attack.start=2"),

@@ -16,6 +16,7 @@ from fl_attack.attack.gradients import Updates
 from fl_attack.attack.labels import Proposal, View
 from fl_attack.choices import Goal as Goal
 from fl_attack.choices import Knowledge as Knowledge
+from fl_attack.choices import Memory as Memory
 from fl_attack.choices import Refresh as Refresh
 from fl_attack.choices import Rounding as Rounding
 from fl_attack.choices import Scope as Scope
@@ -27,6 +28,7 @@ __all__ = [
     "Attack",
     "Goal",
     "Knowledge",
+    "Memory",
     "Proposal",
     "Refresh",
     "Rounding",

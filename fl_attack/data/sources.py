@@ -1,8 +1,8 @@
 """Where images come from: one reader and one row of `SOURCES` each.
 
 The only user of torchvision and scikit-learn, imported inside the functions that read with them: what the
-cache holds is opened without these imports, which take seconds. Readers hand on what they find; `dataset`
-checks it.
+cache holds is opened without these imports, which take seconds. Where torchvision does not import, `formats`
+reads the same files. Readers hand on what they find; `dataset` checks it.
 """
 
 import io
@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
-from fl_attack.data import cache
+from fl_attack.data import cache, formats
 from fl_attack.errors import InputError
 
 NETWORK_PATIENCE = 5.0  # seconds without an answer
@@ -29,12 +30,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 IDX = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 MNIST_FILES = [f"MNIST/raw/{name}" for name in IDX]
 FASHION_MNIST_FILES = [f"FashionMNIST/raw/{name}" for name in IDX]
-EMNIST_SPLITS = ("balanced", "byclass", "bymerge", "letters", "digits", "mnist")
-CIFAR100_FILES = [f"cifar-100-python/{name}" for name in ("train", "test", "meta")]
-SVHN_FILES = ["train_32x32.mat", "test_32x32.mat"]
-CIFAR10_FILES = [
-    f"cifar-10-batches-py/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
-]
+CIFAR10_FILES = [name for name in formats.MD5 if name.startswith(formats.CIFAR10)]  # the last two: test, names
+CIFAR100_FILES = [name for name in formats.MD5 if name.startswith(formats.CIFAR100)]
+SVHN_FILES = [name for name in formats.MD5 if name.endswith(".mat")]
 
 
 class Raw(NamedTuple):
@@ -87,50 +85,66 @@ def _read_mnist(root: Path) -> Raw:
 
 
 def _read_fashion_mnist(root: Path) -> Raw:
-    from torchvision.datasets import FashionMNIST
-
     x_train, y_train, x_test, y_test = _read_idx(root, FASHION_MNIST_FILES)
-    return Raw(x_train, y_train, x_test, y_test, list(FashionMNIST.classes))
+    return Raw(x_train, y_train, x_test, y_test, formats.CLOTHES)
 
 
 def _read_emnist(root: Path, split: str | None) -> Raw:
-    from torchvision.datasets import EMNIST
-
     x_train, y_train, x_test, y_test = _read_idx(root, _emnist_files(split))
-    names, first = list(EMNIST.classes_split_dict[split]), int(split == "letters")  # letters count from 1
+    first = int(split == "letters")  # letters count from 1
     upright = x_train.swapaxes(1, 2), x_test.swapaxes(1, 2)  # they are stored lying on their side
-    return Raw(upright[0], y_train - first, upright[1], y_test - first, names[first:])
+    return Raw(upright[0], y_train - first, upright[1], y_test - first, list(formats.EMNIST[str(split)]))
 
 
 def _emnist_files(split: str | None) -> list[str]:
-    if split not in EMNIST_SPLITS:
-        raise InputError(f"dataset.split={split} is unknown; use one of {', '.join(EMNIST_SPLITS)}")
+    if split not in formats.EMNIST:
+        raise InputError(f"dataset.split={split} is unknown; use one of {', '.join(formats.EMNIST)}")
     return [f"EMNIST/raw/emnist-{split}-{name.replace('t10k', 'test')}" for name in IDX]
+
+
+def _torchvision() -> ModuleType | None:
+    """torchvision's data sets; None where they can't be imported."""
+    try:
+        from torchvision import datasets
+    except Exception:  # it is not there, or what a torch of another build than its own makes it raise
+        return None
+    found: ModuleType = datasets
+    return found
 
 
 def _read_idx(root: Path, files: list[str]) -> list[np.ndarray]:
     """Images and labels to train on and to test with, in MNIST's format."""
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
-    arrays = []
-    for name, read in zip(files, 2 * (read_image_file, read_label_file), strict=True):
+    library = _torchvision()
+    arrays: list[np.ndarray] = []
+    for name, kind in zip(files, 2 * ("image", "label"), strict=True):
         with reading(root / name):
-            arrays.append(read(root / name).numpy())
+            if library is None:
+                arrays.append(formats.read_idx(root / name).astype(np.uint8 if kind == "image" else np.int64))
+            else:
+                arrays.append(getattr(library.mnist, f"read_{kind}_file")(root / name).numpy())
     return arrays
 
 
-def _read_svhn(root: Path) -> Raw:
-    from torchvision.datasets import SVHN
-    from torchvision.datasets.utils import check_md5
-
-    arrays = []
-    for part, (_, name, md5) in ((part, SVHN.split_list[part]) for part in ("train", "test")):
-        if not check_md5(root / name, md5):
+def _refuse_damaged(root: Path, files: list[str]) -> None:
+    """InputError where a file does not have its sum."""
+    for name in files:
+        if not formats.is_whole(root, name):
             raise InputError(f"{root / name} is damaged: its MD5 sum is wrong; delete it to download it anew")
+
+
+def _read_svhn(root: Path) -> Raw:
+    library = _torchvision()
+    arrays: list[np.ndarray] = []
+    for part, name in zip(("train", "test"), SVHN_FILES, strict=True):
+        _refuse_damaged(root, [name])
         with reading(root / name):
-            loaded = SVHN(root, split=part)
-        arrays += [loaded.data, loaded.labels]
-    return Raw(*arrays)
+            if library is None:
+                arrays += formats.read_svhn(root / name)
+            else:
+                loaded = library.SVHN(root, split=part)
+                arrays += [loaded.data, loaded.labels]
+    x_train, y_train, x_test, y_test = arrays
+    return Raw(x_train, y_train, x_test, y_test)
 
 
 def _read_cifar10(root: Path) -> Raw:
@@ -142,18 +156,16 @@ def _read_cifar100(root: Path) -> Raw:
 
 
 def _read_cifar(root: Path, name: str, files: list[str]) -> Raw:
-    from torchvision import datasets
-    from torchvision.datasets.utils import check_md5
-
-    kind = getattr(datasets, name)
-    sums = dict([*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]])
-    for file in (root / part for part in files):
-        if not check_md5(file, sums[file.name]):
-            raise InputError(f"{file} is damaged: its MD5 sum is wrong; delete it to download it anew")
-    with reading(root / kind.base_folder), warnings.catch_warnings():
+    _refuse_damaged(root, files)
+    library = _torchvision()
+    *parts, test, meta = files
+    with reading((root / meta).parent), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "dtype.*align")  # numpy 2.4.0 to 2.4.4, of old pickles
-        train, test = kind(root, train=True), kind(root, train=False)
-    return Raw(train.data, np.array(train.targets), test.data, np.array(test.targets), train.classes)
+        if library is None:
+            both = *formats.read_cifar(root, parts), *formats.read_cifar(root, [test])
+            return Raw(*both, formats.cifar_names(root / meta))
+        train, tested = (getattr(library, name)(root, train=part) for part in (True, False))
+    return Raw(train.data, np.array(train.targets), tested.data, np.array(tested.targets), train.classes)
 
 
 def _read_npz(file: Path) -> Raw:
@@ -272,15 +284,16 @@ def _fetched(name: str, files: list[str], root: Path, **how: str) -> list[Path]:
 
 def _download(name: str, root: Path, **how: str) -> None:
     """With a progress bar for those who watch, and no long wait for a network that is not there."""
-    from torchvision import datasets
-
+    library = _torchvision()
+    if library is None:
+        raise InputError("torchvision, which downloads, does not import")
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_PATIENCE)
     try:
         watched = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with redirect_stdout(sys.stderr), watched:
             for more in [how] if name != "SVHN" else ({"split": "train"}, {"split": "test"}):
-                getattr(datasets, name)(root, download=True, **more)
+                getattr(library, name)(root, download=True, **more)
     finally:
         socket.setdefaulttimeout(patience)
 

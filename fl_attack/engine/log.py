@@ -102,6 +102,7 @@ class Log:
             np.full(self.M, round_),
             quality,
             flips,
+            flips,
             allowed,
             used,
             effective,

@@ -70,20 +70,23 @@ def run_cells(
         groups.check(cell)
     if len({groups.group_key(cell) for cell in scenarios}) > 1:
         raise InputError("these experiments differ in what cells of one batch share; see fl_attack.engine.group")
-    if is_linear(scenarios[0]):
-        return linear.run_cells(
-            scenarios,
+    of_linear = [i for i, cell in enumerate(scenarios) if is_linear(cell)]
+    found: dict[int, Outcome] = {}
+    if of_linear:
+        outcomes = linear.run_cells(
+            [scenarios[i] for i in of_linear],
             device=device,
             memory_gb=memory_gb,
             progress=progress,
-            watch=watch,
+            watch=lambda cells, so_far: watch([of_linear[i] for i in cells], so_far),
             keep_flips=keep_flips,
             keep_theta=keep_theta,
             full_rows=full_rows,
         )
-    together = [i for i, cell in enumerate(scenarios) if not full_rows and stacked.can_run(cell)]
-    one_by_one = [i for i in range(len(scenarios)) if i not in set(together)]
-    found: dict[int, Outcome] = {}
+        found |= zip(of_linear, outcomes, strict=True)
+    others = [i for i in range(len(scenarios)) if i not in found]
+    together = [i for i in others if not full_rows and stacked.can_run(scenarios[i])]
+    one_by_one = [i for i in others if i not in set(together)]
     with torch.inference_mode():
         if together:
             outcomes = stacked.run_cells(
@@ -142,4 +145,5 @@ def cells_at_once(cell: Scenario) -> int:
 
 def is_linear(cell: Scenario) -> bool:
     """Whether the matrix products of a linear model are all that the rounds of a cell take."""
-    return cell.model.linear and not cell.settings.worker_momentum
+    remembers = cell.settings.attacked and cell.settings.attack.remembers
+    return cell.model.linear and not cell.settings.worker_momentum and not remembers

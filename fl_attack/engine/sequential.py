@@ -15,7 +15,7 @@ from fl_attack.checkpoint import Checkpoint, State
 from fl_attack.engine.outcome import Outcome
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, Recorder
-from fl_attack.scenario import Scenario, mean_gradient
+from fl_attack.scenario import NO_FLIPS, Flips, Scenario, mean_gradient
 
 
 def run(
@@ -57,7 +57,7 @@ def run(
     theta = epoch_theta = recorder.history.theta
     state, momenta, rule = protocol.initial_state(theta), cell.momenta(theta), cell.rule()
     together = not client_by_client and mean_is_enough(cell)
-    error = None
+    stored, error = NO_FLIPS, None
     kept = checkpoint.load() if checkpoint else None
     if kept:
         recorder.restore(kept["recorder"])
@@ -65,6 +65,7 @@ def run(
         theta, epoch_theta, momenta.table = (kept[name].to(device) for name in ("theta", "epoch_theta", "momenta"))
         first, second = (part.to(device) for part in kept["optimizer"][1:])
         state = protocol.ServerState(kept["optimizer"][0], first, second)
+        stored = Flips(kept["stored"]["samples"], kept["stored"]["labels"], 0)
         progress(recorder.round)
     started = time.perf_counter() - recorder.history.seconds
 
@@ -72,7 +73,8 @@ def run(
         """The state of the run after the last round, as `checkpoint.load` gives it back."""
         recorder.history.seconds = time.perf_counter() - started
         parts = {"theta": theta, "epoch_theta": epoch_theta, "momenta": momenta.table, "optimizer": tuple(state)}
-        return {"recorder": recorder.state(), **parts}
+        standing = {"samples": stored.samples, "labels": stored.labels}
+        return {"recorder": recorder.state(), "stored": standing, **parts}
 
     def outcome() -> Outcome:
         history = recorder.history
@@ -87,7 +89,8 @@ def run(
             if adversary.epoch_start(cell, round_) == round_:
                 epoch_theta = theta
             measured = full_rows and (round_ % settings.eval_every == 0 or round_ == settings.rounds)
-            flips = adversary.flips(cell, theta, round_, epoch_theta)
+            flips = adversary.flips(cell, theta, round_, epoch_theta, stored)
+            stored = adversary.remembered(cell, round_, stored, flips)
             clients = cell.schedule.participants(round_)
             updates = None
             if together and not (measured and settings.attacked):

@@ -35,8 +35,9 @@ COPIES = 6  # of the parameters, that a step holds at most: with the optimizer's
 
 
 def can_run(cell: Scenario) -> bool:
-    """Whether a cell can be in a stack: dense layers, the mean, and flips chosen in every round if any."""
-    labels = not cell.settings.attacked or cell.settings.attack.refresh == "step"
+    """Whether a cell can be in a stack: dense layers, the mean, and flips that are of one round alone."""
+    threat = cell.settings.attack
+    labels = not cell.settings.attacked or (threat.refresh == "step" and not threat.remembers)
     return isinstance(cell.model, Mlp) and sequential.mean_is_enough(cell) and labels
 
 

@@ -36,7 +36,10 @@ class OmniscientHook:
         """The labels that all malicious clients together write in a round."""
         scenario, theta, round_, epoch_theta = self.scenario, asked.theta, asked.round_, asked.epoch_theta
         if scenario.settings.attack.refresh == "step" or epoch_theta is None:
-            return self._once("flips", round_, theta, lambda: adversary.flips(scenario, theta, round_))
+            stored = asked.stored
+            return self._once(
+                "flips", round_, theta, lambda: adversary.flips(scenario, theta, round_, stored=stored), stored
+            )
         first = adversary.epoch_start(scenario, round_)
         chosen = self._once("epoch", first, epoch_theta, lambda: adversary.flips_of_epoch(scenario, epoch_theta, first))
         return adversary.of_round(scenario, chosen, round_)
@@ -51,9 +54,11 @@ class OmniscientHook:
 
         return self._once("updates", round_, theta, crafted)
 
-    def _once(self, what: str, round_: int, theta: Tensor, work_out: Callable[[], Found]) -> Found:
+    def _once(
+        self, what: str, round_: int, theta: Tensor, work_out: Callable[[], Found], stored: Flips = NO_FLIPS
+    ) -> Found:
         """The result of `work_out` for a round and its parameters, remembered until others are asked for."""
-        key = round_, theta.cpu().numpy().tobytes()
+        key = round_, b"".join([theta.cpu().numpy().tobytes(), stored.samples.tobytes(), stored.labels.tobytes()])
         if what not in self._known or self._known[what][0] != key:
             self._known[what] = key, work_out()
         found: Found = self._known[what][1]
@@ -101,7 +106,7 @@ class MaliciousClient(HonestClient):
             return wire.Answer(moved, self.client, weight, NO_FLIPS, momentum)
         flips = self.hook.flips(asked)
         own = self.scenario.partition.client[flips.samples] == self.client
-        return self.trained_on(asked, Flips(flips.samples[own], flips.labels[own], flips.allowed))
+        return self.trained_on(asked, Flips(flips.samples[own], flips.labels[own], flips.allowed, flips.new))
 
 
 @lru_cache(maxsize=2)

@@ -105,6 +105,7 @@ class WatchedStrategy(Strategy):
         self._arrays = wire.pack(recorder.history.theta, raw=isinstance(strategy, RuleStrategy))
         self._epoch_theta = wire.pack(recorder.history.theta, raw=True)
         self._momenta = recorder.scenario.momenta(recorder.history.theta)
+        self._stored = NO_FLIPS  # what stands in the attackers' data, which they do not keep themselves
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -121,6 +122,12 @@ class WatchedStrategy(Strategy):
                 self._epoch_theta = wire.pack(self.recorder.history.theta, raw=True)
             for message in messages:  # the strategy may have given the same content to all
                 message.content[wire.EPOCH_THETA] = self._epoch_theta
+        if scenario.settings.attacked and scenario.settings.attack.remembers:
+            assert self.client_of is not None
+            for message in messages:
+                if self.client_of[message.metadata.dst_node_id] in scenario.partition.malicious:
+                    standing = {wire.STORED: wire.stored_record(self._stored)}
+                    message.content = RecordDict(dict(message.content) | standing)
         if scenario.settings.worker_momentum:
             assert self.client_of is not None
             for message in messages:
@@ -166,7 +173,9 @@ class WatchedStrategy(Strategy):
         momenta = [answer.momentum for answer in answers if answer.momentum is not None]
         if momenta:
             self._momenta.note([answer.client for answer in answers], torch.stack(momenta))
-        self.recorder.record(server_round, theta, aggregate, all_flips(ordered), updates)
+        flips = all_flips(ordered)
+        self._stored = adversary.remembered(self.recorder.scenario, server_round, self._stored, flips)
+        self.recorder.record(server_round, theta, aggregate, flips, updates)
         self._arrays = arrays
         if self.recorder.stopped:
             raise _StoppedEarly
@@ -187,6 +196,7 @@ class WatchedStrategy(Strategy):
             "arrays": wire.to_plain(self._arrays),
             "epoch_theta": wire.to_plain(self._epoch_theta),
             "momenta": self._momenta.table,
+            "stored": {"samples": self._stored.samples, "labels": self._stored.labels},
         }
 
     def run(self, grid: Grid) -> None:
@@ -201,6 +211,7 @@ class WatchedStrategy(Strategy):
             restore(self.strategy, state["strategy"])
             self._arrays, self._epoch_theta = (wire.from_plain(state[name]) for name in ("arrays", "epoch_theta"))
             self._momenta.table = state["momenta"]
+            self._stored = Flips(state["stored"]["samples"], state["stored"]["labels"], 0)
             self._done = recorder.round
             if self._done < settings.rounds and not recorder.stopped:
                 print(f"going on after round {self._done} of {settings.rounds}", file=sys.stderr, flush=True)
@@ -257,7 +268,8 @@ def all_flips(replies: Iterable[Message]) -> Flips:
     samples = concatenate([part.samples for part in parts]).astype(int64)
     labels = concatenate([part.labels for part in parts]).astype(int64)
     order = samples.argsort(kind="stable")
-    return Flips(samples[order], labels[order], max(part.allowed for part in parts))
+    new = [part.new for part in parts if part.new is not None]
+    return Flips(samples[order], labels[order], max(part.allowed for part in parts), max(new, default=None))
 
 
 def make_strategy(scenario: Scenario) -> Strategy:
@@ -302,7 +314,9 @@ def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
 
     RunError unless there is each client once.
     """
-    if scenario.schedule.per_round is None and not scenario.settings.worker_momentum:
+    settings = scenario.settings
+    alike = not settings.worker_momentum and not (settings.attacked and settings.attack.remembers)
+    if scenario.schedule.per_round is None and alike:
         return None
     clients = scenario.settings.clients.total
     nodes = sorted(grid.get_node_ids())

@@ -6,17 +6,17 @@ can be any client: where they have a momentum, it travels too, and the server ke
 """
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fl_attack.scenario import Flips
+from fl_attack.scenario import NO_FLIPS, Flips
 
 ARRAYS, CONFIG, METRICS, FLIPS, EPOCH_THETA = "arrays", "config", "metrics", "flips", "epoch_theta"
-MOMENTUM = "momentum"
+MOMENTUM, STORED = "momentum", "stored"
 SETTINGS, ROUND = "settings", "server-round"  # the round is put in by Flower's strategies themselves
 WEIGHT, CLIENT = "num-examples", "client"
 # The bytes of the array alone: Flower's own format parses a numpy file header in every message, a quarter of a small
@@ -33,6 +33,7 @@ class Request(NamedTuple):
     settings: str  # JSON
     epoch_theta: Tensor | None  # theta at the start of the epoch, where attackers choose by epoch
     momentum: Tensor | None  # the client's (1, A, B), or for attackers on updates those of all of the round (m, A, B)
+    stored: Flips = NO_FLIPS  # what stands in the attackers' data, of all of them, where flips stay there
 
 
 class Answer(NamedTuple):
@@ -89,7 +90,16 @@ def read_request(content: Any) -> Request:
     theta = _broadcast(array.data, array.shape) if raw else unpack(content[ARRAYS])
     epoch_theta = unpack(content[EPOCH_THETA]) if EPOCH_THETA in content else None
     momentum = _numbers(content[MOMENTUM]["values"]).view(-1, *theta.shape) if MOMENTUM in content else None
-    return Request(theta, raw, int(config[ROUND]), config[SETTINGS], epoch_theta, momentum)
+    stored = NO_FLIPS
+    if STORED in content:
+        samples, labels = (np.frombuffer(content[STORED][key], np.int64) for key in ("samples", "labels"))
+        stored = Flips(samples, labels, 0)
+    return Request(theta, raw, int(config[ROUND]), config[SETTINGS], epoch_theta, momentum, stored)
+
+
+def stored_record(stored: Flips) -> ConfigRecord:
+    """What stands in the attackers' data as a record."""
+    return ConfigRecord({"samples": stored.samples.tobytes(), "labels": stored.labels.tobytes()})
 
 
 def momentum_record(momentum: Tensor) -> ConfigRecord:
@@ -114,8 +124,10 @@ def answer(answer: Answer, raw: bool) -> RecordDict:
     metrics = MetricRecord({WEIGHT: answer.weight, CLIENT: answer.client})
     content = RecordDict({ARRAYS: pack(answer.theta, raw), METRICS: metrics})
     if answer.flips is not None:
-        samples, labels, allowed = answer.flips
+        samples, labels, allowed, new = answer.flips
         content[FLIPS] = ConfigRecord({"samples": samples.tobytes(), "labels": labels.tobytes(), "allowed": allowed})
+        if new is not None:
+            cast(ConfigRecord, content[FLIPS])["new"] = new
     if answer.momentum is not None:
         content[MOMENTUM] = momentum_record(answer.momentum)
     return content
@@ -137,7 +149,7 @@ def flips_of(content: Any) -> Flips | None:
         return None
     record = content[FLIPS]
     samples, labels = (np.frombuffer(record[key], np.int64) for key in ("samples", "labels"))
-    return Flips(samples, labels, record["allowed"])
+    return Flips(samples, labels, record["allowed"], record.get("new"))
 
 
 def read_answer(content: Any) -> Answer:

@@ -342,8 +342,13 @@ def resnet18(shape: tuple[int, ...], classes: int, groups: int = GROUPS) -> nn.M
 
     He et al. 2016, https://arxiv.org/abs/1512.03385; group norm after Hsieh et al. 2020, https://arxiv.org/abs/1910.00189.
     """
-    from torchvision import models
-
+    try:
+        from torchvision import models
+    except Exception as error:  # it is not there, or what a torch of another build than its own makes it raise
+        raise InputError(
+            "model=resnet18 needs torchvision, which does not import here "
+            f"({' '.join(str(error).split())}); install fl-attack[vision], or use model=cnn"
+        ) from None
     channels, _, _ = _image(shape, "resnet18")
     if not isinstance(groups, int) or groups < 1 or 64 % groups:
         raise InputError(f"model.args.groups={groups} must divide 64 channels")
