@@ -78,8 +78,8 @@ def auc(score: Tensor, positive: Tensor) -> Tensor:
     ordered, count = _ordered(score, ~positive)
     # equal is what lies between: the larger of two numbers that differ by the share r is 1 / (1 - r) times the smaller
     ends = torch.stack([score * (1 - ROUNDING), score / (1 - ROUNDING)])
-    below = torch.searchsorted(ordered, ends.amin(0)).minimum(count)
-    below_or_equal = torch.searchsorted(ordered, ends.amax(0), right=True).minimum(count)
+    below = torch.searchsorted(ordered, ends.amin(0).contiguous()).minimum(count)
+    below_or_equal = torch.searchsorted(ordered, ends.amax(0).contiguous(), right=True).minimum(count)
     wins = (below + below_or_equal).double() / 2
     return wins.where(positive, 0.0).sum(-1) / (positive.sum(-1) * count.squeeze(-1))
 
@@ -138,5 +138,5 @@ def _share_below(score: Tensor, honest: Tensor) -> Tensor:
 
 def _ordered(score: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (..., m) of the clients of a mask in ascending order, before Inf for the others; and their number."""
-    ordered: Tensor = score.where(mask, torch.inf).sort(-1).values
+    ordered: Tensor = score.where(mask, torch.inf).sort(-1).values.contiguous()
     return ordered, mask.sum(-1, keepdim=True)

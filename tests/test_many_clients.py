@@ -80,3 +80,10 @@ def test_measures_of_a_thousand_clients_take_no_time() -> None:
     began = time.process_time()
     detect.measures(u, malicious)
     assert time.process_time() - began < 2.5  # comparing all pairs by subtraction: 1.2e9 numbers
+
+
+def test_measures_take_updates_of_any_layout() -> None:
+    u = torch.randn(3, 7, 2, 4, generator=torch.Generator().manual_seed(0))
+    malicious = (torch.arange(7) < 2).expand(3, 7)
+    expected = detect.measures(u, malicious)
+    assert torch.equal(detect.measures(u.movedim(1, 0).contiguous().movedim(0, 1), malicious), expected)
