@@ -4,11 +4,13 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import ray
@@ -22,6 +24,7 @@ from fl_attack.config import Settings
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation.client import client_app
 from fl_attack.federation.grid import BlockGrid
+from fl_attack.federation.private_ray import private_ray
 from fl_attack.federation.strategy import make_strategy, start
 from fl_attack.history import Recorder
 from fl_attack.scenario import Scenario
@@ -107,32 +110,62 @@ def wait_for(grid: Grid, clients: int) -> None:
 
 @contextmanager
 def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
-    """Ray, started here or joined at `address`, and left as it was found."""
+    """Ray, started here or joined at `address`, and left as it was found; what is started here is for this machine."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray about GPUs
-    ours = not ray.is_initialized()
-    if ours:
-        _refuse_unreachable(address)
-        # without "local", Ray would join whatever cluster was last started on this machine
-        local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
-        level = logging.INFO if verbose else logging.CRITICAL
-        on_terminate = signal.getsignal(signal.SIGTERM)
-        try:
-            with waiting(f"joining Ray at {address}" if address else "starting Ray"):
-                ray.init(**({"address": address} if address else local), logging_level=level, log_to_driver=verbose)
-        except KeyboardInterrupt:
-            ray.shutdown()
-            raise
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            where = f"engine.ray_address={address} can't be joined" if address else "Ray can't be started"
-            raise RunError(f"{where}: {' '.join(str(error).split())}") from None
-        finally:
-            if on_terminate is not None and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own, which ends the program without a word
+    if ray.is_initialized():
+        yield
+        return
+    _refuse_unreachable(address)
+    with ExitStack() as around:
+        if not address:
+            around.enter_context(private_ray())
+        around.callback(ray.shutdown)  # does nothing where there is none
+        _init(address, verbose)
+        yield
+
+
+def _init(address: str | None, verbose: bool) -> None:
+    """Start Ray, or join it at `address`; RunError where that fails."""
+    # without "local", Ray would join whatever cluster was last started on this machine
+    local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    level = logging.INFO if verbose else logging.CRITICAL
+    try:
+        with waiting(f"joining Ray at {address}" if address else "starting Ray"), _unbroken():
+            ray.init(**({"address": address} if address else local), logging_level=level, log_to_driver=verbose)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"engine.ray_address={address} can't be joined" if address else "Ray can't be started"
+        raise RunError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """Within the block the first SIGINT or SIGTERM waits for its end; the second one is obeyed at once."""
+    # Ray loses an exception that comes while it calls back into Python, and would leave processes that it was just
+    # starting; it also puts a handler of SIGTERM that ends the program without a word
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) == 1:
+            print("stopping once Ray has started; the same again stops at once", file=sys.stderr, flush=True)
+        elif callable(handler := before[signal.Signals(number)]):
+            handler(number, frame)
+
+    for number in before:
+        signal.signal(number, note)
     try:
         yield
+    except SystemExit:  # of Ray's handler
+        came.append(signal.SIGTERM)
     finally:
-        if ours and ray.is_initialized():
-            ray.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _refuse_unreachable(address: str | None) -> None:

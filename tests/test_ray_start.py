@@ -1,0 +1,122 @@
+"""A Ray that is started here is of no use to anybody else, and can be stopped at any moment of its start."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+import ray
+
+from fl_attack.federation.session import ray_session
+
+Small = Callable[..., list[str]]
+LISTENING = "0A"
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # as /proc writes it
+
+pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads /proc, as Linux has it")
+
+
+def with_mark(mark: str) -> list[Path]:
+    """The processes in whose environment a mark stands."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append(process)
+        except OSError:  # somebody else's, or gone
+            continue
+    return found
+
+
+def listens_at(processes: list[Path]) -> dict[str, str]:
+    """The addresses at which processes listen, each with the program's name."""
+    sockets = {}
+    for process in processes:
+        for file in (process / "fd").glob("*"):
+            try:
+                sockets[os.readlink(file)] = (process / "comm").read_text().strip()
+            except OSError:
+                continue
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return {
+        line[1]: sockets[f"socket:[{line[9]}]"]
+        for line in lines
+        if line[3] == LISTENING and f"socket:[{line[9]}]" in sockets
+    }
+
+
+def answer(address: str, token: str | None) -> grpc.StatusCode:
+    """The code with which Ray's control service answers a question."""
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=20, metadata=[("authorization", f"Bearer {token}")] if token else [])
+        except grpc.RpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+def test_ray_listens_to_this_machine_alone_and_wants_a_token(own_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("FL_ATTACK_TEST_MARK", mark)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    tokens = set()
+    for _ in range(2):  # the second of a process is as closed as the first
+        with ray_session(None, verbose=False):
+            assert ray.get(ray.remote(lambda: 7).remote()) == 7
+            tokens.add(token := os.environ["RAY_AUTH_TOKEN"])
+            at = listens_at([*with_mark(mark), Path("/proc/self")])
+            assert {"gcs_server", "raylet"} <= set(at.values())
+            assert {address.partition(":")[0] for address in at} <= LOOPBACK, at
+            address = ray.get_runtime_context().gcs_address
+            assert answer(address, None) == answer(address, "0" * 64) == grpc.StatusCode.UNAUTHENTICATED
+            assert answer(address, token) == grpc.StatusCode.OK
+        assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"} & set(os.environ)
+    assert len(tokens) == 2
+
+
+@pytest.mark.ray
+def test_an_authentication_that_the_user_has_chosen_stays(own_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "1" * 64)
+    with ray_session(None, verbose=False):
+        assert answer(ray.get_runtime_context().gcs_address, "1" * 64) == grpc.StatusCode.OK
+    assert os.environ["RAY_AUTH_TOKEN"] == "1" * 64
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("number", "after"), [(signal.SIGINT, 0.3), (signal.SIGINT, 2.0), (signal.SIGTERM, 1.0)])
+def test_ctrl_c_ends_the_start_of_ray_at_any_moment(
+    small_data: Small, tmp_path: Path, number: signal.Signals, after: float
+) -> None:
+    mark = uuid.uuid4().hex
+    run = [*small_data(2), f"out={tmp_path}/o", "rounds=1000000", "eval_every=1000", "batch_size=full"]
+    said = tmp_path / "said"  # no pipe, which would stay open as long as any process of Ray
+    with said.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fl_attack", *run],
+            env=os.environ | {"FL_ATTACK_TEST_MARK": mark, "HYDRA_FULL_ERROR": "0"},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 60
+    while "starting Ray" not in said.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(after)  # seconds
+    os.killpg(process.pid, number)  # as a terminal does
+    assert process.wait(timeout=60) == 128 + number, said.read_text()
+    told = said.read_text()
+    assert told.splitlines()[-1].startswith("fl-attack: ")
+    assert "Traceback" not in told
+    deadline = time.monotonic() + 20
+    while (left := with_mark(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
