@@ -5,6 +5,8 @@ process works out the same, and again.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from fl_attack.scenario import NO_FLIPS, Flips, Scenario, client_update
 LABEL_NOISE, UPDATE_NOISE, KNOWN_CLIENTS = 3, 4, 5  # names of random streams, beside those of `protocol`
 Clients = NDArray[np.int64]
 Counts = NDArray[np.int64]
+Samples = NDArray[np.int64]
 
 
 def epoch_start(scenario: Scenario, round_: int) -> int:
@@ -79,7 +82,9 @@ def flips(
         writable_before = _writable_before(scenario, round_, before, malicious)
         return _chosen(scenario, theta, round_, malicious, writable_before, writable)
     assert epoch_theta is not None
-    return of_round(scenario, flips_of_epoch(scenario, epoch_theta, epoch_start(scenario, round_)), round_)
+    chosen = _flips_of_epoch(scenario, epoch_theta, epoch_start(scenario, round_))
+    now = np.isin(chosen.samples, scenario.schedule.samples(malicious, round_)[0])
+    return Flips(chosen.samples[now], chosen.labels[now], chosen.allowed)
 
 
 def remembered(scenario: Scenario, round_: int, stored: Flips, flips: Flips) -> Flips:
@@ -117,31 +122,18 @@ def _among(stored: Flips, samples: NDArray[np.int64]) -> Flips:
     return Flips(stored.samples[here], stored.labels[here], 0, 0)
 
 
-def of_round(scenario: Scenario, chosen: Flips, round_: int) -> Flips:
-    """The part of an epoch's flips `chosen` whose samples are in the minibatches of a round."""
-    if rounds_before(scenario, round_) is None:
-        return NO_FLIPS
-    now = np.isin(chosen.samples, scenario.schedule.samples(present(scenario, round_), round_)[0])
-    return Flips(chosen.samples[now], chosen.labels[now], chosen.allowed)
+def _flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
+    """The labels flipped in an epoch that began at theta, of all that the malicious clients hold; remembered for it."""
+    key = first_round, theta.cpu().numpy().tobytes()
+    last = scenario.memo.get("flips of an epoch")
+    if last is None or last[0] != key:
+        last = scenario.memo["flips of an epoch"] = key, _chosen_for_epoch(scenario, theta, first_round)
+    found: Flips = last[1]
+    return found
 
 
-def flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
-    """The labels that are flipped in an epoch, of all that the malicious clients hold.
-
-    Parameters
-    ----------
-    scenario : Scenario
-        The experiment, with `attack.refresh=epoch`.
-    theta : (A, B) tensor of float64
-        The parameters broadcast in the first round of the epoch.
-    first_round : int
-        That round, counted from 1.
-
-    Returns
-    -------
-    Flips
-        The samples that are flipped, ascending, whichever round of the epoch they are used in.
-    """
+def _chosen_for_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
+    """The labels that attackers choose at theta for the epoch that begins with a round."""
     malicious = scenario.partition.malicious
     writable = np.array([len(scenario.schedule.shards[client]) for client in malicious])
     epochs = (first_round - 1) // scenario.schedule.rounds_per_epoch
@@ -259,30 +251,81 @@ def _proposal(
     threat, schedule = scenario.settings.attack, scenario.schedule
     if threat.refresh == "step":
         samples, counts = schedule.samples(malicious, round_)
-        everyone = schedule.participants(round_)
     else:
         samples = np.sort(np.concatenate([schedule.shards[client] for client in malicious]))
-        everyone, counts = np.arange(len(schedule.shards)), np.ones_like(samples)
+        counts = np.ones_like(samples)
+
+    def everybodys() -> Samples:
+        if threat.refresh == "step":
+            return schedule.samples(schedule.participants(round_), round_)[0]
+        return np.concatenate(schedule.shards)
+
     X, y, _ = scenario.batch(samples, counts, theta.device)
     at = theta.to(X.dtype)
-
-    def noise() -> Tensor:
-        if threat.refresh == "step":
-            pool, _ = schedule.samples(everyone, round_)
-        else:
-            pool = np.sort(np.concatenate(schedule.shards))
-        drawn = label_noise(scenario, round_, len(pool))[np.searchsorted(pool, samples)]
-        return torch.from_numpy(drawn).to(X)
-
-    view = attack.View(
+    seen = Seen(
         y,
         torch.from_numpy(counts).to(theta.device),
+        samples,
+        everybodys,
         scores=lambda: scenario.model.scores(at, direction(scenario, theta, round_).to(X.dtype), X),
         logits=lambda: outputs.class_logits(scenario.model.logits(at, X)),
+    )
+    return samples, y, propose(scenario, round_, seen, (len(samples),), X.dtype)
+
+
+class Seen(NamedTuple):
+    """What attackers on labels can see of a round; what takes work is worked out when it is asked for."""
+
+    y: Tensor  # (n,) true labels of the samples that they can write
+    counts: Tensor | None  # (n,) how often each of them is used; None: once
+    samples: Samples  # (n,) which samples of the training set they are
+    everybodys: Callable[[], Samples]  # those of all clients in this round, among which they have their noise
+    scores: Callable[[], Tensor]  # (..., n, classes), see `attack.View`
+    logits: Callable[[], Tensor]  # (..., n, classes)
+
+
+def propose(scenario: Scenario, round_: int, seen: Seen, shape: Sequence[int], dtype: torch.dtype) -> attack.Proposal:
+    """What the attack on labels of an experiment, or of several with this attack, proposes in a round.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, or one of several that have their attack and their data in common.
+    round_ : int
+        The round, counted from 1, whose noise the attack may use.
+    seen : Seen
+        What the attackers can see.
+    shape : sequence of int
+        (..., n), the shape of the proposal.
+    dtype : torch.dtype
+        Precision of the noise.
+
+    Returns
+    -------
+    attack.Proposal
+        Before any budget.
+
+    Raises
+    ------
+    RunError
+        Where a user's function gives something else.
+    """
+    threat, device = scenario.settings.attack, seen.y.device
+
+    def noise() -> Tensor:
+        everybodys = np.sort(seen.everybodys())
+        uniform = label_noise(scenario, round_, len(everybodys))[np.searchsorted(everybodys, seen.samples)]
+        return torch.from_numpy(uniform).to(device, dtype)
+
+    view = attack.View(
+        seen.y,
+        torch.ones_like(seen.y) if seen.counts is None else seen.counts,
+        scores=seen.scores,
+        logits=seen.logits,
         noise=noise,
         selection=threat.selection,
     )
-    return samples, y, attack.propose(threat.name, view, threat.args, (len(samples),), scenario.classes)
+    return attack.propose(threat.name, view, threat.args, shape, scenario.classes)
 
 
 def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:
@@ -387,12 +430,8 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
 
     Parameters
     ----------
-    scenario : Scenario
-        The experiment.
-    theta : (A, B) tensor of float64
-        The parameters that the server has broadcast.
-    round_ : int
-        The round, counted from 1.
+    scenario, theta, round_
+        As of `updates`.
     honest : (m, A, B) tensor
         The updates that all clients of the round would send honestly, clients ascending.
 
@@ -413,11 +452,45 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
     malicious = malicious.to(theta.device)
     if not malicious.any():
         return honest
+    return replace_updates(scenario, round_, honest, malicious, malicious, lambda: direction(scenario, theta, round_))
+
+
+def replace_updates(
+    scenario: Scenario,
+    round_: int,
+    updates: Tensor,
+    malicious: Tensor,
+    attacking: Tensor,
+    direction: Callable[[], Tensor],
+) -> Tensor:
+    """The updates of clients, with those that the attack on updates of an experiment sends in their place.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, or one of several that have their attack and their data in common.
+    round_ : int
+        The round, counted from 1, whose noise the attack may use.
+    updates : (..., m, A, B) tensor
+        What all clients of the round would send honestly, clients ascending.
+    malicious : (..., m) tensor of bool
+        Which of them are malicious.
+    attacking : (..., m) tensor of bool
+        Whose updates are replaced: the malicious ones, where the round is attacked.
+    direction
+        Gives the direction (..., A, B).
+
+    Returns
+    -------
+    (..., m, A, B) tensor
+
+    Raises
+    ------
+    RunError
+        Where a user's function gives something else than an update for each client.
+    """
+    threat = scenario.settings.attack
     view = attack.Updates(
-        honest,
-        malicious,
-        direction=lambda: direction(scenario, theta, round_),
-        noise=lambda: update_noise(scenario, round_).to(theta.device),
+        updates, malicious, direction=direction, noise=lambda: update_noise(scenario, round_).to(updates)
     )
-    replaced = attack.craft(threat.name, view, threat.args)
-    return torch.where(malicious[:, None, None], replaced, honest)
+    return torch.where(attacking[..., None, None], attack.craft(threat.name, view, threat.args), updates)

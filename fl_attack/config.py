@@ -267,6 +267,7 @@ class Settings(Strict):
     workers: Count | None = None
     detectability: bool = False
     figures: tuple[tuple[str, ...], ...] = ()
+    objective: Literal["final_accuracy", "minimum_accuracy", "final_f1", "final_loss", "flips"] = "final_accuracy"
     out: Annotated[str, Field(min_length=1)]
     overwrite: bool
     resume: bool = True

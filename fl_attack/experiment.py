@@ -114,7 +114,7 @@ def _told(work: Path) -> Iterator[None]:
     except KeyboardInterrupt as signalled:
         parts = work, work / results.BASELINE
         kept = any((part / "rounds.csv").exists() for part in parts)
-        goes_on = any((part / folder.STATE).exists() for part in parts)  # the linear fast path keeps no state
+        goes_on = any((part / folder.STATE).exists() for part in parts)
         then = "goes on" if goes_on else "begins anew"
         what = f"what was measured is in {work}; the same command {then}" if kept else "nothing was measured yet"
         code = signalled.code if isinstance(signalled, Interrupted) else 130

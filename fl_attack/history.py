@@ -80,6 +80,29 @@ def given_row(validation_loss: NDArray[np.float64], restore: Restore) -> int:
     return len(validation_loss) - 1 if last else int(np.nanargmin(validation_loss))
 
 
+def packed_flips(flips: Sequence[tuple[int, Flips]]) -> State:
+    """Rounds and their flips as a few arrays, for a checkpoint."""
+    written = [of_round for _, of_round in flips]
+    return {
+        "flip_rounds": np.array([round_ for round_, _ in flips], np.int64),
+        "flip_counts": np.array([len(of_round.samples) for of_round in written], np.int64),
+        "flip_allowed": np.array([of_round.allowed for of_round in written], np.int64),
+        "flip_new": np.array([of_round.written for of_round in written], np.int64),
+        "flip_samples": np.concatenate([np.empty(0, np.int64), *(of_round.samples for of_round in written)]),
+        "flip_labels": np.concatenate([np.empty(0, np.int64), *(of_round.labels for of_round in written)]),
+    }
+
+
+def unpacked_flips(state: State) -> list[tuple[int, Flips]]:
+    """The rounds and flips of which `packed_flips` made this."""
+    if not len(state["flip_counts"]):
+        return []
+    ends = np.cumsum(state["flip_counts"])[:-1]
+    samples, labels = (np.split(state[name], ends) for name in ("flip_samples", "flip_labels"))
+    written = map(Flips, samples, labels, state["flip_allowed"].tolist(), state["flip_new"].tolist())
+    return list(zip(state["flip_rounds"].tolist(), written, strict=True))
+
+
 class EarlyStop:
     """Whether the validation loss of each of M runs has stopped falling."""
 
@@ -221,18 +244,13 @@ class Recorder:
 
     def state(self) -> State:
         """The state that `restore` needs to go on after the last round recorded."""
-        history, written = self.history, [flips for _, flips in self.history.flips]
+        history = self.history
         return {
             "round": self.round,
             "seconds": history.seconds,
             "theta": history.theta,
             "rows": np.array([[row[name] for name in COLUMNS] for row in history.rows], float),
-            "flip_rounds": np.array([round_ for round_, _ in history.flips], np.int64),
-            "flip_counts": np.array([len(flips.samples) for flips in written], np.int64),
-            "flip_allowed": np.array([flips.allowed for flips in written], np.int64),
-            "flip_new": np.array([flips.written for flips in written], np.int64),
-            "flip_samples": np.concatenate([np.empty(0, np.int64), *(flips.samples for flips in written)]),
-            "flip_labels": np.concatenate([np.empty(0, np.int64), *(flips.labels for flips in written)]),
+            **packed_flips(history.flips),
             "early_stop": self._early_stop
             and {"lowest": self._early_stop.lowest, "since": self._early_stop.since, "best": self._best},
         }
@@ -243,16 +261,7 @@ class Recorder:
         history.seconds, history.theta = state["seconds"], state["theta"]
         history.rows = [row_of(values) for values in state["rows"].tolist()]
         self._row = history.rows[-1]
-        ends = np.cumsum(state["flip_counts"])[:-1]
-        parts = zip(
-            np.split(state["flip_samples"], ends),
-            np.split(state["flip_labels"], ends),
-            state["flip_allowed"].tolist(),
-            state["flip_new"].tolist(),
-            strict=True,
-        )
-        written = [Flips(*part) for part in parts] if len(state["flip_counts"]) else []
-        history.flips = list(zip(state["flip_rounds"].tolist(), written, strict=True))
+        history.flips = unpacked_flips(state)
         if history.flips and history.flips[-1][0] == self.round:
             self._last = history.flips[-1][1]
         if self._early_stop:

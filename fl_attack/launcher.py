@@ -11,7 +11,8 @@ import pickle
 import sys
 import types
 from collections.abc import Sequence
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import initialize_config_dir
@@ -30,7 +31,8 @@ from fl_attack.errors import InputError, RunError
 from fl_attack.overrides import completed, conf_folder, explain, unknown_key
 
 if TYPE_CHECKING:
-    from fl_attack.multirun import Cell
+    from fl_attack.config import Settings
+    from fl_attack.multirun import Cell, Launch
 
 Plugins.instance()  # loads Hydra's own plugins anew, so that only now their classes are the ones it will know
 from hydra._internal.callbacks import Callbacks  # noqa: E402
@@ -38,10 +40,20 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # noqa: E40
 
 NAME = "fl_attack"
 WORTH_WORKERS = 32  # cells, for which workers are begun with before it is known how long these take
+UNIT = "unit"  # the key of a job of another launcher: the file of its unit
 
 
 class AllAtOnce(BasicSweeper):
-    """Hydra's sweeper, which neither composes every job before the launcher does nor leaves a file of its own."""
+    """Hydra's sweeper, which neither composes every job before the launcher does nor leaves a file of its own.
+
+    Another launcher of Hydra's than our own is given the units of the sweep as its jobs.
+    """
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra hands over."""
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = SweepLauncher()
+        self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launch all jobs."""
@@ -75,17 +87,50 @@ class SweepLauncher(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; the results are in the folder that they name."""
+        """Run the jobs as one sweep, whose results are in the folder that they name.
+
+        What each returns is its `objective`, for sweepers that choose the next jobs by it.
+        """
         try:
-            cells_of_jobs = self.cells(job_overrides)
+            cells = self.cells(job_overrides)
             from fl_attack import multirun  # slow to import; bad input is told before
 
-            out = multirun.run(cells_of_jobs)
-            cells, lost = multirun.broken_off(out)
-            print(f"results in {out}" + (f"; {lost} of {cells} cells broke off: see the column error" if lost else ""))
+            if not self._is_of_ours():
+                cells = [cell._replace(settings=_of_trials(cell.settings, initial_job_idx)) for cell in cells]
+            out = multirun.run(cells, launch=self._other())
+            total, lost = multirun.broken_off(out)
+            print(f"results in {out}" + (f"; {lost} of {total} cells broke off: see the column error" if lost else ""))
         except SystemExit as error:  # of somebody's library or file: the sweep is not finished
             raise RunError(f"something called sys.exit({error.code}) before the sweep was finished") from None
-        return [JobReturn(overrides=one, status=JobStatus.COMPLETED, _return_value=None) for one in job_overrides]
+        values = multirun.column(out, cells[0].settings.objective)
+        return [
+            JobReturn(overrides=one, status=JobStatus.COMPLETED, _return_value=value)
+            for one, value in zip(job_overrides, values, strict=True)
+        ]
+
+    def _is_of_ours(self) -> bool:
+        """Whether the sweeper hands over all jobs at once, as ours does."""
+        return str(self.config.hydra.sweeper._target_) == f"hydra_plugins.{NAME}.{AllAtOnce.__name__}"
+
+    def _other(self) -> "Launch | None":
+        """What has units computed by the launcher that was chosen; None where that is ours."""
+        if str(self.config.hydra.launcher._target_) == f"hydra_plugins.{NAME}.{SweepLauncher.__name__}":
+            return None
+
+        def launch(files: "Sequence[Path]") -> None:
+            context, config = self.hydra_context, self.config
+            threads = int(config.hydra.launcher.get("cpus_per_task") or 1)
+            other = Plugins.instance().instantiate_launcher(
+                hydra_context=context, task_function=partial(compute_unit, threads=threads), config=config
+            )
+            named = self.config.hydra.launcher._target_.rpartition(".")[2]
+            print(f"{len(files)} jobs to {named}", file=sys.stderr, flush=True)
+            out = str(files[0].parents[1].absolute())  # where Hydra makes a folder for each job
+            jobs = [[f"+{UNIT}={_quoted(str(file.absolute()))}", f"out={_quoted(out)}"] for file in files]
+            for returned in other.launch(jobs, initial_job_idx=0):
+                _ = returned.return_value  # raises what the job raised
+
+        return launch
 
     def cells(self, job_overrides: Sequence[Sequence[str]]) -> "list[Cell]":
         """The cells that the overrides of each job make."""
@@ -96,16 +141,16 @@ class SweepLauncher(Launcher):
         if not job_overrides:
             raise InputError("the sweep has no cell: one of its ranges or lists is empty")
         shown_of: list[tuple[dict[str, str], Settings]] = []
-        out = ""
+        out = str(self.config.out)  # composed at another time, the default is another
         named = any(_key(one) == "out" for overrides in job_overrides for one in overrides)
         for overrides in job_overrides:
             shown = [override for override in overrides if override not in shared or _key(override) == "seed"]
             settings = typed(self._composed(overrides))
-            if shown_of and not named:  # composed at another time, so that the default is another
+            if not named:
                 settings = settings.model_copy(update={"out": out})
-            out = settings.out if not shown_of else out
             typed_in = {_key(one): one.partition("=")[2].replace("\\:", ":") for one in shown}
             shown_of.append((typed_in, settings))
+        out = shown_of[0][1].out
         if outs := {settings.out for _, settings in shown_of} - {out}:
             raise InputError(
                 f"out={out} and out={min(outs)}: a sweep leaves one table in one folder; give each "
@@ -163,6 +208,24 @@ def grid(*overrides: str) -> "list[Cell]":
             return sweeper.launcher.cells(sweeper.jobs(OmegaConf.to_container(config.hydra.overrides.task)))  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, overrides)) from None
+
+
+def compute_unit(config: DictConfig, threads: int) -> None:
+    """The job of another launcher: the unit whose file the settings name."""
+    from fl_attack import multirun
+
+    multirun.compute_file(Path(config[UNIT]), threads)
+
+
+def _of_trials(settings: "Settings", first: int) -> "Settings":
+    """Settings whose results go to the folder of the trials from the number `first` on."""
+    return settings.model_copy(update={"out": f"{settings.out}/trials/{first}"})
+
+
+def _quoted(text: str) -> str:
+    """A text as the value of an override."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _unused(config: DictConfig) -> None:

@@ -120,7 +120,7 @@ def rows(data: list[str], given: argparse.Namespace) -> Iterator[tuple[str, int,
             for f in given.malicious:
                 made.append(scenario.make(settings(data, n, given.rounds, *change, f"clients.malicious={f}")))
                 made[-1].memo["target"] = torch.randn(made[-1].theta_shape, dtype=torch.float64)
-            d = int(Batches(made[0], np.arange(10), torch.device("cpu"), 2e9).seen.sum())
+            d = int(Batches(made[0], np.arange(10), torch.device("cpu"), 2e9).features.seen.sum())
             full = made[0].theta_shape[1]
             for M in given.cells:
                 times = []

@@ -3,7 +3,7 @@
     .venv/bin/python scripts/bench_federation.py [--clients 10 100 1000] [--classes 2 10] [--rounds 200]
 
 Logistic regression of 785 features (generated data of the shape of MNIST), 128 samples a round or four a client,
-no attack unless --malicious says so. Stock takes seconds a round with more than a hundred clients, and is left out there.
+no attack unless --malicious says so. Stock takes seconds a round with more than a hundred clients: it is left out.
 All in one run, so that the ratios hold on a machine that does other things too. "bare Ray" does the same gradient steps
 in as many actors, with neither Flower's messages nor its apps: what is left to gain.
 """

@@ -18,9 +18,9 @@ from fl_attack import adversary, attack, engine, plugins, protocol
 from fl_attack.aggregate import RULES
 from fl_attack.config import AttackSettings, Settings, settings_from
 from fl_attack.detect import MEASURES
-from fl_attack.engine import attackers, batches, kernels, threads
+from fl_attack.engine import batches, features, kernels, kinds, threads
 from fl_attack.engine.budgets import Allowances
-from fl_attack.engine.linear import client_updates, run
+from fl_attack.engine.linear import client_updates, run, tiling
 from fl_attack.errors import InputError
 from fl_attack.history import COLUMNS, History, Recorder
 from fl_attack.scenario import Scenario
@@ -263,7 +263,7 @@ def test_memory_is_that_of_the_optimizer_which_keeps_most(settings: Compose, sma
     def chunks(*optimizers: str) -> int:
         changes = [[f"server_optimizer={name}", f"lr=0.{i + 1}"] for i, name in enumerate(optimizers)]
         cells = cells_of(settings, small_data(5, features=900), ["batch_size=60"], changes)
-        work = run._Work(cells, torch.device("cpu"), 2.1e6, False, False, False)
+        work = run.Work(cells, torch.device("cpu"), 2.1e6, False, False, False)
         return len(list(work.chunks()))
 
     assert chunks(*["sgd"] * 8) < chunks(*["sgd"] * 7, "adam") == chunks(*["adam"] * 8)
@@ -280,9 +280,9 @@ def test_memory_and_tiles_change_no_result(
     classes, shared = SHARED[case]
     cells = cells_of(settings, small_data(classes), shared, [[], *CHANGES.values()] * 2)
     whole = engine.run_cells(cells)
-    monkeypatch.setattr(run, "CACHE", 1)
-    monkeypatch.setattr(run, "FEWEST", 2)
-    monkeypatch.setattr(batches, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(tiling, "CACHE", 1)
+    monkeypatch.setattr(tiling, "FEWEST", 2)
+    monkeypatch.setattr(features, "ROWS_AT_ONCE", 7)
     monkeypatch.setattr(batches, "SAMPLES_AT_ONCE", 120)
     told: list[int] = []
     parts = engine.run_cells(cells, memory_gb=2e-5, progress=told.append, device=device)
@@ -421,7 +421,7 @@ def test_features_that_are_zero_everywhere_are_left_out_and_put_back(
     np.savez(file, **arrays)  # the test set keeps its numbers there
     cells = cells_of(settings, data, shared, [[], ["attack.goal=targeted"]])
     made = batches.Batches(cells[0], np.arange(7), torch.device("cpu"), 1e9)
-    assert made.seen.sum() == 7 and made.d == batches.padded(7) == 16
+    assert made.features.seen.sum() == 7 and made.features.d == features.padded(7) == 16
     check_together(cells)
     for outcome in engine.run_cells(cells):
         assert outcome.theta is not None
@@ -512,7 +512,7 @@ def test_columns_hold_what_the_schedule_gives_each_client(
             samples = batch.samples[columns]
             assert samples.tolist() == cell.schedule.steps(int(client), round_)[0].tolist()
             sign = torch.from_numpy(1 - 2 * cell.dataset.y_train[samples])[:, None]
-            X = cell.features(samples)[:, made.seen] * sign
+            X = cell.features(samples)[:, made.features.seen] * sign
             assert torch.equal(batch.X[columns, : X.shape[1]], X)
             assert not batch.X[:, X.shape[1] :].any()
 
@@ -523,4 +523,4 @@ def test_rules_that_are_not_batched_are_refused(settings: Compose, small_data: S
     with pytest.raises(InputError, match="strategy=flower is not known to engine=batched; use engine=flower"):
         engine.run_cells([cell])
     assert engine.run_cells([]) == []
-    assert attackers.kind_of(cell).goal == "untargeted"
+    assert kinds.kind_of(cell).goal == "untargeted"

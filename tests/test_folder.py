@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fl_attack import checkpoint, engine, experiment, folder, multirun, plots
+from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import compose
 from fl_attack.errors import Interrupted
 
@@ -188,9 +189,7 @@ def test_an_interrupted_batched_run_keeps_what_was_measured(
     process.send_signal(number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert (
-        told.splitlines()[-1] == f"fl-attack: interrupted; what was measured is in {out}; the same command begins anew"
-    )
+    assert told.splitlines()[-1] == f"fl-attack: interrupted; what was measured is in {out}; the same command goes on"
     for at in (out, out / "baseline"):
         assert len((at / "rounds.csv").read_text().splitlines()) > 3
         assert np.isfinite(np.load(at / "model.npz")["theta"]).all()
@@ -222,6 +221,49 @@ def test_what_an_interrupted_batched_run_keeps_is_the_beginning_of_the_whole(
         for at in ("", "baseline"):
             one, other = ((tmp_path / of / at / name).read_bytes() for of in ("short", "cut"))
             assert one == other
+
+
+CUT = {
+    "epochs": ["attack.refresh=epoch", "attack.scope=per_client", "attack.rounding=carry", "server_optimizer=adam"],
+    "carry": ["attack.rounding=carry", "attack.budget=0.07", "clients.per_round=0.5", "server_optimizer=momentum"],
+    "early stop": ["attack.goal=targeted", "early_stop.patience=9", "eval_every=2", "local_steps=2"],
+    "a rule": ["attack=alie", "strategy=median", "eval_every=3"],
+}
+
+
+@pytest.mark.parametrize("more", CUT.values(), ids=CUT)
+def test_linear_runs_go_on_where_they_were_cut_and_end_in_the_same_bytes(
+    small_data: Small, tmp_path: Path, more: list[str]
+) -> None:
+    chosen = compose(*small_data(3), "engine=batched", "rounds=12", "batch_size=30", "lr=0.5", "out=unused", *more)
+    cells = engine.make_scenarios([experiment.unattacked(chosen), chosen])
+    whole = engine.run_cells(cells)
+    place = tmp_path / "honest", tmp_path / "attacked"
+    for cut in (3, 8):  # the second time from where the first one ended
+        done: list[int] = []
+
+        def stop(cells: list[int], so_far: object, cut: int = cut, done: list[int] = done) -> None:
+            if sum(done) >= cut * len(cells):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            engine.run_cells(
+                cells, progress=done.append, watch=stop, checkpoints=[Checkpoint(at, at.name) for at in place]
+            )
+        assert sum(done) == cut * len(cells)
+    steps: list[int] = []
+    ended = engine.run_cells(cells, progress=steps.append, checkpoints=[Checkpoint(at, at.name) for at in place])
+    assert steps[0] == 8 * len(cells) and sum(steps) == 12 * len(cells)
+    for one, other in zip(ended, whole, strict=True):
+        assert one.theta is not None and other.theta is not None
+        assert one.theta.numpy().tobytes() == other.theta.numpy().tobytes()
+        assert one.table.tobytes() == other.table.tobytes() and one.flip_count == other.flip_count
+        flips, others = one.history().flip_table(), other.history().flip_table()
+        assert all(flips[name].tolist() == others[name].tolist() for name in others)
+        assert [f.allowed for _, f in one.flips] == [f.allowed for _, f in other.flips]
+    steps.clear()
+    engine.run_cells(cells[1:], progress=steps.append, checkpoints=[Checkpoint(place[1], "attacked")])
+    assert steps[0] == 1  # the state is of two cells, and of no use to one
 
 
 def test_a_state_comes_back_to_the_bit(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ CHANGES: dict[str, Change] = {
     "dataset.root": Change("dataset.root={moved}", numbers=False),
     "baseline": Change("baseline=false", numbers=False),
     "figures": Change("figures=[[harm]]", numbers=False),
+    "objective": Change("objective=final_f1", numbers=False),
     "launcher": Change("launcher=ray", numbers=False),
     "workers": Change("workers=3", numbers=False),
     "out": Change("out=elsewhere", numbers=False),

@@ -45,28 +45,44 @@ class Allowances:
             np.array([threat.rounding == rounding for threat in threats])[:, None] for rounding in ("carry", "ceil")
         )
         self.rounds = Rounds(threats, rounds)
-        self._of: NDArray[np.int64] | None = None  # the writable samples that the table is for
+        self._writable = np.empty((0, 0), np.int64)  # the samples (M, G) that the table is for
         self._first = 1  # round of the table
+        self._steady = self.rounds.always and not self._carries.any()
         self.table, self._past = np.empty((0, 0, 0), np.int64), np.zeros((1, 1, 1), np.int64)
-        self.place = 0  # in the table, of the round that was asked for last
 
     def at(self, round_: int, writable: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The flips allowed (M, G) in a round in which `writable` (M, G) samples can be written.
-
-        Rounds ahead are worked out with it, in `table` (rounds, M, G), as if the very same array would come again.
-        """
-        steady = self.rounds.always and not self._carries.any()
-        self.place = 0 if steady else round_ - self._first
-        if writable is not self._of or not self.place < len(self.table):
-            self._work_out(round_, writable)
-        allowed: NDArray[np.int64] = self.table[self.place]
+        """The flips allowed (M, G) in a round in which `writable` (M, G) samples can be written."""
+        _, place = self.place(round_, writable)
+        allowed: NDArray[np.int64] = self.table[place]
         return allowed
 
-    def _work_out(self, round_: int, writable: NDArray[np.int64]) -> None:
+    def place(self, round_: int, writable: NDArray[np.int64]) -> tuple[int, int]:
+        """Where the flips allowed in a round are: the first round of `table` (rounds, M, G), and the place in it.
+
+        Rounds ahead are worked out with it, as if as many samples could be written again.
+        """
+        place = 0 if self._steady else round_ - self._first
+        same = writable is self._writable or np.array_equal(writable, self._writable)
+        if not same or not place < len(self.table):
+            self._work_out(round_, writable, AHEAD if same else 1)
+            place = 0
+        return self._first, place
+
+    def past(self, round_: int) -> NDArray[np.int64]:
+        """The samples (M, G), or of a shape that broadcasts to it, that could be written before a round to come."""
+        past: NDArray[np.int64] = self._past[min(round_ - self._first, len(self._past) - 1)]
+        return past
+
+    def restore(self, round_: int, past: NDArray[np.int64]) -> None:
+        """Be as the allowances were whose `past` before a round this is."""
+        self._first, self._past = round_, past[None]
+        self.table, self._writable = np.empty((0, 0, 0), np.int64), np.empty((0, 0), np.int64)
+
+    def _work_out(self, round_: int, writable: NDArray[np.int64], ahead: int) -> None:
         """Fill the table from a round on, and the samples that could be written before each of its rounds."""
-        ahead = max(1, min(AHEAD, NUMBERS_AHEAD // max(1, writable.size))) if writable is self._of else 1
-        past = self._past[min(round_ - self._first, len(self._past) - 1)]
-        self._of, self._first, self.place = writable, round_, 0
+        ahead = max(1, min(ahead, NUMBERS_AHEAD // max(1, writable.size)))
+        past = self.past(round_)
+        self._writable, self._first = writable, round_
         attacked = self.rounds.attacked(np.arange(round_, round_ + ahead)[:, None])
         now = np.where(attacked[:, :, None], writable, 0)
         self._past = np.concatenate([np.broadcast_to(past, (1, *writable.shape)), past + now.cumsum(0)])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import protocol
+from fl_attack.checkpoint import State
 from fl_attack.engine.threads import pool
 
 SORTED_BY_A_THREAD = 2**14  # numbers that it has to be worth to wake another
@@ -200,6 +201,17 @@ class ServerOptimizer:
         self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = torch.div(self.second, 1 - beta2**self.step, out=gradient).sqrt_().add_(protocol.ADAM_EPS)
         self._follow(torch.div(self.first, scale, out=gradient).div_(1 - beta1**self.step), factor)
+
+    def state(self) -> State:
+        """The state that `restore` needs to go on, without theta."""
+        return {"step": self.step, "first": self.first, "second": self.second}
+
+    def restore(self, state: State) -> None:
+        """Be as the optimizer was whose `state` this is."""
+        self.step = state["step"]
+        for mine, kept in ((self.first, state["first"]), (self.second, state["second"])):
+            if mine is not None:
+                mine.copy_(kept)
 
     def _follow(self, way: Tensor, factor: float) -> None:
         """Go along a step (M C, d) at `factor` times the learning rate."""

@@ -2,15 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_attack.checkpoint import State
 from fl_attack.detect import MEASURES
-from fl_attack.engine.attackers import Attackers, Change
+from fl_attack.engine.attackers import Attackers
 from fl_attack.engine.batches import Batch
+from fl_attack.engine.choices import Change
+from fl_attack.history import packed_flips, unpacked_flips
 from fl_attack.scenario import Flips
 
 
@@ -21,13 +24,6 @@ class Report(NamedTuple):
     allowed: NDArray[np.int64]  # (M,)
     cosine: Tensor | None  # (M,) between the aggregate and the clean gradient, NaN where one of them is zero
     detection: Tensor | None  # (M, detect.MEASURES)
-
-
-class Watched(Protocol):
-    """Cells whose attackers choose together."""
-
-    attackers: Attackers
-    allowed: NDArray[np.int64]  # (M,) flips in the last round
 
 
 class Log:
@@ -49,6 +45,20 @@ class Log:
     def flips(self, cell: int, last: int) -> list[tuple[int, Flips]]:
         """The rounds and flips of a cell up to a round `last`; empty where they are not kept."""
         return [(round_, flips) for round_, flips in self._flips[cell] if round_ <= last]
+
+    def state(self) -> State:
+        """The state that `restore` needs to go on."""
+        rows = np.stack(self._rows)
+        written = {str(round_): np.concatenate(parts, 1) for round_, parts in self._written.items() if parts}
+        return {"rows": rows, "flips": [packed_flips(flips) for flips in self._flips], "written": written}
+
+    def restore(self, state: State) -> None:
+        """Be as the log was whose `state` this is."""
+        self._rows = list(state["rows"])
+        self._flips = [unpacked_flips(flips) for flips in state["flips"]]
+        self._written.clear()
+        for round_, written in state["written"].items():
+            self._written[int(round_)] = [written]
 
     def watch(self, round_: int, start: int, batch: Batch, report: Report) -> None:
         """Note what the cells from `start` on did in a round."""
@@ -75,14 +85,14 @@ class Log:
         round_: int,
         quality: NDArray[np.float64],
         validation_loss: NDArray[np.float64] | float,
-        tiles: Sequence[Watched] = (),
+        attackers: Sequence[Attackers] = (),
     ) -> None:
         """A row for each cell: quality (M, 3) and loss (M,) after a round, and what its attackers did in it."""
         flips, allowed = np.zeros(self.M), np.zeros(self.M)
         repeated, relabelled = np.zeros((2, self.M))
-        if tiles:
-            flips = np.concatenate([tile.attackers.last for tile in tiles])
-            allowed = np.concatenate([tile.allowed for tile in tiles])
+        if attackers:
+            flips = np.concatenate([some.last for some in attackers])
+            allowed = np.concatenate([some.allowed for some in attackers])
         if round_ and not self.full_rows:
             repeated[:] = relabelled[:] = np.nan
         elif flips.any():
@@ -96,7 +106,7 @@ class Log:
         full = bool(round_) and self.full_rows
         cosine, detection = (part if full else np.full_like(part, np.nan) for part in (self._cosine, self._detection))
         used = flips / allowed.clip(1)
-        effective = flips / tiles[0].attackers.schedule.labels_used(round_) if tiles else flips
+        effective = flips / attackers[0].cell.schedule.labels_used(round_) if attackers else flips
         loss = np.broadcast_to(validation_loss, self.M)
         parts = (
             np.full(self.M, round_),

@@ -46,7 +46,7 @@ def run_cells(
     watch
         Is called after every round with the numbers of the cells that run, and what gives their outcomes so far.
     checkpoints
-        One for each experiment, or none: where those that run by themselves keep how far they are, and go on.
+        One for each experiment, or none: where they keep how far they are, and go on.
     keep_flips, keep_theta
         Whether outcomes hold the flips and the last parameters.
     full_rows
@@ -82,6 +82,7 @@ def run_cells(
             keep_flips=keep_flips,
             keep_theta=keep_theta,
             full_rows=full_rows,
+            checkpoints=[checkpoints[i] for i in of_linear] if checkpoints else (),
         )
         found |= zip(of_linear, outcomes, strict=True)
     others = [i for i in range(len(scenarios)) if i not in found]

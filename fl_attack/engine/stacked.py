@@ -18,10 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import attack, targets
-from fl_attack.engine import ending, kernels, sequential
-from fl_attack.engine.attackers import Attackers, Change, RoundAccess, kind_of, no_change
+from fl_attack import adversary, targets
+from fl_attack.engine import choices, ending, kernels, sequential
+from fl_attack.engine.access import RoundAccess
+from fl_attack.engine.attackers import Attackers
 from fl_attack.engine.batches import Batch, Batches
+from fl_attack.engine.choices import Change, no_change
+from fl_attack.engine.kinds import kind_of
 from fl_attack.engine.log import Log, Report
 from fl_attack.engine.outcome import Outcome
 from fl_attack.engine.stopping import Stopping
@@ -76,7 +79,6 @@ class Attacked:
     def __init__(self, cells: Sequence[Scenario], rows: slice, batches: Batches) -> None:
         self.cells, self.rows = cells, rows
         self.attackers = Attackers(cells, batches, batches.all)
-        self.allowed = np.zeros(len(cells), np.int64)  # flips in the last round
 
 
 class Stack:
@@ -158,7 +160,8 @@ class Stack:
     def _measure(self, round_: int) -> bool:
         """Note how good the cells are after a round; gives whether all have stopped early."""
         losses = self.stopping.losses(self.theta) if self.stopping else np.nan
-        self.log.measure(round_, self.test_set.quality(self.theta), losses, self.tiles if round_ else ())
+        attackers = [tile.attackers for tile in self.tiles] if round_ else []
+        self.log.measure(round_, self.test_set.quality(self.theta), losses, attackers)
         if self.stopping is None:
             return False
         return self.stopping.note(round_, np.asarray(losses), self.theta, self._flips())
@@ -177,13 +180,13 @@ class Stack:
         gram = _once(lambda: X @ X.mT)
         for number, (tile, access) in enumerate(zip(self.tiles, accesses, strict=True)):
             change = no_change(X.device)
-            tile.allowed = np.zeros(len(tile.cells), np.int64)
+            tile.attackers.note(None, None)
             if access is not None and access.selection_plans is not None:
                 change = self._choose(tile, access, batch, activations, along_targets.get(number), gram, round_)
-                tile.allowed = access.allowed
+                tile.attackers.note(change.per_cell(len(tile.cells)), access.allowed)
                 labels[tile.rows.start + change.cells, change.columns] = change.labels
             if self.log.keep_flips:
-                self.log.watch(round_, tile.rows.start, batch, Report(change, tile.allowed, None, None))
+                self.log.watch(round_, tile.rows.start, batch, Report(change, tile.attackers.allowed, None, None))
         R = self.model.residuals(activations[-1], labels) / n
         gradient = self.model.pull_back(theta, X, activations, R)[:, 0]
         for tile, optimizer in zip(self.tiles, self.optimizers, strict=True):
@@ -215,7 +218,6 @@ class Stack:
         """The labels that the attackers of a tile write in a round."""
         rows, n = tile.rows, access.n
         here = [part[rows, :n] for part in activations]
-        threat = tile.cells[0].settings.attack
 
         def scores() -> Tensor:
             theta = self.theta[rows, None]
@@ -231,10 +233,11 @@ class Stack:
             along_first = torch.matmul(gram()[:n], deltas[0]).add_(deltas[0].sum(1, keepdim=True))
             return self.model.forward_scores(theta, here, along_first, self.model.pull_back_others(own, deltas))
 
-        view = tile.attackers.view(batch, access, scores, lambda: here[-1], round_)
-        proposal = attack.propose(threat.name, view, threat.args, (len(tile.cells), n), tile.cells[0].classes)
-        scratch = self.workspace.buffer("sorted", len(tile.cells), n)
-        return tile.attackers.proposed(proposal, batch, access, scratch)
+        counts = None if batch.counts is None else batch.counts[:n]
+        everybodys = batch.samples
+        seen = adversary.Seen(batch.y[:n], counts, everybodys[:n], lambda: everybodys, scores, lambda: here[-1])
+        proposal = adversary.propose(tile.cells[0], round_, seen, (len(tile.cells), n), here[-1].dtype)
+        return choices.of_proposal(proposal, batch, access, self.workspace.buffer("sorted", len(tile.cells), n))
 
 
 class Measured:

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_attack.checkpoint import State
 from fl_attack.history import EarlyStop
 from fl_attack.scenario import Scenario
 
@@ -31,6 +32,23 @@ class Stopping:
         self.rounds = np.full(len(cells), cells[0].settings.rounds)  # the last one of each cell
         self.flips = np.zeros(len(cells), np.int64)  # in these rounds
         self.over = np.zeros(len(cells), bool)
+
+    def state(self) -> State:
+        """The state that `restore` needs to go on."""
+        return {
+            "lowest": self.rule.lowest,
+            "since": self.rule.since,
+            "given": self.given,
+            "rounds": self.rounds,
+            "flips": self.flips,
+            "over": self.over,
+        }
+
+    def restore(self, state: State) -> None:
+        """Be as it was whose `state` this is."""
+        self.rule.lowest, self.rule.since = state["lowest"], state["since"]
+        self.given.copy_(state["given"])
+        self.rounds, self.flips, self.over = state["rounds"], state["flips"], state["over"]
 
     def losses(self, theta: Tensor) -> NDArray[np.float64]:
         """Validation loss of each cell, (M,)."""

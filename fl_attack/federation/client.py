@@ -34,15 +34,12 @@ class OmniscientHook:
 
     def flips(self, asked: wire.Request) -> Flips:
         """The labels that all malicious clients together write in a round."""
-        scenario, theta, round_, epoch_theta = self.scenario, asked.theta, asked.round_, asked.epoch_theta
-        if scenario.settings.attack.refresh == "step" or epoch_theta is None:
-            stored = asked.stored
-            return self._once(
-                "flips", round_, theta, lambda: adversary.flips(scenario, theta, round_, stored=stored), stored
-            )
-        first = adversary.epoch_start(scenario, round_)
-        chosen = self._once("epoch", first, epoch_theta, lambda: adversary.flips_of_epoch(scenario, epoch_theta, first))
-        return adversary.of_round(scenario, chosen, round_)
+        scenario, theta, round_, stored = self.scenario, asked.theta, asked.round_, asked.stored
+
+        def flips() -> Flips:
+            return adversary.flips(scenario, theta, round_, asked.epoch_theta, stored)
+
+        return self._once("flips", round_, theta, flips, stored)
 
     def updates(self, asked: wire.Request) -> tuple[Tensor, Tensor]:
         """The updates that all clients of a round would send honestly, and those that they send, (m, A, B) each."""

@@ -18,6 +18,7 @@ from fl_attack.config import Settings, to_yaml, without_effect
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError, Interrupted, RunError
 from fl_attack.identity import key_of
+from fl_attack.multirun.elsewhere import Launch, compute_file, launched
 from fl_attack.multirun.execute import compute
 from fl_attack.multirun.table import Cell, columns_of, write_tables
 from fl_attack.multirun.units import Numbers, Unit, by_cell, distinct, read, saver, units
@@ -25,13 +26,28 @@ from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 from fl_attack.waiting import waiting
 
-__all__ = ["Cell", "Numbers", "Progress", "Unit", "broken_off", "key_of", "run", "tabulate", "tabulate_together"]
+__all__ = [
+    "Cell",
+    "Launch",
+    "Numbers",
+    "Progress",
+    "Unit",
+    "broken_off",
+    "column",
+    "compute_file",
+    "key_of",
+    "run",
+    "tabulate",
+    "tabulate_together",
+]
 WORTH_WORKERS = 200  # cells, of which figures are drawn in workers
 Drawn = Callable[[Path], object]
 
 
-def run(cells: Sequence[Cell], progress: Progress | None = None) -> Path:
+def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch | None = None) -> Path:
     """Compute a grid, leave its tables in the `out` that all cells name and draw what they allow; gives that folder.
+
+    With `launch` the units are jobs of another launcher of Hydra's, see `elsewhere`.
 
     Raises
     ------
@@ -44,7 +60,7 @@ def run(cells: Sequence[Cell], progress: Progress | None = None) -> Path:
     notes = [dict.fromkeys(without_effect(cell.settings, sweep=True)) for cell in cells]
     for note in [note for note in notes[0] if all(note in of_cell for of_cell in notes)]:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    out = tabulate(cells, progress, partial(_draw_all, settings=cells[0].settings))
+    out = tabulate(cells, progress, launch=launch, finish=partial(_draw_all, settings=cells[0].settings))
     total, lost = broken_off(out)
     if lost == total:
         with (out / folder.TABLE).open() as lines:
@@ -60,7 +76,18 @@ def broken_off(out: Path) -> tuple[int, int]:
     return len(errors), sum(map(bool, errors))
 
 
-def tabulate(cells: Sequence[Cell], progress: Progress | None = None, finish: Drawn = lambda folder: None) -> Path:
+def column(out: Path, name: str) -> list[float]:
+    """The numbers in a column of a sweep's table, NaN where there is none."""
+    with (out / folder.TABLE).open() as lines:
+        return [float(row[name] or "nan") for row in csv.DictReader(lines)]
+
+
+def tabulate(
+    cells: Sequence[Cell],
+    progress: Progress | None = None,
+    finish: Drawn = lambda folder: None,
+    launch: Launch | None = None,
+) -> Path:
     """Compute a grid and leave its tables, without figures, in the `out` that all cells name; gives that folder.
 
     InputError before any work starts where a cell can't be run or `out` holds what would be lost. What an interrupted
@@ -68,7 +95,7 @@ def tabulate(cells: Sequence[Cell], progress: Progress | None = None, finish: Dr
     the sweep counts as finished only after that.
     """
     out = Path(cells[0].settings.out)
-    tabulate_together([cells], None, progress, finish)
+    tabulate_together([cells], None, progress, finish, launch)
     return out
 
 
@@ -77,6 +104,7 @@ def tabulate_together(
     kept: Path | None,
     progress: Progress | None = None,
     finish: Drawn = lambda folder: None,
+    launch: Launch | None = None,
 ) -> None:
     """As `tabulate` of each grid, which have an `out` each; what they have in common is computed once.
 
@@ -86,7 +114,8 @@ def tabulate_together(
     cells = list(itertools.chain(*grids))
     scenarios = engine.make_scenarios([cell.settings for cell in cells])
     for scenario in scenarios:
-        experiment.check(scenario)
+        checked = scenario if launch is None else _on_a_processor(scenario)  # jobs may have GPUs that are not here
+        experiment.check(checked)
     kept_scenarios, place = distinct(scenarios)
     work = units(kept_scenarios)
     own = {f"{unit.key}.npz" for unit in work}
@@ -105,7 +134,8 @@ def tabulate_together(
         for grid, at in zip(grids, places, strict=True):
             text = to_yaml(grid[0].settings).encode()
             write_whole(at.work / "config.yaml", lambda stream, text=text: stream.write(text))  # type: ignore[misc]
-        numbers = _computed(work, kept_scenarios, kept, grids[0][0].settings.overwrite, progress, len(cells))
+        anew = grids[0][0].settings.overwrite
+        numbers = _computed(work, kept_scenarios, kept, anew, progress, len(cells), launch)
         all_of_it = zip(cells, scenarios, (numbers[at] for at in place), strict=True)
         for grid, at in zip(grids, places, strict=True):
             write_tables(at.work, *zip(*itertools.islice(all_of_it, len(grid)), strict=True))
@@ -115,8 +145,21 @@ def tabulate_together(
             folder.settle(at)
 
 
+def _on_a_processor(scenario: Scenario) -> Scenario:
+    """The same experiment without a GPU."""
+    update = {"device": "cpu", "client_device": "cpu"}
+    chosen = scenario.settings.model_copy(update={"engine": scenario.settings.engine.model_copy(update=update)})
+    return Scenario(chosen, scenario.dataset, scenario.partition, scenario.schedule)
+
+
 def _computed(
-    work: Sequence[Unit], scenarios: Sequence[Scenario], kept: Path, anew: bool, progress: Progress | None, cells: int
+    work: Sequence[Unit],
+    scenarios: Sequence[Scenario],
+    kept: Path,
+    anew: bool,
+    progress: Progress | None,
+    cells: int,
+    launch: Launch | None,
 ) -> dict[int, Numbers]:
     """The numbers of all scenarios: what is kept, unless all is done `anew`, and the others computed."""
     done: dict[int, Numbers] = {}
@@ -135,7 +178,14 @@ def _computed(
             write_whole(kept / f"{unit.key}.npz", saver(numbers, unit.key))
             done.update(by_cell(unit, numbers))
 
-        compute(todo, scenarios, progress, keep)
+        def note(unit: Unit, numbers: Numbers) -> None:
+            done.update(by_cell(unit, numbers))
+            progress.skip(len(unit.cells))
+
+        if launch is None:
+            compute(todo, scenarios, progress, keep)
+        else:
+            launched(todo, scenarios, kept, launch, note)
     return done
 
 

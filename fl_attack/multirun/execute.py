@@ -79,9 +79,9 @@ def launcher_of(settings: Settings) -> str:
 
 def _local(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
     """On the processors of this machine."""
-    processors, count = settings.workers or workers.processors(), worker_count([job.cells for job in jobs], settings)
-    threads = max(1, processors // count)
+    count = worker_count([job.cells for job in jobs], settings)
     if count > 1:
+        threads = max(1, (settings.workers or workers.processors()) // count)
         packed = [job.packed(threads) for job in jobs]
         yield from workers.side_by_side(numbers_of_job, packed, count, tell)
         return
@@ -93,7 +93,7 @@ def _local(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tupl
             done += rounds
             tell(i, done)
 
-        with _threads(job.threads(threads)):
+        with _threads(job.threads(min(torch.get_num_threads(), settings.workers or workers.processors()))):
             numbers = batched_numbers(job.cells, step)
         yield i, numbers
 

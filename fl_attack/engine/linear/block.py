@@ -9,33 +9,74 @@ import torch
 from torch import Tensor
 
 from fl_attack.engine import kernels
-from fl_attack.engine.linear.tile import Shared, Tile
+from fl_attack.engine.access import RoundAccess
+from fl_attack.engine.linear.shared import Shared
+from fl_attack.engine.linear.tile import Tile
+from fl_attack.engine.linear.tiling import training_key
 from fl_attack.engine.log import Report
 
 
 class Block:
-    """The parameters of the cells of some tiles, and their rounds."""
+    """The parameters of the cells of some tiles, and their rounds.
+
+    Parameters
+    ----------
+    tiles : sequence of Tile
+        With one optimizer; one of which `needs_client_updates` is true has a block of its own.
+    theta : (M C, d) tensor
+        The parameters, tile after tile, changed in place.
+    """
 
     def __init__(self, tiles: Sequence[Tile], theta: Tensor) -> None:
-        """The tiles have one optimizer; one of which `needs_client_updates` is true has a block of its own.
-
-        `theta` (M C, d), tile after tile, is changed in place.
-        """
         self.tiles, self.theta = tiles, theta
+        self._rows = [len(tile.theta) for tile in tiles]
+        self._cell = tiles[0].cell
         lr, weight_decay = (torch.cat([getattr(tile, name) for tile in tiles]) for name in ("lr", "weight_decay"))
-        self.optimizer = kernels.ServerOptimizer(tiles[0].optimizer, theta, lr, weight_decay)
+        self.optimizer = kernels.ServerOptimizer(self._cell.settings.server_optimizer, theta, lr, weight_decay)
 
-    def step(self, shared: Shared, workspace: kernels.Workspace, watched: bool, measured: bool) -> list[Report | None]:
-        """Step all cells by one round; gives the report of each tile, None where it is not watched."""
+    def step(
+        self,
+        shared: Shared,
+        accesses: Sequence[RoundAccess | None],
+        workspace: kernels.Workspace,
+        watched: bool,
+        measured: bool,
+    ) -> list[Report | None]:
+        """Step all cells by one round; gives the report of each tile, None where it is not watched.
+
+        See `Tile.step` for the arguments; `accesses` are those of the tiles.
+        """
         X = shared.batch.X
         Z = torch.mm(self.theta, X.mT, out=workspace.buffer("Z", len(self.theta), len(X)))
         aggregate, reports = None, []
-        for tile, rows in zip(self.tiles, Z.split([len(tile.theta) for tile in self.tiles]), strict=True):
-            report, aggregate = tile.step(rows, shared, workspace, watched, measured)
+        for tile, access, rows in zip(self.tiles, accesses, Z.split(self._rows), strict=True):
+            report, aggregate = tile.step(rows, shared, access, workspace, watched, measured)
             reports.append(report)
-        factor = self.tiles[0].lr_factor(shared.round_)
+        factor = self._cell.lr(shared.round_) / self._cell.settings.lr
         if aggregate is None:
             self.optimizer.descend(Z, X, workspace, factor)
         else:
             self.optimizer.take(aggregate, factor, decayed=True)
         return reports
+
+
+def blocks_of(tiles: Sequence[Tile], theta: Tensor, fits: int) -> list[Block]:
+    """The blocks of consecutive tiles with parameters theta (M C, d), as many together as fit.
+
+    Tiles share a block under one optimizer, if none of them needs the updates of clients.
+    """
+    together: list[list[Tile]] = []
+    for tile in tiles:
+        last = together[-1] if together else []
+        if last and _share_a_block(last[-1], tile) and sum(other.M for other in last) + tile.M <= fits:
+            last.append(tile)
+        else:
+            together.append([tile])
+    rows = theta.split([sum(len(tile.theta) for tile in some) for some in together])
+    return [Block(some, part) for some, part in zip(together, rows, strict=True)]
+
+
+def _share_a_block(tile: Tile, other: Tile) -> bool:
+    """Whether two tiles can be stepped as one block."""
+    alone = tile.needs_client_updates or other.needs_client_updates
+    return training_key(tile.cell) == training_key(other.cell) and not alone

@@ -3,7 +3,7 @@
 The mean of label attacks never does: its gradients of all clients together are one matrix product.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +12,17 @@ from torch import Tensor
 
 from fl_attack import adversary, aggregate, attack, detect, protocol
 from fl_attack.engine import kernels
-from fl_attack.engine.attackers import NOBODY, Attackers, RoundAccess
+from fl_attack.engine.access import RoundAccess
+from fl_attack.engine.attackers import Attackers
 from fl_attack.engine.batches import Batch
+from fl_attack.engine.kinds import NOBODY
+from fl_attack.engine.linear.labels import direction
+from fl_attack.engine.linear.shared import Shared
+from fl_attack.engine.linear.targets import TargetsOf
 from fl_attack.engine.threads import side_by_side
 from fl_attack.scenario import Scenario
 
 BYTES_AT_ONCE = 6 * 2**20  # of updates: what a rule goes over several times should stay in the processor's cache
-Direction = Callable[[slice], Tensor]
 
 
 class Residuals(NamedTuple):
@@ -67,28 +71,29 @@ def pieces(cells: int, bytes_each: int) -> list[slice]:
 class Server:
     """The server of the cells of a tile: their rule, on the updates of their clients."""
 
-    def __init__(self, cells: Sequence[Scenario], attackers: Attackers) -> None:
-        self.template_cell, self.attackers = cells[0], attackers
+    def __init__(self, cells: Sequence[Scenario], attackers: Attackers, targets: TargetsOf) -> None:
+        self.cell, self.attackers = cells[0], attackers
+        self.targets = targets if attackers.kind.goal == "targeted" else None
         self.M, self.C = attackers.M, attackers.C
-        self.crafts = attackers.kind != NOBODY and self.template_cell.settings.attack.writes == "updates"
-        self.rule = self.template_cell.rule()
-        strategy, threat = self.template_cell.settings.strategy, self.template_cell.settings.attack
+        self.crafts = attackers.kind != NOBODY and self.cell.settings.attack.writes == "updates"
+        self.rule = self.cell.rule()
+        strategy, threat = self.cell.settings.strategy, self.cell.settings.attack
         # a function of others may draw from a generator that all threads share
         own_attack = not self.crafts or threat.name in attack.ATTACKS
         self.is_builtin = own_attack and aggregate.is_builtin(strategy.name, strategy.pre)
-        # else the mean of what clients send is one matrix product
+        # else the mean of what clients send needs no attack and no rule
         self.needed = self.crafts or not strategy.averages
 
-    def mean(self, of: Residuals, batch: Batch) -> Tensor:
+    def _mean(self, of: Residuals, batch: Batch) -> Tensor:
         """The mean (M C, d) of the updates of all clients, where no attack replaces any."""
-        sizes = self.template_cell.schedule.sizes[np.sort(batch.layout.clients)]
+        sizes = self.cell.schedule.sizes[np.sort(batch.layout.clients)]
         total = torch.zeros_like(of.theta)
         for place, update in by_client(of, batch, self.C):
             total.add_(update, alpha=float(sizes[place] / sizes.sum()))
         return total
 
     def take(
-        self, of: Residuals, batch: Batch, access: RoundAccess | None, v: Direction, round_: int, measured: bool
+        self, of: Residuals, shared: Shared, access: RoundAccess | None, measured: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The aggregate of the updates that the clients of a round send.
 
@@ -96,14 +101,10 @@ class Server:
         ----------
         of : Residuals
             Of all cells of the tile.
-        batch : Batch
-            The minibatch.
+        shared : Shared
+            The round and its minibatch.
         access : RoundAccess or None
             What the attackers can do; None where nobody attacks.
-        v
-            Gives the direction (cells, C, d) of a slice of cells, for attacks that have one.
-        round_ : int
-            The round, counted from 1.
         measured : bool
             Whether `detect.MEASURES` are wanted.
 
@@ -113,10 +114,13 @@ class Server:
         detection : (M, measures) tensor or None
             None where it is not measured, or nobody attacks.
         """
+        round_, batch = shared.round_, shared.batch
+        if not self.needed and not measured:
+            return self._mean(of, batch), None
         d, layout = of.theta.shape[1], batch.layout
         m = len(layout.clients)
-        weights = torch.from_numpy(self.template_cell.schedule.sizes[np.sort(layout.clients)])
-        client_order = torch.from_numpy(protocol.shuffled(self.template_cell.settings.seed, round_, m))
+        weights = torch.from_numpy(self.cell.schedule.sizes[np.sort(layout.clients)])
+        client_order = torch.from_numpy(protocol.shuffled(self.cell.settings.seed, round_, m))
         out = torch.empty_like(of.theta)
 
         def some(cells: slice) -> Tensor | None:
@@ -126,7 +130,7 @@ class Server:
                 stacked[place] = update
             updates = stacked.view(m, -1, self.C, d).movedim(0, 1)
             if self.crafts and access is not None:
-                updates = self._crafted(updates, access, cells, v, round_)
+                updates = self._replaced(updates, of, batch, access, cells, round_)
             out[rows] = self.rule(updates, weights.to(out.device), client_order.to(out.device)).reshape(-1, d)
             return detect.measures(updates, access.malicious[cells]) if measured and access is not None else None
 
@@ -134,18 +138,18 @@ class Server:
         found = side_by_side(some, parts) if self.is_builtin else [some(cells) for cells in parts]
         return out, torch.cat([one for one in found if one is not None]) if measured and access is not None else None
 
-    def _crafted(self, updates: Tensor, access: RoundAccess, cells: slice, v: Direction, round_: int) -> Tensor:
-        """The updates (cells, m, C, d) with those of malicious clients replaced, as `adversary.crafted` does."""
-        now = torch.from_numpy(self.attackers.rounds.attacked(round_)[cells]).to(updates.device)
-        malicious = access.malicious[cells] & now[:, None]
-        if not malicious.any():
+    def _replaced(
+        self, updates: Tensor, of: Residuals, batch: Batch, access: RoundAccess, cells: slice, round_: int
+    ) -> Tensor:
+        """The updates (cells, m, C, d) of some cells with those of malicious clients replaced, in attacked rounds."""
+        malicious = access.malicious[cells]
+        now = torch.from_numpy(self.attackers.attacked(round_)[cells]).to(updates.device)
+        attacking = malicious & now[:, None]
+        if not attacking.any():
             return updates
-        threat = self.template_cell.settings.attack
-        view = attack.Updates(
-            updates,
-            access.malicious[cells],
-            direction=lambda: v(cells),
-            noise=lambda: adversary.update_noise(self.template_cell, round_).to(updates),
-        )
-        crafted = attack.craft(threat.name, view, threat.args)
-        return torch.where(malicious[..., None, None], crafted, updates)
+
+        def v() -> Tensor:
+            found = direction(of.theta, of.R, batch, access.known, self.C, cells, self.targets)
+            return found.view(-1, self.C, of.theta.shape[1])
+
+        return adversary.replace_updates(self.cell, round_, updates, malicious, attacking, v)

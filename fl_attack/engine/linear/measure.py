@@ -19,10 +19,10 @@ class Samples:
 
     def __init__(self, batches: Batches, x: NDArray[Any], y: NDArray[np.int64]) -> None:
         """`x` (n, p) raw values as of the data set of these batches, `y` (n,) their labels."""
-        scale, C = batches.template_cell.dataset.scaling, batches.classes
+        scale, C = batches.cell.dataset.scaling, batches.cell.classes
         order = np.argsort(y, kind="stable")
         parts = [
-            batches.drop_features(data.features(x[at], scale, batches.dtype))
+            batches.features.drop(data.features(x[at], scale, batches.dtype))
             for at in np.array_split(order, max(1, len(order) // 4096))
         ]
         self.X = torch.cat(parts).to(batches.device)

@@ -1,0 +1,71 @@
+"""What attackers want: which cells can choose their flips together."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fl_attack.scenario import Scenario
+
+
+class Kind(NamedTuple):
+    """The attack of a cell, without its malicious clients and its budget."""
+
+    name: str  # none where nobody attacks
+    goal: str = ""
+    selection: str = ""
+    scope: str = ""
+    knowledge: str = ""
+    fraction: float = 0.0
+    refresh: str = ""
+    args: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether greedy flips are chosen in every round: the way that is made fast."""
+        return self.name == "greedy" and self.refresh == "step"
+
+    @property
+    def tile_key(self) -> "Kind":
+        """The part of the kind that all cells of a tile have in common."""
+        return self._replace(goal="", selection="") if self.exact else self
+
+
+NOBODY = Kind("none")
+
+
+def kind_of(cell: Scenario) -> Kind:
+    """The kind of attack of a cell."""
+    threat = cell.settings.attack
+    if not cell.settings.attacked:
+        return NOBODY
+    return Kind(
+        threat.name,
+        threat.goal,
+        threat.selection,
+        threat.scope,
+        threat.knowledge,
+        threat.knowledge_fraction,
+        threat.refresh,
+        json.dumps(threat.args, sort_keys=True),
+    )
+
+
+class Part(NamedTuple):
+    """Consecutive cells of a tile whose flips have one goal and one way of selection."""
+
+    cells: slice
+    goal: str
+    selection: str
+
+    @property
+    def size(self) -> int:
+        """The number of these cells."""
+        return int(self.cells.stop - self.cells.start)
+
+
+def parts_of(cells: Sequence[Scenario]) -> list[Part]:
+    """The parts of a tile of these cells, in their order."""
+    wanted = [(kind.goal, kind.selection) for kind in map(kind_of, cells)]
+    edges = [0, *(i for i in range(1, len(cells)) if wanted[i] != wanted[i - 1]), len(cells)]
+    return [Part(slice(start, end), *wanted[start]) for start, end in itertools.pairwise(edges)]

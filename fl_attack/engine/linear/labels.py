@@ -1,0 +1,216 @@
+"""How the attackers of a tile come to the labels that they write in a round.
+
+Each way is one class with one method, `write`: logits go in, and come out as residuals with the true labels, beside the
+labels that are written. Shapes: M cells, C outputs, n columns of the minibatch, d features.
+"""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack import adversary
+from fl_attack.engine import choices, kernels
+from fl_attack.engine.access import RoundAccess
+from fl_attack.engine.attackers import Attackers
+from fl_attack.engine.batches import Batch
+from fl_attack.engine.choices import Change, no_change
+from fl_attack.engine.linear.shared import Shared
+from fl_attack.engine.linear.targets import TargetsOf
+from fl_attack.models import outputs
+
+
+class Written(NamedTuple):
+    """The labels that the attackers of M cells write in a round, in one of two forms."""
+
+    flipped: Tensor | None  # (M, writable) two classes: 1 where a label is the other one, else 0
+    change: Change | None  # else
+    flips: NDArray[np.int64]  # (M,) of each cell
+    allowed: NDArray[np.int64]  # (M,) those that its budget allows
+
+    def put_into(self, R: Tensor, batch: Batch, C: int) -> None:
+        """Give residuals R (M C, n), those with the true labels, the written ones, in place."""
+        if self.flipped is not None:
+            R[:, : self.flipped.shape[1]].sub_(self.flipped)
+        if self.change is None:
+            return
+        cells, columns, labels = self.change
+        if C == 1:
+            R[cells, columns] -= 1
+        else:
+            by_class = R.view(-1, C, R.shape[1])
+            by_class[cells, batch.y[columns], columns] += 1
+            by_class[cells, labels, columns] -= 1
+
+    def as_change(self, batch: Batch) -> Change:
+        """The labels as a change, whatever form they are in."""
+        if self.flipped is not None:
+            return choices.of_mask(self.flipped, batch.y)
+        return no_change(batch.X.device) if self.change is None else self.change
+
+
+class Way(Protocol):
+    """A way to come to the labels of a round."""
+
+    def write(
+        self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
+    ) -> Written | None:
+        """The labels written, given logits Z (M C, n), which become residuals; None in a round without any."""
+
+
+class Nobody:
+    """No label is written."""
+
+    def __init__(self, C: int) -> None:
+        self.C = C
+
+    def write(
+        self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
+    ) -> Written | None:
+        """See `Way`."""
+        kernels.residuals_(Z, self.C, shared.batch.encoded)
+        return None
+
+
+class Greedy:
+    """Greedy flips, chosen anew in every round along the direction of each cell: the way that is made fast."""
+
+    def __init__(self, attackers: Attackers, targets: TargetsOf) -> None:
+        self.attackers, self.targets = attackers, targets
+
+    def write(
+        self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
+    ) -> Written | None:
+        """See `Way`."""
+        M, C, batch = self.attackers.M, self.attackers.C, shared.batch
+        if access is None or access.selection_plans is None:
+            kernels.residuals_(Z, C, batch.encoded)
+            return None
+        scores = workspace.buffer("scores", M, C, access.n)
+        self._along_targets(Z, shared, scores)
+        R = kernels.residuals_(Z, C, batch.encoded)
+        self._along_clean_gradients(R, shared, access, scores, workspace)
+        scratch, parts = workspace.buffer("sorted", M, access.n), self.attackers.parts
+        if C == 1:
+            flipped = scores[:, 0]
+            count = choices.greedy_of_two(flipped, batch, access, parts, scratch)
+            return Written(flipped, None, count, access.allowed)
+        priority = workspace.buffer("priority", M, access.n)
+        change = choices.greedy_of_several(scores, batch, access, parts, priority, scratch)
+        return Written(None, change, change.per_cell(M), access.allowed)
+
+    def _along_targets(self, Z: Tensor, shared: Shared, scores: Tensor) -> None:
+        """Fill scores (M, C, n) of targeted cells along `target - theta`: the target's logits less those of theta."""
+        if shared.target_logits is None:
+            return
+        n, logits = scores.shape[-1], Z.view(*scores.shape[:2], -1)
+        for part in self.attackers.parts:
+            if part.goal == "targeted":
+                goals = self.targets.pick(shared.target_logits, part.cells)
+                torch.sub(goals[:, :, :n], logits[part.cells, :, :n], out=scores[part.cells])
+
+    def _along_clean_gradients(
+        self, R: Tensor, shared: Shared, access: RoundAccess, scores: Tensor, workspace: kernels.Workspace
+    ) -> None:
+        """Fill the scores (M, C, n) of untargeted cells, along `v = R X` up to its scale: `X v^T = (X X^T) R^T`."""
+        batch, n, C = shared.batch, scores.shape[-1], self.attackers.C
+        for part in self.attackers.parts:
+            if part.goal != "untargeted":
+                continue
+            known = known_residuals(R[part.cells.start * C : part.cells.stop * C], batch, access.known, C, part.cells)
+            out = scores[part.cells].view(-1, n)
+            if shared.gram is not None:
+                torch.mm(known, shared.gram[:, :n], out=out)
+            else:
+                v = torch.mm(known, batch.X, out=workspace.buffer("gradient", len(known), batch.X.shape[1]))
+                torch.mm(v, batch.X[:n].mT, out=out)
+
+
+class Proposed:
+    """Any other attack on labels, by what it proposes in a round."""
+
+    def __init__(self, attackers: Attackers, targets: TargetsOf, theta: Tensor) -> None:
+        """`theta` (M C, d) are the parameters of the cells, which the server moves in place."""
+        self.attackers, self.targets, self.theta = attackers, targets, theta
+
+    def write(
+        self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
+    ) -> Written | None:
+        """See `Way`."""
+        M, C, batch = self.attackers.M, self.attackers.C, shared.batch
+        writes = access is not None and access.selection_plans is not None
+        logits = Z[:, : access.n].clone() if access is not None and writes else None
+        R = kernels.residuals_(Z, C, batch.encoded)
+        if access is None or logits is None:
+            return None
+        n = access.n
+        targeted, everyone = self.attackers.kind.goal == "targeted", slice(0, M)
+        seen = adversary.Seen(
+            batch.y[:n],
+            None if batch.counts is None else batch.counts[:n],
+            batch.samples[:n],
+            lambda: batch.samples,
+            scores=lambda: by_class(
+                direction(self.theta, R, batch, access.known, C, everyone, self.targets if targeted else None)
+                @ batch.X[:n].mT,
+                batch,
+                C,
+            ),
+            logits=lambda: by_class(logits, batch, C),
+        )
+        proposal = adversary.propose(self.attackers.cell, shared.round_, seen, (M, n), R.dtype)
+        change = choices.of_proposal(proposal, batch, access, workspace.buffer("sorted", M, n))
+        return Written(None, change, change.per_cell(M), access.allowed)
+
+
+def known_residuals(R: Tensor, batch: Batch, known: Tensor | None, C: int, cells: slice) -> Tensor:
+    """The residuals (rows, n) that times the features are the gradient that the attackers of cells know.
+
+    Parameters
+    ----------
+    R : (rows, n) tensor
+        Of these cells, with the true labels.
+    batch : Batch
+        The minibatch.
+    known : (M, n) tensor or None
+        See `RoundAccess.known`.
+    C : int
+        Outputs.
+    cells : slice
+        The cells whose rows are given.
+    """
+    if known is not None:
+        R = (R.view(-1, C, R.shape[1]) * known[cells, None]).view_as(R)
+    return R if batch.counts is None else R * batch.counts
+
+
+def direction(
+    theta: Tensor, R: Tensor, batch: Batch, known: Tensor | None, C: int, cells: slice, targets: TargetsOf | None
+) -> Tensor:
+    """The direction (cells C, d) of some cells, up to a positive factor, see `adversary.direction`.
+
+    Parameters
+    ----------
+    theta : (M C, d) tensor
+        The parameters of all cells.
+    R : (M C, n) tensor
+        Their residuals with the true labels.
+    batch, known, C, cells
+        As of `known_residuals`.
+    targets : TargetsOf or None
+        Where the cells are targeted.
+    """
+    rows = slice(cells.start * C, cells.stop * C)
+    if targets is not None:
+        return targets.rows(cells) - theta[rows]
+    return known_residuals(R[rows], batch, known, C, cells) @ batch.X
+
+
+def by_class(signed: Tensor, batch: Batch, C: int) -> Tensor:
+    """Signed logits or scores (M C, n) of the first n columns by class and not signed, (M, n, classes)."""
+    n = signed.shape[1]
+    if C > 1:
+        return signed.view(-1, C, n).mT
+    return outputs.class_logits((signed * batch.sign[:n])[..., None])
