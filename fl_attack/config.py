@@ -7,7 +7,7 @@ without the tables of attacks, rules and models is: these bring torch, which tak
 import math
 import re
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from hydra import compose as hydra_compose
@@ -18,9 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_attack import __version__
-from fl_attack.choices import Goal, Knowledge, LrSchedule, Memory, Optimizer, Refresh, Rounding, Scope, Selection
+from fl_attack.choices import Adapt, Goal, Knowledge, LrSchedule, Memory, Optimizer, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
-from fl_attack.overrides import completed, conf_folder, did_you_mean, explain, unknown_key
+from fl_attack.overrides import completed, composing, conf_folder, did_you_mean, explain, unknown_key, written
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+ROOT = 100  # samples that the server trusts, by default
 Restore = Literal["best", "last"]
 
 
@@ -121,6 +122,7 @@ class AttackSettings(Strict):
     knowledge: Knowledge = "full"
     knowledge_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     refresh: Refresh = "step"
+    adapt: Adapt = "none"
     memory: Memory = "forget"
     unflip: bool = False
     args: dict[str, Any] = {}
@@ -150,6 +152,12 @@ class AttackSettings(Strict):
     def _sensible(self) -> Self:
         if self.name == "none":
             return self
+        for key, plain in (("refresh", "step"), ("memory", "forget")):
+            if self.adapt == "rule" and getattr(self, key) != plain:
+                raise ValueError(
+                    f"adapt=rule has no meaning with {key}={getattr(self, key)}: it chooses anew in every round; use "
+                    f"{key}={plain}"
+                )
         if self.memory != "forget" and self.refresh != "step":
             raise ValueError(
                 f"refresh={self.refresh} has no meaning with memory={self.memory}, whose flips stay for good; use "
@@ -178,6 +186,9 @@ class AttackSettings(Strict):
         for key, value in usual.items():
             if key not in chosen.uses and getattr(self, key) != value:
                 raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
+        if self.adapt == "rule" and chosen.writes == "updates" and chosen.tries is None:
+            known = ", ".join(name for name, row in attack.ATTACKS.items() if row.writes == "labels" or row.tries)
+            raise ValueError(f"adapt=rule has no meaning with name={self.name}, which has nothing to try; use {known}")
 
 
 class StrategySettings(Strict):
@@ -186,9 +197,17 @@ class StrategySettings(Strict):
     name: str
     path: str | None = None
     f: Annotated[int, Field(ge=0)] | None = None
+    root: Count | None = None
     pre: tuple[str | dict[str, dict[str, Any]], ...] = ()
     rule: str | None = None
     args: dict[str, Any] = {}
+
+    @property
+    def trusted(self) -> int:
+        """How many samples the server has itself; as many as in FLTrust's paper where a rule needs some."""
+        from fl_attack.aggregate import needs
+
+        return self.root or (ROOT if "root" in needs(self.name) else 0)
 
     @property
     def averages(self) -> bool:
@@ -211,6 +230,14 @@ class StrategySettings(Strict):
                 "strategy.path=flwr.serverapp.strategy.FedMedian"
             )
         return self
+
+
+class SanitizeSettings(Strict):
+    """Which labels are left out before a client trains; see `sanitize`."""
+
+    name: Literal["none", "knn", "confident"] = "none"
+    k: Count = 10
+    share: Annotated[float, Field(ge=0.5, le=1)] = 0.5
 
 
 class EngineSettings(Strict):
@@ -246,6 +273,7 @@ class Settings(Strict):
     model: ModelSettings
     attack: AttackSettings
     strategy: StrategySettings
+    sanitize: SanitizeSettings = SanitizeSettings()
     engine: EngineSettings
     clients: Clients
     rounds: Count
@@ -271,6 +299,7 @@ class Settings(Strict):
     out: Annotated[str, Field(min_length=1)]
     overwrite: bool
     resume: bool = True
+    report: bool = True
     verbose: bool
 
     @property
@@ -318,6 +347,10 @@ class Settings(Strict):
                 f"server_optimizer={self.server_optimizer} is not applied by strategy=flower, which has its own; use "
                 "server_optimizer=sgd, or a strategy such as flwr.serverapp.strategy.FedAdam"
             )
+        if self.attacked and self.attack.adapt == "rule" and self.strategy.name == "flower":
+            raise ValueError(
+                "attack.adapt=rule needs a rule that is known, and strategy=flower is not; use a rule of ours"
+            )
         if self.lr_every is not None and self.lr_schedule not in ("step", "inverse"):
             raise ValueError(
                 f"lr_every={self.lr_every} has no meaning with lr_schedule={self.lr_schedule}; use step or inverse"
@@ -337,11 +370,13 @@ class Settings(Strict):
 
 def without_effect(settings: Settings, sweep: bool) -> list[str]:
     """What is set but changes nothing, a line for each."""
+    from fl_attack.aggregate import RULES, needs
+
     threat, early, place = settings.attack, settings.early_stop, settings.dataset
     flips = not settings.attacked or threat.writes == "labels"
     located = {"npz": "path", "image_folder": "path", "digits": ""}.get(place.loader, "root")
     few, no_labels = f"there are {settings.rounds} rounds", f"attack={threat.name} flips no labels"
-    of_sweep = "it is of a sweep (-m)"
+    of_sweep, of_knn = "it is of a sweep (-m)", "it is of sanitize=knn"
     checks: list[tuple[bool, str, str]] = [
         (settings.attacked and threat.start > settings.rounds, f"attack.start={threat.start}", few),
         (not flips and threat.scope != "pooled", f"attack.scope={threat.scope}", no_labels),
@@ -364,6 +399,19 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
             f"early_stop.restore={early.restore}",
             "patience is not set",
         ),
+        (
+            settings.strategy.root is not None
+            and "root" not in needs(settings.strategy.name)
+            and settings.strategy.name in RULES,
+            f"strategy.root={settings.strategy.root}",
+            f"strategy={settings.strategy.name} asks for no trusted samples",
+        ),
+        (settings.sanitize.k != 10 and settings.sanitize.name != "knn", f"sanitize.k={settings.sanitize.k}", of_knn),
+        (
+            settings.sanitize.share != 0.5 and settings.sanitize.name != "knn",
+            f"sanitize.share={settings.sanitize.share}",
+            of_knn,
+        ),
         (early.share != 0.1 and early.patience is None, f"early_stop.share={early.share}", "patience is not set"),
         (settings.eval_every > settings.rounds, f"eval_every={settings.eval_every}", f"{few}; the last is evaluated"),
         (bool(settings.figures) and not sweep, "figures", f"{of_sweep}; a run draws its curves"),
@@ -379,12 +427,76 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
 def compose(*overrides: str) -> Settings:
     """The settings that a command line of these overrides gives; InputError where it gives none."""
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        with composing(), initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config = hydra_compose("config", overrides=completed(overrides))
         plain = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, overrides)) from None
     return settings_from(plain)
+
+
+def overrides_of(settings: Settings) -> list[str]:
+    """The overrides of which these settings come, but for those that say where results go: the shortest such list.
+
+    `compose(*overrides_of(settings))` gives the same settings.
+    """
+    groups = [f"{name}={_choice(name, getattr(settings, name).model_dump(mode='json'))}" for name in GROUPS]
+    usual = leaves_of(_composed_plainly(tuple(groups)))
+    default = {override for override in groups if override in _default_groups()}
+    clients = {"clients.total"}  # follows from the others
+    changed = [
+        written(key, value)
+        for key, value in leaves_of(settings).items()
+        if key not in (clients | NOT_TOLD) and value != usual.get(key)
+    ]
+    return [*(override for override in groups if override not in default), *changed]
+
+
+GROUPS = ("dataset", "partition", "model", "attack", "strategy", "engine")
+NOT_TOLD = {"out", "overwrite", "resume", "verbose", "report"}  # where results go, and how
+
+
+@cache
+def _composed_plainly(overrides: tuple[str, ...]) -> Settings:
+    """The settings that these choices of files give, values that must be given filled in."""
+    needed = ["strategy.path=given"] if "strategy=flower" in overrides else []
+    return compose(*overrides, *needed)
+
+
+@cache
+def _default_groups() -> frozenset[str]:
+    """The choices of files that are made where none is given, as overrides."""
+    text = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
+    return frozenset(f"{group}={choice}" for group, choice in re.findall(r"^  - (\w+): (\w+)$", text, re.M))
+
+
+def _choice(group: str, values: dict[str, Any]) -> str:
+    """The file of a group that is nearest to these values; one that sets the same name, if there is one."""
+
+    def distance(name: str) -> tuple[bool, int, str]:
+        made = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{name}.yaml"))
+        assert isinstance(made, dict)
+        own = "loader" if group == "dataset" else "name"
+        unlike = sum(values.get(str(key)) != value for key, value in made.items())
+        return made.get(own, name) != values.get(own), unlike, name
+
+    return min((file.stem for file in (conf_folder() / group).glob("*.yaml")), key=distance)
+
+
+def leaves_of(settings: Settings) -> dict[str, Any]:
+    """Every setting by its key, with dots; arguments of somebody's functions are one value."""
+    return _leaves(settings.model_dump(mode="json"))
+
+
+def _leaves(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """The values of a tree by their keys, with dots; what holds arguments of somebody's is a value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and key != "args":
+            found |= _leaves(value, f"{before}{key}.")
+        else:
+            found[before + key] = value
+    return found
 
 
 def settings_from(given: Any) -> Settings:

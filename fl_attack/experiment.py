@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fl_attack import engine, folder, identity, plots, results, scenario, targets
+from fl_attack import engine, folder, identity, plots, report, results, scenario, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import AttackSettings, Settings, without_effect
 from fl_attack.errors import Interrupted, RunError
@@ -60,6 +60,8 @@ def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[s
         results.write_config(place.work, attacked.settings)
         summaries = _run(attacked, place.work, runner)
         folder.settle(place)
+        if settings.report:
+            report.offer([place.out])
     return summaries
 
 

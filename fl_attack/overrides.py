@@ -3,12 +3,15 @@
 import difflib
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -25,7 +28,20 @@ OPTIONS = (
 )
 
 
+_composing = threading.RLock()
 ON_MNIST = ("experiment=networks",)  # grids that take MNIST where dataset.root is given
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """One composes at a time, Hydra's state being global, and a program that runs under Hydra finds it as it was."""
+    with _composing:
+        before = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = before
 
 
 def conf_folder() -> Path:
