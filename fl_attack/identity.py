@@ -15,17 +15,6 @@ OF_RULES = 4  # likewise, of a run whose server sees what each client sends
 # what changes no number
 NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "report"}
 NOT_NUMBERS |= {"launcher", "workers", "figures", "objective"}
-    "out",
-    "overwrite",
-    "resume",
-    "verbose",
-    "baseline",
-    "launcher",
-    "workers",
-    "figures",
-    "objective",
-    "report",
-}
 # nor, where the fingerprint of the data is known, does the place of these
 ON_DATA: Mapping[str, bool | set[str]] = {
     **dict.fromkeys(NOT_NUMBERS, True),
