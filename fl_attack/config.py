@@ -1,15 +1,15 @@
 """The typed border of Hydra: settings that are checked once and trusted from there on.
 
-The defaults stand in `conf/`, one commented YAML file a group; here stands what is allowed.
+The defaults stand in `conf/`, one commented YAML file a group; here stands what is allowed. Whatever can be told
+without the tables of attacks, rules and models is: these bring torch, which takes seconds to import.
 """
 
 import math
 import re
 from fractions import Fraction
 from functools import cache, cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
@@ -17,15 +17,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_attack import __version__, attack, models
-from fl_attack.aggregate import RULES, is_known, needs
-from fl_attack.attack import (
+from fl_attack import __version__
+from fl_attack.choices import (
     Adapt,
     Foresight,
     Goal,
     Knowledge,
+    LrSchedule,
     Memory,
     Objective,
+    Optimizer,
     Refresh,
     Rounding,
     Scope,
@@ -33,7 +34,9 @@ from fl_attack.attack import (
 )
 from fl_attack.errors import InputError
 from fl_attack.overrides import completed, composing, conf_folder, did_you_mean, explain, unknown_key, written
-from fl_attack.protocol import LrSchedule, Optimizer
+
+if TYPE_CHECKING:
+    import torch
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -111,12 +114,13 @@ class ModelSettings(Strict):
     args: dict[str, Any] = {}
     loss: Literal["cross_entropy", "label_smoothing", "focal", "brier"] = "cross_entropy"
 
-    @model_validator(mode="after")
-    def _known(self) -> Self:
+    def check_names(self) -> None:
+        """ValueError where the table has no such model, or it does not take these arguments."""
+        from fl_attack import models
+
         if models.find(self.name).kind is None and self.loss != "cross_entropy":
             raise ValueError(f"loss={self.loss} has no meaning with name={self.name}; use cross_entropy, or model=mlp")
         models.check_args(self.name, self.args)
-        return self
 
 
 class AttackSettings(Strict):
@@ -169,6 +173,8 @@ class AttackSettings(Strict):
     @property
     def steers(self) -> bool:
         """Whether theta_target is needed."""
+        from fl_attack import attack
+
         return self.plans or ("goal" in attack.find(self.name).uses and self.aim in ("target", "target_far"))
 
     @property
@@ -179,6 +185,8 @@ class AttackSettings(Strict):
     @cached_property
     def writes(self) -> str:
         """What the attack changes: labels or updates."""
+        from fl_attack import attack
+
         return "labels" if self.name == "none" else attack.find(self.name).writes
 
     @property
@@ -190,16 +198,6 @@ class AttackSettings(Strict):
     def _sensible(self) -> Self:
         if self.name == "none":
             return self
-        chosen = attack.find(self.name)
-        attack.check_args(self.name, self.args)
-        usual = {"goal": "untargeted", "direction": None, "knowledge": "full", "target_path": None, "selection": "gain"}
-        usual |= {"objective": "final", "foresight": "known", "horizon": None}
-        for key, value in usual.items():
-            if key not in chosen.uses and getattr(self, key) != value:
-                raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
-        if self.adapt == "rule" and chosen.writes == "updates" and chosen.tries is None:
-            known = ", ".join(name for name, row in attack.ATTACKS.items() if row.writes == "labels" or row.tries)
-            raise ValueError(f"adapt=rule has no meaning with name={self.name}, which has nothing to try; use {known}")
         for key, plain in (("refresh", "step"), ("memory", "forget")):
             if self.adapt == "rule" and getattr(self, key) != plain:
                 raise ValueError(
@@ -215,13 +213,6 @@ class AttackSettings(Strict):
             raise ValueError(f"stop={self.stop} is before start={self.start}; use start or later, or null for no end")
         if self.direction is not None and self.goal == "targeted":
             raise ValueError(f"goal=targeted has no meaning with direction={self.direction}; leave it out")
-        uses = attack.find_direction(self.aim).uses
-        said = f"goal={self.goal}" if self.direction is None else f"direction={self.direction}"
-        if self.knowledge != "full" and "knowledge" not in uses:
-            why = " whose direction is target - theta and needs no gradient" if self.goal == "targeted" else ""
-            raise ValueError(f"knowledge={self.knowledge} has no meaning with {said},{why}; use knowledge=full")
-        if self.target_path is not None and "target_path" not in uses:
-            raise ValueError(f"target_path has no meaning with {said}; use goal=targeted or leave it out")
         if self.plans and self.adapt != "none":
             raise ValueError(f"adapt={self.adapt} has no meaning with name=planned; leave it out")
         if self.plans and self.memory != "forget":
@@ -229,6 +220,30 @@ class AttackSettings(Strict):
         if self.plans and self.refresh != "step":
             raise ValueError(f"refresh={self.refresh} has no meaning with name=planned; leave it out, or use horizon")
         return self
+
+    def check_names(self) -> None:
+        """ValueError where the table has no such attack, or it does not take these arguments and settings."""
+        from fl_attack import attack
+
+        if self.name == "none":
+            return
+        chosen = attack.find(self.name)
+        attack.check_args(self.name, self.args)
+        usual = {"goal": "untargeted", "direction": None, "knowledge": "full", "target_path": None, "selection": "gain"}
+        usual |= {"objective": "final", "foresight": "known", "horizon": None}
+        for key, value in usual.items():
+            if key not in chosen.uses and getattr(self, key) != value:
+                raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
+        if self.adapt == "rule" and chosen.writes == "updates" and chosen.tries is None:
+            known = ", ".join(name for name, row in attack.ATTACKS.items() if row.writes == "labels" or row.tries)
+            raise ValueError(f"adapt=rule has no meaning with name={self.name}, which has nothing to try; use {known}")
+        uses = attack.find_direction(self.aim).uses
+        said = f"goal={self.goal}" if self.direction is None else f"direction={self.direction}"
+        if self.knowledge != "full" and "knowledge" not in uses:
+            why = " whose direction is target - theta and needs no gradient" if self.goal == "targeted" else ""
+            raise ValueError(f"knowledge={self.knowledge} has no meaning with {said},{why}; use knowledge=full")
+        if self.target_path is not None and "target_path" not in uses:
+            raise ValueError(f"target_path has no meaning with {said}; use goal=targeted or leave it out")
 
 
 class StrategySettings(Strict):
@@ -245,6 +260,8 @@ class StrategySettings(Strict):
     @property
     def trusted(self) -> int:
         """How many samples the server has itself; as many as in FLTrust's paper where a rule needs some."""
+        from fl_attack.aggregate import needs
+
         return self.root or (ROOT if "root" in needs(self.name) else 0)
 
     @property
@@ -252,11 +269,16 @@ class StrategySettings(Strict):
         """Whether it is the plain mean."""
         return self.name == "mean" and not self.pre
 
-    @model_validator(mode="after")
-    def _known(self) -> Self:
+    def check_names(self) -> None:
+        """ValueError where the table has no such rule."""
+        from fl_attack.aggregate import RULES, is_known
+
         if self.name != "flower" and not is_known(self.name):
             names = ", ".join((*RULES, "byzfl", "flower"))
             raise ValueError(f"name={self.name} is not a strategy; known: {names}, or the import path of a function")
+
+    @model_validator(mode="after")
+    def _has_path(self) -> Self:
         if self.name == "flower" and not self.path:
             raise ValueError(
                 "path is missing; give the import path of a Flower strategy, as in "
@@ -325,6 +347,7 @@ class Settings(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     dtype: Literal["float32", "float64"]
     launcher: Literal["auto", "local", "ray"] = "auto"
+    workers: Count | None = None
     detectability: bool = False
     figures: tuple[tuple[str, ...], ...] = ()
     objective: Literal["final_accuracy", "minimum_accuracy", "final_f1", "final_loss", "flips"] = "final_accuracy"
@@ -335,8 +358,10 @@ class Settings(Strict):
     verbose: bool
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The precision of the clients' arithmetic; the server keeps theta in float64."""
+        import torch
+
         return torch.float32 if self.dtype == "float32" else torch.float64
 
     @property
@@ -416,6 +441,8 @@ class Settings(Strict):
 
 def without_effect(settings: Settings, sweep: bool) -> list[str]:
     """What is set but changes nothing, a line for each."""
+    from fl_attack.aggregate import RULES, needs
+
     threat, early, place = settings.attack, settings.early_stop, settings.dataset
     flips = not settings.attacked or threat.writes == "labels"
     located = {"npz": "path", "image_folder": "path", "digits": ""}.get(place.loader, "root")
@@ -460,6 +487,7 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
         (settings.eval_every > settings.rounds, f"eval_every={settings.eval_every}", f"{few}; the last is evaluated"),
         (bool(settings.figures) and not sweep, "figures", f"{of_sweep}; a run draws its curves"),
         (settings.launcher != "auto" and not sweep, f"launcher={settings.launcher}", of_sweep),
+        (settings.workers is not None and not sweep, f"workers={settings.workers}", of_sweep),
         (settings.detectability and not sweep, "detectability=true", f"{of_sweep}; a run always measures it"),
         (place.path is not None and located != "path", f"dataset.path={place.path}", f"dataset.loader={place.loader}"),
         (place.root != "data" and located != "root", f"dataset.root={place.root}", f"dataset.loader={place.loader}"),
@@ -544,10 +572,26 @@ def _leaves(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 def settings_from(given: Any) -> Settings:
     """Checked settings from nested plain values; InputError says in one line what is wrong with the first."""
+    settings = typed(given)
+    check_names(settings)
+    return settings
+
+
+def typed(given: Any) -> Settings:
+    """Settings of which only the names in tables are unchecked, without seconds of imports; InputError as above."""
     try:
         return Settings.model_validate(given)
     except ValidationError as error:
         raise InputError(_one_line(error)) from None
+
+
+def check_names(settings: Settings) -> None:
+    """InputError where a table has no such model, attack or rule, or it does not take its arguments."""
+    for group in ("model", "attack", "strategy"):
+        try:
+            getattr(settings, group).check_names()
+        except ValueError as error:
+            raise InputError(f"{group}.{error}") from None
 
 
 def _one_line(error: ValidationError) -> str:

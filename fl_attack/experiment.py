@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tqdm import tqdm
-
-from fl_attack import attack, engine, federation, folder, identity, plans, plots, report, results, scenario, targets
+from fl_attack import attack, engine, folder, identity, plans, plots, report, results, scenario, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import AttackSettings, Settings, without_effect
 from fl_attack.errors import Interrupted, RunError
 from fl_attack.history import History, OnRound, Recorder, Row
+from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
+
+if TYPE_CHECKING:
+    from fl_attack import federation
 
 SAVE_EVERY = 10.0  # seconds
 Runs = Mapping[str, tuple[Scenario, Path]]  # the experiment and, before it, its unattacked twin; where each goes
@@ -29,7 +31,7 @@ class Keep(Protocol):
         """Write it; of an unfinished one no figures are worked out."""
 
 
-def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[str, dict[str, Any]]:
+def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[str, dict[str, Any]]:
     """Run an experiment and leave its results in `settings.out`; gives the summaries of its runs by name.
 
     Raises
@@ -42,8 +44,7 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
         Where a signal ends it; the message says what is kept and where.
     """
     attacked = scenario.make(settings)
-    batched = settings.engine.name == "batched"
-    (engine.check if batched else federation.check)(attacked)
+    check(attacked)
 
     def goes_on(at: Path) -> bool:
         return results.is_of(at, attacked.settings)
@@ -54,10 +55,10 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
         if not settings.resume or not goes_on(place.work):
             folder.clear(place.work)
         if settings.attacked and settings.attack.steers:
-            with Progress("target", settings.rounds) as progress:
+            with Progress(settings.rounds, "target", "round") as progress:
                 targets.load_target(attacked, progress)
         if settings.attacked and settings.attack.plans and settings.attack.horizon is None:
-            with Progress("plan", attack.planned_options(settings.attack.args).sweeps, "sweep") as progress:
+            with Progress(attack.planned_options(settings.attack.args).sweeps, "plan", "sweep") as progress:
                 plans.load_plans([attacked], on_sweep=progress)
             plans.plan(attacked)
         results.write_config(place.work, attacked.settings)
@@ -68,7 +69,17 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
     return summaries
 
 
-def _run(attacked: Scenario, work: Path, runner: federation.Runner) -> dict[str, dict[str, Any]]:
+def check(which: Scenario) -> None:
+    """InputError where the engine of an experiment can't run it; Flower and Ray are imported only for theirs."""
+    if which.settings.engine.name == "batched":
+        engine.check(which)
+    else:
+        from fl_attack import federation
+
+        federation.check(which)
+
+
+def _run(attacked: Scenario, work: Path, runner: "federation.Runner | None") -> dict[str, dict[str, Any]]:
     """All files of an experiment, in a folder that is held."""
     settings = attacked.settings
     runs: dict[str, tuple[Scenario, Path]] = {"attacked" if settings.attacked else "honest": (attacked, work)}
@@ -141,7 +152,7 @@ def _batched(runs: Runs, keep: Keep) -> None:
         if code := signalled():
             raise Interrupted("", code)
 
-    with Progress("batched", settings.rounds) as progress, _between_rounds() as signalled:
+    with Progress(settings.rounds, "batched", "round") as progress, _between_rounds() as signalled:
         outcomes = engine.run_cells(
             [which for which, _ in runs.values()],
             checkpoints=[Checkpoint(where, identity.key_of([which])) for which, where in runs.values()],
@@ -178,12 +189,15 @@ def _between_rounds() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def _federated(runs: Runs, settings: Settings, keep: Keep, runner: federation.Runner) -> None:
+def _federated(runs: Runs, settings: Settings, keep: Keep, runner: "federation.Runner | None") -> None:
+    """All runs one after the other, over the same clients; by default those of Ray."""
+    from fl_attack import federation
+
     unfinished: dict[str, Recorder] = {}
 
-    def drive(federate: federation.Federate) -> None:
+    def drive(federate: "federation.Federate") -> None:
         for name, (which, where) in runs.items():
-            with Progress(name, settings.rounds) as progress:
+            with Progress(settings.rounds, name, "round") as progress:
                 recorder = Recorder(which, checkpoint=Checkpoint(where, identity.key_of([which])))
                 recorder.on_round = both(progress, saver(where, recorder.history))
                 unfinished[name] = recorder
@@ -191,7 +205,7 @@ def _federated(runs: Runs, settings: Settings, keep: Keep, runner: federation.Ru
             keep(name, unfinished.pop(name).history)
 
     try:
-        runner(drive, settings)
+        (runner or federation.run)(drive, settings)
     except BaseException:
         for name, recorder in unfinished.items():  # what there is of the run that broke off
             if recorder.history.rows:
@@ -225,31 +239,3 @@ def both(first: OnRound, second: OnRound) -> OnRound:
         second(round_, row)
 
     return observe
-
-
-class Progress:
-    """How far a run is: a live bar on a terminal, a plain line every tenth of the way elsewhere."""
-
-    def __init__(self, name: str, rounds: int, unit: str = "round") -> None:
-        self.name, self.rounds, self.unit = name, rounds, unit
-        self.bar: tqdm | None = None
-
-    def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=self.rounds, desc=f"{self.name:>8}", unit=self.unit)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, round_: int, row: Row | None = None) -> None:
-        """Show that a round is done, and the accuracy last measured."""
-        accuracy = f"accuracy {row['test_accuracy']:.4f}" if row else ""
-        if self.bar is not None:
-            self.bar.set_postfix_str(accuracy, refresh=False)
-            self.bar.update(round_ - self.bar.n)
-        elif round_ * 10 // self.rounds > (round_ - 1) * 10 // self.rounds and round_:
-            print(
-                f"{self.name}: {self.unit} {round_} of {self.rounds}  {accuracy}".rstrip(), file=sys.stderr, flush=True
-            )

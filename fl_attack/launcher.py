@@ -26,6 +26,7 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from fl_attack import workers
 from fl_attack.errors import InputError, RunError
 from fl_attack.overrides import completed, composing, conf_folder, explain, unknown_key
 
@@ -38,6 +39,7 @@ from hydra._internal.callbacks import Callbacks  # noqa: E402
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # noqa: E402
 
 NAME = "fl_attack"
+WORTH_WORKERS = 32  # cells, for which workers are begun with before it is known how long these take
 UNIT = "unit"  # the key of a job of another launcher: the file of its unit
 
 
@@ -89,10 +91,10 @@ class SweepLauncher(Launcher):
 
         What each returns is its `objective`, for sweepers that choose the next jobs by it.
         """
-        from fl_attack import multirun  # slow to import; bad input is told before
-
         try:
             cells = self.cells(job_overrides)
+            from fl_attack import multirun  # slow to import; bad input is told before
+
             if not self._is_of_ours():
                 cells = [cell._replace(settings=_of_trials(cell.settings, initial_job_idx)) for cell in cells]
             out = multirun.run(cells, launch=self._other())
@@ -132,28 +134,35 @@ class SweepLauncher(Launcher):
 
     def cells(self, job_overrides: Sequence[Sequence[str]]) -> "list[Cell]":
         """The cells that the overrides of each job make."""
-        from fl_attack.config import settings_from
-        from fl_attack.multirun import Cell
+        from fl_attack.config import Settings, check_names, typed
 
         constant = [set(overrides) for overrides in job_overrides]
         shared = set.intersection(*constant) if len(constant) > 1 else set()
         if not job_overrides:
             raise InputError("the sweep has no cell: one of its ranges or lists is empty")
-        cells: list[Cell] = []
+        shown_of: list[tuple[dict[str, str], Settings]] = []
         out = str(self.config.out)  # composed at another time, the default is another
         named = any(_key(one) == "out" for overrides in job_overrides for one in overrides)
         for overrides in job_overrides:
             shown = [override for override in overrides if override not in shared or _key(override) == "seed"]
-            settings = settings_from(self._composed(overrides))
+            settings = typed(self._composed(overrides))
             if not named:
                 settings = settings.model_copy(update={"out": out})
-            cells.append(Cell({_key(one): one.partition("=")[2].replace("\\:", ":") for one in shown}, settings))
-        if outs := {cell.settings.out for cell in cells[1:]} - {cells[0].settings.out}:
+            typed_in = {_key(one): one.partition("=")[2].replace("\\:", ":") for one in shown}
+            shown_of.append((typed_in, settings))
+        out = shown_of[0][1].out
+        if outs := {settings.out for _, settings in shown_of} - {out}:
             raise InputError(
-                f"out={cells[0].settings.out} and out={min(outs)}: a sweep leaves one table in one folder; give each "
+                f"out={out} and out={min(outs)}: a sweep leaves one table in one folder; give each "
                 "folder a sweep of its own"
             )
-        return cells
+        if len(shown_of) >= WORTH_WORKERS and settings.workers != 1 and settings.engine.name == "batched":
+            workers.warm_up()  # beside the imports of this process
+        from fl_attack.multirun import Cell
+
+        for _, settings in shown_of:
+            check_names(settings)
+        return [Cell(*one) for one in shown_of]
 
     def _composed(self, overrides: Sequence[str]) -> dict[str, Any]:
         """The settings that overrides make, as a plain tree."""

@@ -7,20 +7,22 @@ that any process can work out any client's part, and do it again.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_attack.choices import LrSchedule as LrSchedule
+from fl_attack.choices import Optimizer as Optimizer
 from fl_attack.errors import InputError
 
-Optimizer = Literal["sgd", "momentum", "adam"]
-LrSchedule = Literal["constant", "cosine", "step", "inverse"]
 Gradient = Callable[..., Tensor]  # of theta (A, B), inputs (n, ...), labels (n,), perhaps counts (n,)
-ROUNDS_AT_ONCE = 256
+ROUNDS_AT_ONCE = 256  # at most
+CLIENT_ROUNDS_AT_ONCE = 2**15  # so that a short run of many clients works out few rounds too many
+FEW = 8  # clients, whose samples are as soon gathered one by one
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -118,7 +120,7 @@ class Schedule:
         used = len(samples)
         pass_ = (round_ - 1) // (len(shard) // used)
         missing = self.local_steps * size - used
-        again = [samples[_order(used, self.seed, client, pass_, i)] for i in range(-(-missing // used))]
+        again = [samples[self._order(used, client, pass_, i)] for i in range(-(-missing // used))]
         return np.concatenate([samples, *again])[: self.local_steps * size].reshape(self.local_steps, size)
 
     def samples_of_rounds(self, client: int, first: int, rounds: int) -> NDArray[np.int64]:
@@ -144,7 +146,7 @@ class Schedule:
         per_pass = len(shard) // used
         start, stop = first - 1, first - 1 + rounds
         passes = range(start // per_pass, -(-stop // per_pass))
-        orders = [_order(len(shard), self.seed, client, pass_)[: per_pass * used] for pass_ in passes]
+        orders = [self._order(len(shard), client, pass_)[: per_pass * used] for pass_ in passes]
         rows = np.concatenate([shard[order].reshape(per_pass, used) for order in orders])
         skipped = start - passes[0] * per_pass
         return rows[skipped : skipped + rounds]
@@ -166,6 +168,12 @@ class Schedule:
         counts : array of int, (n,)
             How often each is used.
         """
+        clients = np.fromiter(clients, np.int64)
+        if self.local_steps == 1 and self.per_round is None and len(clients) > FEW:
+            taken = np.zeros(len(self.shards), bool)
+            taken[clients] = True
+            found = np.sort(self._all_samples(round_)[1][np.repeat(taken, self.used)])
+            return found, np.ones_like(found)
         parts = [np.empty(0, np.int64), *(self.steps(client, round_).ravel() for client in clients)]
         return np.unique(np.concatenate(parts), return_counts=True)
 
@@ -176,24 +184,42 @@ class Schedule:
         """
         if self.per_round is not None:
             return self.samples(self.participants(round_), round_)
-        block, place = divmod(round_ - 1, ROUNDS_AT_ONCE)
-        if self._block.get("number") != block:
-            first = 1 + block * ROUNDS_AT_ONCE
-            rows = [self.samples_of_rounds(client, first, ROUNDS_AT_ONCE) for client in range(len(self.shards))]
-            self._block.update(number=block, samples=np.sort(np.concatenate(rows, 1), 1))
-        samples = self._block["samples"][place]
+        samples, _ = self._all_samples(round_)
         return samples, np.ones_like(samples)
+
+    def _all_samples(self, round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The samples of all clients in a round of one local step, ascending, and client after client."""
+        at_once = min(ROUNDS_AT_ONCE, max(1, CLIENT_ROUNDS_AT_ONCE // len(self.shards)))
+        number, place = divmod(round_ - 1, at_once)
+        block = self._block.get("last")
+        if block is None or block[0] != number:
+            first = 1 + number * at_once
+            rows = [self.samples_of_rounds(client, first, at_once) for client in range(len(self.shards))]
+            by_client = np.concatenate(rows, 1)
+            self._block["last"] = block = number, np.sort(by_client, 1), by_client
+        return block[1][place], block[2][place]
 
     @cached_property
     def _block(self) -> dict[str, Any]:
-        """The samples of the rounds that `round_samples` has worked out last, and the number of their block."""
+        """The samples of the rounds that `_all_samples` has worked out last, and the number of their block."""
         return {}
 
+    def _order(self, size: int, client: int, pass_: int, *again: int) -> NDArray[np.int64]:
+        """The random order (size,) in which a client visits its samples in a pass: a function of seed and numbers.
 
-@lru_cache(maxsize=256)
-def _order(size: int, seed: int, *key: int) -> NDArray[np.int64]:
-    """The random order (size,) in which a client visits its samples in a pass: a function of seed and key."""
-    return np.random.default_rng([seed, BATCHES, *key]).permutation(size)
+        The last one of each client is kept: as many numbers as those whom a process asks for hold samples.
+        """
+        key = client, *again
+        kept = self._orders.get(key)
+        if kept is None or kept[0] != pass_:
+            rng = np.random.default_rng([self.seed, BATCHES, client, pass_, *again])
+            self._orders[key] = kept = pass_, rng.permutation(size)
+        return kept[1]  # not looked up anew: threads may share it
+
+    @cached_property
+    def _orders(self) -> dict[tuple[int, ...], tuple[int, NDArray[np.int64]]]:
+        """The number of the pass and the order of `_order`, by client."""
+        return {}
 
 
 def shuffled(seed: int, round_: int, clients: int) -> NDArray[np.int64]:

@@ -104,6 +104,7 @@ CHANGES: dict[str, Change] = {
     "figures": Change("figures=[[harm]]", numbers=False),
     "objective": Change("objective=final_f1", numbers=False),
     "launcher": Change("launcher=ray", numbers=False),
+    "workers": Change("workers=3", numbers=False),
     "report": Change("report=false", numbers=False),
     "out": Change("out=elsewhere", numbers=False),
     "overwrite": Change("overwrite=true", numbers=False),

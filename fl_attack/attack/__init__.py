@@ -12,11 +12,21 @@ from torch import Tensor
 from fl_attack import plugins
 from fl_attack.attack import gradients, labels
 from fl_attack.attack.adapt import PERCENTS, spread, worst
-from fl_attack.attack.budget import Memory, Refresh, Rounding, Scope, attacked_before, flip_allowance, select
+from fl_attack.attack.budget import attacked_before, flip_allowance, select
 from fl_attack.attack.directions import DIRECTIONS, Aim, direction_of, find_direction
 from fl_attack.attack.gradients import Updates
 from fl_attack.attack.harm import smoothed_error, smoothed_error_residuals
-from fl_attack.attack.labels import Proposal, Selection, View, planned_options
+from fl_attack.attack.labels import Proposal, View, planned_options
+from fl_attack.choices import Adapt as Adapt
+from fl_attack.choices import Foresight as Foresight
+from fl_attack.choices import Goal as Goal
+from fl_attack.choices import Knowledge as Knowledge
+from fl_attack.choices import Memory as Memory
+from fl_attack.choices import Objective as Objective
+from fl_attack.choices import Refresh as Refresh
+from fl_attack.choices import Rounding as Rounding
+from fl_attack.choices import Scope as Scope
+from fl_attack.choices import Selection as Selection
 from fl_attack.errors import InputError
 
 __all__ = [
@@ -55,12 +65,6 @@ __all__ = [
     "try_args",
     "worst",
 ]
-
-Goal = Literal["untargeted", "targeted"]
-Knowledge = Literal["full", "honest", "noisy", "own"]
-Objective = Literal["final", "average"]
-Foresight = Literal["known", "simulated"]
-Adapt = Literal["none", "rule"]
 
 
 class Attack(NamedTuple):

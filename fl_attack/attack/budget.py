@@ -2,15 +2,11 @@
 
 import math
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Scope = Literal["pooled", "per_client"]
-Rounding = Literal["floor", "carry", "ceil"]
-Refresh = Literal["step", "epoch"]
-Memory = Literal["forget", "persist", "persist_total"]
+from fl_attack.choices import Rounding as Rounding
 
 
 def select(priority: Tensor, group: Tensor, budgets: Tensor) -> Tensor:

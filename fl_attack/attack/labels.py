@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Selection = Literal["gain", "literal"]
+from fl_attack.choices import Selection as Selection
+
 Lazy = Tensor | Callable[[], Tensor]
 
 

@@ -13,6 +13,8 @@ from fl_attack.config import Settings
 from fl_attack.errors import InputError
 from fl_attack.scenario import Scenario
 
+HELD = 4  # copies of the parameters of a cell: with those of the optimizer, the gradient and its parts
+
 
 def check(chosen: Scenario) -> None:
     """InputError where this engine can't run the experiment, or not on this machine."""
@@ -57,6 +59,15 @@ def group(scenarios: Sequence[Scenario]) -> list[list[int]]:
     for i, chosen in enumerate(scenarios):
         members.setdefault(group_key(chosen), []).append(i)
     return list(members.values())
+
+
+def memory_of(cells: Sequence[Scenario]) -> int:
+    """Roughly the bytes that cells hold which are run together: the samples, and the parameters with their copies."""
+    cell = cells[0]
+    size = cell.settings.torch_dtype.itemsize
+    samples = (len(cell.dataset.y_train) + len(cell.dataset.y_test)) * cell.dataset.x_train[0].size * size
+    parameters = len(cells) * cell.theta_shape[0] * cell.theta_shape[1] * size
+    return int(min(samples + HELD * parameters, cell.settings.engine.memory_gb * 2**30))
 
 
 def make_scenarios(all_settings: Iterable[Settings], verify: bool = True) -> list[Scenario]:

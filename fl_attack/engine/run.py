@@ -137,10 +137,13 @@ def run_cells(
 
 
 def cells_at_once(cell: Scenario) -> int:
-    """The number of cells of this kind worth computing together, which is what an interruption may lose."""
+    """The number of cells of this kind worth computing together, which is what an interruption may lose.
+
+    It does not depend on the machine, so that a sweep can be taken up again on another.
+    """
     if is_linear(cell):
         return LINEAR_CELLS
-    return stacked.CELLS["cpu"] if stacked.can_run(cell) else torch.get_num_threads()
+    return stacked.CELLS["cpu"] if stacked.can_run(cell) and not cell.settings.detectability else 1
 
 
 def is_linear(cell: Scenario) -> bool:

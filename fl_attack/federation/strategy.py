@@ -3,7 +3,7 @@
 import importlib
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy import concatenate, int64
+from torch import Tensor
 
 from fl_attack import adaptive, adversary, checkpoint, plans, protocol
 from fl_attack.checkpoint import State
@@ -29,6 +30,8 @@ class RuleStrategy(FedAvg):
         self.settings = scenario.settings
         self.scenario, self.rule = scenario, scenario.rule()
         self.aggregate = scenario.start()  # the aggregated gradient of the last round
+        self.answers: list[wire.Answer] = []  # of the last round
+        self.updates = self.aggregate.new_empty(0)  # (m, A, B) those of its clients
         self._theta = scenario.start()
         self._state = protocol.initial_state(self._theta)
         self.remembered: Any = None  # what the rule keeps between rounds
@@ -37,15 +40,13 @@ class RuleStrategy(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The parameters after the server's step on the aggregate of the clients' updates."""
-        answers = [wire.read_answer(reply.content) for reply in replies]
-        moved = torch.stack([answer.theta for answer in answers])
-        weights = torch.tensor([answer.weight for answer in answers])
-        client_order = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(answers)))
+        self.answers = [wire.read_answer(reply.content) for reply in replies]
+        weights = torch.tensor([answer.weight for answer in self.answers])
+        client_order = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(self.answers)))
         lr = self.scenario.lr(server_round)
+        self.updates = updates_of(self.answers, self._theta, lr)
         seen = self.scenario.seen(server_round, self._theta)
-        self.aggregate, self.remembered = self.rule.step(
-            (self._theta - moved) / lr, weights, client_order, seen, self.remembered
-        )
+        self.aggregate, self.remembered = self.rule.step(self.updates, weights, client_order, seen, self.remembered)
         self._theta, self._state = protocol.server_step(
             self.settings.server_optimizer, self._theta, self.aggregate, lr, self._state
         )
@@ -79,6 +80,12 @@ def restore(strategy: Strategy, state: State) -> None:
     for name, value in state.items():
         record = isinstance(value, dict) and list(value) == ["record"]
         setattr(strategy, name, wire.from_plain(value["record"]) if record else value)
+
+
+def updates_of(answers: Sequence[wire.Answer], theta: Tensor, lr: float) -> Tensor:
+    """The updates (m, A, B) of clients that started from theta (A, B), as gradients."""
+    moved = torch.stack([answer.theta for answer in answers])
+    return moved.neg_().add_(theta).div_(lr)  # in place: a thousand clients send tens of megabytes
 
 
 class _StoppedEarly(Exception):  # noqa: N818 - no error
@@ -158,12 +165,11 @@ class WatchedStrategy(Strategy):
         """The result of the wrapped strategy on replies in the order of the clients; RunError where one is missing."""
         server_round += self._done
         ordered = complete(list(replies), self._asked, server_round)
-        # read first: strategies of Flower's take the arrays out of the replies
-        answers = [wire.read_answer(reply.content) for reply in ordered]
-        moved = torch.stack([answer.theta for answer in answers])
-        momenta = [answer.momentum for answer in answers if answer.momentum is not None]
-        if momenta:
-            self._momenta.note([answer.client for answer in answers], torch.stack(momenta))
+        before, lr = self.recorder.history.theta, self.recorder.scenario.lr(server_round)
+        ours = self.strategy if isinstance(self.strategy, RuleStrategy) else None
+        if ours is None:  # read first: strategies of Flower's take the arrays out of the replies
+            answers = [wire.read_answer(reply.content) for reply in ordered]
+            updates = updates_of(answers, before, lr)
         try:
             arrays, metrics = self.strategy.aggregate_train(server_round, ordered)
         except SystemExit as error:
@@ -174,13 +180,16 @@ class WatchedStrategy(Strategy):
                 f"replies, and {len(ordered)} came"
             )
         theta = wire.unpack(arrays)
-        aggregate = getattr(self.strategy, "aggregate", None)
-        if aggregate is None:  # a strategy of Flower's: the step it took
-            aggregate = (self.recorder.history.theta - theta) / self.recorder.scenario.lr(server_round)
-        before, lr = self.recorder.history.theta, self.recorder.scenario.lr(server_round)
+        if ours is not None:
+            answers, updates, aggregate = ours.answers, ours.updates, ours.aggregate
+        else:  # the step it took
+            aggregate = (before - theta) / lr
+        momenta = [answer.momentum for answer in answers if answer.momentum is not None]
+        if momenta:
+            self._momenta.note([answer.client for answer in answers], torch.stack(momenta))
         flips = all_flips(ordered)
         self._stored = adversary.remembered(self.recorder.scenario, server_round, self._stored, flips)
-        self.recorder.record(server_round, theta, aggregate, flips, (before - moved) / lr)
+        self.recorder.record(server_round, theta, aggregate, flips, updates)
         self._arrays = arrays
         if self.recorder.stopped:
             raise _StoppedEarly

@@ -13,16 +13,16 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from fl_attack import engine, federation, folder, plots, report
-from fl_attack.config import to_yaml, without_effect
+from fl_attack import engine, experiment, folder, plots, report, workers
+from fl_attack.config import Settings, to_yaml, without_effect
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError, Interrupted, RunError
 from fl_attack.identity import key_of
 from fl_attack.multirun.elsewhere import Launch, compute_file, launched
 from fl_attack.multirun.execute import compute
-from fl_attack.multirun.progress import Progress
 from fl_attack.multirun.table import Cell, columns_of, write_tables
 from fl_attack.multirun.units import Numbers, Unit, by_cell, distinct, read, saver, units
+from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 from fl_attack.waiting import waiting
 
@@ -40,6 +40,7 @@ __all__ = [
     "tabulate",
     "tabulate_together",
 ]
+WORTH_WORKERS = 200  # cells, of which figures are drawn in workers
 Drawn = Callable[[Path], object]
 
 
@@ -59,7 +60,7 @@ def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch 
     notes = [dict.fromkeys(without_effect(cell.settings, sweep=True)) for cell in cells]
     for note in [note for note in notes[0] if all(note in of_cell for of_cell in notes)]:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    out = tabulate(cells, progress, launch=launch, finish=partial(_draw_all, figures=cells[0].settings.figures))
+    out = tabulate(cells, progress, launch=launch, finish=partial(_draw_all, settings=cells[0].settings))
     if cells[0].settings.report:
         report.offer([out])
     total, lost = broken_off(out)
@@ -116,7 +117,7 @@ def tabulate_together(
     scenarios = engine.make_scenarios([cell.settings for cell in cells])
     for scenario in scenarios:
         checked = scenario if launch is None else _on_a_processor(scenario)  # jobs may have GPUs that are not here
-        (engine.check if scenario.settings.engine.name == "batched" else federation.check)(checked)
+        experiment.check(checked)
     kept_scenarios, place = distinct(scenarios)
     work = units(kept_scenarios)
     own = {f"{unit.key}.npz" for unit in work}
@@ -215,12 +216,16 @@ def _check_figures(cells: Sequence[Cell]) -> None:
             )
 
 
-def _draw_all(out: Path, figures: Sequence[Sequence[str]]) -> None:
-    """Draw the figures that a sweep's table allows and those asked for; none where all cells broke off."""
+def _draw_all(out: Path, settings: Settings) -> None:
+    """Draw the figures that a sweep's table allows and those asked for; none where all cells broke off.
+
+    Those of many cells are drawn side by side, in worker processes.
+    """
     cells, lost = broken_off(out)
     if cells == lost:
         return
+    count = settings.workers or (workers.processors() if cells >= WORTH_WORKERS else 1)
     with waiting("drawing figures", on_terminals_only=True):
-        plots.all_of_sweep(out)
-        for figure in figures:
+        plots.all_of_sweep(out, map if count == 1 else partial(workers.mapped, workers=count))
+        for figure in settings.figures:
             plots.draw(out, *figure)

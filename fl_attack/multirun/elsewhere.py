@@ -15,8 +15,8 @@ from fl_attack.config import settings_from
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import RunError
 from fl_attack.multirun.execute import compute
-from fl_attack.multirun.progress import Progress
 from fl_attack.multirun.units import Numbers, Unit, read, saver
+from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 
 Launch = Callable[[Sequence[Path]], None]  # has `compute_file` called with each of these, on whatever machines

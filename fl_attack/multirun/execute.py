@@ -1,7 +1,13 @@
-"""Computing units: in this process, on the workers of a cluster, or one run after the other on Flower."""
+"""Computing units: in this process, in workers of this machine or of a cluster, or one run after the other on Flower.
+
+What a unit gives does not depend on where it is computed, beside what, or how many threads it has: a launcher only says
+where. Its row in `LAUNCHERS` takes jobs and yields their numbers as they are done.
+"""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -9,54 +15,139 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_attack import engine, federation
-from fl_attack.config import settings_from
+from fl_attack import engine, workers
+from fl_attack.config import Settings, settings_from
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, Recorder
-from fl_attack.multirun.progress import Progress
 from fl_attack.multirun.units import Numbers, Unit, mistakes, stacked
+from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 
 Keep = Callable[[Unit, Numbers], None]
+Tell = Callable[[int, int], None]  # gets the position of a job and how many rounds of its cells are done
+Packed = tuple[int, list[str]]  # the threads to use, and the settings of cells in JSON
+WORTH_WORKERS = 4.0  # seconds of computing below which workers would take longer to start
+
+
+@dataclass(frozen=True)
+class Job:
+    """The cells of a unit of the batched engine."""
+
+    cells: list[Scenario]
+
+    def packed(self, threads: int) -> Packed:
+        """The same for another process, where it is what `numbers_of_job` takes."""
+        return self.threads(threads), [cell.settings.model_dump_json() for cell in self.cells]
+
+    def threads(self, free: int) -> int:
+        """The threads that it uses of those that are free."""
+        return free if engine.is_linear(self.cells[0]) else 1  # convolutions sum otherwise with another number
+
+
+Launcher = Callable[[Sequence[Job], Settings, Tell], Iterator[tuple[int, Numbers]]]
 
 
 def compute(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
     """Compute the units `todo` and hand the numbers of each to `keep` as it is done."""
     batched = [unit for unit in todo if scenarios[unit.cells[0]].settings.engine.name == "batched"]
-    settings = scenarios[0].settings
-    if settings.launcher == "ray" or (settings.launcher == "auto" and settings.engine.ray_address):
-        _on_a_cluster(batched, scenarios, progress, keep)
-    else:
-        for unit in batched:
-            cells = [scenarios[i] for i in unit.cells]
-            keep(unit, batched_numbers(cells, partial(progress.rounds, cells[0].settings.rounds)))
+    if batched:
+        _spread(batched, scenarios, progress, keep)
     _one_by_one([unit for unit in todo if unit not in batched], scenarios, progress, keep)
 
 
-def _on_a_cluster(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
-    """Have units of the batched engine computed by the workers of a Ray cluster, and kept as they are done."""
-    if not todo:
-        return
-    settings = scenarios[todo[0].cells[0]].settings
-    threads = torch.get_num_threads()
+def _spread(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
+    """Have units of the batched engine computed where their launcher says."""
     # the longest first, so that no worker starts on one when the others are done
-    todo = sorted(todo, key=lambda unit: -len(unit.cells) * _samples_of(scenarios[unit.cells[0]]))
-    jobs = [(threads, [scenarios[i].settings.model_dump_json() for i in unit.cells]) for unit in todo]
+    todo = sorted(todo, key=lambda unit: -_seconds(unit, scenarios))
+    settings = scenarios[todo[0].cells[0]].settings
+    jobs = [Job([scenarios[i] for i in unit.cells]) for unit in todo]
     reported = [0] * len(todo)
 
     def tell(i: int, rounds: int) -> None:
-        progress.rounds(scenarios[todo[i].cells[0]].settings.rounds, rounds - reported[i])
+        progress.rounds(jobs[i].cells[0].settings.rounds, rounds - reported[i])
         reported[i] = rounds
 
-    scattered = federation.scatter(numbers_of_job, jobs, threads, settings.engine.ray_address, settings.verbose, tell)
-    for i, numbers in scattered:
-        tell(i, len(todo[i].cells) * scenarios[todo[i].cells[0]].settings.rounds)
+    for i, numbers in LAUNCHERS[launcher_of(settings)](jobs, settings, tell):
+        tell(i, len(jobs[i].cells) * jobs[i].cells[0].settings.rounds)
         keep(todo[i], numbers)
 
 
-def _samples_of(scenario: Scenario) -> int:
-    """The samples that a cell uses in all its rounds, if all clients take part."""
-    return scenario.settings.rounds * scenario.settings.local_steps * int(scenario.schedule.sizes.sum())
+def launcher_of(settings: Settings) -> str:
+    """The name of the launcher of a sweep, a row of `LAUNCHERS`."""
+    if settings.launcher != "auto":
+        return settings.launcher
+    return "ray" if settings.engine.ray_address else "local"
+
+
+def _local(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
+    """On the processors of this machine."""
+    count = worker_count([job.cells for job in jobs], settings)
+    if count > 1:
+        threads = max(1, (settings.workers or workers.processors()) // count)
+        packed = [job.packed(threads) for job in jobs]
+        yield from workers.side_by_side(numbers_of_job, packed, count, tell)
+        return
+    for i, job in enumerate(jobs):
+        done = 0
+
+        def step(rounds: int, i: int = i) -> None:
+            nonlocal done
+            done += rounds
+            tell(i, done)
+
+        with _threads(job.threads(min(torch.get_num_threads(), settings.workers or workers.processors()))):
+            numbers = batched_numbers(job.cells, step)
+        yield i, numbers
+
+
+def _on_ray(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
+    """On the workers of a Ray cluster."""
+    from fl_attack import federation
+
+    threads, address = torch.get_num_threads(), settings.engine.ray_address
+    packed = [job.packed(threads) for job in jobs]
+    yield from federation.scatter(numbers_of_job, packed, threads, address, settings.verbose, tell)
+
+
+LAUNCHERS: dict[str, Launcher] = {"local": _local, "ray": _on_ray}
+
+
+def worker_count(jobs: Sequence[Sequence[Scenario]], settings: Settings) -> int:
+    """The worker processes for jobs, each the cells of a unit; 1 where they are best computed in this process."""
+    wanted = settings.workers or workers.processors()
+    if torch.device(settings.engine.device).type != "cpu":
+        return 1  # they would only take memory of the GPU from each other
+    if settings.workers is None and sum(map(_seconds_of, jobs)) < WORTH_WORKERS:
+        return 1
+    held = np.cumsum(sorted((engine.memory_of(cells) for cells in jobs), reverse=True))
+    fit = int((held <= settings.engine.memory_gb * 2**30).sum())  # side by side, whichever of them these are
+    return max(1, min(wanted, len(jobs), fit))
+
+
+def _seconds(unit: Unit, scenarios: Sequence[Scenario]) -> float:
+    """Roughly the seconds that a unit takes on one processor."""
+    return _seconds_of([scenarios[i] for i in unit.cells])
+
+
+def _seconds_of(cells: Sequence[Scenario]) -> float:
+    """Roughly the seconds that cells take together on one processor."""
+    cell, settings = cells[0], cells[0].settings
+    samples = settings.rounds * settings.local_steps * int(cell.schedule.sizes.sum())
+    products = 4 * len(cells) * samples * cell.theta_shape[0] * cell.theta_shape[1] / 3e10
+    if engine.is_linear(cell):
+        return 2e-4 * settings.rounds + products
+    return len(cells) * 2e-3 * settings.rounds + 20 * products  # a weight of a convolution is used many times
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Have torch use this number of threads in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
@@ -67,6 +158,7 @@ def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: P
         by_grid.setdefault(f"{settings.clients.total} {settings.engine}", []).append(unit)
     if not todo:
         return
+    from fl_attack import federation
 
     def federate_all(units_of_grid: Sequence[Unit], federate: federation.Federate) -> None:
         for unit in units_of_grid:
@@ -106,9 +198,9 @@ def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] =
     )
 
 
-def numbers_of_job(job: tuple[int, list[str]], progress: Callable[[int], None]) -> Numbers:
-    """The numbers of cells given as the threads to use, and settings in JSON: what a worker of a cluster does."""
+def numbers_of_job(job: Packed, progress: Callable[[int], None]) -> Numbers:
+    """The numbers of cells that another process has packed: what a worker does."""
     threads, settings = job
-    torch.set_num_threads(threads)  # as where the job was made, so that sums come out the same
+    torch.set_num_threads(threads)
     scenarios = engine.make_scenarios([settings_from(json.loads(text)) for text in settings], verify=False)
     return batched_numbers(scenarios, progress)

@@ -5,9 +5,11 @@ over seeds alone: every other setting that was swept is an axis, a line or a pan
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from inspect import Parameter, signature
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -49,22 +51,29 @@ __all__ = [
 ]
 
 
-def all_of_sweep(folder: Path) -> list[Path]:
+def all_of_sweep(folder: Path, mapped: Callable[..., Iterable[list[Path]]] = map) -> list[Path]:
     """Draw every figure that the swept columns allow; settings besides k, b, goal and seed by `columns`.
 
-    Gives the files. InputError where the folder has no readable `sweep.csv`.
+    Gives the files. InputError where the folder has no readable `sweep.csv`. `mapped` does what `map` does.
     """
-    written: list[Path] = []
-    for figure in (heatmap, budget, difference, spread):
-        with suppress(NotDrawableError):
-            written += figure(folder)
+    wanted: list[tuple[str, ...]] = [("heatmap",), ("budget",), ("difference",), ("spread",)]
+    goal: list[str] = []
     with suppress(NotDrawableError):
         factors = read_sweep(folder).varied(KB)
         goal = [GOAL] if GOAL in factors else []
-        for factor in [name for name in factors if name != GOAL] or ([] if written else goal):
-            with suppress(NotDrawableError):
-                written += columns(folder, factor, ACCURACY, *(goal if factor != GOAL else []))
+        wanted += [("columns", factor, ACCURACY, *goal) for factor in factors if factor != GOAL]
+    written = list(chain.from_iterable(mapped(partial(_if_drawable, folder), wanted)))
+    if goal and not written:
+        written = _if_drawable(folder, ("columns", GOAL, ACCURACY))
     return written
+
+
+def _if_drawable(folder: Path, figure: Sequence[str]) -> list[Path]:
+    """The files of a figure, its kind and columns; none where the sweep does not hold what it shows."""
+    try:
+        return draw(folder, *figure)
+    except NotDrawableError:
+        return []
 
 
 PLOTS: dict[str, Callable[..., list[Path]]] = {

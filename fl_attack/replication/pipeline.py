@@ -1,14 +1,9 @@
 """From the plan to the report: sweeps that are not there yet are computed and drawn, data set after data set."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from fl_attack import federation, multirun
+from fl_attack import multirun
 from fl_attack.replication import figures, gradients, plan, report
 from fl_attack.replication.cells import joined, read
 from fl_attack.replication.findings import Outcome, Result
@@ -42,22 +37,11 @@ def run(out: Path, todo: Plan, command: str, so_far: bool, only: str | None) -> 
     grids = [plan.cells(one, todo.epochs, 0.1) for one in todo.runs]
     experiments = sum({plan.folder_of(out, cells): len(cells) for cells in grids}.values())
     found = Outcome()
-    with _parallel(todo.quick or so_far), multirun.Progress(experiments, "replicate") as progress:
+    with multirun.Progress(experiments, "replicate") as progress:
         for source in todo.sources:
             progress.bar.set_description(source.title)
             _one_source(source, todo, out, found, None if so_far else progress, only)
     return report.write(out, todo, found, command)
-
-
-@contextmanager
-def _parallel(here: bool) -> Iterator[None]:
-    """Runs the units of sweeps side by side, a processor for each, unless `here` has them in this process."""
-    if here or (os.cpu_count() or 1) == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    with federation.ray_session(None, verbose=False):
-        yield
 
 
 def _one_source(
@@ -77,7 +61,7 @@ def _one_source(
                 grids[place[one]] = cells
             if progress is not None:
                 worked = worked or bool(plan.lacking(grids))
-                plan.compute(out, grids, progress, "local" if todo.quick else "ray")
+                plan.compute(out, grids, progress)
             kept = {at: read(at, cells[0].settings.lr) for at, cells in grids.items() if plan.is_there(at)}
             if together is first and place[first[0]] in kept:
                 kept[place[first[0]]] = _extended(first[0], todo, out, kept[place[first[0]]], progress)
@@ -96,8 +80,8 @@ def _extended(honest: Run, todo: Plan, out: Path, cells: Cells, progress: multir
         more = plan.cells(replace(honest, overrides=(*honest.overrides, f"lr={wider:g}")), todo.epochs, None)
         place = plan.folder_of(out, more)
         if progress is not None:
-            progress.cells += 0 if plan.is_there(place) else len(more)
-            plan.compute(out, {place: more}, progress, "local" if todo.quick else "ray")
+            progress.extend(0 if plan.is_there(place) else len(more))
+            plan.compute(out, {place: more}, progress)
         if not plan.is_there(place):
             break
         cells = joined(cells, read(place, wider))

@@ -293,7 +293,7 @@ def lacking(grids: Grids) -> Grids:
     return {place: cells for place, cells in grids.items() if not is_there(place)}
 
 
-def compute(out: Path, grids: Grids, progress: multirun.Progress, launcher: str) -> None:
+def compute(out: Path, grids: Grids, progress: multirun.Progress) -> None:
     """Compute, together, the sweeps of grids that are not finished.
 
     Parameters
@@ -304,20 +304,18 @@ def compute(out: Path, grids: Grids, progress: multirun.Progress, launcher: str)
         Cells by the folder of their sweep.
     progress : multirun.Progress
         Counts all cells.
-    launcher : str
-        `local` or `ray`.
     """
     todo = lacking(grids)
     progress.skip(sum(map(len, grids.values())) - sum(map(len, todo.values())))
     if todo:
         kept = out / RUNS / f"{hashlib.sha256(' '.join(map(str, todo)).encode()).hexdigest()[:16]}.units"
-        grids_there = [_with_place(cells, place, launcher) for place, cells in todo.items()]
+        grids_there = [_with_place(cells, place) for place, cells in todo.items()]
         multirun.tabulate_together(grids_there, kept, progress)
 
 
-def _with_place(cells: Sequence[multirun.Cell], place: Path, launcher: str) -> list[multirun.Cell]:
-    """The cells with the folder of their sweep and its launcher among their settings."""
-    update = {"out": str(place), "launcher": launcher}
+def _with_place(cells: Sequence[multirun.Cell], place: Path) -> list[multirun.Cell]:
+    """The cells with the folder of their sweep among their settings."""
+    update = {"out": str(place)}
     return [multirun.Cell(cell.overrides, cell.settings.model_copy(update=update)) for cell in cells]
 
 

@@ -1,0 +1,56 @@
+"""How far something is that counts its rounds or its cells."""
+
+import sys
+from typing import Any, Self
+
+from tqdm import tqdm
+
+
+class Progress:
+    """How much is done, a second and still to come: one bar on a terminal, a line every tenth of the way elsewhere."""
+
+    def __init__(self, total: int, name: str = "sweep", unit: str = "cell") -> None:
+        self.total, self.name, self.unit, self.done, self.printed = total, name, unit, 0.0, 0
+        self.bar = tqdm(total=total, unit=unit, desc=name, disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def extend(self, amount: int) -> None:
+        """Expect more than at first."""
+        self.total += amount
+        self.bar.total = self.total
+
+    def skip(self, amount: float) -> None:
+        """Count what need not be computed."""
+        if not self.bar.disable:
+            self.bar.initial += amount  # so that the rate is that of the others
+        self.add(amount)
+
+    def add(self, amount: float, note: str = "") -> None:
+        """Count what is done, or parts of it, and show a note beside it."""
+        self.done += amount
+        if note:
+            self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(round(self.done, 1) - self.bar.n)  # parts of cells would be shown to the last digit
+        tenth = int(self.done * 10 / self.total + 1e-6)
+        if self.bar.disable and tenth > self.printed:
+            self.printed = tenth
+            rounds = f"round {self.done:.0f} of {self.total}  {note}".rstrip()
+            far = rounds if self.unit == "round" else f"{tenth * 10} % of {self.total} {self.unit}s"
+            print(f"{self.name}: {far}", file=sys.stderr, flush=True)
+
+    def rounds(self, of: int, done: float) -> None:
+        """Count `done` rounds of a cell that has `of` rounds."""
+        self.add(done / of)
+
+    def round(self, of: int, round_: int, row: object) -> None:
+        """Count a round of a cell; the observer of a recorder."""
+        self.rounds(of, bool(round_))
+
+    def __call__(self, round_: int, row: dict[str, Any] | None = None) -> None:
+        """Show that a run has done this round, and the accuracy last measured; the observer of a recorder."""
+        self.add(round_ - self.done, f"accuracy {row['test_accuracy']:.4f}" if row else "")
