@@ -39,8 +39,8 @@ class Progress:
         tenth = int(self.done * 10 / self.total + 1e-6)
         if self.bar.disable and tenth > self.printed:
             self.printed = tenth
-            rounds = f"round {self.done:.0f} of {self.total}  {note}".rstrip()
-            far = rounds if self.unit == "round" else f"{tenth * 10} % of {self.total} {self.unit}s"
+            one_by_one = f"{self.unit} {self.done:.0f} of {self.total}  {note}".rstrip()
+            far = f"{tenth * 10} % of {self.total} cells" if self.unit == "cell" else one_by_one
             print(f"{self.name}: {far}", file=sys.stderr, flush=True)
 
     def rounds(self, of: int, done: float) -> None:

@@ -117,7 +117,7 @@ def test_help_names_groups_keys_and_examples(command: Command) -> None:
     assert code == 0
     for piece in (
         "attack: alie, confidence_flip, ",
-        "experiment: defences, ",
+        "experiment: arms_race, ",
         "clients.honest",
         "attack.budget",
         "engine.grid",
@@ -147,7 +147,11 @@ def test_a_run_can_be_replayed_from_what_it_leaves_by_another_program(
         np.testing.assert_allclose(stored["theta"], theta, rtol=1e-3, atol=1e-6)
     assert replay.made_flips(out, 15) == flips
     assert sum(map(len, flips)) > 0
-    expected = {*FILES, "baseline"} - ({"target.npz"} if goal == "untargeted" else set())
+    expected = {*FILES, "baseline", "report.html"} - {
+        "plan.csv",
+        "plan.png",
+        *({"target.npz"} if goal == "untargeted" else set()),
+    }
     assert {file.name for file in out.iterdir()} == expected
     honest = rows(out / "baseline")
     attacked = rows(out)
@@ -178,7 +182,11 @@ def test_the_batched_engine_leaves_the_same_artefacts_without_ray(
     with np.load(out / "model.npz") as stored:
         np.testing.assert_allclose(stored["theta"], theta, rtol=1e-3, atol=1e-6)
     assert replay.made_flips(out, 15) == flips
-    expected = {*FILES, "baseline"} - ({"target.npz"} if goal == "untargeted" else set())
+    expected = {*FILES, "baseline", "report.html"} - {
+        "plan.csv",
+        "plan.png",
+        *({"target.npz"} if goal == "untargeted" else set()),
+    }
     assert {file.name for file in out.iterdir()} == expected
     assert all(float(row["cosine"]) < 0.99999 for row in rows(out)[1:])
 
