@@ -104,6 +104,7 @@ def wait_for(port: int, started: subprocess.Popen[bytes], log: Path) -> None:
 
 def main() -> None:
     """Run the federation; exits 0 only where the run has left its results."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left running
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, default=3, help="SuperNodes, each of them a client (3)")
     parser.add_argument("--plain", action="store_true", help="without TLS")
