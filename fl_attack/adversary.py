@@ -43,7 +43,12 @@ def present(scenario: Scenario, round_: int) -> Clients:
 
 
 def flips(
-    scenario: Scenario, theta: Tensor, round_: int, epoch_theta: Tensor | None = None, stored: Flips = NO_FLIPS
+    scenario: Scenario,
+    theta: Tensor,
+    round_: int,
+    epoch_theta: Tensor | None = None,
+    stored: Flips = NO_FLIPS,
+    percent: int = 100,
 ) -> Flips:
     """The labels that all malicious clients together have written in the samples of a round.
 
@@ -59,6 +64,9 @@ def flips(
         The parameters broadcast at the start of the epoch, on which the flips depend with `attack.refresh=epoch`.
     stored : Flips
         The labels that stand in the attackers' data before the round, where they stay there; see `remembered`.
+    percent : int
+        Of the budget that is used. Less than all of it is dealt out to the clients in proportion to what they can
+        write, so that none sticks out.
 
     Returns
     -------
@@ -80,7 +88,7 @@ def flips(
     if scenario.settings.attack.refresh == "step":
         writable = scenario.schedule.used[malicious]
         writable_before = _writable_before(scenario, round_, before, malicious)
-        return _chosen(scenario, theta, round_, malicious, writable_before, writable)
+        return _chosen(scenario, theta, round_, malicious, writable_before, writable, percent)
     assert epoch_theta is not None
     chosen = _flips_of_epoch(scenario, epoch_theta, epoch_start(scenario, round_))
     now = np.isin(chosen.samples, scenario.schedule.samples(malicious, round_)[0])
@@ -159,6 +167,7 @@ def _chosen(
     malicious: Clients,
     before: Counts,
     writable: Counts,
+    percent: int = 100,
 ) -> Flips:
     """The flips that clients `malicious` (m,) choose among the samples that they use or, by epoch, hold.
 
@@ -168,7 +177,12 @@ def _chosen(
     if not any(budgets):
         return NO_FLIPS
     samples, y, proposal = _proposal(scenario, theta, round_, malicious)
-    chosen = _within(scenario, malicious, samples, proposal.priority, budgets) & (proposal.labels != y)
+    pooled, used = scenario.settings.attack.scope == "pooled", budgets
+    if percent < 100:
+        part = np.array(budgets) * percent // 100
+        used = attack.spread(part[0], writable).tolist() if pooled else part.tolist()
+        pooled = False
+    chosen = _within(scenario, malicious, samples, proposal.priority, used, pooled) & (proposal.labels != y)
     return Flips(samples[chosen.cpu().numpy()], proposal.labels[chosen].cpu().numpy(), sum(budgets))
 
 
@@ -213,7 +227,7 @@ def _added(
     wanted, priority = proposal.priority > -math.inf, proposal.priority
     if threat.memory == "persist" or not threat.unflip:
         priority = priority.masked_fill(now, -math.inf)
-    chosen = _within(scenario, malicious, samples, priority, budgets)
+    chosen = _within(scenario, malicious, samples, priority, budgets, threat.scope == "pooled")
     labels = torch.where(chosen, proposal.labels, y)
     if not threat.unflip:
         labels = torch.where(now, old, labels)
@@ -234,11 +248,16 @@ def _allowances(scenario: Scenario, before: Counts, writable: Counts) -> list[in
 
 
 def _within(
-    scenario: Scenario, malicious: Clients, samples: NDArray[np.int64], priority: Tensor, budgets: list[int]
+    scenario: Scenario,
+    malicious: Clients,
+    samples: NDArray[np.int64],
+    priority: Tensor,
+    budgets: list[int],
+    pooled: bool,
 ) -> Tensor:
-    """The samples (n,) of largest priority (n,) within the budgets of clients, (n,) of bool."""
+    """The samples (n,) of largest priority (n,) within the budgets of clients, or the pooled one, (n,) of bool."""
     group = np.zeros(len(samples), np.int64)
-    if scenario.settings.attack.scope != "pooled":
+    if not pooled:
         group = np.searchsorted(malicious, scenario.partition.client[samples])
     device = priority.device
     return attack.select(priority, torch.from_numpy(group).to(device), torch.tensor(budgets, device=device))

@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_attack import __version__, attack, models
-from fl_attack.aggregate import RULES, is_known
-from fl_attack.attack import Goal, Knowledge, Memory, Refresh, Rounding, Scope, Selection
+from fl_attack.aggregate import RULES, is_known, needs
+from fl_attack.attack import Adapt, Goal, Knowledge, Memory, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
 from fl_attack.overrides import completed, conf_folder, did_you_mean, explain, unknown_key
 from fl_attack.protocol import LrSchedule, Optimizer
@@ -24,6 +24,7 @@ from fl_attack.protocol import LrSchedule, Optimizer
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+ROOT = 100  # samples that the server trusts, by default
 Restore = Literal["best", "last"]
 
 
@@ -118,6 +119,7 @@ class AttackSettings(Strict):
     knowledge: Knowledge = "full"
     knowledge_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     refresh: Refresh = "step"
+    adapt: Adapt = "none"
     memory: Memory = "forget"
     unflip: bool = False
     args: dict[str, Any] = {}
@@ -151,6 +153,15 @@ class AttackSettings(Strict):
         for key, value in usual.items():
             if key not in chosen.uses and getattr(self, key) != value:
                 raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
+        if self.adapt == "rule" and chosen.writes == "updates" and chosen.tries is None:
+            known = ", ".join(name for name, row in attack.ATTACKS.items() if row.writes == "labels" or row.tries)
+            raise ValueError(f"adapt=rule has no meaning with name={self.name}, which has nothing to try; use {known}")
+        for key, plain in (("refresh", "step"), ("memory", "forget")):
+            if self.adapt == "rule" and getattr(self, key) != plain:
+                raise ValueError(
+                    f"adapt=rule has no meaning with {key}={getattr(self, key)}: it chooses anew in every round; use "
+                    f"{key}={plain}"
+                )
         if self.memory != "forget" and self.refresh != "step":
             raise ValueError(
                 f"refresh={self.refresh} has no meaning with memory={self.memory}, whose flips stay for good; use "
@@ -174,9 +185,15 @@ class StrategySettings(Strict):
     name: str
     path: str | None = None
     f: Annotated[int, Field(ge=0)] | None = None
+    root: Count | None = None
     pre: tuple[str | dict[str, dict[str, Any]], ...] = ()
     rule: str | None = None
     args: dict[str, Any] = {}
+
+    @property
+    def trusted(self) -> int:
+        """How many samples the server has itself; as many as in FLTrust's paper where a rule needs some."""
+        return self.root or (ROOT if "root" in needs(self.name) else 0)
 
     @property
     def averages(self) -> bool:
@@ -194,6 +211,14 @@ class StrategySettings(Strict):
                 "strategy.path=flwr.serverapp.strategy.FedMedian"
             )
         return self
+
+
+class SanitizeSettings(Strict):
+    """Which labels are left out before a client trains; see `sanitize`."""
+
+    name: Literal["none", "knn", "confident"] = "none"
+    k: Count = 10
+    share: Annotated[float, Field(ge=0.5, le=1)] = 0.5
 
 
 class EngineSettings(Strict):
@@ -229,6 +254,7 @@ class Settings(Strict):
     model: ModelSettings
     attack: AttackSettings
     strategy: StrategySettings
+    sanitize: SanitizeSettings = SanitizeSettings()
     engine: EngineSettings
     clients: Clients
     rounds: Count
@@ -298,6 +324,10 @@ class Settings(Strict):
                 f"server_optimizer={self.server_optimizer} is not applied by strategy=flower, which has its own; use "
                 "server_optimizer=sgd, or a strategy such as flwr.serverapp.strategy.FedAdam"
             )
+        if self.attacked and self.attack.adapt == "rule" and self.strategy.name == "flower":
+            raise ValueError(
+                "attack.adapt=rule needs a rule that is known, and strategy=flower is not; use a rule of ours"
+            )
         if self.lr_every is not None and self.lr_schedule not in ("step", "inverse"):
             raise ValueError(
                 f"lr_every={self.lr_every} has no meaning with lr_schedule={self.lr_schedule}; use step or inverse"
@@ -321,7 +351,7 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
     flips = not settings.attacked or threat.writes == "labels"
     located = {"npz": "path", "image_folder": "path", "hf": "path", "digits": ""}.get(place.loader, "root")
     few, no_labels = f"there are {settings.rounds} rounds", f"attack={threat.name} flips no labels"
-    of_sweep = "it is of a sweep (-m)"
+    of_sweep, of_knn = "it is of a sweep (-m)", "it is of sanitize=knn"
     checks: list[tuple[bool, str, str]] = [
         (settings.attacked and threat.start > settings.rounds, f"attack.start={threat.start}", few),
         (not flips and threat.scope != "pooled", f"attack.scope={threat.scope}", no_labels),
@@ -343,6 +373,19 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
             early.restore != "best" and early.patience is None,
             f"early_stop.restore={early.restore}",
             "patience is not set",
+        ),
+        (
+            settings.strategy.root is not None
+            and "root" not in needs(settings.strategy.name)
+            and settings.strategy.name in RULES,
+            f"strategy.root={settings.strategy.root}",
+            f"strategy={settings.strategy.name} asks for no trusted samples",
+        ),
+        (settings.sanitize.k != 10 and settings.sanitize.name != "knn", f"sanitize.k={settings.sanitize.k}", of_knn),
+        (
+            settings.sanitize.share != 0.5 and settings.sanitize.name != "knn",
+            f"sanitize.share={settings.sanitize.share}",
+            of_knn,
         ),
         (early.share != 0.1 and early.patience is None, f"early_stop.share={early.share}", "patience is not set"),
         (settings.eval_every > settings.rounds, f"eval_every={settings.eval_every}", f"{few}; the last is evaluated"),

@@ -19,7 +19,7 @@ from fl_attack.errors import InputError
 
 Optimizer = Literal["sgd", "momentum", "adam"]
 LrSchedule = Literal["constant", "cosine", "step", "inverse"]
-Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]  # of theta (A, B), inputs (n, ...), labels (n,)
+Gradient = Callable[..., Tensor]  # of theta (A, B), inputs (n, ...), labels (n,), perhaps counts (n,)
 ROUNDS_AT_ONCE = 256
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
@@ -183,7 +183,13 @@ def lr_factor(schedule: LrSchedule, round_: int, rounds: int, every: int | None 
 
 
 def local_update(
-    gradient: Gradient, theta: Tensor, X: Tensor, y: Tensor, lr: float, weight_decay: float = 0.0
+    gradient: Gradient,
+    theta: Tensor,
+    X: Tensor,
+    y: Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Parameters after one SGD step on each minibatch.
 
@@ -201,14 +207,22 @@ def local_update(
         Learning rate.
     weight_decay : float
         The step is along the gradient and this times theta, as in `torch.optim.SGD`.
+    kept : (steps, size) tensor of bool, optional
+        The samples over which a step's mean is taken; it is along no gradient where none is.
 
     Returns
     -------
     (A, B) tensor
     """
-    for X_step, y_step in zip(X, y, strict=True):
-        step = gradient(theta.to(X.dtype), X_step, y_step).to(theta.dtype)
-        theta = theta - lr * (step + weight_decay * theta if weight_decay else step)
+    decays = isinstance(weight_decay, Tensor) or weight_decay
+    for i, (X_step, y_step) in enumerate(zip(X, y, strict=True)):
+        if kept is None:
+            step = gradient(theta.to(X.dtype), X_step, y_step).to(theta.dtype)
+        elif bool(kept[i].any()):
+            step = gradient(theta.to(X.dtype), X_step, y_step, kept[i].to(X.dtype)).to(theta.dtype)
+        else:
+            step = torch.zeros_like(theta)
+        theta = theta - lr * (step + weight_decay * theta if decays else step)
     return theta
 
 

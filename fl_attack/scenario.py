@@ -16,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import aggregate, data, models, plugins, protocol
+from fl_attack import aggregate, data, models, plugins, protocol, sanitize
 from fl_attack.config import Settings, settings_from
+from fl_attack.errors import InputError
+from fl_attack.models import outputs
 
 
 class Flips(NamedTuple):
@@ -46,7 +48,12 @@ class CleanGradient(NamedTuple):
 WORTH_ADDING = (
     0.6  # share of flipped samples up to which a pass over them alone is less work than one backwards over all
 )
+TRUSTED, SERVER_NOISE = 9, 10  # names of random streams, beside those of `protocol` and `adversary`
 NO_FLIPS = Flips(np.empty(0, np.int64), np.empty(0, np.int64), 0)
+
+
+NEIGHBOURS_KEPT = 512  # clients
+_neighbours: dict[tuple[str, bytes, int], NDArray[np.int64]] = {}  # by data, samples and k: what takes long to find
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,43 @@ class Scenario:
         )
 
     @cached_property
+    def trusted(self) -> NDArray[np.int64]:
+        """The training samples, ascending, whose true labels the server has too; clients hold them as well."""
+        held = np.flatnonzero(self.partition.client >= 0)
+        count = self.settings.strategy.trusted
+        if count > len(held):
+            raise InputError(f"strategy.root={count} is more than the {len(held)} samples that clients hold")
+        return np.sort(np.random.default_rng([self.settings.seed, TRUSTED]).choice(held, count, replace=False))
+
+    def seen(self, round_: int, theta: Tensor) -> aggregate.Seen:
+        """What the server knows of a round besides the updates, at parameters `theta` (A, B)."""
+
+        def root() -> Tensor:
+            X, y, _ = self.batch(self.trusted, np.ones_like(self.trusted), theta.device)
+            return server_update(self, theta, self.lr(round_), self.settings.weight_decay, X, y)
+
+        return aggregate.Seen(
+            clients=torch.from_numpy(self.schedule.participants(round_)),
+            total=self.settings.clients.total,
+            theta=theta,
+            lr=self.lr(round_),
+            root=root,
+            noise=lambda: server_noise(self, round_),
+            by_class=self.model.by_class,
+        )
+
+    def neighbours(self, client: int) -> NDArray[np.int64]:
+        """The nearest neighbours of a client's samples among its own, (n, k) training samples, in the shard's order."""
+        shard = self.schedule.shards[client]
+        key = self.dataset.fingerprint, shard.tobytes(), self.settings.sanitize.k
+        if key not in _neighbours:
+            while len(_neighbours) >= NEIGHBOURS_KEPT:
+                _neighbours.pop(next(iter(_neighbours)), None)
+            raw = np.asarray(self.dataset.x_train)[shard]
+            _neighbours[key] = shard[sanitize.nearest(torch.from_numpy(raw.astype(np.float64)), key[2])]
+        return _neighbours[key]
+
+    @cached_property
     def participation(self) -> NDArray[np.bool_]:
         """Which client takes part in which round, (rounds, clients) of bool."""
         rounds, clients = self.settings.rounds, self.settings.clients.total
@@ -204,7 +248,9 @@ def of(settings: Settings, dataset: data.Dataset) -> Scenario:
     sizes = protocol.batch_sizes(np.array([len(shard) for shard in shards]), batch_size)
     schedule = protocol.Schedule(shards, sizes, settings.local_steps, settings.seed, settings.per_round)
     scenario = Scenario(settings, dataset, partition, schedule)
-    _ = scenario.model  # a user's module that can't be trained is told before any work starts
+    _ = scenario.model, scenario.trusted  # what can't be is told before any work starts
+    if "classes" in aggregate.needs(settings.strategy.name):
+        scenario.model.by_class(scenario.start())
     return scenario
 
 
@@ -275,8 +321,60 @@ def client_update(scenario: Scenario, client: int, theta: Tensor, round_: int, f
         y,
         scenario.lr(round_),
         scenario.settings.weight_decay,
+        kept_samples(scenario, client, theta, round_, flips),
     )
     return moved, steps.size
+
+
+def kept_samples(scenario: Scenario, client: int, theta: Tensor, round_: int, flips: Flips) -> Tensor | None:
+    """The samples of a client's local steps whose labels nothing contradicts, (steps, size); None where none is asked.
+
+    Decided once a round, on the labels that the client has received and the parameters that the server has broadcast.
+    """
+    chosen = scenario.settings.sanitize
+    if chosen.name == "none":
+        return None
+    steps = scenario.schedule.steps(client, round_)
+    samples = np.unique(steps)
+    labels = torch.from_numpy(relabelled(scenario.dataset.y_train, samples, flips))
+    if chosen.name == "knn":
+        shard = scenario.schedule.shards[client]
+        order = shard.argsort()
+        place = order[np.searchsorted(shard, samples, sorter=order)]
+        near = relabelled(scenario.dataset.y_train, scenario.neighbours(client)[place], flips)
+        near_labels = torch.from_numpy(near)
+        bad = sanitize.contradicted_by_neighbours(labels, near_labels, scenario.classes, chosen.share)
+    else:
+        X = scenario.features(samples).to(theta.device)
+        logits = outputs.class_logits(scenario.model.logits(theta.to(X.dtype), X))
+        bad = sanitize.contradicted_by_model(labels.to(X.device), logits.softmax(-1))
+    return ~bad[torch.from_numpy(np.searchsorted(samples, steps)).to(bad.device)]
+
+
+def server_update(
+    scenario: Scenario, theta: Tensor, lr: float | Tensor, weight_decay: float | Tensor, X: Tensor, y: Tensor
+) -> Tensor:
+    """The server's own update (..., A, B), by as many local steps as clients take, each on all the samples it trusts.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    theta : (..., A, B) tensor
+        The parameters that the server has broadcast; leading axes as the model allows.
+    lr, weight_decay : float or (..., 1, 1) tensor
+    X, y : tensors
+        Inputs (n, ...) and labels (n,).
+    """
+    steps = scenario.settings.local_steps
+    X, y = X.expand(steps, *X.shape), y.expand(steps, *y.shape)
+    return (theta - protocol.local_update(scenario.model.gradient, theta, X, y, lr, weight_decay)) / lr
+
+
+def server_noise(scenario: Scenario, round_: int) -> Tensor:
+    """Standard normal numbers (A, B) in float64, for a rule of the server's that adds noise in a round."""
+    rng = np.random.default_rng([scenario.settings.seed, SERVER_NOISE, round_])
+    return torch.from_numpy(rng.standard_normal(scenario.theta_shape))
 
 
 def relabelled(y_train: NDArray[np.int64], samples: NDArray[np.int64], flips: Flips) -> NDArray[np.int64]:

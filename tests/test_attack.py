@@ -281,7 +281,7 @@ def test_attacks_on_gradients_do_not_mix_cells_and_leave_their_view_alone(name: 
     assert torch.equal(view.updates, before)
 
 
-@pytest.mark.parametrize("name", ["ipm", "alie", "mimic"])
+@pytest.mark.parametrize("name", ["ipm", "alie", "mimic", "minmax", "minsum"])
 def test_attacks_that_imitate_look_at_honest_clients_only(name: str) -> None:
     view = updates_of(1)
     others = view.updates.clone()
@@ -310,6 +310,34 @@ def test_attacks_on_gradients_follow_the_formulas_of_their_papers() -> None:
     np.testing.assert_allclose(
         inner_products, -norms * np.sqrt((v**2).sum())
     )  # Cauchy and Schwarz: no less is possible
+
+
+@pytest.mark.parametrize("name", ["minmax", "minsum"])
+@pytest.mark.parametrize("perturbation", ["std", "unit", "sign"])
+def test_the_push_is_the_largest_within_the_bound_of_the_paper(name: str, perturbation: str) -> None:
+    view = updates_of(4, cells=5, m=9, f=3)
+    sent = ATTACKS[name].function(view, perturbation=perturbation)
+    for u, malicious, made in zip(view.updates, view.malicious, sent, strict=True):
+        honest = u[~malicious].flatten(1)
+        mean = honest.mean(0)
+        push = {"std": -honest.std(0, correction=0), "unit": -mean / mean.norm(), "sign": -mean.sign()}[perturbation]
+        gamma = float(((made.flatten() - mean) / push).mean())
+        torch.testing.assert_close(made.flatten(), mean + gamma * push)
+        apart = torch.cdist(honest, honest)
+
+        def excess(gamma: float, name=name, honest=honest, mean=mean, push=push, apart=apart) -> float:
+            away = (mean + gamma * push - honest).norm(dim=1)
+            if name == "minmax":
+                return float(away.max() - apart.max())
+            return float((away**2).sum() - (apart**2).sum(1).max())
+
+        assert gamma > 0.1 and excess(gamma * (1 - 1e-6)) <= 0 < excess(gamma * (1 + 1e-6))
+
+
+def test_attackers_of_one_honest_client_send_its_update() -> None:
+    view = updates_of(0, cells=2, m=4, f=3)
+    for name in ("minmax", "minsum"):
+        torch.testing.assert_close(ATTACKS[name].function(view)[:, 0], view.mean[:, 0])
 
 
 def test_without_honest_clients_attackers_imitate_each_other() -> None:

@@ -27,6 +27,7 @@ CHANCE = {
     "which labels are flipped": ["attack=random_flip", "clients.malicious=6"],
     "which labels of a map are flipped": ["attack=static_flip", "clients.malicious=6"],
     "what noise is sent": ["attack=gaussian", "clients.malicious=6"],
+    "what noise the server adds": ["clients.malicious=0", "strategy.name=flame", "strategy.args={noise: 1}"],
 }
 WITHOUT_CLIENTS = [name for name, more in CHANCE.items() if "clients.malicious=6" in more]
 

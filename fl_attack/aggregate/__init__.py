@@ -1,6 +1,7 @@
 """How the server combines the updates of clients: the tables of rules and of pre-aggregators.
 
-Shapes: updates (..., m, C, d), weights (m,), client_order (m,), aggregate (..., C, d).
+Shapes: updates (..., m, C, d), weights (m,), client_order (m,), aggregate (..., C, d). What a rule remembers between
+rounds is an argument and a result, so that whoever runs the rounds keeps it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,23 +13,27 @@ import torch
 from torch import Tensor
 
 from fl_attack import plugins
-from fl_attack.aggregate import byzfl, pre, rules
+from fl_attack.aggregate import byzfl, defences, pre, rules
+from fl_attack.aggregate.defences import Seen, State
 from fl_attack.errors import InputError
 
-__all__ = ["PRE", "RULES", "Combine", "Pre", "Rule", "is_builtin", "is_known", "make"]
+__all__ = ["PRE", "RULES", "Combine", "Pre", "Rule", "Seen", "State", "is_builtin", "is_known", "make", "needs", "sees"]
 
-Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""updates (..., m, C, d), weights (m,) and client_order (m,), a random order, to the aggregate (..., C, d)."""
-
+NOTHING = Seen()
+_GIVEN = {"seen", "state"}  # arguments that rules don't get from the settings
 PreEntry = str | Mapping[str, Mapping[str, Any]]
 """A pre-aggregator by its name, or `{name: arguments}`."""
 
 
 class Rule(NamedTuple):
-    """A rule and the largest number of malicious clients for which it is defined."""
+    """A rule, the largest number of malicious clients for which it is defined, and which laws it does not keep."""
 
-    combine: Callable[..., Tensor]  # updates (..., m, C, d), weights (m,), f, and arguments by name: (..., C, d)
+    # updates (..., m, C, d), weights (m,), f, and arguments by name: (..., C, d). One that has an argument `seen` gets
+    # what the server knows of the round, one that has `state` also what it gave for the round before
+    combine: Callable[..., Any]
     max_f: Callable[[int], int]  # of m clients
+    breaks: frozenset[str] = frozenset()  # of "shift" and "minority": see tests/test_aggregate.py
+    needs: frozenset[str] = frozenset()  # of "root", "noise" and "classes": what is used of `seen`
 
 
 class Pre(NamedTuple):
@@ -38,8 +43,9 @@ class Pre(NamedTuple):
     remaining: Callable[..., int] = lambda m, **args: m
 
 
+LENGTHS = frozenset({"shift"})  # of rules that look at how long updates are, or where they point from zero
 RULES: dict[str, Rule] = {
-    "mean": Rule(rules.mean, rules.any_f),
+    "mean": Rule(rules.mean, rules.any_f, frozenset({"minority"})),
     "median": Rule(rules.median, rules.any_f),
     "trimmed_mean": Rule(rules.trimmed_mean, rules.max_f_below_half),
     "krum": Rule(rules.krum, rules.max_f_of_krum),
@@ -47,8 +53,14 @@ RULES: dict[str, Rule] = {
     "bulyan": Rule(rules.bulyan, rules.max_f_of_bulyan),
     "geometric_median": Rule(rules.geometric_median, rules.any_f),
     "centered_clipping": Rule(rules.centered_clipping, rules.any_f),
-    "norm_clipping": Rule(rules.norm_clipping, rules.any_f),
+    "norm_clipping": Rule(rules.norm_clipping, rules.any_f, LENGTHS),
     "meamed": Rule(rules.meamed, rules.max_f_below_half),
+    "fltrust": Rule(defences.fltrust, rules.any_f, LENGTHS, frozenset({"root"})),
+    "cosine_history": Rule(defences.cosine_history, rules.max_f_below_half, LENGTHS),
+    "class_norms": Rule(defences.class_norms, rules.max_f_below_half, LENGTHS, frozenset({"classes"})),
+    "foolsgold": Rule(defences.foolsgold, rules.any_f, LENGTHS | {"minority"}, frozenset({"classes"})),
+    "flame": Rule(defences.flame, rules.any_f, LENGTHS, frozenset({"noise"})),
+    "spectral": Rule(defences.spectral, rules.max_f_below_half),
 }
 PRE: dict[str, Pre] = {
     "nnm": Pre(pre.nnm),
@@ -62,9 +74,69 @@ def is_known(name: str) -> bool:
     return name in RULES or name == "byzfl" or plugins.is_path(name)
 
 
+def needs(name: str) -> frozenset[str]:
+    """What a rule uses of `Seen`, of "root", "noise" and "classes"; nothing that is made up for it, of others."""
+    return RULES[name].needs if name in RULES else frozenset()
+
+
+def sees(name: str) -> bool:
+    """Whether a rule asks for what the server knows besides the updates, or keeps something between rounds."""
+    if name in RULES:
+        return bool(_asks(RULES[name].combine))
+    return plugins.is_path(name) and bool(_asks(plugins.load(name)))
+
+
 def is_builtin(name: str, pre: Sequence[PreEntry] = ()) -> bool:
     """Whether a rule and its pre-aggregators are of these tables; those of others may not run in threads."""
     return name in RULES and all((entry if isinstance(entry, str) else next(iter(entry))) in PRE for entry in pre)
+
+
+class Combine:
+    """A rule after its pre-aggregators, for a number of clients."""
+
+    def __init__(self, steps: Sequence[Callable[..., tuple[Tensor, Tensor]]], f: int, rule: "_Step", asks: set[str]):
+        """`asks` holds which of `seen` and `state` the rule has as arguments."""
+        self._steps, self._f, self._rule = steps, f, rule
+        self.keeps_state = "state" in asks
+        self.sees = bool(asks)
+
+    def __call__(
+        self, updates: Tensor, weights: Tensor, client_order: Tensor, seen: Seen = NOTHING, state: Any = None
+    ) -> Tensor:
+        """The aggregate alone; see `step`."""
+        return self.step(updates, weights, client_order, seen, state)[0]
+
+    def step(
+        self, updates: Tensor, weights: Tensor, client_order: Tensor, seen: Seen = NOTHING, state: Any = None
+    ) -> tuple[Tensor, Any]:
+        """The aggregate of a round, and what the rule needs of it in the next. No argument is changed.
+
+        Parameters
+        ----------
+        updates : (..., m, C, d) tensor
+        weights : (m,) tensor
+            The samples that each client used.
+        client_order : (m,) tensor
+            A random order of the clients, by which lots are drawn.
+        seen : Seen
+            What the server knows of the round besides.
+        state
+            What the round before has given; None in the first.
+
+        Returns
+        -------
+        aggregate : (..., C, d) tensor
+        state
+            A dict of tensors whose leading axes are those of the updates, of a user's rule whatever it gives; None of a
+            rule that keeps nothing.
+        """
+        for step in self._steps:
+            updates, weights = step(updates, weights, self._f, client_order)
+            client_order = client_order[client_order < len(weights)]  # still a random order, of those that remain
+        return self._rule(updates, weights, client_order, seen, state)
+
+
+_Step = Callable[[Tensor, Tensor, Tensor, Seen, Any], tuple[Tensor, Any]]
 
 
 def make(
@@ -81,7 +153,8 @@ def make(
     Parameters
     ----------
     name : str
-        One of `RULES`, `byzfl`, or the import path of a function `(updates, weights, f, **args)`.
+        One of `RULES`, `byzfl`, or the import path of a function `(updates, weights, f, **args)`; it may ask for `seen`
+        and for `state` too, see `Rule`.
     f : int
         How many clients may be malicious.
     m : int
@@ -108,25 +181,21 @@ def make(
     steps, remaining = _pre_aggregators(pre, f, m)
     if any(step.keywords.get("name") == "NNM" for step in steps) and rule == "CAF":
         raise InputError("strategy.rule=CAF never ends after NNM; use another rule or leave NNM out")
-    combine = _rule(name, f, remaining, args, rule)
-
-    def combined_rule(updates: Tensor, weights: Tensor, client_order: Tensor) -> Tensor:
-        """The aggregate by the rule of what the pre-aggregators make of the updates."""
-        for step in steps:
-            updates, weights = step(updates, weights, f, client_order)
-            client_order = client_order[client_order < len(weights)]  # still a random order, of those that remain
-        return combine(updates, weights, client_order)
-
-    return combined_rule
+    combine, asks = _rule(name, f, remaining, args, rule)
+    if "state" in asks and remaining != m:
+        raise InputError(
+            f"strategy={name} remembers clients, which strategy.pre makes {remaining} of {m}; leave bucketing out"
+        )
+    return Combine(steps, f, combine, asks)
 
 
-def _rule(name: str, f: int, m: int, args: Mapping[str, Any], byzfl_class: str | None) -> Combine:
-    """The function of a rule for m updates, without pre-aggregators."""
+def _rule(name: str, f: int, m: int, args: Mapping[str, Any], byzfl_class: str | None) -> tuple[_Step, set[str]]:
+    """A rule for m updates without pre-aggregators, and which of `seen` and `state` it has as arguments."""
     if name == "byzfl":
         if byzfl_class is None:
             raise InputError(f"strategy.rule is missing; give one of ByzFL's: {', '.join(byzfl.RULES)}")
         aggregator = byzfl.make(byzfl_class, byzfl.RULES, "strategy.rule", f, m, args)
-        return lambda updates, weights, client_order: aggregator(updates, client_order)
+        return lambda updates, weights, client_order, seen, state: (aggregator(updates, client_order), None), set()
     if name in RULES:
         max_f = RULES[name].max_f(m)
         if f > max_f:
@@ -134,23 +203,64 @@ def _rule(name: str, f: int, m: int, args: Mapping[str, Any], byzfl_class: str |
             raise InputError(f"strategy.f={f} is too many for strategy={name} of {m} clients; {way_out}")
         function = RULES[name].combine
         _check_names(function, name, "strategy.args", args)
-        _check_call(lambda: function(*_probe(m), f, **args), f"strategy.args of strategy={name}")
-        return lambda updates, weights, client_order: function(updates, weights, f, **args)
+        asks = _asks(function)
+        given = partial(_called, function, asks, f, args)
+        trial = Seen(root=lambda: torch.ones(1, 1, dtype=torch.float64))
+        _check_call(lambda: given(*_probe(m), trial, None), f"strategy.args of strategy={name}")
+        return lambda updates, weights, client_order, seen, state: given(updates, weights, seen, state), asks
     if plugins.is_path(name):
+        function = plugins.load(name)
+        asks = _asks(function)
         try:
-            signature(plugins.load(name)).bind(None, None, f, **args)
+            signature(function).bind(None, None, f, **args, **dict.fromkeys(asks))
         except TypeError as error:
             raise InputError(f"strategy.args of {name}: {error}; a rule takes updates, weights, f and these") from None
-        return lambda updates, weights, client_order: _user_rule(name, updates, weights, f, args)
+        users = partial(_user_rule, name, asks, f, args)
+        return lambda updates, weights, client_order, seen, state: users(updates, weights, seen, state), asks
     raise InputError(
         f"strategy.name={name} is not a strategy; known: {', '.join((*RULES, 'byzfl', 'flower'))}, or the import "
         "path of a function"
     )
 
 
-def _user_rule(name: str, updates: Tensor, weights: Tensor, f: int, args: Mapping[str, Any]) -> Tensor:
+def _asks(function: Callable[..., Any]) -> set[str]:
+    """Which of `seen` and `state` a function has as arguments."""
+    return _GIVEN & signature(function).parameters.keys()
+
+
+def _called(
+    function: Callable[..., Any],
+    asks: set[str],
+    f: int,
+    args: Mapping[str, Any],
+    updates: Tensor,
+    weights: Tensor,
+    seen: Seen,
+    state: Any,
+) -> tuple[Tensor, Any]:
+    """The aggregate of a function of the table, and its state."""
+    more = {name: value for name, value in (("seen", seen), ("state", state)) if name in asks}
+    found = function(updates, weights, f, **args, **more)
+    return found if "state" in asks else (found, None)
+
+
+def _user_rule(
+    name: str,
+    asks: set[str],
+    f: int,
+    args: Mapping[str, Any],
+    updates: Tensor,
+    weights: Tensor,
+    seen: Seen,
+    state: Any,
+) -> tuple[Tensor, Any]:
     """What a user's rule makes of copies of its input; RunError where it is no aggregate."""
-    made = plugins.call(name, updates.clone(), weights.clone(), f, **args)
+    more = {key: value for key, value in (("seen", seen), ("state", state)) if key in asks}
+    made = plugins.call(name, updates.clone(), weights.clone(), f, **args, **more)
+    if "state" in asks:
+        if not (isinstance(made, tuple) and len(made) == 2):
+            plugins.refuse(name, type(made).__name__, "wanted: a pair, the aggregate and the state for the next round")
+        made, state = made
     expected = (*updates.shape[:-3], *updates.shape[-2:])
     wanted = f"wanted: an aggregate of shape {expected}, real and finite where the updates are"
     if not isinstance(made, Tensor):
@@ -160,7 +270,7 @@ def _user_rule(name: str, updates: Tensor, weights: Tensor, f: int, args: Mappin
     broken = ~made.isfinite().flatten(-2).all(-1) & updates.isfinite().flatten(-3).all(-1)
     if broken.any():
         plugins.refuse(name, "NaN or infinity", wanted)
-    return made.to(updates)
+    return made.to(updates), state
 
 
 def _pre_aggregators(pre: Sequence[PreEntry], f: int, m: int) -> tuple[list[Any], int]:
@@ -194,7 +304,8 @@ def _byzfl_pre(
 
 def _check_names(function: Callable[..., Any], name: str, key: str, args: Mapping[str, Any]) -> None:
     """InputError where a function does not take arguments of these names."""
-    takes = [one.name for one in signature(function).parameters.values() if one.kind is Parameter.KEYWORD_ONLY]
+    parameters = signature(function).parameters.values()
+    takes = [one.name for one in parameters if one.kind is Parameter.KEYWORD_ONLY and one.name not in _GIVEN]
     unknown = [one for one in args if one not in takes]
     if unknown:
         raise InputError(f"{key}: {unknown[0]} is not an argument of {name}; it takes {', '.join(takes) or 'none'}")

@@ -237,13 +237,13 @@ def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: flo
     if m >= MANY:  # inner products cost as much as a few iterations without them, which may be all that it takes
         share, unfinished = _few_iterations(updates, tolerance, min(most, FEW))
         if not bool(unfinished.any()):
-            return _mean_by_shares(updates, share)
+            return mean_by_shares(updates, share)
     some = updates[unfinished]
     found, near = _weiszfeld(*products(some), tolerance, most)
     if bool(near.any()):  # where the median is nearly one of the updates, only products about it tell how near
         found[near] = _weiszfeld(*careful_products(some[near]), tolerance, most)[0]
     share[unfinished] = found
-    return _mean_by_shares(updates, share)
+    return mean_by_shares(updates, share)
 
 
 def _few_iterations(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
@@ -308,7 +308,7 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
     return share, (nearest < CLOSE * largest).squeeze(-1)
 
 
-def _mean_by_shares(updates: Tensor, share: Tensor) -> Tensor:
+def mean_by_shares(updates: Tensor, share: Tensor) -> Tensor:
     """The mean (..., C, d) by shares (..., m), in float64 where the precision of the updates might not hold a share."""
     if bool(((share > 0) & (share < TINY)).any()) and updates.dtype == torch.float32:
         return combined(updates.double(), share).to(updates)
@@ -409,15 +409,15 @@ def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None =
     ----------
     Sun et al. (2019). Can you really backdoor federated learning? arXiv 1911.07963 (with a fixed c).
     """
-    share, finite = _clip_shares(updates, c)
+    share, finite = clip_shares(updates, c)
     if not bool(finite.all()):
         updates = updates.where(finite[..., None, None], 0.0)
-    return _mean_by_shares(updates, share / share.shape[-1])
+    return mean_by_shares(updates, share / share.shape[-1])
 
 
 def clip(updates: Tensor, c: float | None) -> Tensor:
     """Updates scaled down to the norm c, by default to the median of their norms; those not finite become zero."""
-    share, finite = _clip_shares(updates, c)
+    share, finite = clip_shares(updates, c)
     if not bool(finite.all()):
         updates = updates.where(finite[..., None, None], 0.0)
     if bool((share < TINY).any()):
@@ -425,7 +425,7 @@ def clip(updates: Tensor, c: float | None) -> Tensor:
     return updates * share[..., None, None].to(updates)
 
 
-def _clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
+def clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
     """The factor (..., m) that scales each update down to the norm c, and which are finite, (..., m) of bool."""
     if c is not None and not c > 0:
         raise ValueError(f"c={c} must be above 0")

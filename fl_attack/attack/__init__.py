@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fl_attack import plugins
 from fl_attack.attack import gradients, labels
+from fl_attack.attack.adapt import PERCENTS, spread, worst
 from fl_attack.attack.budget import Memory, Refresh, Rounding, Scope, attacked_before, flip_allowance, select
 from fl_attack.attack.gradients import Updates
 from fl_attack.attack.labels import Proposal, Selection, View
@@ -18,6 +19,8 @@ from fl_attack.errors import InputError
 
 __all__ = [
     "ATTACKS",
+    "PERCENTS",
+    "Adapt",
     "Attack",
     "Goal",
     "Knowledge",
@@ -37,11 +40,14 @@ __all__ = [
     "flipped_target",
     "propose",
     "select",
+    "spread",
     "try_args",
+    "worst",
 ]
 
 Goal = Literal["untargeted", "targeted"]
 Knowledge = Literal["full", "honest", "noisy", "own"]
+Adapt = Literal["none", "rule"]
 
 
 class Attack(NamedTuple):
@@ -50,19 +56,23 @@ class Attack(NamedTuple):
     function: Callable[..., Any]  # View -> Proposal (labels) or Updates -> Tensor (updates), and arguments by name
     writes: Literal["labels", "updates"]
     uses: tuple[str, ...] = ()
+    tries: tuple[str, tuple[float, ...]] | None = None  # an argument, and values that adapting attackers try besides
 
 
 AIMED = ("goal", "knowledge", "target_path")
+FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 ATTACKS: dict[str, Attack] = {
     "greedy": Attack(labels.greedy, "labels", (*AIMED, "selection")),
     "random_flip": Attack(labels.random_flip, "labels"),
     "static_flip": Attack(labels.static_flip, "labels"),
     "confidence_flip": Attack(labels.confidence_flip, "labels"),
-    "sign_flip": Attack(gradients.sign_flip, "updates"),
+    "sign_flip": Attack(gradients.sign_flip, "updates", (), ("scale", FACTORS)),
     "gaussian": Attack(gradients.gaussian, "updates"),
-    "ipm": Attack(gradients.ipm, "updates"),
-    "alie": Attack(gradients.alie, "updates"),
+    "ipm": Attack(gradients.ipm, "updates", (), ("epsilon", FACTORS)),
+    "alie": Attack(gradients.alie, "updates", (), ("z", (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0))),
     "mimic": Attack(gradients.mimic, "updates"),
+    "minmax": Attack(gradients.minmax, "updates"),
+    "minsum": Attack(gradients.minsum, "updates"),
     "gradient_max": Attack(gradients.gradient_max, "updates", AIMED),
 }
 

@@ -7,11 +7,13 @@ place of their update. Updates are gradients, m clients, each (C, d); leading ax
 import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Lazy = Callable[[], Tensor]
+Perturbation = Literal["std", "unit", "sign"]
 
 
 class Updates:
@@ -114,3 +116,102 @@ def gradient_max(view: Updates) -> Tensor:
     norm = v.flatten(-2).norm(dim=-1)[..., None, None]
     own = view.updates.flatten(-2).norm(dim=-1)[..., None, None]
     return v.mul(-own / norm.where(norm > 0, 1.0))
+
+
+def minmax(view: Updates, *, perturbation: Perturbation = "std") -> Tensor:
+    """The honest mean pushed as far as no honest update is farther away than two honest ones are from each other.
+
+    All send `mean + gamma p`, with the largest gamma for which `max_i |mean + gamma p - u_i|` is at most
+    `max_ij |u_i - u_j|` over the honest updates. The paper looks for gamma by halving steps; here it is solved for.
+
+    Parameters
+    ----------
+    view : Updates
+        The round.
+    perturbation : {"std", "unit", "sign"}
+        p is minus the standard deviation of the honest updates coordinate by coordinate, minus the unit vector along
+        their mean, or minus its signs.
+
+    Returns
+    -------
+    (..., 1, C, d) tensor
+
+    Raises
+    ------
+    ValueError
+        Where there is no such perturbation.
+
+    References
+    ----------
+    Shejwalkar, Houmansadr (2021). Manipulating the Byzantine. https://doi.org/10.14722/ndss.2021.24498.
+    """
+    p = _perturbation(view, perturbation)
+    away, apart = (view.mean - view.updates).flatten(-2).double(), _apart(view)
+    allowed = apart.masked_fill(~(view.honest.unsqueeze(-1) & view.honest.unsqueeze(-2)), 0.0).amax((-2, -1))
+    # |a_i + gamma p|^2 <= D^2 is a square inequality of each honest client's, whose larger root is its gamma
+    a, b = p.square().sum(-1, keepdim=True), (away * p.unsqueeze(-2)).sum(-1)
+    spare = allowed.unsqueeze(-1) - away.square().sum(-1)
+    root = (b.square() + a * spare).clamp(min=0).sqrt()
+    gamma = ((root - b) / a.where(a > 0, torch.inf)).masked_fill(~view.honest, torch.inf).amin(-1)
+    return _pushed(view, p, gamma)
+
+
+def minsum(view: Updates, *, perturbation: Perturbation = "std") -> Tensor:
+    """The honest mean pushed as far as it is no farther from all honest updates than one of them is.
+
+    As `minmax`, with `sum_i |mean + gamma p - u_i|^2` at most `max_i sum_j |u_i - u_j|^2`.
+
+    Parameters
+    ----------
+    view : Updates
+        The round.
+    perturbation : {"std", "unit", "sign"}
+        As of `minmax`.
+
+    Returns
+    -------
+    (..., 1, C, d) tensor
+
+    Raises
+    ------
+    ValueError
+        Where there is no such perturbation.
+
+    References
+    ----------
+    Shejwalkar, Houmansadr (2021). Manipulating the Byzantine. https://doi.org/10.14722/ndss.2021.24498.
+    """
+    p, honest = _perturbation(view, perturbation), view.honest.double()
+    away = (view.mean - view.updates).flatten(-2).double().square().sum(-1)
+    summed = (_apart(view) * honest.unsqueeze(-2)).sum(-1)
+    spare = (summed * honest).amax(-1) - (away * honest).sum(-1)  # the mean's own differences cancel in the sum
+    a = honest.sum(-1) * p.square().sum(-1)
+    return _pushed(view, p, (spare.clamp(min=0) / a.where(a > 0, torch.inf)).sqrt())
+
+
+def _perturbation(view: Updates, name: Perturbation) -> Tensor:
+    """The direction (..., C d) in which `minmax` and `minsum` push the honest mean, in float64."""
+    mean = view.mean.flatten(-3).double()
+    if name == "std":
+        return -view.deviation.flatten(-3).double()
+    if name == "unit":
+        norm = mean.norm(dim=-1, keepdim=True)
+        unit: Tensor = -mean / norm.where(norm > 0, 1.0)
+        return unit
+    if name == "sign":
+        return -mean.sign()
+    raise ValueError(f"perturbation={name} is not known; use std, unit or sign")
+
+
+def _apart(view: Updates) -> Tensor:
+    """Squared distances (..., m, m) between what all clients would send, in float64."""
+    whole = (view.updates - view.mean).flatten(-2).double()
+    gram = whole @ whole.mT
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    found: Tensor = (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram).clamp(min=0)
+    return found
+
+
+def _pushed(view: Updates, p: Tensor, gamma: Tensor) -> Tensor:
+    """The honest mean plus gamma (...) times p (..., C d), (..., 1, C, d)."""
+    return view.mean + (gamma[..., None] * p).view(view.mean.shape).to(view.mean)

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from fl_attack import targets
+from fl_attack import adaptive, aggregate, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.engine import groups, linear, sequential, stacked
 from fl_attack.engine.outcome import Outcome
@@ -143,5 +143,7 @@ def cells_at_once(cell: Scenario) -> int:
 
 def is_linear(cell: Scenario) -> bool:
     """Whether the matrix products of a linear model are all that the rounds of a cell take."""
-    remembers = cell.settings.attacked and cell.settings.attack.remembers
-    return cell.model.linear and not cell.settings.worker_momentum and not remembers
+    settings = cell.settings
+    remembers = settings.attacked and settings.attack.remembers
+    more = settings.sanitize.name != "none" or adaptive.searches(cell) or aggregate.sees(settings.strategy.name)
+    return cell.model.linear and not (settings.worker_momentum or remembers or more)

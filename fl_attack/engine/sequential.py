@@ -6,11 +6,12 @@ ways are held to. Else the mean of label attacks is one gradient over the union 
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-from fl_attack import adversary, protocol
+from fl_attack import adaptive, adversary, protocol
 from fl_attack.checkpoint import Checkpoint, State
 from fl_attack.engine.outcome import Outcome
 from fl_attack.errors import RunError
@@ -57,6 +58,7 @@ def run(
     theta = epoch_theta = recorder.history.theta
     state, momenta, rule = protocol.initial_state(theta), cell.momenta(theta), cell.rule()
     together = not client_by_client and mean_is_enough(cell)
+    remembered = None  # what the server's rule keeps between rounds
     stored, error = NO_FLIPS, None
     kept = checkpoint.load() if checkpoint else None
     if kept:
@@ -65,6 +67,7 @@ def run(
         theta, epoch_theta, momenta.table = (kept[name].to(device) for name in ("theta", "epoch_theta", "momenta"))
         first, second = (part.to(device) for part in kept["optimizer"][1:])
         state = protocol.ServerState(kept["optimizer"][0], first, second)
+        remembered = aggregate_state(kept["rule"], device)
         stored = Flips(kept["stored"]["samples"], kept["stored"]["labels"], 0)
         progress(recorder.round)
     started = time.perf_counter() - recorder.history.seconds
@@ -72,9 +75,9 @@ def run(
     def reached() -> State:
         """The state of the run after the last round, as `checkpoint.load` gives it back."""
         recorder.history.seconds = time.perf_counter() - started
-        parts = {"theta": theta, "epoch_theta": epoch_theta, "momenta": momenta.table, "optimizer": tuple(state)}
         standing = {"samples": stored.samples, "labels": stored.labels}
-        return {"recorder": recorder.state(), "stored": standing, **parts}
+        parts = {"theta": theta, "epoch_theta": epoch_theta, "momenta": momenta.table, "optimizer": tuple(state)}
+        return {"recorder": recorder.state(), "stored": standing, "rule": remembered, **parts}
 
     def outcome() -> Outcome:
         history = recorder.history
@@ -89,20 +92,24 @@ def run(
             if adversary.epoch_start(cell, round_) == round_:
                 epoch_theta = theta
             measured = full_rows and (round_ % settings.eval_every == 0 or round_ == settings.rounds)
-            flips = adversary.flips(cell, theta, round_, epoch_theta, stored)
-            stored = adversary.remembered(cell, round_, stored, flips)
             clients = cell.schedule.participants(round_)
+            before = momenta.of(clients)
+            server = adaptive.Server(rule, remembered, before)
+            flips = adaptive.flips(cell, theta, round_, server, epoch_theta, stored)
+            stored = adversary.remembered(cell, round_, stored, flips)
             updates = None
             if together and not (measured and settings.attacked):
                 aggregate = mean_gradient(cell, theta, round_, flips)
             else:
-                before = momenta.of(clients)
                 honest = adversary.updates(cell, theta, round_, flips, before)
                 momenta.note(clients, honest)
-                updates = adversary.crafted(cell, theta, round_, honest)
+                updates = adaptive.crafted(cell, theta, round_, honest, server)
                 order = torch.from_numpy(protocol.shuffled(settings.seed, round_, len(clients)))
                 weights = torch.from_numpy(cell.schedule.sizes[clients])
-                aggregate = rule(updates, weights.to(theta.device), order.to(theta.device))
+                seen = cell.seen(round_, theta)
+                aggregate, remembered = rule.step(
+                    updates, weights.to(theta.device), order.to(theta.device), seen, remembered
+                )
             lr = cell.lr(round_)
             theta, state = protocol.server_step(settings.server_optimizer, theta, aggregate, lr, state)
             recorder.record(round_, theta, aggregate if full_rows else None, flips, updates if full_rows else None)
@@ -124,4 +131,12 @@ def mean_is_enough(cell: Scenario) -> bool:
     """Whether the mean of what clients send is the gradient of the union of their minibatches."""
     settings = cell.settings
     labels = not settings.attacked or settings.attack.writes == "labels"
-    return settings.strategy.averages and labels and settings.local_steps == 1 and not settings.worker_momentum
+    one = settings.local_steps == 1 and not settings.worker_momentum and settings.sanitize.name == "none"
+    return settings.strategy.averages and labels and one
+
+
+def aggregate_state(state: Any, device: torch.device | str) -> Any:
+    """What a rule remembers, its tensors on a device."""
+    if not isinstance(state, dict):
+        return state
+    return {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in state.items()}

@@ -14,7 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fl_attack import adversary, protocol, scenario
+from fl_attack import adaptive, adversary, aggregate, protocol, scenario
 from fl_attack.errors import RunError
 from fl_attack.federation import wire
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
@@ -30,16 +30,24 @@ class OmniscientHook:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
+        self._rule: aggregate.Combine | None = None
         self._known: dict[str, tuple[tuple[int, bytes], Any]] = {}
 
     def flips(self, asked: wire.Request) -> Flips:
         """The labels that all malicious clients together write in a round."""
         scenario, theta, round_, stored = self.scenario, asked.theta, asked.round_, asked.stored
+        server = self._server(asked)
 
         def flips() -> Flips:
-            return adversary.flips(scenario, theta, round_, asked.epoch_theta, stored)
+            return adaptive.flips(scenario, theta, round_, server, asked.epoch_theta, stored)
 
         return self._once("flips", round_, theta, flips, stored)
+
+    def _server(self, asked: wire.Request) -> adaptive.Server:
+        """What the attackers know of the server in a round."""
+        if self._rule is None:
+            self._rule = self.scenario.rule()
+        return adaptive.Server(self._rule, asked.rule, asked.momentum)
 
     def updates(self, asked: wire.Request) -> tuple[Tensor, Tensor]:
         """The updates that all clients of a round would send honestly, and those that they send, (m, A, B) each."""
@@ -47,7 +55,7 @@ class OmniscientHook:
 
         def crafted() -> tuple[Tensor, Tensor]:
             honest = adversary.updates(scenario, theta, round_, momenta=asked.momentum)
-            return honest, adversary.crafted(scenario, theta, round_, honest)
+            return honest, adaptive.crafted(scenario, theta, round_, honest, self._server(asked))
 
         return self._once("updates", round_, theta, crafted)
 
@@ -81,7 +89,8 @@ class HonestClient:
             return wire.Answer(moved, self.client, weight, flips)
         assert asked.momentum is not None
         lr = own.lr(asked.round_)
-        after = protocol.with_momentum(own.settings.worker_momentum, asked.momentum[0], (theta - moved) / lr)
+        place = np.searchsorted(own.schedule.participants(asked.round_), self.client) if len(asked.momentum) > 1 else 0
+        after = protocol.with_momentum(own.settings.worker_momentum, asked.momentum[place], (theta - moved) / lr)
         return wire.Answer(theta - lr * after, self.client, weight, flips, after)
 
 
@@ -166,7 +175,8 @@ def _on(asked: wire.Request, device: str) -> wire.Request:
     """A request with its parameters on a device."""
     moved = (None if part is None else part.to(device) for part in (asked.epoch_theta, asked.momentum))
     epoch_theta, momentum = moved
-    return asked._replace(theta=asked.theta.to(device), epoch_theta=epoch_theta, momentum=momentum)
+    rule = None if asked.rule is None else {name: part.to(device) for name, part in asked.rule.items()}
+    return asked._replace(theta=asked.theta.to(device), epoch_theta=epoch_theta, momentum=momentum, rule=rule)
 
 
 @client_app.query()

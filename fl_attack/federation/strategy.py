@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy import concatenate, int64
 
-from fl_attack import adversary, checkpoint, protocol
+from fl_attack import adaptive, adversary, checkpoint, protocol
 from fl_attack.checkpoint import State
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation import wire
@@ -30,6 +30,7 @@ class RuleStrategy(FedAvg):
         self.aggregate = scenario.start()  # the aggregated gradient of the last round
         self._theta = scenario.start()
         self._state = protocol.initial_state(self._theta)
+        self.remembered: Any = None  # what the rule keeps between rounds
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -40,7 +41,10 @@ class RuleStrategy(FedAvg):
         weights = torch.tensor([answer.weight for answer in answers])
         client_order = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(answers)))
         lr = self.scenario.lr(server_round)
-        self.aggregate = self.rule((self._theta - moved) / lr, weights, client_order)
+        seen = self.scenario.seen(server_round, self._theta)
+        self.aggregate, self.remembered = self.rule.step(
+            (self._theta - moved) / lr, weights, client_order, seen, self.remembered
+        )
         self._theta, self._state = protocol.server_step(
             self.settings.server_optimizer, self._theta, self.aggregate, lr, self._state
         )
@@ -48,11 +52,12 @@ class RuleStrategy(FedAvg):
 
     def state(self) -> State:
         """The state that the rounds to come need of those gone by."""
-        return {"theta": self._theta, "optimizer": tuple(self._state)}
+        return {"theta": self._theta, "optimizer": tuple(self._state), "rule": self.remembered}
 
     def restore(self, state: State) -> None:
         """Be as the strategy was whose `state` this is."""
         self._theta, self._state = state["theta"], protocol.ServerState(*state["optimizer"])
+        self.remembered = state["rule"]
 
 
 def state_of(strategy: Strategy) -> State:
@@ -113,6 +118,13 @@ class WatchedStrategy(Strategy):
                 self._epoch_theta = wire.pack(self.recorder.history.theta, raw=True)
             for message in messages:  # the strategy may have given the same content to all
                 message.content[wire.EPOCH_THETA] = self._epoch_theta
+        remembered = getattr(self.strategy, "remembered", None)
+        if remembered is not None and adaptive.searches(scenario):
+            parts = remembered.values() if isinstance(remembered, dict) else [None]
+            if not all(isinstance(part, torch.Tensor) for part in parts):
+                raise RunError("attack.adapt=rule needs a rule whose state is a dict of tensors; this one's is another")
+            for message in messages:
+                message.content[wire.RULE] = wire.state_record(remembered)
         if scenario.settings.attacked and scenario.settings.attack.remembers:
             assert self.client_of is not None
             for message in messages:
@@ -131,7 +143,8 @@ class WatchedStrategy(Strategy):
         """The record of the momentum for a client: its own, or for an attacker on updates those of all of the round."""
         scenario = self.recorder.scenario
         settings = scenario.settings
-        knows_all = settings.attacked and settings.attack.writes == "updates" and client in scenario.partition.malicious
+        uses_all = settings.attacked and (settings.attack.writes == "updates" or adaptive.searches(scenario))
+        knows_all = uses_all and client in scenario.partition.malicious
         momenta = self._momenta.of(scenario.schedule.participants(round_) if knows_all else [client])
         assert momenta is not None
         return wire.momentum_record(momenta)

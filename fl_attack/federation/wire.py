@@ -16,7 +16,7 @@ from torch import Tensor
 from fl_attack.scenario import NO_FLIPS, Flips
 
 ARRAYS, CONFIG, METRICS, FLIPS, EPOCH_THETA = "arrays", "config", "metrics", "flips", "epoch_theta"
-MOMENTUM, STORED = "momentum", "stored"
+MOMENTUM, STORED, RULE = "momentum", "stored", "rule"
 SETTINGS, ROUND = "settings", "server-round"  # the round is put in by Flower's strategies themselves
 WEIGHT, CLIENT = "num-examples", "client"
 # The bytes of the array alone: Flower's own format parses a numpy file header in every message, a quarter of a small
@@ -32,8 +32,9 @@ class Request(NamedTuple):
     round_: int
     settings: str  # JSON
     epoch_theta: Tensor | None  # theta at the start of the epoch, where attackers choose by epoch
-    momentum: Tensor | None  # the client's (1, A, B), or for attackers on updates those of all of the round (m, A, B)
+    momentum: Tensor | None  # the client's (1, A, B), or for attackers who use them those of all of the round (m, A, B)
     stored: Flips = NO_FLIPS  # what stands in the attackers' data, of all of them, where flips stay there
+    rule: dict[str, Tensor] | None = None  # what the server's rule remembers, for attackers who know it
 
 
 class Answer(NamedTuple):
@@ -94,7 +95,8 @@ def read_request(content: Any) -> Request:
     if STORED in content:
         samples, labels = (np.frombuffer(content[STORED][key], np.int64) for key in ("samples", "labels"))
         stored = Flips(samples, labels, 0)
-    return Request(theta, raw, int(config[ROUND]), config[SETTINGS], epoch_theta, momentum, stored)
+    rule = _state(content[RULE]) if RULE in content else None
+    return Request(theta, raw, int(config[ROUND]), config[SETTINGS], epoch_theta, momentum, stored, rule)
 
 
 def stored_record(stored: Flips) -> ConfigRecord:
@@ -105,6 +107,21 @@ def stored_record(stored: Flips) -> ConfigRecord:
 def momentum_record(momentum: Tensor) -> ConfigRecord:
     """Momenta in float64 as a record; no `ArrayRecord`, of which Flower's strategies allow one to a reply."""
     return ConfigRecord({"values": momentum.numpy().tobytes()})
+
+
+def state_record(state: dict[str, Tensor]) -> ConfigRecord:
+    """What a rule remembers as a record."""
+    parts: dict[str, Any] = {}
+    for name, part in state.items():
+        parts[f"{name}.shape"] = list(part.shape)
+        parts[f"{name}.values"] = part.double().numpy().tobytes()
+    return ConfigRecord(parts)
+
+
+def _state(record: ConfigRecord) -> dict[str, Tensor]:
+    """What a rule remembers, of a record of `state_record`."""
+    names = [key.removesuffix(".values") for key in record if key.endswith(".values")]
+    return {name: _numbers(record[f"{name}.values"]).view(list(record[f"{name}.shape"])) for name in names}  # type: ignore[arg-type]
 
 
 def _numbers(values: bytes) -> Tensor:

@@ -50,6 +50,13 @@ class Model(ABC):
     def theta_of(self, state: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
         """The opposite of `state`; KeyError or ValueError where a parameter is missing or has another shape."""
 
+    def by_class(self, updates: Tensor) -> Tensor:
+        """The rows (..., classes, width) of the last layer in updates (..., A, B); one row of a binary model.
+
+        InputError where there is no last layer with a row for each class.
+        """
+        return updates
+
     def residuals(self, Z: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
         """Derivative of the sum of the samples' losses by the logits, (n, C)."""
         return outputs.residuals(self.loss, Z, y, w)

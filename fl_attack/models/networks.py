@@ -44,7 +44,7 @@ class Network(Model):
         loss: outputs.LossTable = outputs.cross_entropy,
     ) -> None:
         """InputError where the module can't be built, or is no function of its parameters and of one sample."""
-        self.name = name
+        self.name, self.classes = name, classes
         module = _built(build, inputs, classes, seed, name, args or {})
         trained = {key: value for key, value in module.named_parameters() if value.requires_grad}
         if not trained:
@@ -91,6 +91,17 @@ class Network(Model):
                 raise ValueError(f"{name} has shape {part.shape}; {tuple(shape)} is needed")
             parts.append(part.ravel())
         return np.concatenate(parts)[None]
+
+    def by_class(self, updates: Tensor) -> Tensor:
+        """See `Model.by_class`: the last weight with a row for each class, and its bias if one follows."""
+        parts = updates[..., 0, :].split([math.prod(shape) for shape in self.sizes.values()], -1)
+        rows = list(zip(self.sizes.values(), parts, strict=True))
+        last = [i for i, (shape, _) in enumerate(rows) if len(shape) > 1 and shape[0] == self.classes]
+        if not last:
+            raise InputError(f"model.name={self.name} has no last layer with a row for each of {self.classes} classes")
+        bias = last[-1] + 1 < len(rows) and rows[last[-1] + 1][0] == (self.classes,)
+        found = [part.unflatten(-1, (self.classes, -1)) for _, part in rows[last[-1] : last[-1] + 1 + bias]]
+        return torch.cat(found, -1)
 
     def _here(self, theta: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
         """A module of this thread's own, since `functional_call` puts parameters into it; and what is not trained."""

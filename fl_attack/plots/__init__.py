@@ -14,6 +14,7 @@ import yaml
 
 from fl_attack.errors import InputError
 from fl_attack.folder import TABLE
+from fl_attack.plots.arms import arms
 from fl_attack.plots.by_budget import budget, spread
 from fl_attack.plots.by_column import columns
 from fl_attack.plots.by_round import curves, curves_of, rounds
@@ -26,6 +27,7 @@ __all__ = [
     "PLOTS",
     "all_asked",
     "all_of_sweep",
+    "arms",
     "asked",
     "budget",
     "columns",
@@ -72,6 +74,7 @@ PLOTS: dict[str, Callable[..., list[Path]]] = {
     "matrix": matrix,
     "harm": harm,
     "networks": networks,
+    "arms": arms,
     "rounds": rounds,
     "all": all_of_sweep,
 }
