@@ -320,6 +320,6 @@ SOURCES = {
     "cifar100": Source("root", lambda root: _fetched("CIFAR100", CIFAR100_FILES, root), _read_cifar100),
     "svhn": Source("root", lambda root: _fetched("SVHN", SVHN_FILES, root), _read_svhn),
     "npz": Source("path", lambda file: [file], _read_npz),
-    "hf": Source("path", hugging_face.files, _read_hf),
     "image_folder": Source("path", lambda folder, channels: _under(folder), _read_image_folder, option="channels"),
+    "hf": Source("path", hugging_face.files, _read_hf),
 }
