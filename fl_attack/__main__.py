@@ -38,6 +38,10 @@ def main() -> None:
     if "--version" in sys.argv[1:]:
         print(f"fl-attack {__version__}")
         return
+    if sys.argv[1:2] == ["report"]:
+        from fl_attack import report
+
+        sys.exit(report.main(sys.argv[2:]))
     wants_traceback = os.environ.get(TRACEBACK, "0") not in ("", "0")
     signal.signal(signal.SIGTERM, _terminated)
     os.environ[TRACEBACK] = "1"  # Hydra then hands its errors on instead of printing several lines itself

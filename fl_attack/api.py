@@ -2,7 +2,6 @@
 
 import itertools
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from fl_attack.config import Settings
 
 __all__ = ["execute", "load", "run", "sweep"]
-_composing = threading.Lock()  # Hydra composes one at a time: its state is global
 
 
 def run(*overrides: str, **keys: Any) -> Result:
@@ -55,8 +53,7 @@ def run(*overrides: str, **keys: Any) -> Result:
     if as_multirun(given)[:1] == ["-m"]:
         raise InputError("an experiment is a grid: use sweep(...), not run(...)")
     with _place(given) as (out, in_memory):
-        with _composing:
-            settings = compose(*given, *out)
+        settings = compose(*given, *out)
         with _kept_in_memory(in_memory):
             execute(settings)
         return _of(Path(settings.out), in_memory)
@@ -91,8 +88,7 @@ def sweep(*overrides: str, grid: Mapping[str, Iterable[Any]] | None = None, **ke
     given = [*_written(overrides, keys), *(_choices(key, values) for key, values in (grid or {}).items())]
     as_multirun(given)
     with _place(given) as (out, in_memory):
-        with _composing:
-            cells = launcher.grid(*given, *out)
+        cells = launcher.grid(*given, *out)
         with _kept_in_memory(in_memory), _no_exit("sweep"):
             folder = multirun.run(cells)
         return _of(folder, in_memory)
@@ -165,7 +161,8 @@ def _place(given: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
         yield [], False
         return
     with tempfile.TemporaryDirectory(prefix="fl-attack-") as folder:
-        yield [written("out", folder)], True
+        shown = any(one.lstrip("+").startswith("report=") for one in given)
+        yield [written("out", folder), *([] if shown else ["report=false"])], True
 
 
 @contextmanager

@@ -6,7 +6,7 @@ The defaults stand in `conf/`, one commented YAML file a group; here stands what
 import math
 import re
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -18,7 +18,7 @@ from fl_attack import __version__, attack, models
 from fl_attack.aggregate import RULES, is_known, needs
 from fl_attack.attack import Adapt, Goal, Knowledge, Memory, Refresh, Rounding, Scope, Selection
 from fl_attack.errors import InputError
-from fl_attack.overrides import completed, conf_folder, did_you_mean, explain, unknown_key
+from fl_attack.overrides import completed, composing, conf_folder, did_you_mean, explain, unknown_key, written
 from fl_attack.protocol import LrSchedule, Optimizer
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -279,6 +279,7 @@ class Settings(Strict):
     out: Annotated[str, Field(min_length=1)]
     overwrite: bool
     resume: bool = True
+    report: bool = True
     verbose: bool
 
     @property
@@ -405,12 +406,76 @@ def compose(*overrides: str) -> Settings:
     from hydra.errors import HydraException
 
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        with composing(), initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config = hydra_compose("config", overrides=completed(overrides))
         plain = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, overrides)) from None
     return settings_from(plain)
+
+
+def overrides_of(settings: Settings) -> list[str]:
+    """The overrides of which these settings come, but for those that say where results go: the shortest such list.
+
+    `compose(*overrides_of(settings))` gives the same settings.
+    """
+    groups = [f"{name}={_choice(name, getattr(settings, name).model_dump(mode='json'))}" for name in GROUPS]
+    usual = leaves_of(_composed_plainly(tuple(groups)))
+    default = {override for override in groups if override in _default_groups()}
+    clients = {"clients.total"}  # follows from the others
+    changed = [
+        written(key, value)
+        for key, value in leaves_of(settings).items()
+        if key not in (clients | NOT_TOLD) and value != usual.get(key)
+    ]
+    return [*(override for override in groups if override not in default), *changed]
+
+
+GROUPS = ("dataset", "partition", "model", "attack", "strategy", "engine")
+NOT_TOLD = {"out", "overwrite", "resume", "verbose", "report"}  # where results go, and how
+
+
+@cache
+def _composed_plainly(overrides: tuple[str, ...]) -> Settings:
+    """The settings that these choices of files give, values that must be given filled in."""
+    needed = ["strategy.path=given"] if "strategy=flower" in overrides else []
+    return compose(*overrides, *needed)
+
+
+@cache
+def _default_groups() -> frozenset[str]:
+    """The choices of files that are made where none is given, as overrides."""
+    text = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
+    return frozenset(f"{group}={choice}" for group, choice in re.findall(r"^  - (\w+): (\w+)$", text, re.M))
+
+
+def _choice(group: str, values: dict[str, Any]) -> str:
+    """The file of a group that is nearest to these values; one that sets the same name, if there is one."""
+
+    def distance(name: str) -> tuple[bool, int, str]:
+        made = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{name}.yaml"))
+        assert isinstance(made, dict)
+        own = "loader" if group == "dataset" else "name"
+        unlike = sum(values.get(str(key)) != value for key, value in made.items())
+        return made.get(own, name) != values.get(own), unlike, name
+
+    return min((file.stem for file in (conf_folder() / group).glob("*.yaml")), key=distance)
+
+
+def leaves_of(settings: Settings) -> dict[str, Any]:
+    """Every setting by its key, with dots; arguments of somebody's functions are one value."""
+    return _leaves(settings.model_dump(mode="json"))
+
+
+def _leaves(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """The values of a tree by their keys, with dots; what holds arguments of somebody's is a value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and key != "args":
+            found |= _leaves(value, f"{before}{key}.")
+        else:
+            found[before + key] = value
+    return found
 
 
 def settings_from(given: Any) -> Settings:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
-from fl_attack import engine, federation, folder, identity, plots, results, scenario, targets
+from fl_attack import engine, federation, folder, identity, plots, report, results, scenario, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import AttackSettings, Settings, without_effect
 from fl_attack.errors import Interrupted, RunError
@@ -59,6 +59,8 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
         results.write_config(place.work, attacked.settings)
         summaries = _run(attacked, place.work, runner)
         folder.settle(place)
+        if settings.report:
+            report.offer([place.out])
     return summaries
 
 

@@ -18,6 +18,7 @@ from fl_attack.errors import InputError
 
 Kind = Literal["run", "sweep"]
 SUMMARY, BASELINE, ROUNDS = "summary.json", "baseline", "rounds.csv"  # a run that has a summary is finished
+REPORT = "report.html"
 TABLE, CURVES, UNITS = "sweep.csv", "curves.npz", "units"  # a sweep that has a table and no units left is finished
 OF_RUN = (
     "config.yaml",
@@ -133,7 +134,7 @@ def _sweep_up(work: Path) -> None:
     """Remove what a killed process had begun to write; nobody else writes here."""
     for at in (work, work / BASELINE, work / UNITS):
         for file in at.glob(".*"):
-            if re.fullmatch(r"\..+\.(npz|csv|json|yaml|png|pdf)\.[0-9a-f]{8}", file.name):
+            if re.fullmatch(r"\..+\.(npz|csv|json|yaml|png|pdf|html)\.[0-9a-f]{8}", file.name):
                 file.unlink(missing_ok=True)
 
 
@@ -153,7 +154,7 @@ def settle(place: Place) -> None:
 def clear(folder: Path) -> None:
     """Remove the result in a folder, of whatever kind; other files stay."""
     patterns = FIGURES if holds(folder) == "sweep" else ()
-    for name in (SUMMARY, TABLE, *OF_RUN, STATE, CURVES):  # first what says that it is whole
+    for name in (SUMMARY, TABLE, *OF_RUN, STATE, CURVES, REPORT):  # first what says that it is whole
         (folder / name).unlink(missing_ok=True)
     for file in [file for pattern in patterns for file in folder.glob(pattern)]:
         file.unlink()

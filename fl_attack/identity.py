@@ -21,6 +21,7 @@ NOT_NUMBERS = {
     "launcher",
     "figures",
     "objective",
+    "report",
 }  # change no number
 # nor, where the fingerprint of the data is known, does the place of these
 ON_DATA: Mapping[str, bool | set[str]] = {

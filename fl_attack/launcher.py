@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fl_attack.errors import InputError, RunError
-from fl_attack.overrides import completed, conf_folder, explain, unknown_key
+from fl_attack.overrides import completed, composing, conf_folder, explain, unknown_key
 
 if TYPE_CHECKING:
     from fl_attack.config import Settings
@@ -189,7 +189,7 @@ def grid(*overrides: str) -> "list[Cell]":
     """The cells of a multirun with these overrides; InputError where one is wrong."""
     register()
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        with composing(), initialize_config_dir(str(conf_folder()), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
             config = loader.load_configuration("config", completed(overrides), RunMode.MULTIRUN)
             context = HydraContext(config_loader=loader, callbacks=Callbacks())

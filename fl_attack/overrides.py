@@ -3,7 +3,9 @@
 import difflib
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,22 @@ OPTIONS = (
 )
 
 
+_composing = threading.RLock()
 ON_MNIST = ("experiment=networks",)  # grids that take MNIST where dataset.root is given
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """One composes at a time, Hydra's state being global, and a program that runs under Hydra finds it as it was."""
+    from hydra.core.global_hydra import GlobalHydra  # not where only the client app is wanted
+
+    with _composing:
+        before = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = before
 
 
 def conf_folder() -> Path:

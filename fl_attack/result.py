@@ -69,6 +69,11 @@ class Result:
         return self._table("clients.csv", "run")
 
     @cached_property
+    def partition(self) -> dict[str, NDArray[Any]]:
+        """The `client` of each training sample, -1 where none has it, and the ids of `malicious` clients (of a run)."""
+        return self._arrays("partition.npz")
+
+    @cached_property
     def table(self) -> Any:
         """A row for each cell: its overrides, then its results (of a sweep)."""
         return self._table(places.TABLE, "sweep")
@@ -232,6 +237,11 @@ def column_of(texts: tuple[str, ...]) -> NDArray[Any]:
         except ValueError:
             continue
     return np.array(texts, object)
+
+
+def names_of(table: Any) -> list[str]:
+    """The names of the columns of a `frame`."""
+    return list(table.columns if hasattr(table, "columns") else table.dtype.names)
 
 
 def frame(columns: Mapping[str, NDArray[Any]]) -> Any:

@@ -35,6 +35,7 @@ RESULTS = (  # the columns of a sweep's table after the overrides
     "early_stop_accuracy",  # of the model that early stopping keeps; empty without it
     "final_f1",
     "final_loss",
+    "validation_loss",  # of that model on the server's validation split; empty without one
     *MEASURES,  # means over the rounds measured in which there was an attack; empty unless detectability=true
     "drop",  # final accuracy of the cell's unattacked twin less its own, where the sweep holds the twin
     "rounds_to_recover",  # rounds after the attack until the accuracy is again the twin's; likewise
@@ -59,6 +60,7 @@ NUMBERS = {  # columns that every sweep has: the label of their axis, and the fa
 }
 LABELS = NUMBERS | {  # the same for columns that only some sweeps fill
     "rounds_to_recover": ("rounds to recover (count)", 1),
+    "validation_loss": ("validation loss (nats)", 1),
     EFFECTIVE: ("effective budget (share of all labels used)", 1),
     "drop": ("drop of the final accuracy by the attack (points)", 100),
     "norm_auc": ("AUC of the norm (0.5: chance)", 1),
@@ -380,6 +382,29 @@ def read_curves(folder: Path) -> tuple[Floats, Floats]:
         with np.load(folder / CURVES, allow_pickle=False) as stored:
             return 100 * stored["accuracy"], stored["round"]
     except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder / CURVES} can't be read: {error}") from None
+
+
+def read_mistakes(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """The mistakes of each cell's model on parts of the test set, to count the test images in an interval.
+
+    Parameters
+    ----------
+    folder : Path
+        What a multirun left in its `out`.
+
+    Returns
+    -------
+    wrong : (cells, parts) array
+        Rows in the order of the column `cell` of the table.
+    images : (parts,) array
+        Test images in each part; None in place of both where an earlier version did not count them.
+    """
+    try:
+        with np.load(folder / CURVES, allow_pickle=False) as stored:
+            known = "wrong" in stored.files and len(stored["wrong"])
+            return (stored["wrong"], stored["images"]) if known else None
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder / CURVES} can't be read: {error}") from None
 
 

@@ -41,7 +41,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / ".mutate"
 EQUIVALENT = ROOT / "scripts" / "equivalent_mutants.yaml"
-COPIED = ("fl_attack", "conf", "tests", "scripts", "pyproject.toml", "README.md")
+COPIED = ("fl_attack", "conf", "tests", "scripts", "pyproject.toml", "README.md", "docs", "mkdocs.yml")
 LIBRARIES = (
     "torch",
     "numpy",

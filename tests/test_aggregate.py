@@ -383,7 +383,7 @@ def test_krum_with_one_more_neighbour_is_byzfls() -> None:
         ours = rule("krum", f=1)(u)[0].flatten().numpy()  # m - 1 - 2 neighbours are their m - 2 - 1
         np.testing.assert_allclose(ours, theirs(u[0].flatten(1).numpy()))
         differing += not np.allclose(rule("krum", f=2)(u)[0].flatten().numpy(), ours)
-    assert differing  # so that the table in the README is no idle talk
+    assert differing  # so that the table in docs/rules.md is no idle talk
 
 
 @pytest.mark.parametrize(("tau", "iterations"), [(0.5, 1), (2.0, 4), (1000.0, 2)])
@@ -412,7 +412,7 @@ def test_byzfls_geometric_median_comes_to_ours_with_its_steps() -> None:
     distances_to_ours = [np.linalg.norm(found - ours) for found in theirs]
     assert (
         distances_to_ours[1] < 1e-6 < distances_to_ours[0]
-    )  # three are its own choice: a row of the table in the README
+    )  # three are its own choice: a row of the table in docs/rules.md
 
 
 @pytest.mark.parametrize("f", [1, 3])

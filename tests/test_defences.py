@@ -377,11 +377,12 @@ def test_clients_of_flower_go_the_same_way(settings: Compose, small_data: Small,
     check_same(recorder.history, sequential.run(cell))
 
 
-@pytest.mark.parametrize("grid", ["block", "stock"])
-def test_so_they_do_on_every_grid(settings: Compose, small_data: Small, shared_ray: None, grid: str) -> None:
-    cell = made(settings, small_data(3), "engine=flower", f"engine.grid={grid}", "rounds=3", *EVERYWHERE["history"])
+@pytest.mark.slow
+def test_so_they_do_on_ray(settings: Compose, small_data: Small) -> None:
+    cell = made(settings, small_data(3), "engine=flower", "rounds=3", *EVERYWHERE["history"])
     recorder = Recorder(cell)
-    federation.run(lambda grid: start(grid, recorder), cell.settings)
+    with federation.ray_session(None, verbose=False), grids.BlockGrid(client_app, 7, actors=2, cpus_each=0.5) as grid:
+        start(grid, recorder)
     check_same(recorder.history, sequential.run(cell))
 
 

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from flwr.serverapp import Grid
 from fl_attack import engine, federation, scenario, targets
 from fl_attack.config import Settings, StrategySettings
 from fl_attack.errors import InputError, RunError
+from fl_attack.federation import wire
 from fl_attack.federation.client import HonestClient, MaliciousClient, OmniscientHook, client_app
 from fl_attack.federation.grid import BlockGrid
 from fl_attack.federation.session import ray_session
-from fl_attack.federation.strategy import start
+from fl_attack.federation.strategy import complete, start
 from fl_attack.federation.wire import Request
 from fl_attack.history import History, Recorder
 
@@ -271,6 +273,17 @@ def test_a_round_that_misses_a_client_is_not_averaged_over(
     chosen = settings(*small_data(3), *COMMON, "batch_size=40")
     with pytest.raises(RunError, match="round 1 failed: 7 clients were asked, 6 answered"):
         federate(chosen, Forgetful(grid, twice))  # type: ignore[arg-type]
+
+
+def test_a_reply_given_twice_in_a_complete_round_is_not_averaged_over() -> None:
+    def reply(client: int) -> Message:
+        return SimpleNamespace(has_error=lambda: False, content=wire.introduction(client))  # type: ignore[return-value]
+
+    assert [wire.client_of(one.content) for one in complete([reply(2), reply(0), reply(1)], 3, 4)] == [0, 1, 2]
+    with pytest.raises(RunError, match="round 4 failed: client 1 answered more than once"):
+        complete([reply(client) for client in (0, 1, 2, 1)], 3, 4)
+    with pytest.raises(RunError, match="round 4 failed: 3 clients were asked, 2 answered"):
+        complete([reply(client) for client in (0, 1, 1)], 3, 4)
 
 
 def test_a_diverging_run_stops_and_keeps_its_rounds(settings: Compose, small_data: Small, grid: BlockGrid) -> None:

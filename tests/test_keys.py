@@ -110,6 +110,7 @@ CHANGES: dict[str, Change] = {
     "figures": Change("figures=[[harm]]", numbers=False),
     "objective": Change("objective=final_f1", numbers=False),
     "launcher": Change("launcher=ray", numbers=False),
+    "report": Change("report=false", numbers=False),
     "out": Change("out=elsewhere", numbers=False),
     "overwrite": Change("overwrite=true", numbers=False),
     "resume": Change("resume=false", numbers=False),

@@ -18,8 +18,8 @@ from fl_attack.replication import __main__ as replicate
 from fl_attack.replication import claims, extensions, figures, findings, gradients, plan, report, statistics
 from fl_attack.replication.cells import read, with_drops
 from fl_attack.replication.claims import CLAIMS, LEAST_EFFECT
-from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Rule, overall
-from fl_attack.sweep_table import Cells, Interval, jackknife_interval, mean_interval
+from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Evidence
+from fl_attack.sweep_table import Cells, jackknife_interval, mean_interval
 
 RUNS = [run for kind in (plan._quick, plan._whole) for source in plan.sources(True, None) for run in kind(source)]
 
@@ -28,9 +28,11 @@ def table(rows: list[dict[str, object]]) -> Cells:
     """Cells of these rows; what they leave out is usual."""
     usual = {"k": 1.0, "b": 0.0, "goal": "untargeted", "seed": 0, "accuracy": 90.0, "f1": 90.0, "lr": 0.1}
     usual |= {"patience": "null", "optimizer": "sgd", "selection": "gain", "every": 1.0, "rounding": "carry"}
+    usual |= {"validation": 0.5, "effective": 0.0}
     full = [usual | row for row in rows]
     columns = {name: np.array([row[name] for row in full]) for name in usual}
-    columns["late"] = np.array([row.get("late", row["accuracy"]) for row in full])
+    for name in ("late", "minimum"):
+        columns[name] = np.array([row.get(name, row["accuracy"]) for row in full])
     return with_drops(columns | {"kb": np.round(columns["k"] * columns["b"], 9)})
 
 
@@ -44,41 +46,6 @@ def seeded(accuracy: Callable[[dict[str, object], np.random.Generator], float], 
 def verdicts(text: str, cells: Cells) -> dict[str, str]:
     (claim,) = [claim for claim in CLAIMS if text in claim.text]
     return {one.label: one.verdict for one in claims.measure(claim, cells)}
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (3.5, 8.0, REPLICATED),
-        (2.0, 8.0, PARTLY),
-        (0.5, 1.0, PARTLY),
-        (10.0, 12.0, PARTLY),
-        (-2.0, -1.0, NOT),
-        (-1.0, 1.0, NOT),
-        (-1.0, 5.0, NOISY),
-        (math.nan, math.nan, NOISY),
-    ],
-)
-def test_a_rule_of_a_size_decides_on_the_whole_interval(low: float, high: float, expected: str) -> None:
-    assert Rule(3.0, 9.0, side=0.0).verdict(Interval((low + high) / 2, low, high, 5)) == expected
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"), [(40, 50, REPLICATED), (50, 60, PARTLY), (70, 80, NOISY), (76, 80, NOT)]
-)
-def test_a_rule_with_an_upper_bound_is_partly_met_below_its_side(low: float, high: float, expected: str) -> None:
-    verdict = Rule(high=55.0, side=75.0).verdict(Interval((low + high) / 2, low, high, 5))
-    assert verdict == (NOT if expected == NOISY else expected)  # no part of 70 to 80 is within the bounds
-    assert Rule(high=55.0).verdict(Interval(55, 50, 60, 5)) == NOISY
-
-
-def test_several_verdicts_make_one() -> None:
-    assert overall([REPLICATED, REPLICATED]) == REPLICATED
-    assert overall([REPLICATED, NOT, NOISY]) == PARTLY
-    assert overall([PARTLY, NOT]) == PARTLY
-    assert overall([NOT, NOISY]) == NOT
-    assert overall([NOISY, NOISY]) == NOISY
-    assert overall([]) == NOISY
 
 
 def test_the_interval_of_a_mean_is_students() -> None:
@@ -124,7 +91,7 @@ def test_a_claim_is_decided_at_the_learning_rate_chosen_and_told_at_the_others()
     lines = findings.findings([findings.Result(plan.Run("smallest", source), cells)], {source.name: 0.3})
     decided = {(line.rate, line.primary, line.finding.verdict) for line in lines}
     assert decided == {("0.3", True, REPLICATED), ("0.01", False, NOT)}
-    assert len(lines) == 2 * 4  # each measure once at each rate
+    assert len(lines) == 2 * 6  # each measure once at each rate
     only = findings.findings([findings.Result(plan.Run("smallest", source), cells.where(lr=0.01))], {source.name: 0.3})
     assert {(line.rate, line.primary) for line in only} == {("0.01", False)}  # a rate of its own is told as that
 
@@ -138,25 +105,18 @@ def test_the_last_iterate_and_the_late_average_are_told_apart() -> None:
 
 
 def test_an_attack_is_told_from_the_noise_of_the_last_step() -> None:
-    sure, none, wide = Interval(5, 4, 6, 20), Interval(0, -0.1, 0.1, 20), Interval(2, -4, 8, 20)
+    sure, none, wide = (Evidence(value, error, 19, 20) for value, error in ((5, 0.5), (0, 0.05), (2, 3)))
     assert extensions.cause(sure, sure) == "the attack"
     assert extensions.cause(sure, none) == "the noise of the last step"
     assert extensions.cause(none, none) == "no harm"
     assert extensions.cause(wide, none) == NOISY
 
 
-def test_monotone() -> None:
-    points = [{"b": b, "goal": goal} for b in (0.0, 0.01, 0.1, 0.5) for goal in statistics.GOALS]
-    falls = seeded(lambda row, rng: 90.0 - 50 * row["b"] + rng.normal() * 0.05, *points)
-    assert set(verdicts("monotonically", falls).values()) == {REPLICATED}
-    rises = seeded(lambda row, rng: 90.0 - 50 * row["b"] + 8 * (row["b"] == 0.1), *points)
-    assert set(verdicts("monotonically", rises).values()) == {NOT}
-
-
 def test_equal_budgets_of_larger_and_smaller_write_access() -> None:
     points = [{"k": k, "b": b, "goal": goal} for k in (0.5, 1.0) for b in (0.0, 0.1, 0.2) for goal in statistics.GOALS]
     larger = seeded(lambda row, rng: 90.0 - 5 * row["k"] + rng.normal() * 0.05, *points)
-    assert statistics.pairs(larger, "targeted") == pytest.approx([2.5], abs=0.2)  # 0.5 of 0.2 and 1 of 0.1
+    for found in statistics.pairs(larger, "targeted"):
+        assert found == pytest.approx([2.5], abs=0.3)  # 0.5 of 0.2 and 1 of 0.1
     assert set(verdicts("larger k does more harm", larger).values()) == {REPLICATED}
     assert set(verdicts("every pair", larger).values()) == {REPLICATED}
     smaller = seeded(lambda row, rng: 90.0 + 5 * row["k"], *points)
@@ -175,11 +135,13 @@ def test_goals_and_their_spread() -> None:
         return 80.0 - hurt + wide * noise[int(row["seed"])]
 
     cells = seeded(accuracy, *points)
-    deviation = np.std(list(noise.values()), ddof=1)
-    assert statistics.spread(cells.where(k=1.0), "untargeted") == pytest.approx(4 * deviation)
-    assert statistics.spread_gap(cells.where(k=1.0)) == pytest.approx(3.9 * deviation)
-    assert statistics.gap_growth(cells) == pytest.approx(2 * deviation)
-    assert statistics.large_gap(cells) == pytest.approx(10, abs=abs(4 * np.mean(list(noise.values()))) + 1e-9)
+    values = np.array(list(noise.values()))
+    away = np.abs(values - values.mean()).mean() * (np.pi / 2 * 5 / 4) ** 0.5  # a standard deviation, where normal
+    assert statistics.spread(cells.where(k=1.0), "untargeted").mean() == pytest.approx(4 * away)
+    assert statistics.spread_gap(cells.where(k=1.0)).mean() == pytest.approx(3.9 * away)
+    assert statistics.gap_growth(cells).mean() == pytest.approx(2 * away)
+    assert statistics.large_gap(cells).mean() == pytest.approx(10, abs=abs(4 * values.mean()) + 1e-9)
+    assert figures.spread(cells.where(k=1.0), "untargeted") == pytest.approx(4 * values.std(ddof=1))
 
 
 def test_f1_early_stopping_and_adam() -> None:
@@ -271,11 +233,12 @@ def test_ten_classes() -> None:
 def test_every_run_composes_with_its_unattacked_twins(run: plan.Run) -> None:
     made = plan.cells(run if run.batch == "full" else replace(run, batch=32), 3, 0.01)
     assert len({cell.settings.model_dump_json() for cell in made}) == len(made)
-    assert len({cell.settings.seed for cell in made}) >= 5
+    full = run.protocol in (plan.FULL, plan.PERSIST) and run.preset == "smallest"  # has no randomness
+    assert len({cell.settings.seed for cell in made}) >= (2 if full else 5)
     budgets = {cell.settings.attack.budget for cell in made}
-    if run.preset not in ("honest", "fig6", "fig7", "fig8", "fig11"):
+    if run.preset not in ("honest", "noise", "fig6", "fig7", "fig8", "fig11"):
         assert 0.0 in budgets and len(budgets) > 1
-    assert {cell.settings.attack.rounding for cell in made} <= {"carry", "floor"}
+    assert {cell.settings.attack.rounding for cell in made} <= {"carry", "floor", "ceil"}
 
 
 def test_attacks_now_and_then_are_compared_at_equal_flips_in_all() -> None:
@@ -298,15 +261,23 @@ def test_learning_rates_are_the_chosen_one_those_of_the_run_or_of_the_preset() -
     assert rates(rates=None, overrides=("lr=1",)) == {1}
 
 
-def test_the_question_of_a_tenth_of_a_percent_gets_twenty_seeds_where_it_came_up() -> None:
-    pictures = plan.Source("cifar10_plane_auto", "pictures", True, ("dataset=digits_01",))
-    asked = [plan.cells(replace(run, batch=32), 2, 0.003) for run in plan._whole(pictures) if run.preset == "smallest"]
-    seeds = {(cell.settings.lr, cell.settings.seed) for made in asked for cell in made}
-    assert seeds == {*((0.003, seed) for seed in range(5)), *((0.01, seed) for seed in range(20))}
+def test_the_question_of_a_tenth_of_a_percent_gets_twenty_seeds_and_adam_as_many_rates_as_sgd() -> None:
+    source = plan.Source("cifar10_plane_auto", "x", True, ("dataset=digits_01",))
+    runs = [replace(run, batch=32) for run in plan._whole(source) if run.protocol == plan.STEP]
+    asked = next(run for run in runs if run.preset == "smallest")
+    assert {cell.settings.seed for cell in plan.cells(asked, 2, 0.3)} == set(range(20))
+    (adam,) = [run for run in runs if run.preset == "fig14"]
+    tried: dict[str, set[float]] = {}
+    made = plan.cells(replace(adam, overrides=(*adam.overrides, "seed=0")), 2, 0.3)
+    for cell in made:
+        tried.setdefault(cell.settings.server_optimizer, set()).add(cell.settings.lr)
+        assert cell.settings.early_stop.held_out > 0
+    assert tried["adam"] == tried["sgd"] and len(tried["sgd"]) >= 5
+    assert max(cell.settings.attack.budget for cell in made) == 1
 
 
 def test_full_batches_of_pictures_are_at_a_rate_at_which_they_do_not_diverge() -> None:
-    for name, rates in {"cifar10_plane_auto": {0.01}, "mnist_01": {0.01, 1.0}}.items():
+    for name, rates in {"cifar10_plane_auto": {0.01, 0.1}, "mnist_01": {0.1, 1.0}}.items():
         source = plan.Source(name, name, True, ("dataset=digits_01",))
         whole = [run for run in plan._whole(source) if run.protocol == plan.FULL]
         assert {cell.settings.lr for run in whole for cell in plan.cells(run, 2, 0.3)} == rates
@@ -322,14 +293,29 @@ def test_figures_of_one_grid_are_one_sweep(tmp_path: Path) -> None:
     assert other not in places  # a changed parameter is never answered with an old result
 
 
-def test_the_learning_rate_is_that_of_the_best_unattacked_model() -> None:
-    assert plan.best_rate(table([{"lr": 0.1, "accuracy": 80.0}, {"lr": 0.2, "accuracy": 90.0}])) == 0.2
-    assert plan.best_rate(table([{"lr": 0.1}, {"lr": 0.2}])) == 0.2
+def test_the_learning_rate_is_that_of_the_lowest_validation_loss_and_ties_are_told() -> None:
+    loss = {0.1: 0.30, 0.2: 0.20, 0.3: 0.201, 1.0: 0.4}
+    rng = np.random.default_rng(0)
+    rows = [
+        {"lr": lr, "seed": seed, "validation": value + 0.01 * rng.normal(), "accuracy": 99.0 * lr}
+        for lr, value in loss.items()
+        for seed in range(6)
+    ]
+    cells = table(rows)
+    assert plan.best_rate(cells) in (0.2, 0.3)  # not that of the best test accuracy
+    assert set(plan.tied_rates(cells)) == {0.2, 0.3}
+    assert plan.extension(cells) is None
+    few = cells.only(cells["lr"] <= 0.2)
+    assert plan.best_rate(few) == 0.2 and plan.extension(few) == pytest.approx(0.7)
+    many = cells.only((cells["lr"] >= 0.2) & (cells["lr"] != 0.3))
+    assert plan.extension(many) == pytest.approx(0.07)
+    adam = Cells(cells.columns | {"b": np.zeros(len(cells))})
+    assert set(statistics.at_best(adam)["lr"]) == {plan.best_rate(cells)}
 
 
 def tiny(source: plan.Source) -> list[plan.Run]:
     """Every kind of run, as small as it can be."""
-    few = {"honest": ("lr=0.1,0.3",)}
+    few = {"honest": ("lr=0.1,0.3",), "noise": ("lr=0.1,0.3",)}
     maps = ("clients.malicious=5,10", "attack.budget=0.1,0.5,1")
     runs = []
     for run in plan._quick(source):
@@ -369,13 +355,14 @@ def test_the_pipeline_leaves_figures_tables_and_a_report(
     for claim in CLAIMS:
         assert f"## Figure {claim.figure}: {claim.text}" in text
         assert [row for row in rows if row["claim"] == claim.text and row["primary"] == "1"]
-    assert {row["protocol"] for row in rows} == {plan.STEP, plan.LARGE, plan.EPOCH, plan.FULL}
+    assert {row["protocol"] for row in rows} == set(plan.PROTOCOLS)
     assert {row["verdict"] for row in rows} <= {REPLICATED, PARTLY, NOT, NOISY}
     for piece in (
         "0.1 % of the labels, or the noise of the last step?",
         "the exact selection",
         "how often to attack",
         "budgets of less than a flip",
+        "what a single run loses by chance",
     ):
         assert f"## Beyond the paper: {piece}" in text
     published = (tmp_path / "docs" / "replication.md").read_text()
@@ -456,7 +443,7 @@ def test_an_interrupted_replication_goes_on(
 
     def stops(grids: list[list[multirun.Cell]], kept: Path, progress: multirun.Progress) -> None:
         calls.append(sum(map(len, grids)))
-        if len(calls) == 2:
+        if calls[-1] == 80 and calls.count(80) == 1:
             raise KeyboardInterrupt
         original(grids, kept, progress)
 
@@ -467,7 +454,8 @@ def test_an_interrupted_replication_goes_on(
     assert replicate.main([*arguments, "--so-far"]) == 0
     assert "*Not run yet: rounding, digits 0/1, per step.*" in capsys.readouterr().out
     assert replicate.main(arguments) == 0
-    assert calls == [30, 80, 80]  # the first sweep is not computed again
+    assert calls[0] == 30 and calls[-2:] == [80, 80]  # the first sweep is not computed again
+    assert set(calls[1:-2]) <= {5}  # nor are the learning rates beyond its grid
     assert "minutes in 2 calls (digits 0/1 " in (tmp_path / "out" / "REPLICATION.md").read_text()
 
 

@@ -54,16 +54,17 @@ class Dataset:
         if len(shape) == 2:
             return (1, *shape)
         if len(shape) == 3:
-            return (shape[2], *shape[:2]) if self._channels_last else tuple(shape)
+            return (shape[2], *shape[:2]) if self.channels_last else tuple(shape)
         return (math.prod(shape),)
 
     @property
-    def _channels_last(self) -> bool:
+    def channels_last(self) -> bool:
+        """Whether samples are images that were stored as (H, W, C)."""
         return len(self.shape) == 3 and self.shape[2] in CHANNELS and self.shape[0] not in CHANNELS
 
     def images(self, features: torch.Tensor) -> torch.Tensor:
         """Features (n, p) as networks take them, (n, C, H, W) or (n, p)."""
-        if not self._channels_last:
+        if not self.channels_last:
             return features.view(len(features), *self.image_shape)
         return features.view(len(features), *self.shape).movedim(-1, 1).contiguous()
 
@@ -75,7 +76,7 @@ class Dataset:
         shape = self.image_shape
         of_pixel = np.arange(self.x_train.shape[1])  # the channel of each; of plain features each is one by itself
         if len(shape) == 3:
-            of_pixel = of_pixel % shape[0] if self._channels_last else of_pixel // math.prod(shape[1:])
+            of_pixel = of_pixel % shape[0] if self.channels_last else of_pixel // math.prod(shape[1:])
         sums, squares = np.zeros((2, self.x_train.shape[1]))
         for start in range(0, len(self.x_train), 4096):
             part = self.x_train[start : start + 4096] / np.float64(self.scale)

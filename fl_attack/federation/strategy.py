@@ -4,6 +4,7 @@ import importlib
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -255,9 +256,11 @@ def complete(replies: list[Message], asked: int, round_: int) -> list[Message]:
         if reply.has_error():
             raise RunError(f"round {round_} failed: {reason_of(reply)}")
     ordered = sorted(replies, key=lambda reply: wire.client_of(reply.content))
-    clients = {wire.client_of(reply.content) for reply in ordered}
-    if len(clients) != asked or len(ordered) != asked:
-        raise RunError(f"round {round_} failed: {asked} clients were asked, {len(clients)} answered")
+    clients = [wire.client_of(reply.content) for reply in ordered]
+    if len(set(clients)) != asked:
+        raise RunError(f"round {round_} failed: {asked} clients were asked, {len(set(clients))} answered")
+    if again := [one for one, other in pairwise(clients) if one == other]:
+        raise RunError(f"round {round_} failed: client {again[0]} answered more than once")
     return ordered
 
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from fl_attack import engine, federation, folder, plots
+from fl_attack import engine, federation, folder, plots, report
 from fl_attack.config import to_yaml, without_effect
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError, Interrupted, RunError
@@ -60,6 +60,8 @@ def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch 
     for note in [note for note in notes[0] if all(note in of_cell for of_cell in notes)]:
         print(f"note: {note}", file=sys.stderr, flush=True)
     out = tabulate(cells, progress, launch=launch, finish=partial(_draw_all, figures=cells[0].settings.figures))
+    if cells[0].settings.report:
+        report.offer([out])
     total, lost = broken_off(out)
     if lost == total:
         with (out / folder.TABLE).open() as lines:

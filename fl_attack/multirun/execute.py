@@ -3,16 +3,18 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fl_attack import engine, federation
 from fl_attack.config import settings_from
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, Recorder
 from fl_attack.multirun.progress import Progress
-from fl_attack.multirun.units import Numbers, Unit, stacked
+from fl_attack.multirun.units import Numbers, Unit, mistakes, stacked
 from fl_attack.scenario import Scenario
 
 Keep = Callable[[Unit, Numbers], None]
@@ -75,7 +77,8 @@ def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: P
             except RunError as failure:
                 error = str(failure)
             rows = np.array([[row[name] for name in COLUMNS] for row in recorder.history.rows])
-            keep(unit, stacked([(rows, recorder.history.flip_count, error)]))
+            wrong = mistakes(scenario, recorder.history.theta.cpu(), scenario.test_set())
+            keep(unit, stacked([(rows, recorder.history.flip_count, error, wrong)]))
 
     with federation.ray_session(settings.engine.ray_address, settings.verbose):
         for units_of_grid in by_grid.values():
@@ -91,10 +94,16 @@ def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] =
         memory_gb=engine_settings.memory_gb,
         progress=progress,
         keep_flips=False,
-        keep_theta=False,
+        keep_theta=True,
         full_rows=cells[0].settings.detectability,
     )
-    return stacked([(outcome.table, outcome.flip_count, outcome.error or "") for outcome in outcomes])
+    test_set = cells[0].test_set()  # the same for all
+    return stacked(
+        [
+            (one.table, one.flip_count, one.error or "", mistakes(cell, cast(Tensor, one.theta), test_set))
+            for cell, one in zip(cells, outcomes, strict=True)
+        ]
+    )
 
 
 def numbers_of_job(job: tuple[int, list[str]], progress: Callable[[int], None]) -> Numbers:

@@ -14,7 +14,7 @@ from fl_attack.detect import MEASURES
 from fl_attack.folder import CURVES, TABLE
 from fl_attack.history import COLUMNS, given_row, rounds_to_recover
 from fl_attack.identity import NOT_NUMBERS
-from fl_attack.multirun.units import Numbers
+from fl_attack.multirun.units import PARTS, Numbers
 from fl_attack.scenario import Scenario
 from fl_attack.sweep_table import RESULTS, write_csv
 
@@ -37,7 +37,14 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
     for i, one in enumerate(numbers):
         measured = one.table[: len(evaluations), COLUMNS.index("test_accuracy")]
         accuracy[i, : len(measured)] = measured
-    write_whole(out / CURVES, lambda stream: np.savez(stream, accuracy=accuracy, round=evaluations))
+    sizes = {len(scenario.dataset.y_test) for scenario in scenarios}
+    counted = len(sizes) == 1  # cells of several test sets have no parts in common
+    images = np.bincount(np.arange(max(sizes)) % PARTS, minlength=PARTS)
+    wrong = np.array([one.wrong for one in numbers]) if counted else np.empty((0, PARTS), np.int64)
+    write_whole(
+        out / CURVES,
+        lambda stream: np.savez(stream, accuracy=accuracy, round=evaluations, wrong=wrong, images=images),
+    )
     columns = columns_of(cells)
     honest = {
         _twin_key(scenario.settings): one
@@ -98,6 +105,7 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
         "early_stop_accuracy": "" if scenario.settings.early_stop.patience is None else accuracy[best],
         "final_f1": values["test_f1"][best],
         "final_loss": values["test_loss"][best],
+        "validation_loss": "" if np.isnan(values["validation_loss"][best]) else values["validation_loss"][best],
         **_detectability(values, len(rounds) if scenario.settings.detectability else 0),
         "drop": ""
         if twin is None or scenario.settings.is_unattacked

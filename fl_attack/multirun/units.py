@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fl_attack import engine
 from fl_attack.config import AttackSettings
 from fl_attack.data import Partition
 from fl_attack.history import COLUMNS
 from fl_attack.identity import NOT_NUMBERS, key_of
+from fl_attack.models.outputs import class_logits
 from fl_attack.scenario import Scenario
 
 
@@ -24,12 +26,16 @@ class Unit:
     key: str
 
 
+PARTS = 20  # of the test set: the images i, i + 20, i + 40, ... each
+
+
 class Numbers(NamedTuple):
     """The numbers that are kept of the cells of a unit."""
 
     table: NDArray[np.float64]  # (cells, evaluations, columns of `history.COLUMNS`); NaN after a cell broke off
     flips: NDArray[np.int64]  # (cells,)
     error: NDArray[np.str_]  # (cells,) empty where a cell ended well
+    wrong: NDArray[np.int64]  # (cells, PARTS) mistakes of the model given on each part of the test set
 
 
 def plain(scenario: Scenario) -> Scenario:
@@ -70,13 +76,21 @@ def units(scenarios: Sequence[Scenario]) -> list[Unit]:
     return [Unit(cut, key_of([scenarios[i] for i in cut])) for cut in cuts]
 
 
-def stacked(outcomes: Sequence[tuple[NDArray[np.float64], int, str]]) -> Numbers:
-    """The tables (evaluations, columns), flips and errors of cells as one; what is shorter is filled with NaN."""
-    longest = max(len(table) for table, _, _ in outcomes)
+def mistakes(scenario: Scenario, theta: Tensor, test_set: tuple[Tensor, Tensor]) -> NDArray[np.int64]:
+    """The mistakes of a model on each part of the test set, (PARTS,)."""
+    X, y = test_set
+    found = class_logits(scenario.model.logits(theta.to(X.dtype), X)).argmax(-1) != y
+    return np.bincount(np.flatnonzero(found.numpy()) % PARTS, minlength=PARTS)
+
+
+def stacked(outcomes: Sequence[tuple[NDArray[np.float64], int, str, NDArray[np.int64]]]) -> Numbers:
+    """The tables (evaluations, columns), flips, errors and mistakes of cells as one; what is shorter ends with NaN."""
+    longest = max(len(table) for table, *_ in outcomes)
     table = np.full((len(outcomes), longest, len(COLUMNS)), np.nan)
-    for i, (rows, _, _) in enumerate(outcomes):
+    for i, (rows, *_) in enumerate(outcomes):
         table[i, : len(rows)] = rows
-    return Numbers(table, np.array([n for _, n, _ in outcomes]), np.array([e for _, _, e in outcomes], np.str_))
+    flips, errors, wrong = ([outcome[i] for outcome in outcomes] for i in (1, 2, 3))
+    return Numbers(table, np.array(flips), np.array(errors, np.str_), np.array(wrong))
 
 
 def by_cell(unit: Unit, numbers: Numbers) -> dict[int, Numbers]:

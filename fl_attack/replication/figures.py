@@ -9,8 +9,8 @@ import numpy as np
 from fl_attack import plots
 from fl_attack.folder import TABLE
 from fl_attack.plots.lines import lines
-from fl_attack.replication.statistics import GOALS, at_best, spread
-from fl_attack.sweep_table import Cells, jackknife_interval, write_csv
+from fl_attack.replication.statistics import GOALS, at_best
+from fl_attack.sweep_table import Cells, jackknife_interval, pooled_deviation, write_csv
 
 LOST = "accuracy lost (points)"
 DIGITS = 6  # significant digits of the tables
@@ -65,6 +65,12 @@ def by_budget(file: Path, cells: Cells, title: str) -> None:
     rows = means(cells, goal, access, "kb", "accuracy")
     write_csv(file, ("goal", "k", "global_budget", "final_accuracy", "interval"), rows, DIGITS)
     lines(file, title, BANDS, log=True)
+
+
+def spread(cells: Cells, goal: str) -> float:
+    """Standard deviation of the accuracy over seeds, pooled over attacked settings."""
+    mine = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
+    return pooled_deviation(mine["accuracy"][at] for _, at in mine.parts("k", "b"))
 
 
 def deviation(file: Path, cells: Cells, title: str) -> None:

@@ -1,10 +1,11 @@
 """Every claim measured on what was run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fl_attack.replication.claims import CLAIMS, Claim, Finding, measure
 from fl_attack.replication.plan import STEP, Run, Source
+from fl_attack.replication.verdicts import decide
 from fl_attack.sweep_table import Cells
 
 
@@ -22,6 +23,7 @@ class Outcome:
 
     results: list[Result] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)  # the learning rate chosen for each data set
+    tied: dict[str, list[float]] = field(default_factory=dict)  # those that are no worse for all that can be told
     figures: list[str] = field(default_factory=list)  # file names without suffix
     missing: list[Run] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)  # of each call that computed, by data set
@@ -77,7 +79,16 @@ def findings(results: Sequence[Result], rates: Mapping[str, float]) -> list[Line
         for result in results:
             if result.run.preset in claim.others and result.run.source.name in names:
                 lines += _by_rate(claim, result, rates[result.run.source.name])
-    return lines
+    return decided(lines)
+
+
+def decided(lines: Sequence[Line]) -> list[Line]:
+    """The lines with verdicts that hold for all of them together; see `verdicts.decide`."""
+    together = decide([(line.claim.rule, line.finding.found) for line in lines])
+    return [
+        replace(line, finding=replace(line.finding, verdict=verdict))
+        for line, verdict in zip(lines, together, strict=True)
+    ]
 
 
 def _by_rate(claim: Claim, result: Result, chosen: float = 0.0, but: float | None = None) -> list[Line]:

@@ -3,15 +3,17 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fl_attack import federation, multirun
 from fl_attack.replication import figures, gradients, plan, report
-from fl_attack.replication.cells import read
+from fl_attack.replication.cells import joined, read
 from fl_attack.replication.findings import Outcome, Result
-from fl_attack.replication.plan import Plan, Source
+from fl_attack.replication.plan import Plan, Run, Source
+from fl_attack.sweep_table import Cells
 
 
 def run(out: Path, todo: Plan, command: str, so_far: bool, only: str | None) -> Path:
@@ -77,6 +79,8 @@ def _one_source(
                 worked = worked or bool(plan.lacking(grids))
                 plan.compute(out, grids, progress, "local" if todo.quick else "ray")
             kept = {at: read(at, cells[0].settings.lr) for at, cells in grids.items() if plan.is_there(at)}
+            if together is first and place[first[0]] in kept:
+                kept[place[first[0]]] = _extended(first[0], todo, out, kept[place[first[0]]], progress)
             for one in together:
                 if place[one] not in kept:
                     found.missing.append(one)
@@ -86,12 +90,27 @@ def _one_source(
     found.seconds[source.title] = plan.seconds(clock)
 
 
+def _extended(honest: Run, todo: Plan, out: Path, cells: Cells, progress: multirun.Progress | None) -> Cells:
+    """The unattacked cells, and those of more learning rates while the best one is at an edge of the grid."""
+    while (wider := plan.extension(cells)) is not None:
+        more = plan.cells(replace(honest, overrides=(*honest.overrides, f"lr={wider:g}")), todo.epochs, None)
+        place = plan.folder_of(out, more)
+        if progress is not None:
+            progress.cells += 0 if plan.is_there(place) else len(more)
+            plan.compute(out, {place: more}, progress, "local" if todo.quick else "ray")
+        if not plan.is_there(place):
+            break
+        cells = joined(cells, read(place, wider))
+    return cells
+
+
 def _draw(folder: Path, place: Path, found: Outcome, only: str | None) -> None:
     """Draw the figure of the last result, where it has one; that of the unattacked runs shows the gradients."""
     result = found.results[-1]
     one, source = result.run, result.run.source
     if one.preset == "honest":
         best = found.rates[source.name] = plan.best_rate(result.cells)
+        found.tied[source.name] = plan.tied_rates(result.cells)
         if only in (None, *plan.GRADIENTS) and source.binary:
             found.figures.append(gradients.draw(folder, source, best))
     elif one.preset in figures.FIGURES and one.protocol == plan.STEP:

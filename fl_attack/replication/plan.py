@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from fl_attack import data, multirun
 from fl_attack.config import AttackSettings, compose
 from fl_attack.data.cache import folder as cache_folder
@@ -20,15 +22,24 @@ from fl_attack.errors import InputError
 from fl_attack.folder import TABLE
 from fl_attack.identity import NUMERICS, ON_DATA
 from fl_attack.launcher import grid
+from fl_attack.replication.verdicts import evidence
 from fl_attack.sweep_table import Cells
 
 EPOCHS = 200
 MEAN_SHARE = 0.05  # share of the labels flipped in a round on average, by attacks in every so many rounds
 RUNS = "runs"
 ARCHIVE = "cifar10_jpeg.tar"  # CIFAR-10 as a tar of JPEG images, used under --data where the original is not
-ADAM = (0.001,)  # a learning rate that serves Adam, as that of SGD seldom does
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1)  # learning rates of figure 14, the same for SGD and Adam
+HELD_OUT = ("early_stop.patience=1000000", "early_stop.restore=last")  # a validation split, but no early stop
+LEAST_RATE, MOST_RATE = 1e-4, 10.0  # between which the grid of learning rates is extended
 STEP, EPOCH, FULL, LARGE = "per step", "per epoch", "full batch", "per step, batches four times as large"
+FLOOR, CEIL = "per step, rounded down", "per step, rounded up"
+SMALL = "per step, batches of 16, rounded up"
+PERSIST, LAST = "full batch, flips stay", "per step, stopped at the last model"
+PROTOCOLS = (STEP, FLOOR, CEIL, SMALL, LARGE, LAST, EPOCH, FULL, PERSIST)
 GRADIENTS = ("fig1", "fig4")  # drawn from one run, not from a sweep
+BUDGETS, ALL = "0,0.001,0.01,0.05,0.1,0.25,0.5,0.83", "attack.budget=0,0.05,0.25,0.5,0.7,1"
+NOISE_BATCHES = (16, 64, 256)
 BINARY = ("fig5", "fig6", "fig7", "fig8", "fig11", "fig12", "fig14")
 
 
@@ -137,6 +148,8 @@ FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets th
     "fig1": (),
     "fig4": (),  # the same picture
     "fig5": ("fig5", "protocols", "smallest"),
+    "readings": ("smallest",),
+    "noise": ("noise",),
     **{name: (name, "protocols") for name in ("fig6", "fig7", "fig8", "fig9", "fig11")},
     **{name: (name,) for name in ("fig12", "fig14", "selection", "frequency", "rounding")},
 }
@@ -144,46 +157,70 @@ FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets th
 
 def _whole(source: Source) -> Iterator[Run]:
     """The runs on a data set of the full replication."""
-    return _two_classes(source) if source.binary else _ten_classes(source)
+    if not source.binary:
+        yield from _ten_classes(source)
+        return
+    for run in _two_classes(source):  # ten seeds at least
+        more = () if run.preset in ("smallest", "noise", "honest") else ("seed=range(10)",)
+        yield replace(run, overrides=(*run.overrides, *more))
 
 
 def _two_classes(source: Source) -> Iterator[Run]:
     """The runs on a data set of two classes."""
     pictures = source.name == "cifar10_plane_auto"  # an experiment costs four times as much as with digits
     full = "0.01" if pictures else "1"  # the learning rate that serves steps which are few and precise
-    yield Run("honest", source, rates=None)
+    yield Run("honest", source, overrides=HELD_OUT, rates=None)
     for preset in BINARY:
-        yield Run(preset, source, rates={"fig12": (0.01,), "fig14": ADAM}.get(preset, ()))
+        more = {"fig5": ("clients.malicious=3,5,10", f"attack.budget={BUDGETS}"), "fig14": (*HELD_OUT, ALL)}
+        yield Run(
+            preset, source, overrides=more.get(preset, ()), rates={"fig12": (0.01,), "fig14": RATES}.get(preset, ())
+        )
+    yield Run("fig12", source, LAST, ("early_stop.restore=last",), rates=(0.01,))
+    yield from _readings(source, full)
+    for batch in NOISE_BATCHES:
+        yield Run("noise", source, batch=batch, rates=None)
     yield Run("selection", source, overrides=("attack.budget=0,0.05,0.25",) if pictures else ())
     for preset in ("frequency", "rounding"):
         yield Run(preset, source)
-    yield Run("smallest", source, overrides=("seed=range(5)",))
-    if pictures:  # as many seeds as it takes where the question came up
-        yield Run("smallest", source, overrides=("lr=0.01",), rates=None)
-    else:
+    if not pictures:
         one = ("attack.budget=0,0.25",)
         yield Run("fig12", source, LARGE, one, batch=512)
-        yield Run("fig14", source, LARGE, one, batch=512, rates=ADAM)
         yield Run("fig12", source, EPOCH, (*one, "attack.refresh=epoch"))
-        yield Run("fig14", source, EPOCH, (*one, "attack.refresh=epoch"), rates=ADAM)
         yield Run("fig12", source, FULL, (*one, f"lr={full}"), batch="full", rates=None)
-        yield Run("fig14", source, FULL, (*one, f"lr=0.01,{full}"), batch="full", rates=None)
     yield Run("protocols", source, LARGE, batch=512)
     yield Run("protocols", source, STEP, rates=(0.01,) if pictures else (0.001, 0.01))
     yield Run("protocols", source, EPOCH, ("attack.refresh=epoch",))
     yield Run("protocols", source, FULL, (f"lr={full}",), batch="full", rates=None)
 
 
+def _readings(source: Source, full: str) -> Iterator[Run]:
+    """The runs on what 0.1 % of the labels can mean."""
+    rates = (0.01,) if source.name == "cifar10_plane_auto" else ()
+    few = ("seed=range(10)",)
+    yield Run("smallest", source, rates=rates)
+    for malicious, budget in ((5, 0.002), (3, 0.0033)):
+        yield Run("smallest", source, overrides=(f"clients.malicious={malicious}", f"attack.budget=0,{budget:g}", *few))
+    for protocol, rounding in ((FLOOR, "floor"), (CEIL, "ceil")):
+        yield Run("smallest", source, protocol, (f"attack.rounding={rounding}", *few))
+    if not rates:
+        yield Run("smallest", source, SMALL, ("attack.rounding=ceil", *few), batch=16, rates=(1.0,))
+    yield Run("smallest", source, EPOCH, ("attack.refresh=epoch", *few))
+    # with k = 1 full batches know no randomness: every seed gives the same
+    whole = (f"lr={full},0.1", "seed=range(2)")
+    yield Run("smallest", source, FULL, whole, batch="full", rates=None)
+    yield Run("smallest", source, PERSIST, (*whole, "attack.memory=persist"), batch="full", rates=None)
+
+
 def _ten_classes(source: Source) -> Iterator[Run]:
     """The runs on a data set of ten classes."""
     # an experiment costs ten times as much as with two, and on CIFAR-10 thirty times
-    yield Run("honest", source, overrides=("lr=0.001,0.01,0.1",), rates=None)
+    yield Run("honest", source, overrides=("lr=0.001,0.01,0.1", *HELD_OUT), rates=None)
     if source.name == "cifar10":
         yield Run("fig9", source, overrides=("clients.malicious=10", "attack.budget=0,0.05,0.25"))
         return
     few = ("clients.malicious=10", "attack.budget=0,0.05")
     yield Run("fig9", source, overrides=("clients.malicious=10",))
-    yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.25"), rates=None)
+    yield Run("fig14", source, overrides=("lr=0.001,0.01", "attack.budget=0,0.25,0.7,1", *HELD_OUT), rates=None)
     yield Run("protocols", source, LARGE, few, batch=512)
     yield Run("protocols", source, STEP, (*few, "lr=0.001,0.01"), rates=None)
     yield Run("protocols", source, EPOCH, (*few, "attack.refresh=epoch"))
@@ -193,7 +230,7 @@ def _ten_classes(source: Source) -> Iterator[Run]:
 def _quick(source: Source) -> Iterator[Run]:
     """The runs on a data set of the quick replication: five seeds, batches a quarter as large."""
     for run in _whole(source):
-        batch = run.batch if run.batch == "full" else int(run.batch) // 4
+        batch = run.batch if run.batch == "full" else max(10, int(run.batch) // 4)  # one of each client at least
         yield replace(run, overrides=(*run.overrides, "seed=range(5)"), batch=batch)
 
 
@@ -310,9 +347,27 @@ def seconds(file: Path) -> list[float]:
 
 
 def best_rate(honest: Cells) -> float:
-    """The learning rate with the highest mean accuracy of the unattacked model; the largest of equals."""
-    accuracy = {float(lr): round(float(honest["accuracy"][at].mean()), 6) for (lr,), at in honest.parts("lr")}
-    return max(accuracy, key=lambda lr: (accuracy[lr], lr))
+    """The learning rate whose unattacked models have the lowest mean validation loss; the largest of equals."""
+    loss = {float(lr): round(float(honest["validation"][at].mean()), 9) for (lr,), at in honest.parts("lr")}
+    return min(loss, key=lambda lr: (loss[lr], -lr))
+
+
+def tied_rates(honest: Cells) -> list[float]:
+    """The learning rates, the best one among them, whose validation loss is not surely higher, paired by seed."""
+    best, found = best_rate(honest), []
+    least = {seed: honest.where(lr=best, seed=seed)["validation"].mean() for seed in set(honest["seed"].tolist())}
+    for (lr,), at in honest.parts("lr"):
+        more = [value - least[seed] for seed, value in zip(honest["seed"][at], honest["validation"][at], strict=True)]
+        if float(lr) == best or evidence(np.array(more)).above(0.0) > 0.05:
+            found.append(float(lr))
+    return found
+
+
+def extension(honest: Cells) -> float | None:
+    """The learning rate that is to be tried too where the best one is at an edge of the grid; None where it is not."""
+    rates, best = sorted({float(lr) for lr in honest["lr"].tolist()}), best_rate(honest)
+    wider = {rates[0]: float(f"{best / 3:.0e}"), rates[-1]: float(f"{best * 3.3:.0e}")}.get(best)
+    return wider if wider is not None and LEAST_RATE <= wider <= MOST_RATE else None
 
 
 def _unpacked(archive: Path) -> Path:

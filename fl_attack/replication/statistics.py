@@ -1,135 +1,211 @@
-"""What is measured for the claims: functions of cells that give a number, in points of 100 unless they say otherwise.
+"""What is measured for the claims: functions of cells that give a value for each seed, in points if they say no other.
 
-Cells are those of `cells.read`. All give NaN where the cells do not hold what is measured.
+Cells are those of `cells.read`. A value is a function of the cells of its seed, or is taken over the others' choice, so
+that values are independent, or nearly, and their mean has Student's interval. All give (seeds,), empty where the cells
+do not hold what is measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_attack.sweep_table import Cells, pooled_deviation
+from fl_attack.sweep_table import Cells, Floats
 
-Statistic = Callable[[Cells], float]
+Statistic = Callable[[Cells], Floats]
 SMALL, LARGE = 0.1, 0.25  # global budgets: at most, at least
+LEAST_EFFECT = 0.5  # points: the least difference that counts where only a direction is claimed
 GOALS = ("untargeted", "targeted")
+DEVIATION = (np.pi / 2) ** 0.5  # standard deviation over mean absolute deviation, of normal values
 
 
-def mean(values: NDArray[np.float64]) -> float:
+def mean(values: Floats) -> float:
     """Mean of the finite values; NaN without any."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
 
 
-def drop_at(cells: Cells, goal: str, kb: float, measure: str = "drop") -> float:
-    """Mean points lost at a global budget under full write access."""
-    return mean(cells.where(goal=goal, kb=kb, k=1.0)[measure])
+def by_seed(cells: Cells, function: Callable[[Cells], float]) -> Floats:
+    """The finite values of a function of the cells of each seed, (seeds,)."""
+    found = np.array([function(cells.only(at)) for _, at in cells.parts("seed")] if len(cells) else [], float)
+    return _finite(found)
 
 
-def steepest_rise(cells: Cells, goal: str) -> float:
-    """Largest rise of the mean accuracy from a global budget to the next larger one, under full write access."""
-    mine = cells.where(goal=goal, k=1.0)
-    means = [mean(mine["accuracy"][at]) for _, at in mine.parts("kb")]
-    return float(np.diff(means).max()) if len(means) > 1 else float("nan")
+def drop_at(cells: Cells, goal: str, b: float, k: float = 1.0, measure: str = "drop") -> Floats:
+    """Points lost at a write access and a local budget."""
+    return by_seed(cells.where(goal=goal, b=b, k=k), lambda mine: mean(mine[measure]))
 
 
-def accuracy_at(cells: Cells, goal: str, k: float, b: float) -> float:
-    """Mean accuracy at a write access and a local budget."""
-    return mean(cells.where(goal=goal, k=k, b=b)["accuracy"])
+def trend(cells: Cells, goal: str) -> Floats:
+    """Kendall's tau of accuracy and global budget under full write access, from -1 to 1: 1 where it always falls.
+
+    Of the pairs of budgets, the share in which the larger one costs at least `LEAST_EFFECT` points more, less the share
+    in which it costs as much less: an attack that does nothing has 0, and so has noise.
+    """
+
+    def tau(mine: Cells) -> float:
+        means = np.array([mean(mine["accuracy"][at]) for _, at in mine.parts("kb")])
+        one, other = np.triu_indices(len(means), 1)
+        falls = means[one] - means[other]
+        return mean(np.sign(falls) * (np.abs(falls) >= LEAST_EFFECT)) if len(means) > 2 else float("nan")
+
+    return by_seed(cells.where(goal=goal, k=1.0), tau)
 
 
-def spread(cells: Cells, goal: str) -> float:
-    """Standard deviation of the accuracy over seeds, pooled over attacked settings."""
+def accuracy_at(cells: Cells, goal: str, k: float, b: float) -> Floats:
+    """Accuracy at a write access and a local budget."""
+    return by_seed(cells.where(goal=goal, k=k, b=b), lambda mine: mean(mine["accuracy"]))
+
+
+def spread(cells: Cells, goal: str) -> Floats:
+    """Absolute deviation of the accuracy from its mean over seeds, over attacked settings.
+
+    Scaled so that its mean is the standard deviation of normal values. Differences of such values hold their level
+    where those of standard deviations do not.
+
+    References
+    ----------
+    Levene, H. (1960). Robust tests for equality of variances. Contributions to Probability and Statistics, 278.
+    """
     mine = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
-    return pooled_deviation(mine["accuracy"][at] for _, at in mine.parts("k", "b"))
+    columns = dict(mine.columns)
+    away = np.full(len(mine), np.nan)
+    for _, at in mine.parts("k", "b") if len(mine) else ():
+        n = len(at)
+        if n > 1:
+            values = mine["accuracy"][at]
+            away[at] = DEVIATION * (n / (n - 1)) ** 0.5 * np.abs(values - values.mean())
+    return by_seed(Cells(columns | {"away": away}), lambda one: mean(one["away"]))
 
 
-def spread_gap(cells: Cells) -> float:
-    """Standard deviation under the untargeted attack less that under the targeted one."""
-    return spread(cells, "untargeted") - spread(cells, "targeted") if len(cells) else float("nan")
+def spread_gap(cells: Cells) -> Floats:
+    """`spread` under the untargeted attack less that under the targeted one."""
+    return _less(spread(cells, "untargeted"), spread(cells, "targeted"))
 
 
-def gap_growth(cells: Cells) -> float:
+def gap_growth(cells: Cells) -> Floats:
     """`spread_gap` of the larger half of the write accesses less that of the smaller half."""
     ks = np.unique(cells["k"])
     middle = ks[len(ks) // 2]
-    return spread_gap(cells.only(cells["k"] >= middle)) - spread_gap(cells.only(cells["k"] < middle))
+    halves = [spread_gap(cells.only(mask)) for mask in (cells["k"] >= middle, cells["k"] < middle)]
+    return _less(*halves)
 
 
-def goal_gaps(cells: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean accuracy of the targeted less that of the untargeted attack at each (k, b) with b > 0; and each k·b."""
-    gaps, budgets = [], []
-    attacked = cells.only(cells["b"] > 0)
-    for _, at in attacked.parts("k", "b"):
-        means = [mean(attacked["accuracy"][at][attacked["goal"][at] == goal]) for goal in reversed(GOALS)]
-        gaps.append(means[0] - means[1])
-        budgets.append(attacked["kb"][at[0]])
-    return np.array(gaps), np.array(budgets)
+def goal_gaps(cells: Cells, mask: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
+    """Accuracy of the targeted less that of the untargeted attack, (seeds, settings), at budgets kb > 0 of a mask."""
+    attacked = cells.only((cells["b"] > 0) & mask(cells["kb"]))
+    rows = []
+    for _, at in attacked.parts("seed") if len(attacked) else ():
+        mine = attacked.only(at)
+        by_setting = [
+            mean(mine["accuracy"][here][mine["goal"][here] == "targeted"])
+            - mean(mine["accuracy"][here][mine["goal"][here] == "untargeted"])
+            for _, here in mine.parts("k", "b")
+        ]
+        rows.append(by_setting)
+    return np.array(rows) if rows and len({len(row) for row in rows}) == 1 else np.empty((0, 0))
 
 
-def small_gap(cells: Cells) -> float:
-    """Mean size of the difference of goals at small global budgets."""
-    gaps, budgets = goal_gaps(cells)
-    return mean(np.abs(gaps[budgets <= SMALL + 1e-9]))
+def small_gap(cells: Cells) -> Floats:
+    """By how much the untargeted attack does more harm at small global budgets.
+
+    Signed, since the size of a difference that is not there is never zero.
+    """
+    gaps = goal_gaps(cells, lambda kb: kb <= SMALL + 1e-9)
+    return _finite(gaps.mean(1)) if gaps.size else np.empty(0)
 
 
-def large_gap(cells: Cells) -> float:
-    """Mean by which the untargeted attack does more harm at large global budgets."""
-    gaps, budgets = goal_gaps(cells)
-    return mean(gaps[budgets >= LARGE - 1e-9])
+def large_gap(cells: Cells) -> Floats:
+    """By how much the untargeted attack does more harm at large global budgets."""
+    gaps = goal_gaps(cells, lambda kb: kb >= LARGE - 1e-9)
+    return _finite(gaps.mean(1)) if gaps.size else np.empty(0)
 
 
-def pairs(cells: Cells, goal: str) -> NDArray[np.float64]:
-    """Accuracy at the smaller less that at the larger k, for every pair of settings with the same k·b > 0."""
+def pairs(cells: Cells, goal: str) -> Iterator[Floats]:
+    """Accuracy at the smaller less that at the larger k, for every pair of settings with the same k·b > 0, by seed."""
     mine = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
-    at_kb: dict[float, list[float]] = {}
-    for (kb, _), at in mine.parts("kb", "k"):
-        at_kb.setdefault(kb, []).append(mean(mine["accuracy"][at]))  # by rising k
-    return np.array([one - other for line in at_kb.values() for i, one in enumerate(line) for other in line[i + 1 :]])
+    for _, at in mine.parts("seed") if len(mine) else ():
+        of_seed, at_kb = mine.only(at), dict[float, list[float]]()
+        for (kb, _), here in of_seed.parts("kb", "k"):
+            at_kb.setdefault(kb, []).append(mean(of_seed["accuracy"][here]))  # by rising k
+        found = [one - other for line in at_kb.values() for i, one in enumerate(line) for other in line[i + 1 :]]
+        if found:
+            yield np.array(found)
 
 
-def pair_harm(cells: Cells, goal: str) -> float:
-    """Mean of `pairs`: by how much the larger k does more harm at equal k·b."""
-    return mean(pairs(cells, goal))
+def pair_harm(cells: Cells, goal: str) -> Floats:
+    """By how much the larger k does more harm at equal k·b, over `pairs`."""
+    return _finite(np.array([mean(found) for found in pairs(cells, goal)]))
 
 
-def pair_share(cells: Cells, goal: str) -> float:
-    """Share of `pairs` (%) in which the larger k does more harm; a tie counts a half."""
-    found = pairs(cells, goal)
-    return 100 * mean((np.sign(np.round(found, 6)) + 1) / 2)
+def pair_share(cells: Cells, goal: str) -> Floats:
+    """Share of `pairs` (%) in which the larger k does more harm; less than `LEAST_EFFECT` counts a half."""
+    return _finite(
+        np.array([100 * mean((np.sign(f) * (np.abs(f) >= LEAST_EFFECT) + 1) / 2) for f in pairs(cells, goal)])
+    )
 
 
-def correlation(cells: Cells, goal: str) -> float:
-    """Pearson's r of the mean F1 and the mean accuracy of settings."""
-    mine = cells.where(goal=goal)
-    means = np.array([(mine["f1"][at].mean(), mine["accuracy"][at].mean()) for _, at in mine.parts("k", "b")])
-    return float(np.corrcoef(means.T)[0, 1]) if len(means) > 2 and means.std(0).all() else float("nan")
+def correlation(cells: Cells, goal: str) -> Floats:
+    """Pearson's r of F1 and accuracy over settings."""
+
+    def r(mine: Cells) -> float:
+        means = np.array([(mine["f1"][at].mean(), mine["accuracy"][at].mean()) for _, at in mine.parts("k", "b")])
+        return float(np.corrcoef(means.T)[0, 1]) if len(means) > 2 and (means.std(0) > 1e-9).all() else float("nan")
+
+    return by_seed(cells.where(goal=goal), r)
 
 
 def at_best(cells: Cells) -> Cells:
-    """The cells at the learning rate that serves the unattacked ones best."""
+    """The cells at the learning rate whose unattacked models have the lowest validation loss.
+
+    Where nothing was held out it is the rate of their best accuracy.
+    """
     honest = cells.only(cells["b"] == 0)
-    accuracy = {lr: mean(honest["accuracy"][at]) for (lr,), at in honest.parts("lr")}
-    return cells.where(lr=max(accuracy, key=lambda lr: accuracy[lr])) if accuracy else cells
+    known = "validation" in honest.columns and np.isfinite(honest["validation"]).all()
+    merit = -honest["validation"] if known else honest["accuracy"]
+    found = {lr: mean(merit[at]) for (lr,), at in honest.parts("lr")}
+    return cells.where(lr=max(found, key=lambda lr: found[lr])) if found else cells
 
 
-def amplified(cells: Cells, goal: str) -> float:
-    """Mean drop with early stopping less that without, at the best learning rate without."""
+def mean_drop(cells: Cells, goal: str) -> Floats:
+    """Points lost, over all attacked settings."""
+    return by_seed(cells.where(goal=goal), lambda mine: mean(mine["drop"][mine["b"] > 0]))
+
+
+def amplified(cells: Cells, goal: str) -> Floats:
+    """Drop with early stopping less that without, at the best learning rate without."""
     lasting = at_best(cells.where(patience="null"))
     rates: set[object] = set(lasting["lr"].tolist())
     stopped = cells.only(np.array([lr in rates for lr in cells["lr"].tolist()]) & (cells["patience"] != "null"))
-    drops = [one.where(goal=goal) for one in (stopped, lasting)]
-    return mean(drops[0]["drop"][drops[0]["b"] > 0]) - mean(drops[1]["drop"][drops[1]["b"] > 0])
+    return _less(mean_drop(stopped, goal), mean_drop(lasting, goal))
 
 
-def adam_harm(cells: Cells, goal: str) -> float:
-    """Mean drop under Adam less that under SGD, each at its best learning rate."""
-    adam, sgd = (at_best(cells.where(optimizer=optimizer)).where(goal=goal) for optimizer in ("adam", "sgd"))
-    return mean(adam["drop"][adam["b"] > 0]) - mean(sgd["drop"][sgd["b"] > 0])
+def adam_harm(cells: Cells, goal: str) -> Floats:
+    """Drop under Adam less that under SGD, each at its best learning rate."""
+    adam, sgd = (at_best(cells.where(optimizer=optimizer)) for optimizer in ("adam", "sgd"))
+    return _less(mean_drop(adam, goal), mean_drop(sgd, goal))
 
 
-def adam_lowest(cells: Cells, goal: str) -> float:
-    """Lowest mean accuracy of any budget under Adam at its best learning rate."""
+def adam_lowest(cells: Cells, goal: str) -> Floats:
+    """Accuracy under Adam at its best learning rate, at the budget at which it is lowest for the other seeds."""
     mine = at_best(cells.where(optimizer="adam")).where(goal=goal)
-    means = [mean(mine["accuracy"][at]) for _, at in mine.parts("k", "b")]
-    return min(means) if means else float("nan")
+    rows = [
+        [mean(mine["accuracy"][at][mine["b"][at] == b]) for b in np.unique(mine["b"])]
+        for _, at in (mine.parts("seed") if len(mine) else ())
+    ]
+    table = np.array(rows)
+    if len(table) < 2:
+        return np.empty(0)
+    others = (table.sum(0) - table) / (len(table) - 1)
+    return _finite(table[np.arange(len(table)), others.argmin(1)])
+
+
+def _less(one: Floats, other: Floats) -> Floats:
+    """Differences by seed; none where the two are not of the same seeds."""
+    return one - other if len(one) == len(other) else np.empty(0)
+
+
+def _finite(values: Floats) -> Floats:
+    """The values that are finite."""
+    finite: Floats = values[np.isfinite(values)]
+    return finite

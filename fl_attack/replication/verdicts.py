@@ -1,38 +1,119 @@
-"""Verdicts on intervals of statistics, by rules that are stated before any number is seen."""
+"""Verdicts on what was measured, by rules that are stated before any number is seen."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fl_attack.sweep_table import Interval
+import numpy as np
+from numpy.typing import NDArray
 
 REPLICATED, PARTLY, NOT, NOISY = "replicated", "partly", "not replicated", "too noisy to tell"
+DECIDED = (REPLICATED, PARTLY, NOT)  # the stronger first
+FALSE = 0.05  # the share of each kind of verdict that may be false, on average
 INF = math.inf
 
 
 @dataclass(frozen=True)
-class Rule:
-    """The bounds within which the interval of a statistic bears a claim out.
+class Evidence:
+    """A statistic with its standard error, which counts the seeds and, where they are known, the test images."""
 
-    The claim is replicated where all of the interval is within `low` and `high`, too noisy to tell where only a part
-    is, else not replicated, or partly where the interval is at least on the right side of `side`.
+    value: float
+    error: float  # NaN with fewer than two seeds
+    freedom: float  # degrees of freedom of the error
+    seeds: int
+
+    @property
+    def half(self) -> float:
+        """Half the width of the 95 % interval (Student's t)."""
+        from scipy.special import stdtrit  # type: ignore[import-untyped]  # comes with scikit-learn
+
+        return 0.0 if self.error == 0 else float(stdtrit(self.freedom, 0.975) * self.error)
+
+    @property
+    def low(self) -> float:
+        """The lower end of the 95 % interval."""
+        return self.value - self.half
+
+    @property
+    def high(self) -> float:
+        """The upper end of the 95 % interval."""
+        return self.value + self.half
+
+    def above(self, bound: float) -> float:
+        """The probability of a value so high, or higher, were the true one at most `bound`."""
+        from scipy.special import stdtr
+
+        if bound == -INF:
+            return 0.0
+        if not math.isfinite(self.value) or math.isnan(self.error):
+            return 1.0
+        if self.error == 0:
+            return 0.0 if self.value > bound else 1.0
+        return float(stdtr(self.freedom, -(self.value - bound) / self.error))
+
+    def below(self, bound: float) -> float:
+        """The probability of a value so low, or lower, were the true one at least `bound`."""
+        return Evidence(-self.value, self.error, self.freedom, self.seeds).above(-bound)
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-", "\N{MINUS SIGN}")
+
+
+def evidence(values: NDArray[np.float64], without: NDArray[np.float64] | None = None) -> Evidence:
+    """A statistic from its value for each seed, and from its mean where a part of the test images is left out.
+
+    Parameters
+    ----------
+    values : (seeds,) array
+        Independent values, whose mean is the statistic.
+    without : (parts,) array, optional
+        The same mean without each of equal parts of the test images.
+
+    Returns
+    -------
+    Evidence
+        The variance is that over seeds and that of the jackknife over parts of the images, added; degrees of freedom
+        by Welch and Satterthwaite.
+
+    References
+    ----------
+    Satterthwaite, F. E. (1946). An approximate distribution of estimates of variance components. Biometrics 2, 110.
+    """
+    n = len(values)
+    if n == 0:
+        return Evidence(math.nan, math.nan, math.nan, 0)
+    value = float(values.mean())
+    if n < 2:
+        return Evidence(value, math.nan, math.nan, n)
+    parts = [(float(values.var(ddof=1)) / n, n - 1)]
+    if without is not None and np.isfinite(without).all():
+        G = len(without)
+        parts.append(((G - 1) / G * float(((without - without.mean()) ** 2).sum()), G - 1))
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / of for part, of in parts) if variance > 0 else n - 1
+    return Evidence(value, variance**0.5, freedom, n)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The bounds within which a statistic bears a claim out.
+
+    The claim is replicated where the statistic is surely within `low` and `high`, partly where it is surely beyond
+    `side` in the claimed direction, not replicated where it is surely out of the bounds, else too noisy to tell.
     """
 
     low: float = -INF
     high: float = INF
     side: float | None = None
 
-    def verdict(self, found: Interval) -> str:
-        """The verdict on the claim by an interval: one of the four constants of this module."""
-        if math.isnan(found.value) or math.isnan(found.low) or math.isnan(found.high):
-            return NOISY
-        if self.low <= found.low and found.high <= self.high:
-            return REPLICATED
-        if self.side is not None and (found.low > self.side if self.low > -INF else found.high < self.side):
-            return PARTLY
-        if found.high < self.low or found.low > self.high:
-            return NOT
-        return NOISY
+    def doubts(self, found: Evidence) -> dict[str, float]:
+        """For each verdict of `DECIDED` the probability of such numbers, were it false."""
+        one, other = found.below(self.low), found.above(self.high)
+        outside = other if self.low == -INF else one if self.high == INF else min(1.0, 2 * min(one, other))
+        side = 1.0
+        if self.side is not None:
+            side = found.above(self.side) if self.low > -INF else found.below(self.side)
+        return {REPLICATED: max(found.above(self.low), found.below(self.high)), PARTLY: side, NOT: outside}
 
     def __str__(self) -> str:
         if self.low == -INF:
@@ -44,16 +125,50 @@ class Rule:
         return text.replace("-", "\N{MINUS SIGN}")
 
 
+def decide(rows: Sequence[tuple[Rule, Evidence]]) -> list[str]:
+    """The verdict on each row, such that of each kind of verdict at most `FALSE` are false on average.
+
+    Rows may depend on each other in any way, as those of the same runs do.
+
+    References
+    ----------
+    Benjamini, Y. and Yekutieli, D. (2001). The control of the false discovery rate in multiple testing under
+    dependency. Annals of Statistics 29, 1165.
+    """
+    doubts = [rule.doubts(found) for rule, found in rows]
+    sure = {verdict: discoveries(np.array([one[verdict] for one in doubts])) for verdict in DECIDED}
+    return [next((verdict for verdict in DECIDED if sure[verdict][i]), NOISY) for i in range(len(rows))]
+
+
+def discoveries(p: NDArray[np.float64], rate: float = FALSE) -> NDArray[np.bool_]:
+    """Which of these p-values (n,) are discoveries at a false discovery rate, under any dependence, (n,) of bool."""
+    n = len(p)
+    if n == 0:
+        return np.zeros(0, bool)
+    ranks = np.arange(1, n + 1)
+    within = np.sort(p) <= rate * ranks / (n * (1 / ranks).sum())
+    found: NDArray[np.bool_] = p <= (np.sort(p)[within].max() if within.any() else -1.0)
+    return found
+
+
 def overall(verdicts: Iterable[str]) -> str:
     """The verdict on several measurements together.
 
-    Replicated where all are, partly where some are, not replicated where one is refuted and none is borne out.
+    Replicated where all are; else partly where at least half are replicated or partly; else not replicated where at
+    least half are refuted.
     """
-    found = set(verdicts)
+    found = list(verdicts)
     if not found:
         return NOISY
-    if found == {REPLICATED}:
+    if set(found) == {REPLICATED}:
         return REPLICATED
-    if found & {REPLICATED, PARTLY}:
+    if 2 * (found.count(REPLICATED) + found.count(PARTLY)) >= len(found):
         return PARTLY
-    return NOT if NOT in found else NOISY
+    return NOT if 2 * found.count(NOT) >= len(found) else NOISY
+
+
+def counted(verdicts: Iterable[str]) -> str:
+    """In words, how many of how many measurements have each verdict, but for those that none has."""
+    found = list(verdicts)
+    each = [f"{name} in {found.count(name)}" for name in (*DECIDED, NOISY) if name in found]
+    return f"{', '.join(each)} of {len(found)} measurement{'s' * (len(found) != 1)}"

@@ -1,0 +1,42 @@
+"""The page: its parts as data, put into one HTML file with its style and its script."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+Part = Mapping[str, Any]  # what the script shows of one folder
+DIGITS = 6  # of numbers in the page
+
+
+def render(parts: Sequence[Part]) -> str:
+    """The page of these parts, which are those of `runs` and `sweeps`."""
+    here = files("fl_attack.report")
+    # "</" would end the script in which the data stands
+    data = json.dumps(_plain({"parts": parts}), allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+    page = (here / "page.html").read_text(encoding="utf-8")
+    for name, content in {
+        "STYLE": (here / "page.css").read_text(encoding="utf-8"),
+        "SCRIPT": (here / "page.js").read_text(encoding="utf-8"),
+        "DATA": data,
+    }.items():
+        page = page.replace(f"/*{name}*/", content, 1)
+    return page
+
+
+def _plain(tree: Any) -> Any:
+    """A tree as JSON has it: arrays as lists, numbers to six digits, what is not finite as null."""
+    if isinstance(tree, Mapping):
+        return {str(key): _plain(value) for key, value in tree.items()}
+    if isinstance(tree, np.ndarray):
+        return _plain(tree.tolist())
+    if isinstance(tree, list | tuple):
+        return [_plain(value) for value in tree]
+    if isinstance(tree, np.generic):
+        tree = tree.item()
+    if isinstance(tree, float):
+        return float(f"{tree:.{DIGITS}g}") if math.isfinite(tree) else None
+    return tree

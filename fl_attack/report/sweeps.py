@@ -1,0 +1,74 @@
+"""What the page shows of a sweep."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fl_attack.config import overrides_of
+from fl_attack.overrides import known_keys, written
+from fl_attack.report.page import Part
+from fl_attack.result import Result, names_of
+from fl_attack.sweep_table import LABELS, RESULTS, mean_interval
+
+ROWS = 4000  # of the table that the page holds, at most
+SEEDS = 60  # up to which intervals are exact
+
+
+def of_sweep(result: Result) -> Part:
+    """The part of a sweep: its cells, what was varied, and the command of each cell."""
+    assert result.folder is not None
+    table = result.table
+    names = names_of(table)
+    columns = {name: np.asarray(table[name]) for name in names}
+    overrides = [name for name in names if name not in (*RESULTS, "cell")]
+    first = overrides_of(result.settings)
+    count = min(len(table), ROWS)
+    rows = [{name: columns[name][i] for name in names} for i in range(count)]
+    return {
+        "kind": "sweep",
+        "name": str(result.folder),
+        "cells": len(table),
+        "broken_off": result.summary["broken_off"],
+        "columns": {name: columns[name][:count] for name in names},
+        "varied": [name for name in overrides if name != "seed" and len(set(columns[name].tolist())) > 1],
+        "results": [name for name in names if name in LABELS and _has_numbers(columns[name])],
+        "labels": {name: label for name, (label, _) in LABELS.items()},
+        "factors": {name: factor for name, (_, factor) in LABELS.items()},
+        "commands": [command_of(first, {key: row[key] for key in (*overrides, "seed") if key in row}) for row in rows],
+        # Student's t for means over n seeds, from n = 2 on
+        "t": [mean_interval(np.arange(n, dtype=float))[1] / _deviation(n) * n**0.5 for n in range(2, SEEDS)],
+    }
+
+
+def command_of(first: list[str], row: dict[str, Any]) -> str:
+    """The command that runs a cell: the settings of the first cell, with what the row of this one says instead."""
+    groups = {key: str(value) for key, value in row.items() if "." not in key and _is_group(key)}
+    kept = []
+    for override in first:
+        key = override.partition("=")[0]
+        group = key.partition(".")[0]
+        needs = known_keys().get(key, [])
+        if key in row or (group in groups and needs and f"{group}={groups[group]}" not in needs):
+            continue
+        kept.append(override)
+    said = [
+        written(key, int(value) if isinstance(value, float | np.floating) and float(value).is_integer() else value)
+        for key, value in row.items()
+        if not (isinstance(value, float | np.floating) and math.isnan(value)) and value != ""
+    ]
+    said.sort(key=lambda one: "." in one.partition("=")[0])  # what chooses a file before its keys
+    return " ".join(["fl-attack", *kept, *said])
+
+
+def _is_group(key: str) -> bool:
+    """Whether a key chooses a file of `conf/`."""
+    return any(f"{key}=" in choice for choices in known_keys().values() for choice in choices)
+
+
+def _has_numbers(column: Any) -> bool:
+    return column.dtype.kind in "if" and bool(np.isfinite(column.astype(float)).any())
+
+
+def _deviation(n: int) -> float:
+    return float(np.arange(n, dtype=float).std(ddof=1))

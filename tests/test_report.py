@@ -1,0 +1,196 @@
+"""The page of results: what it holds, and what a browser shows when it is opened and clicked."""
+
+import json
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import browser
+import numpy as np
+import pytest
+
+from fl_attack import data, load, report, run, sweep
+from fl_attack.config import compose, overrides_of
+from fl_attack.launcher import grid
+from fl_attack.plots.canvas import captured
+from fl_attack.report.runs import picture, png
+from fl_attack.report.sweeps import command_of
+
+Command = Callable[..., tuple[int, str, str]]
+SMALL = ("dataset=digits", "engine=batched", "rounds=30", "attack.start=11", "attack.stop=20", "attack.budget=0.5")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A run, another, and a sweep."""
+    at = tmp_path_factory.mktemp("results")
+    budgets = {"attack.budget": [0.1, 1.0], "strategy": ["mean", "median"], "attack.goal": ["targeted", "untargeted"]}
+    with captured():  # figures take time
+        run(*SMALL, out=at / "one")
+        run(*SMALL, "strategy=median", out=at / "two", report=False)
+        sweep("dataset=digits_01", "engine=batched", "rounds=5", grid=budgets | {"seed": range(2)}, out=at / "grid")
+    return [at / "one", at / "two", at / "grid"]
+
+
+def content(file: Path) -> list[dict[str, Any]]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text(), re.S)
+    assert found
+    parts: list[dict[str, Any]] = json.loads(found[1])["parts"]
+    return parts
+
+
+def test_every_run_and_sweep_leaves_a_page_unless_told_not_to(folders: list[Path]) -> None:
+    assert [(folder / "report.html").exists() for folder in folders] == [True, False, True]
+    text = (folders[0] / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"?(https?:)?//|@import|url\(", text) and len(text) < 2e5
+
+
+def test_the_page_of_a_run_holds_its_numbers(folders: list[Path]) -> None:
+    (part,) = content(folders[0] / "report.html")
+    there = load(folders[0])
+    assert part["rounds"]["test_accuracy"] == pytest.approx(there.rounds["test_accuracy"], rel=1e-5)
+    assert there.baseline is not None
+    assert part["honest"]["test_loss"] == pytest.approx(there.baseline.rounds["test_loss"], rel=1e-5)
+    assert part["window"] == [11, 20, 1] and part["summary"]["flips"] == len(there.flips) > 0
+    y = data.load("digits").y_train
+    counts = np.array(part["flips"]["counts"])
+    spans = np.searchsorted(part["flips"]["edges"], there.flips["round"]) - 1
+    for span, true, label in np.ndindex(counts.shape):
+        here = (spans == span) & (y[there.flips["sample"]] == true) & (there.flips["label"] == label)
+        assert counts[span, true, label] == here.sum()
+    assert sum(part["clients"]["flips"]) == len(there.flips)
+    assert not any(n for n, bad in zip(part["clients"]["flips"], part["clients"]["malicious"], strict=True) if not bad)
+    most = part["samples"][0]
+    times = there.flips["sample"].value_counts()
+    assert most["times"] == times.max() == times[most["sample"]] and most["label"] == str(y[most["sample"]])
+    assert sum(most["to"].values()) == most["times"] and most["picture"].startswith("data:image/png;base64,")
+
+
+def test_a_picture_is_the_sample() -> None:
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 13
+    content = png(pixels)
+    at = content.index(b"IDAT")
+    (size,) = struct.unpack(">I", content[at - 4 : at])
+    lines = np.frombuffer(zlib.decompress(content[at + 4 : at + 4 + size]), np.uint8).reshape(2, 10)
+    assert (lines[:, 1:].reshape(2, 3, 3) == pixels).all() and not lines[:, 0].any()
+    assert struct.unpack(">IIBB", content[16:26]) == (3, 2, 8, 2)
+    assert picture(data.load("digits"), 3) is not None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["dataset=digits_01", "attack.goal=targeted", "clients.total=20", "lr=0.05"],
+        ["attack=none", "strategy=trimmed_mean", "strategy.f=2", "strategy.pre=[nnm,{bucketing:{s:2}}]"],
+        ["strategy=flower", "strategy.path=flwr.serverapp.strategy.FedMedian", "partition=dirichlet"],
+        ["model=mlp", "model.args.widths=[32]", "attack=alie", "attack.args.z=1.5", "batch_size=full", "out=x"],
+        ["dataset=mnist_01", "dataset.root=/a path/x", "early_stop.patience=3", "engine=batched"],
+    ],
+)
+def test_settings_come_of_their_overrides_again(given: list[str]) -> None:
+    settings = compose(*given)
+    again = compose(*overrides_of(settings), f"out={settings.out}")
+    assert again == settings
+
+
+def test_each_cell_has_the_command_that_runs_it(folders: list[Path]) -> None:
+    (part,) = content(folders[2] / "report.html")
+    assert part["varied"] == ["attack.budget", "strategy", "attack.goal"]
+    where = ["dataset=digits_01", "engine=batched", "rounds=5", "out=x"]
+    cells = grid("attack.budget=0.1,1.0", "strategy=mean,median", "attack.goal=targeted,untargeted", "seed=0,1", *where)
+    assert len(cells) == len(part["commands"]) == 16
+    for text, cell in list(zip(part["commands"], cells, strict=True))[1::5]:
+        assert compose(*text.split()[1:], "out=x") == cell.settings
+    attacks = grid("attack=none,alie,greedy", "seed=1", "out=x")
+    base = overrides_of(attacks[2].settings.model_copy(update={"rounds": 7}))
+    assert command_of([*base, "attack.scope=per_client"], {"attack": "none", "seed": 1}) == (
+        "fl-attack rounds=7 attack=none seed=1"
+    )
+
+
+def test_the_command_joins_folders_and_refuses_what_is_no_result(folders: list[Path], command: Command) -> None:
+    at = folders[0].parent
+    code, told, _ = command("report", *map(str, folders), "--out", str(at / "all.html"))
+    assert code == 0 and told.strip() == str(at / "all.html")
+    assert [part["kind"] for part in content(at / "all.html")] == ["run", "run", "sweep"]
+    code, _, told = command("report", str(at))
+    assert code == 2 and told.count("\n") == 1 and "holds no result" in told
+
+
+def test_what_users_name_is_text_and_no_script(folders: list[Path], tmp_path: Path) -> None:
+    name = tmp_path / "<script>x"
+    run("engine=batched", rounds=1, attack="none", out=name)
+    assert "<script>x" not in (name / "report.html").read_text().replace("\\u003c", "<").split("application/json")[0]
+    (part,) = content(name / "report.html")
+    assert part["name"] == str(name) and part["flips"] is None
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+    if browser.find() is None:
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    opened = browser.Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+def choosing(part: str, control: str, value: str) -> str:
+    """A script that chooses a value of a control of a part."""
+    chosen = f"const s = {control.format(part)}; s.value = '{value}'; s.dispatchEvent(new Event('change'))"
+    return "{" + chosen + "}"
+
+
+def rounded(value: float) -> str:
+    """A number as the page shows it: to four digits."""
+    return f"{float(f'{value:.4g}'):g}"
+
+
+@pytest.mark.slow
+def test_a_browser_shows_and_clicks_it(folders: list[Path], window: browser.Browser, tmp_path: Path) -> None:
+    file = report.write(folders, tmp_path / "all.html")
+    window.open(file)
+    assert window.do("document.querySelectorAll('section.part').length") == 4  # with the comparison
+    assert window.do("[...document.querySelectorAll('.samples img')].every(one => one.complete && one.naturalWidth)")
+    one = "document.querySelectorAll('section.part')[1]"
+    assert window.do(f"{one}.querySelectorAll('path[data-line]').length") >= 4
+    before = window.do(f"{one}.querySelector('path[data-line=attacked]').getAttribute('d')")
+    window.do(choosing(one, "{}.querySelector('select')", "test_loss"))
+    assert window.do(f"{one}.querySelector('path[data-line=attacked]').getAttribute('d')") != before
+    # a chart and a heat map are read by keyboard
+    window.do(f"{one}.querySelector('svg.lines').focus()")
+    window.press("ArrowLeft")
+    assert "round 29" in window.do("document.getElementById('tip').textContent")
+    sweep_ = "document.querySelectorAll('section.part')[3]"
+    window.do(f"{sweep_}.querySelector('rect[tabindex=\"0\"]').focus()")
+    window.press("ArrowRight")
+    window.press("Enter")
+    shown = window.do(f"{sweep_}.querySelector('.command').textContent")
+    assert shown in content(file)[2]["commands"] and "attack.budget=1" in shown
+    told = window.do("document.activeElement.getAttribute('aria-label')")
+    table = load(folders[2]).table
+    first = table[
+        (table["attack.budget"] == 1.0) & (table["strategy"] == "mean") & (table["attack.goal"] == "targeted")
+    ]
+    mean = 100 * first["final_accuracy"].mean()
+    assert f"{rounded(mean)} ±" in told
+    # a filter changes what is shown
+    window.do(choosing(sweep_, "[...{}.querySelectorAll('select')].at(-1)", "untargeted"))
+    other = table[(table["attack.budget"] == 1.0) & (table["strategy"] == "mean")]
+    mean = 100 * other[other["attack.goal"] == "untargeted"]["final_accuracy"].mean()
+    label = window.do(f"{sweep_}.querySelectorAll('rect[role=gridcell]')[1].getAttribute('aria-label')")
+    assert rounded(mean) in label
+    assert window.problems == []
+
+
+@pytest.mark.slow
+def test_it_fits_a_phone_in_the_dark(folders: list[Path], window: browser.Browser, tmp_path: Path) -> None:
+    window.open(report.write(folders, tmp_path / "all.html"), width=360, height=740, dark=True)
+    assert window.do("document.documentElement.scrollWidth") <= 360
+    dark = window.do("getComputedStyle(document.body).backgroundColor")
+    window.do("document.getElementById('theme').click()")
+    assert window.do("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)" != dark
+    assert window.problems == []
