@@ -13,18 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import attack, protocol, targets
+from fl_attack import attack, plans, protocol, targets
 from fl_attack.models import outputs
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario, client_update
 
 LABEL_NOISE, UPDATE_NOISE, KNOWN_CLIENTS = 3, 4, 5  # names of random streams, beside those of `protocol`
+SAMPLE = 1000  # training samples that directions measure harm on
 Clients = NDArray[np.int64]
 Counts = NDArray[np.int64]
 Samples = NDArray[np.int64]
 
 
 def epoch_start(scenario: Scenario, round_: int) -> int:
-    """The first round of the epoch that a round is in."""
+    """The first round of the epoch, or of the plan of attackers who plan anew now and then, that a round is in."""
+    if scenario.settings.attack.plans:
+        return plans.first_round(scenario, round_)
     per_epoch = scenario.schedule.rounds_per_epoch
     return (round_ - 1) // per_epoch * per_epoch + 1
 
@@ -61,7 +64,8 @@ def flips(
     round_ : int
         The round, counted from 1.
     epoch_theta : (A, B) tensor of float64, optional
-        The parameters broadcast at the start of the epoch, on which the flips depend with `attack.refresh=epoch`.
+        The parameters broadcast in the round `epoch_start`, on which the flips depend with `attack.refresh=epoch`
+        and with `attack.horizon`.
     stored : Flips
         The labels that stand in the attackers' data before the round, where they stay there; see `remembered`.
     percent : int
@@ -85,6 +89,9 @@ def flips(
         return _added(scenario, theta, round_, malicious, past, writable, stored)
     if before is None or scenario.settings.attack.writes != "labels" or not len(malicious):
         return NO_FLIPS
+    if scenario.settings.attack.plans:
+        again = epoch_theta if keeps_theta(scenario) else None
+        return plans.plan(scenario, epoch_start(scenario, round_), again).flips(round_)
     if scenario.settings.attack.refresh == "step":
         writable = scenario.schedule.used[malicious]
         writable_before = _writable_before(scenario, round_, before, malicious)
@@ -347,6 +354,12 @@ def propose(scenario: Scenario, round_: int, seen: Seen, shape: Sequence[int], d
     return attack.propose(threat.name, view, threat.args, shape, scenario.classes)
 
 
+def keeps_theta(scenario: Scenario) -> bool:
+    """Whether flips depend on the parameters that were broadcast in the round `epoch_start`."""
+    threat = scenario.settings.attack
+    return scenario.settings.attacked and (threat.refresh == "epoch" or threat.horizon is not None)
+
+
 def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:
     """Random numbers (samples, 2), uniform in [0, 1), for the samples of a round in ascending order."""
     return np.random.default_rng([scenario.settings.seed, LABEL_NOISE, round_]).random((samples, 2))
@@ -374,20 +387,48 @@ def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
     Returns
     -------
     (A, B) tensor
-        `target - theta` of a targeted attack; else the clean gradient of the clients of `known`, zero without any.
+        That of `attack.direction` or `attack.goal`, see `attack.DIRECTIONS`.
     """
+    threat = scenario.settings.attack
+
+    def target() -> Tensor:
+        return targets.target(scenario).to(theta.device)
+
+    def sample() -> tuple[Tensor, Tensor]:
+        X, y = sample_of(scenario)
+        return X.to(theta.device), y.to(theta.device)
+
+    aim = attack.Aim(
+        theta,
+        round_,
+        scenario.model,
+        gradient=lambda: _known_gradient(scenario, theta, round_),
+        target=target,
+        sample=sample,
+    )
+    return attack.direction_of(threat.aim, aim)
+
+
+def sample_of(scenario: Scenario) -> tuple[Tensor, Tensor]:
+    """Inputs and true labels of the training samples that attackers measure harm on, the same in every round."""
+    if "sample" not in scenario.memo:
+        scenario.memo["sample"] = plans.sample_of(scenario, SAMPLE)
+    found: tuple[Tensor, Tensor] = scenario.memo["sample"]
+    return found
+
+
+def _known_gradient(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
+    """The clean gradient (A, B) of the clients of `known`, zero without any."""
     threat, schedule = scenario.settings.attack, scenario.schedule
-    if threat.goal == "targeted":
-        return attack.direction(threat.goal, theta, None, targets.target(scenario).to(theta.device))
     step = threat.refresh == "step" or threat.writes != "labels"
     everyone = schedule.participants(round_) if step else np.arange(len(schedule.shards))
     clients = known(scenario, everyone, round_)
     if not len(clients):
         return torch.zeros_like(theta)
     if step:
-        return attack.direction(threat.goal, theta, scenario.gradient(theta, clients, round_), None)
+        return scenario.gradient(theta, clients, round_)
     held = np.sort(np.concatenate([schedule.shards[client] for client in clients]))
-    return attack.direction(threat.goal, theta, scenario.gradient_of(theta, held, np.ones_like(held)), None)
+    return scenario.gradient_of(theta, held, np.ones_like(held))
 
 
 def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:

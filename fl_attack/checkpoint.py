@@ -98,11 +98,11 @@ class Checkpoint:
         self._due = ended + max(self.every, SHARE * (ended - began))
 
     def save(self, state: State) -> None:
-        """See `save`."""
+        """Store a state in the folder now, whole or not at all."""
         save(self.folder, state, self.key)
 
     def load(self) -> State | None:
-        """See `load`."""
+        """The state stored in the folder under this key; None where there is none, or a damaged one."""
         return load(self.folder, self.key)
 
     def remove(self) -> None:
@@ -135,6 +135,7 @@ def _packed(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _unpacked(packed: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """The tree of which `_packed` made this JSON and these arrays."""
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = packed.items()

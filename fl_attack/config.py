@@ -16,7 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fl_attack import __version__, attack, models
 from fl_attack.aggregate import RULES, is_known, needs
-from fl_attack.attack import Adapt, Goal, Knowledge, Memory, Refresh, Rounding, Scope, Selection
+from fl_attack.attack import (
+    Adapt,
+    Foresight,
+    Goal,
+    Knowledge,
+    Memory,
+    Objective,
+    Refresh,
+    Rounding,
+    Scope,
+    Selection,
+)
 from fl_attack.errors import InputError
 from fl_attack.overrides import completed, composing, conf_folder, did_you_mean, explain, unknown_key, written
 from fl_attack.protocol import LrSchedule, Optimizer
@@ -112,6 +123,7 @@ class AttackSettings(Strict):
 
     name: str
     goal: Goal = "untargeted"
+    direction: str | None = None
     budget: Share = 0.0
     selection: Selection = "gain"
     scope: Scope = "pooled"
@@ -127,6 +139,36 @@ class AttackSettings(Strict):
     start: Count = 1
     stop: Count | None = None
     target_path: str | None = None
+    objective: Objective = "final"
+    foresight: Foresight = "known"
+    horizon: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The two directions that are goals, by the name of the goal."""
+        goals = {"gradient": "untargeted", "target": "targeted"}
+        goal = goals.get(given.get("direction") or "")
+        if goal is None:
+            return given
+        if given.get("goal") == "targeted" != goal:
+            raise ValueError(f"goal=targeted contradicts direction={given['direction']}; leave one out")
+        return given | {"goal": goal, "direction": None}
+
+    @property
+    def aim(self) -> str:
+        """The direction that the gradient is pushed against, of `attack.DIRECTIONS` or an import path."""
+        return self.direction or {"untargeted": "gradient", "targeted": "target"}[self.goal]
+
+    @property
+    def plans(self) -> bool:
+        """Whether flips are planned ahead."""
+        return self.name == "planned"
+
+    @property
+    def steers(self) -> bool:
+        """Whether theta_target is needed."""
+        return self.plans or ("goal" in attack.find(self.name).uses and self.aim in ("target", "target_far"))
 
     @property
     def remembers(self) -> bool:
@@ -149,7 +191,8 @@ class AttackSettings(Strict):
             return self
         chosen = attack.find(self.name)
         attack.check_args(self.name, self.args)
-        usual = {"goal": "untargeted", "knowledge": "full", "target_path": None, "selection": "gain"}
+        usual = {"goal": "untargeted", "direction": None, "knowledge": "full", "target_path": None, "selection": "gain"}
+        usual |= {"objective": "final", "foresight": "known", "horizon": None}
         for key, value in usual.items():
             if key not in chosen.uses and getattr(self, key) != value:
                 raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
@@ -169,13 +212,21 @@ class AttackSettings(Strict):
             )
         if self.stop is not None and self.stop < self.start:
             raise ValueError(f"stop={self.stop} is before start={self.start}; use start or later, or null for no end")
-        if self.goal == "targeted" and self.knowledge != "full":
-            raise ValueError(
-                f"knowledge={self.knowledge} has no meaning with goal=targeted, whose direction is target - theta and "
-                "needs no gradient; use knowledge=full"
-            )
-        if self.goal == "untargeted" and self.target_path is not None:
-            raise ValueError("target_path has no meaning with goal=untargeted; use goal=targeted or leave it out")
+        if self.direction is not None and self.goal == "targeted":
+            raise ValueError(f"goal=targeted has no meaning with direction={self.direction}; leave it out")
+        uses = attack.find_direction(self.aim).uses
+        said = f"goal={self.goal}" if self.direction is None else f"direction={self.direction}"
+        if self.knowledge != "full" and "knowledge" not in uses:
+            why = " whose direction is target - theta and needs no gradient" if self.goal == "targeted" else ""
+            raise ValueError(f"knowledge={self.knowledge} has no meaning with {said},{why}; use knowledge=full")
+        if self.target_path is not None and "target_path" not in uses:
+            raise ValueError(f"target_path has no meaning with {said}; use goal=targeted or leave it out")
+        if self.plans and self.adapt != "none":
+            raise ValueError(f"adapt={self.adapt} has no meaning with name=planned; leave it out")
+        if self.plans and self.memory != "forget":
+            raise ValueError(f"memory={self.memory} can't be planned by name=planned; use memory=forget")
+        if self.plans and self.refresh != "step":
+            raise ValueError(f"refresh={self.refresh} has no meaning with name=planned; leave it out, or use horizon")
         return self
 
 
@@ -337,6 +388,8 @@ class Settings(Strict):
             raise ValueError(
                 f"attack.knowledge={self.attack.knowledge} needs honest clients, but clients.honest=0; use full or own"
             )
+        if self.attacked and self.attack.plans:
+            self._plannable()
         share, malicious, honest = self.partition.malicious_share, self.clients.malicious, self.clients.honest
         if share is not None and 0 in (malicious, honest):
             raise ValueError(
@@ -344,6 +397,20 @@ class Settings(Strict):
                 f"clients.malicious={malicious} and clients.honest={honest}"
             )
         return self
+
+    def _plannable(self) -> None:
+        """ValueError where the training is none that `attack=planned` can plan."""
+        if self.local_steps > 1:
+            raise ValueError(f"local_steps={self.local_steps} can't be planned by attack=planned; use local_steps=1")
+        if self.worker_momentum:
+            raise ValueError(
+                f"worker_momentum={self.worker_momentum} can't be planned by attack=planned; use worker_momentum=0"
+            )
+        if self.attack.horizon is not None and self.server_optimizer != "sgd":
+            raise ValueError(
+                f"attack.horizon={self.attack.horizon} needs the state of server_optimizer={self.server_optimizer}, "
+                "which the server does not broadcast; use sgd, or plan all rounds with attack.horizon=null"
+            )
 
 
 def without_effect(settings: Settings, sweep: bool) -> list[str]:

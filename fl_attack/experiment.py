@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
-from fl_attack import engine, federation, folder, identity, plots, report, results, scenario, targets
+from fl_attack import attack, engine, federation, folder, identity, plans, plots, report, results, scenario, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import AttackSettings, Settings, without_effect
 from fl_attack.errors import Interrupted, RunError
@@ -53,9 +53,13 @@ def run(settings: Settings, runner: federation.Runner = federation.run) -> dict[
     with folder.taken(Path(settings.out), "run", settings.overwrite, goes_on) as place, _told(place.work):
         if not settings.resume or not goes_on(place.work):
             folder.clear(place.work)
-        if settings.attacked and settings.attack.goal == "targeted":
+        if settings.attacked and settings.attack.steers:
             with Progress("target", settings.rounds) as progress:
                 targets.load_target(attacked, progress)
+        if settings.attacked and settings.attack.plans and settings.attack.horizon is None:
+            with Progress("plan", attack.planned_options(settings.attack.args).sweeps, "sweep") as progress:
+                plans.load_plans([attacked], on_sweep=progress)
+            plans.plan(attacked)
         results.write_config(place.work, attacked.settings)
         summaries = _run(attacked, place.work, runner)
         folder.settle(place)
@@ -90,6 +94,8 @@ def _run(attacked: Scenario, work: Path, runner: federation.Runner) -> dict[str,
         _federated(runs, settings, keep, runner)
     last = summaries["attacked" if settings.attacked else "honest"]
     plots.curves_of(work, last)
+    if (work / folder.PLAN).exists():
+        plots.plan(work)
     for name, facts in summaries.items():  # the twin first: the summary in the folder itself says that all is there
         results.write_summary(runs[name][1], facts)
     for _, where in runs.values():
@@ -224,13 +230,13 @@ def both(first: OnRound, second: OnRound) -> OnRound:
 class Progress:
     """How far a run is: a live bar on a terminal, a plain line every tenth of the way elsewhere."""
 
-    def __init__(self, name: str, rounds: int) -> None:
-        self.name, self.rounds = name, rounds
+    def __init__(self, name: str, rounds: int, unit: str = "round") -> None:
+        self.name, self.rounds, self.unit = name, rounds, unit
         self.bar: tqdm | None = None
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
-            self.bar = tqdm(total=self.rounds, desc=f"{self.name:>8}", unit="round")
+            self.bar = tqdm(total=self.rounds, desc=f"{self.name:>8}", unit=self.unit)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -244,4 +250,6 @@ class Progress:
             self.bar.set_postfix_str(accuracy, refresh=False)
             self.bar.update(round_ - self.bar.n)
         elif round_ * 10 // self.rounds > (round_ - 1) * 10 // self.rounds and round_:
-            print(f"{self.name}: round {round_} of {self.rounds}  {accuracy}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"{self.name}: {self.unit} {round_} of {self.rounds}  {accuracy}".rstrip(), file=sys.stderr, flush=True
+            )

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from fl_attack.errors import InputError
 
 Kind = Literal["run", "sweep"]
+PLAN = "plan.csv"  # of a run whose flips are planned
 SUMMARY, BASELINE, ROUNDS = "summary.json", "baseline", "rounds.csv"  # a run that has a summary is finished
 REPORT = "report.html"
 TABLE, CURVES, UNITS = "sweep.csv", "curves.npz", "units"  # a sweep that has a table and no units left is finished
@@ -30,6 +31,8 @@ OF_RUN = (
     "target.npz",
     "clients.csv",
     "curves.png",
+    PLAN,
+    "plan.png",
 )
 STATE = "checkpoint.npz"
 FIGURES = ("*.png", "*.pdf")  # of a sweep
@@ -44,7 +47,20 @@ class Place(NamedTuple):
 
 
 def is_finished(folder: Path, kind: Kind) -> bool:
-    """Whether a folder holds a whole run or sweep."""
+    """Whether a folder holds a whole run or sweep.
+
+    Parameters
+    ----------
+    folder : Path
+        Any folder; it need not be there.
+    kind : {"run", "sweep"}
+        Which of both is asked for.
+
+    Returns
+    -------
+    bool
+        A run is whole with its summary, a sweep with its table and without unfinished units.
+    """
     if kind == "run":
         return (folder / SUMMARY).exists()
     return (folder / TABLE).exists() and not (folder / UNITS).exists()

@@ -145,7 +145,20 @@ def unknown_key(key: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest of the known words, as the end of a message; empty where none is near."""
+    """The nearest of the known words, as the end of a message.
+
+    Parameters
+    ----------
+    word : str
+        What was typed.
+    known : iterable of str
+        What would be understood.
+
+    Returns
+    -------
+    str
+        As in "; did you mean greedy?", or empty where none is near.
+    """
     near = difflib.get_close_matches(word, list(known), 1, 0.75)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -34,7 +34,20 @@ def load(path: str) -> Callable[..., Any]:
 
 
 def spelled_out(name: str, folder: str) -> str:
-    """The same function for a process in another folder: a module that is a file of this folder by its full path."""
+    """The same function for a process in another folder: a module that is a file of this folder by its full path.
+
+    Parameters
+    ----------
+    name : str
+        A name of a table, or an import path.
+    folder : str
+        The folder that relative paths are of.
+
+    Returns
+    -------
+    str
+        `name` itself where it is no import path, or of an installed module.
+    """
     if not is_path(name):
         return name
     module, function = _parts(name)
@@ -66,7 +79,22 @@ def call(name: str, *given: Any, **args: Any) -> Any:
 
 
 def refuse(name: str, gave: str, wanted: str) -> NoReturn:
-    """RunError: what the function of an import path gave, and what is wanted of it."""
+    """Refuse what the function of an import path gave.
+
+    Parameters
+    ----------
+    name : str
+        The import path.
+    gave : str
+        What it gave, as in "an array of shape (3, 2)".
+    wanted : str
+        What is wanted of it, as a sentence.
+
+    Raises
+    ------
+    RunError
+        Always; it names the function, its file and its line.
+    """
     raise RunError(f"{place_of(name)} gave {gave}; {wanted}")
 
 
@@ -79,6 +107,7 @@ def source_digest(name: str) -> str:
 
 
 def _parts(path: str) -> tuple[str, str]:
+    """The module or file of an import path, and the name in it; InputError where it is no import path."""
     module, _, function = path.rpartition(":" if ":" in path else ".")
     if not module or not function.isidentifier():
         raise InputError(f"{path} is not an import path; use module.function or path/to/file.py:function")
@@ -86,11 +115,13 @@ def _parts(path: str) -> tuple[str, str]:
 
 
 def _imported(module: str) -> Any:
+    """The module of this name; a file of the current folder goes before an installed one."""
     file = Path(module.replace(".", "/") + ".py")
     return _from_file(file) if file.is_file() else importlib.import_module(module)
 
 
 def _from_file(file: Path) -> Any:
+    """The module that a file makes, executed once in a process."""
     full = file.resolve()
     name = f"fl_attack_plugin_{hashlib.sha256(str(full).encode()).hexdigest()[:16]}"
     if name in sys.modules:

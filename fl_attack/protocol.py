@@ -30,10 +30,24 @@ BATCHES, PARTICIPANTS, CLIENT_ORDER = 1, 2, 6
 
 
 def batch_sizes(shard_sizes: NDArray[np.int64], batch_size: int | None) -> NDArray[np.int64]:
-    """Samples that each client takes a step, proportional to its shard, at least one; None takes the whole shard.
+    """Samples that each client takes a step, proportional to its shard, at least one.
 
-    The sizes add up to `batch_size` (largest remainders first), so that a step sees every sample equally often.
-    Raises InputError where that is not possible.
+    Parameters
+    ----------
+    shard_sizes : array of int, (m,)
+        How many samples each client holds.
+    batch_size : int or None
+        Samples a step over all clients; None takes whole shards.
+
+    Returns
+    -------
+    array of int, (m,)
+        They add up to `batch_size` (largest remainders first), so that a step sees every sample equally often.
+
+    Raises
+    ------
+    InputError
+        Where `batch_size` is more than there are samples, or less than there are clients.
     """
     clients, total = len(shard_sizes), int(shard_sizes.sum())
     if batch_size is None:
@@ -108,7 +122,22 @@ class Schedule:
         return np.concatenate([samples, *again])[: self.local_steps * size].reshape(self.local_steps, size)
 
     def samples_of_rounds(self, client: int, first: int, rounds: int) -> NDArray[np.int64]:
-        """The different samples that a client uses in each of `rounds` rounds from `first` on, (rounds, used)."""
+        """The different samples that a client uses in each of some rounds in a row.
+
+        Parameters
+        ----------
+        client : int
+            Its number.
+        first : int
+            The first of the rounds, which count from 1.
+        rounds : int
+            How many rounds.
+
+        Returns
+        -------
+        array of int, (rounds, used)
+            Positions in the training set, in the order in which the client visits them.
+        """
         shard, used = self.shards[client], int(self.used[client])
         if used == len(shard) and self.local_steps == 1:
             return np.broadcast_to(shard, (rounds, used))
@@ -121,7 +150,22 @@ class Schedule:
         return rows[skipped : skipped + rounds]
 
     def samples(self, clients: Iterable[int], round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The samples that clients use in a round, ascending, and how often each."""
+        """The samples that some clients use in a round.
+
+        Parameters
+        ----------
+        clients : iterable of int
+            Their numbers.
+        round_ : int
+            The round, from 1.
+
+        Returns
+        -------
+        samples : array of int, (n,)
+            Positions in the training set, ascending, each once.
+        counts : array of int, (n,)
+            How often each is used.
+        """
         parts = [np.empty(0, np.int64), *(self.steps(client, round_).ravel() for client in clients)]
         return np.unique(np.concatenate(parts), return_counts=True)
 
@@ -153,7 +197,22 @@ def _order(size: int, seed: int, *key: int) -> NDArray[np.int64]:
 
 
 def shuffled(seed: int, round_: int, clients: int) -> NDArray[np.int64]:
-    """The random order (clients,) of the clients of a round, for rules that draw lots: a function of seed and round."""
+    """The random order of the clients of a round, for rules that draw lots.
+
+    Parameters
+    ----------
+    seed : int
+        That of the experiment.
+    round_ : int
+        The round, from 1.
+    clients : int
+        How many clients take part in it.
+
+    Returns
+    -------
+    array of int, (clients,)
+        A permutation: a function of seed and round.
+    """
     return np.random.default_rng([seed, CLIENT_ORDER, round_]).permutation(clients)
 
 
@@ -242,13 +301,36 @@ class Momenta:
         return self.table[torch.as_tensor(clients, device=self.table.device)] if self.beta else None
 
     def note(self, clients: Sequence[int] | NDArray[np.int64], moved: Tensor) -> None:
-        """Remember the momenta (m, A, B) of clients after a round."""
+        """Remember the momenta of clients after a round.
+
+        Parameters
+        ----------
+        clients : sequence of int, (m,)
+            Who took part.
+        moved : Tensor, (m, A, B)
+            Their momenta, in that order.
+        """
         if self.beta:
             self.table[torch.as_tensor(clients, device=self.table.device)] = moved
 
 
 def with_momentum(beta: float, before: Tensor | None, update: Tensor) -> Tensor:
-    """The momentum after an update, shaped as both: `beta before + (1 - beta) update`; the update without `before`."""
+    """The momentum after an update.
+
+    Parameters
+    ----------
+    beta : float
+        How much of the old momentum stays, from 0 to below 1.
+    before : Tensor or None
+        The momentum before, shaped as the update; None where there is none.
+    update : Tensor
+        The new update.
+
+    Returns
+    -------
+    Tensor
+        `beta before + (1 - beta) update`, shaped as both; the update itself without `before`.
+    """
     return update if before is None else beta * before + (1 - beta) * update
 
 

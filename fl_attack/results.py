@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 from fl_attack.config import Settings, from_yaml, to_yaml, versions
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
-from fl_attack.folder import BASELINE, OF_RUN, SUMMARY
+from fl_attack.folder import BASELINE, OF_RUN, PLAN, SUMMARY
 from fl_attack.history import COLUMNS, History, rounds_to_recover
 from fl_attack.identity import NOT_NUMBERS
+from fl_attack.plans import STARTS, Plan, plans_made
 from fl_attack.scenario import Scenario
 from fl_attack.sweep_table import write_csv
 from fl_attack.targets import target
 
 FILES = OF_RUN
+PLAN_COLUMNS = ("first_round", "sweep", "start", "objective", "part")  # part: of the rounds that was chosen anew
 __all__ = [
     "BASELINE",
     "FILES",
@@ -37,17 +39,51 @@ __all__ = [
 
 
 def write_rounds(out: Path, history: History) -> None:
-    """`rounds.csv`, a row for each evaluated round so far."""
+    """`rounds.csv`, a row for each evaluated round so far.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the run; it is there.
+    history : History
+        What was measured.
+
+    Raises
+    ------
+    InputError or RunError
+        Where the disk refuses.
+    """
     write_csv(out / "rounds.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in history.rows])
 
 
 def write_config(out: Path, settings: Settings) -> None:
-    """`config.yaml`, which also says whose the folder is while the run is not finished."""
+    """`config.yaml`, which also says whose the folder is while the run is not finished.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the run; it is there.
+    settings : Settings
+        What the run was asked for.
+    """
     _write(out / "config.yaml", lambda stream: stream.write(to_yaml(settings).encode()))
 
 
 def is_of(out: Path, settings: Settings) -> bool:
-    """Whether the folder is that of a run of these settings, as its `config.yaml` tells."""
+    """Whether the folder is that of a run of these settings, as its `config.yaml` tells.
+
+    Parameters
+    ----------
+    out : Path
+        A folder, with or without a run in it.
+    settings : Settings
+        Those to compare with; what changes no number (`NOT_NUMBERS`) is left out.
+
+    Returns
+    -------
+    bool
+        False too where the file is missing or damaged.
+    """
     try:
         found = from_yaml((out / "config.yaml").read_text())
     except (OSError, InputError, UnicodeDecodeError):
@@ -56,7 +92,17 @@ def is_of(out: Path, settings: Settings) -> bool:
 
 
 def write(out: Path, scenario: Scenario, history: History) -> None:
-    """All files of a run, finished or not, but its figure and its summary."""
+    """All files of a run, finished or not, but its figure and its summary.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the run; it is there.
+    scenario : Scenario
+        The data, the partition and the model of the run.
+    history : History
+        What was measured, the flips and the last parameters.
+    """
     settings = scenario.settings
     write_config(out, settings)
     write_rounds(out, history)
@@ -65,14 +111,36 @@ def write(out: Path, scenario: Scenario, history: History) -> None:
         "partition.npz": {"client": scenario.partition.client, "malicious": scenario.partition.malicious},
         "flips.npz": history.flip_table(),
     }
-    if settings.attacked and settings.attack.goal == "targeted":
+    if settings.attacked and settings.attack.steers and not settings.attack.plans:
         arrays["target.npz"] = scenario.model.state(target(scenario))
     for name, content in arrays.items():
         _write(out / name, partial(_savez, content))
+    if made := plans_made(scenario):
+        write_csv(out / PLAN, PLAN_COLUMNS, [row for one in made for row in _plan_rows(one)])
+
+
+def _plan_rows(plan: Plan) -> list[list[Any]]:
+    """The rows of `plan.csv` of one plan: its objective after each sweep, by start."""
+    names = [STARTS[start] if start < len(STARTS) else f"random{start}" for start in range(plan.harm.shape[1])]
+    return [
+        [plan.first, sweep, name, float(plan.harm[sweep, start]), float(plan.part[sweep, start])]
+        for start, name in enumerate(names)
+        for sweep in range(len(plan.harm))
+    ]
 
 
 def write_clients(out: Path, scenario: Scenario, history: History) -> None:
-    """`clients.csv`: what each client holds, whether it is malicious, and how accurate the final model is on that."""
+    """`clients.csv`: what each client holds, whether it is malicious, and how accurate the final model is on that.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the run; it is there.
+    scenario : Scenario
+        The data and who holds what.
+    history : History
+        Its parameters are the final model.
+    """
     lines = ["client,malicious,samples,labels,final_accuracy"]
     malicious = set(scenario.partition.malicious.tolist())
     for client, samples in enumerate(scenario.partition.shards):
@@ -84,13 +152,36 @@ def write_clients(out: Path, scenario: Scenario, history: History) -> None:
 
 
 def write_summary(out: Path, facts: dict[str, Any]) -> None:
-    """`summary.json`, the last file of a run: it says that the run is finished."""
+    """`summary.json`, the last file of a run: it says that the run is finished.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the run; it is there.
+    facts : dict
+        As `summary` gives them.
+    """
     text = json.dumps(facts, indent=2) + "\n"
     _write(out / SUMMARY, lambda stream: stream.write(text.encode()))
 
 
 def summary(scenario: Scenario, history: History, twin: History | None = None) -> dict[str, Any]:
-    """The figures of a run: accuracies and F1 from 0 to 1, shares from 0 to 1, times in seconds."""
+    """The figures of a run: accuracies and F1 from 0 to 1, shares from 0 to 1, times in seconds.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The data and settings of the run.
+    history : History
+        What was measured, at least of one round.
+    twin : History, optional
+        What was measured of the same run without the attack.
+
+    Returns
+    -------
+    dict
+        The content of `summary.json`; `rounds_to_recover` is None where there is no such number.
+    """
     settings: Settings = scenario.settings
     last, best = history.rows[-1]["round"], history.given(settings.early_stop.restore)
     budget = settings.label_budget
@@ -154,6 +245,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 
 
 def _savez(arrays: dict[str, NDArray[Any]], stream: IO[bytes]) -> None:
+    """Write arrays as an .npz that needs no unpickling."""
     np.savez(stream, allow_pickle=False, **arrays)
 
 

@@ -37,16 +37,40 @@ def target(scenario: Scenario) -> Tensor:
 def load_target(scenario: Scenario, on_round: OnRound = lambda round_: None) -> Tensor:
     """theta_target: the file of `attack.target_path`, or trained as the run would be, honestly, on flipped labels.
 
-    What was trained is cached under a key of everything that it depends on. InputError where a file of the user's is
-    none of the model's parameters.
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment whose attackers steer to it.
+    on_round : callable, optional
+        Told the number of each round of training that is done.
+
+    Returns
+    -------
+    Tensor
+        Shaped as theta, in float64. What was trained is cached under a key of everything that it depends on.
+
+    Raises
+    ------
+    InputError
+        Where a file of the user's holds none of the model's parameters.
     """
     return load_targets([scenario], on_round)[0]
 
 
 def load_targets(scenarios: Sequence[Scenario], on_round: OnRound = lambda round_: None) -> list[Tensor]:
-    """The targets (A, B) of experiments that differ in their attack, learning rate and optimizer alone, in their order.
+    """The targets of experiments that differ in their attack, learning rate and optimizer alone.
 
-    Each is what `load_target` gives; those that are not there yet are trained together.
+    Parameters
+    ----------
+    scenarios : sequence of Scenario
+        The experiments.
+    on_round : callable, optional
+        Told the number of each round of training that is done; those that are not there yet are trained together.
+
+    Returns
+    -------
+    list of Tensor, (A, B) each
+        In the order of the experiments, each as `load_target` gives it.
     """
     files = [_target_file(cell) for cell in scenarios]
     missing = {file: cell for file, cell in zip(files, scenarios, strict=True) if not _is_target(file, cell)}

@@ -27,6 +27,17 @@ QUICK = ["engine=batched", "rounds=40", "batch_size=128"]
 SWEEP = ["-m", "engine=batched", "rounds=300", "eval_every=50", "clients.malicious=1,2", "seed=range(6)"]
 
 
+WITHOUT_SHARED_MEMORY = [  # a file system of a page, which nobody can write to, in a name space of its own
+    *("unshare", "--mount", "sh", "-c"),
+    'mount -t tmpfs -o ro,size=4k none /dev/shm && exec "$@"',
+    "sh",
+]
+
+
+class NotPossibleError(Exception):
+    """A fault that can't be made on this machine, and why."""
+
+
 class Fault(NamedTuple):
     """A row of the table."""
 
@@ -41,10 +52,12 @@ def environment(at: Path, **more: str | None) -> dict[str, str]:
     return {key: value for key, value in changed.items() if value is not None}
 
 
-def begin(at: Path, *overrides: str, limit: int | None = None, **more: str | None) -> subprocess.Popen[str]:
-    """Start the program; `limit` is the size in bytes beyond which no file may grow."""
+def begin(
+    at: Path, *overrides: str, limit: int | None = None, within: Sequence[str] = (), **more: str | None
+) -> subprocess.Popen[str]:
+    """Start the program, by the command `within`; `limit` is the size in bytes beyond which no file may grow."""
     return subprocess.Popen(
-        [sys.executable, "-m", "fl_attack", *overrides],
+        [*within, sys.executable, "-m", "fl_attack", *overrides],
         env=environment(at, **more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -177,6 +190,20 @@ def deleted_folder(at: Path) -> str:
     return f"{said}, {'a result' if (at / 'o' / 'summary.json').exists() else 'no result'}"
 
 
+def no_shared_memory(at: Path, *overrides: str) -> str:
+    """Nobody can write to /dev/shm."""
+    try:
+        tried = subprocess.run([*WITHOUT_SHARED_MEMORY, "true"], capture_output=True, text=True)
+    except OSError as error:
+        raise NotPossibleError(str(error)) from None
+    if tried.returncode:
+        raise NotPossibleError(" ".join(tried.stderr.split()))
+    run(at, *overrides, f"out={at}/with")
+    said = ended(begin(at, *overrides, f"out={at}/without", within=WITHOUT_SHARED_MEMORY))
+    names = ["sweep.csv", "curves.npz"] if "-m" in overrides else RESULTS
+    return f"{said}, {same(at / 'with', at / 'without', names)}"
+
+
 def many_clients(at: Path, *overrides: str) -> str:
     """5,000 clients of two samples."""
     rng = np.random.default_rng(0)
@@ -220,8 +247,12 @@ FAULTS: dict[str, Fault] = {
     "there is no HOME": Fault("rc 2, 1 lines", no_home),
     "output and error are closed": Fault("rc 0, a result", closed_streams),
     "the folder is deleted in mid-run": Fault("rc 0, 0 lines, a result", deleted_folder),
+    "no shared memory, a sweep": Fault("rc 0, 0 lines, same bytes", lambda at: no_shared_memory(at, *SWEEP)),
     "5,000 clients, batched": Fault("rc 0, 0 lines", lambda at: many_clients(at, "engine=batched")),
     "5,000 clients, Flower": Fault("rc 0, 0 lines", many_clients, quick=False),
+    "no shared memory, Flower": Fault(
+        "rc 0, 0 lines, same bytes", lambda at: no_shared_memory(at, "rounds=20"), quick=False
+    ),
     "a run on Flower is killed": Fault("rc 0, 0 lines, same bytes", killed_run, quick=False),
     "actors and grids, ten times": Fault("rc 0, 0 lines, same bytes", ten_ways, quick=False),
 }
@@ -235,6 +266,9 @@ def drill(names: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="drill") as folder:
             try:
                 seen = FAULTS[name].see(Path(folder))
+            except NotPossibleError as why:
+                print(f"{name:34}  {FAULTS[name].expected:46}  not tried: {why}", flush=True)
+                continue
             except Exception as error:  # a file that is not there, a program that does not end
                 seen = f"{type(error).__name__}: {error}"
         wrong += seen != FAULTS[name].expected

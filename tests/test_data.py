@@ -822,11 +822,26 @@ def test_folders_named_by_numbers_are_in_their_order(tmp_path):
     assert data.load("image_folder", path=tmp_path, classes=["2", "10"]).classes == ("2", "10")
 
 
-def test_whole_numbers_from_0_to_1_are_pointed_out(tmp_path, capsys):
-    x, y = np.eye(6, dtype=int), np.arange(6) % 2
+@pytest.mark.parametrize(
+    ("low", "high", "refused"), [(0, 1, True), (-1, 1, True), (0, 2, False), (0, 255, False), (0, 256, False)]
+)
+def test_whole_numbers_that_are_no_pixels_are_not_scaled_by_a_guess(tmp_path, low, high, refused):
+    x, y = np.where(np.eye(6, dtype=int) > 0, high, low), np.arange(6) % 2
     np.savez(tmp_path / "bits.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    if refused:
+        wanted = "holds whole numbers of at most 1, which don't look like pixels of 0 to 255"
+        assert wanted in refusal("npz", path=tmp_path / "bits.npz")
+    else:
+        assert data.load("npz", path=tmp_path / "bits.npz").scale == 255
+    assert data.load("npz", path=tmp_path / "bits.npz", scale=1.0).scale == 1
+    np.savez(tmp_path / "floats.npz", x_train=x * 1.0, y_train=y, x_test=x * 1.0, y_test=y)
+    assert data.load("npz", path=tmp_path / "floats.npz").scale == 1
+
+
+def test_images_of_pixels_0_and_1_are_pointed_out(tmp_path, capsys):
+    two_classes(tmp_path, lambda label: np.full((4, 5), label, np.uint8))
     for scale, told in ((None, 1), (1.0, 0)):
-        data.load("npz", path=tmp_path / "bits.npz", scale=scale)
+        data.load("image_folder", path=tmp_path, scale=scale)
         said = capsys.readouterr().err
         assert said.count("is dataset.scale=1 meant?") == said.count("\n") == told
 

@@ -17,4 +17,8 @@ spec.loader.exec_module(drill)
 @pytest.mark.parametrize("name", [name for name, fault in drill.FAULTS.items() if fault.quick])
 def test_a_fault_is_seen_as_it_is_expected(tmp_path: Path, name: str) -> None:
     fault = drill.FAULTS[name]
-    assert fault.see(tmp_path) == fault.expected
+    try:
+        seen = fault.see(tmp_path)
+    except drill.NotPossibleError as why:
+        pytest.skip(str(why))
+    assert seen == fault.expected

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fl_attack import models, protocol
+from fl_attack.attack import smoothed_error
 from fl_attack.planning import (
     Access,
     Batch,
@@ -20,7 +21,6 @@ from fl_attack.planning import (
     Sweeps,
     Trajectory,
     derivatives_of,
-    smoothed_error,
 )
 
 T, SAMPLES, FEATURES = 4, 18, 4
@@ -105,7 +105,7 @@ def test_costates_are_the_derivatives_of_the_harm_through_the_whole_training(
     theta = random_theta(of)
     trajectory = Trajectory(from_theta(of, theta))
     trajectory.run(clean(of))
-    costate = trajectory.backwards(lambda t, v, scores: None)
+    costate = trajectory.backwards(lambda *visited: None)
     slow = differences(lambda at: Trajectory(from_theta(of, at)).run(clean(of)), theta)
     assert trajectory.segment == 2
     assert slow.abs().max() > 0.01
@@ -118,7 +118,7 @@ def test_the_direction_of_a_round_is_the_derivative_of_the_harm_by_its_gradient(
     trajectory = Trajectory(from_theta(of, random_theta(of)))
     trajectory.run(clean(of))
     found: dict[int, torch.Tensor] = {}
-    trajectory.backwards(lambda t, v, scores: found.update({t: v}))
+    trajectory.backwards(lambda t, theta, v, scores: found.update({t: v}))
 
     class Pushed(Linear):
         """The gradient of one round with something added."""
@@ -172,7 +172,7 @@ def test_costates_of_a_network_are_the_derivatives_of_the_harm(loss: str) -> Non
     with torch.inference_mode():  # as engines run
         trajectory = Trajectory(from_theta(of, theta))
         trajectory.run(clean(of))
-        costate = trajectory.backwards(lambda t, v, scores: None)
+        costate = trajectory.backwards(lambda *visited: None)
     slow = differences(lambda at: Trajectory(from_theta(of, at)).run(clean(of)), theta)
     assert slow.abs().max() > 1e-3
     torch.testing.assert_close(costate.theta, slow, rtol=1e-5, atol=1e-9)

@@ -13,18 +13,24 @@ from fl_attack import plugins
 from fl_attack.attack import gradients, labels
 from fl_attack.attack.adapt import PERCENTS, spread, worst
 from fl_attack.attack.budget import Memory, Refresh, Rounding, Scope, attacked_before, flip_allowance, select
+from fl_attack.attack.directions import DIRECTIONS, Aim, direction_of, find_direction
 from fl_attack.attack.gradients import Updates
-from fl_attack.attack.labels import Proposal, Selection, View
+from fl_attack.attack.harm import smoothed_error, smoothed_error_residuals
+from fl_attack.attack.labels import Proposal, Selection, View, planned_options
 from fl_attack.errors import InputError
 
 __all__ = [
     "ATTACKS",
+    "DIRECTIONS",
     "PERCENTS",
     "Adapt",
+    "Aim",
     "Attack",
+    "Foresight",
     "Goal",
     "Knowledge",
     "Memory",
+    "Objective",
     "Proposal",
     "Refresh",
     "Rounding",
@@ -35,11 +41,16 @@ __all__ = [
     "attacked_before",
     "craft",
     "direction",
+    "direction_of",
     "find",
+    "find_direction",
     "flip_allowance",
     "flipped_target",
+    "planned_options",
     "propose",
     "select",
+    "smoothed_error",
+    "smoothed_error_residuals",
     "spread",
     "try_args",
     "worst",
@@ -47,6 +58,8 @@ __all__ = [
 
 Goal = Literal["untargeted", "targeted"]
 Knowledge = Literal["full", "honest", "noisy", "own"]
+Objective = Literal["final", "average"]
+Foresight = Literal["known", "simulated"]
 Adapt = Literal["none", "rule"]
 
 
@@ -59,7 +72,7 @@ class Attack(NamedTuple):
     tries: tuple[str, tuple[float, ...]] | None = None  # an argument, and values that adapting attackers try besides
 
 
-AIMED = ("goal", "knowledge", "target_path")
+AIMED = ("goal", "direction", "knowledge", "target_path")
 FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 ATTACKS: dict[str, Attack] = {
     "greedy": Attack(labels.greedy, "labels", (*AIMED, "selection")),
@@ -74,6 +87,7 @@ ATTACKS: dict[str, Attack] = {
     "minmax": Attack(gradients.minmax, "updates"),
     "minsum": Attack(gradients.minsum, "updates"),
     "gradient_max": Attack(gradients.gradient_max, "updates", AIMED),
+    "planned": Attack(labels.planned, "labels", ("objective", "foresight", "horizon", "selection")),
 }
 
 
@@ -134,7 +148,8 @@ def try_args(name: str, args: Mapping[str, Any], classes: int) -> None:
         if ATTACKS[name].writes == "labels":
             noise = torch.zeros(classes, 2)
             ATTACKS[name].function(
-                View(torch.arange(classes), noise[:, 0], scores=some, logits=some, noise=noise), **args
+                View(torch.arange(classes), noise[:, 0], scores=some, logits=some, noise=noise),
+                **args,
             )
         else:
             updates, malicious = torch.zeros(3, 1, 2), torch.tensor([True, False, False])

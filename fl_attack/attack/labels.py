@@ -11,9 +11,9 @@ axes broadcast.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +81,48 @@ def greedy(view: View) -> Proposal:
     own = view.scores.gather(-1, view.y.expand(best.shape).unsqueeze(-1)).squeeze(-1)
     gain = (best - own) * view.w
     return Proposal(labels, gain.masked_fill(gain <= 0, -math.inf))
+
+
+class PlannedOptions(NamedTuple):
+    """The arguments of `planned`."""
+
+    sweeps: int = 40
+    starts: int = 4
+    tolerance: float = 1e-4
+    sample: int = 1000
+    temperature: float = 0.3
+
+
+def planned_options(args: Mapping[str, Any]) -> PlannedOptions:
+    """The arguments of `planned` with their defaults; ValueError where one is not allowed."""
+    options = PlannedOptions(**args)
+    for name in ("sweeps", "starts", "sample"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)} is not allowed; it must be 1 or more")
+    if not 0 <= options.tolerance < math.inf:
+        raise ValueError(f"tolerance={options.tolerance} is not allowed; it must be 0 or more")
+    if not 0 < options.temperature < math.inf:
+        raise ValueError(f"temperature={options.temperature} is not allowed; it must be more than 0")
+    return options
+
+
+def planned(
+    view: View,
+    *,
+    sweeps: int = 40,
+    starts: int = 4,
+    tolerance: float = 1e-4,
+    sample: int = 1000,
+    temperature: float = 0.3,
+) -> Proposal:
+    """As `greedy`, along a direction that looks ahead: `plans` gives it for all rounds, and so the flips of all.
+
+    A plan takes at most so many `sweeps` from each of its `starts`, and ends one that gains less than `tolerance` in
+    eight of them. The harm is the smoothed error on a `sample` of the training data, logits over `temperature`.
+    """
+    given = {"sweeps": sweeps, "starts": starts, "tolerance": tolerance, "sample": sample, "temperature": temperature}
+    planned_options(given)
+    return greedy(view)
 
 
 def random_flip(view: View) -> Proposal:

@@ -48,9 +48,19 @@ def digest(value: object) -> str:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Make `path` what `write` puts into a stream: all of it, or on any failure what it was before.
+    """Make a file what `write` puts into a stream: all of it, or on any failure what it was before.
 
-    Missing folders are made. InputError where the disk refuses.
+    Parameters
+    ----------
+    path : Path
+        The file; missing folders are made.
+    write : callable
+        Gets a binary stream to write to.
+
+    Raises
+    ------
+    InputError or RunError
+        Where the disk refuses: RunError where it is full.
     """
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -68,9 +78,26 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool = True) -> Entry:
-    """The entry of that key, built where it's not there whole; `verify=False` finds only truncated files.
+    """An entry of the cache, built where it is not there whole.
 
-    Of several processes one builds, the others wait for it. InputError where the folder can't be written to.
+    Parameters
+    ----------
+    key : str
+        Its name: of all that its content depends on.
+    build : callable
+        Gives its arrays and facts. Of several processes one builds, the others wait for it.
+    verify : bool
+        Whether to compare checksums; without, only truncated files are found.
+
+    Returns
+    -------
+    Entry
+        Its arrays are mapped from the disk, read-only.
+
+    Raises
+    ------
+    InputError
+        Where the folder can't be written to.
     """
     place = folder() / key
     if found := _opened(place, verify):
@@ -140,10 +167,12 @@ def _store(place: Path, arrays: Arrays, facts: Facts) -> None:
 
 
 def _checksum(file: Path) -> int:
+    """A hash of the content of a file."""
     return zlib.crc32(np.memmap(file, np.uint8, "r"))  # type: ignore[arg-type]  # mapped: half the time of reading
 
 
 def _refusal(path: Path, error: OSError) -> InputError | RunError:
+    """The error that says in one line that a file can't be written, and why."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):  # nothing that the user typed is wrong
         return RunError(f"{path} can't be written: {error.strerror}")
     way_out = "; set FL_ATTACK_CACHE to a writable folder" if path.is_relative_to(folder()) else ""

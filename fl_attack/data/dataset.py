@@ -20,7 +20,7 @@ from fl_attack.data import cache
 from fl_attack.data.sources import SOURCES, Raw, reading
 from fl_attack.errors import InputError
 
-CACHE_FORMAT = 4  # of what is stored; another number leaves old entries aside
+CACHE_FORMAT = 5  # of what is stored; another number leaves old entries aside
 NUMBERS_AT_ONCE = 2**15  # features that are made in one go
 CHANNELS = (1, 3, 4)  # of images: grey, colour, colour and transparency
 
@@ -101,13 +101,36 @@ def load(
     split: str | None = None,
     verify: bool = True,
 ) -> Dataset:
-    """A dataset of `SOURCES`, from the cache where it was loaded before. Samples keep their order.
+    """A data set of `SOURCES`, from the cache where it was loaded before; samples keep their order.
 
-    `classes` picks by label or name, in that order: label 1 is `classes[1]`. `scale=None` is 255 for
-    integers, 1 for floats, 16 for digits. `channels` (of image_folder) makes images grey (1) or coloured (3, the
-    default), `split` (of emnist) names the part of it. `standardize` gives each channel mean 0 and deviation 1 over the
-    training samples; a data set of plain features has a channel for each. `verify=False` skips the checksums, for
-    workers whose parent has loaded. InputError names what is missing, damaged or unknown.
+    Parameters
+    ----------
+    loader : str
+        A name of `SOURCES`.
+    root, path : str or Path
+        Where its files are: the folder of several data sets, or the place of this one.
+    classes : sequence of int or str, optional
+        Those to pick, by label or name, in that order: label 1 is `classes[1]`.
+    scale : float, optional
+        What raw values are divided by; 255 for integers, 1 for floats, 16 for digits.
+    standardize : bool
+        Whether each channel gets mean 0 and deviation 1 over the training samples; plain features are a channel each.
+    channels : {1, 3}, optional
+        Whether images of `image_folder` are read grey or coloured, which is the default.
+    split : str, optional
+        The part of `emnist`.
+    verify : bool
+        Whether to compare checksums of the cache; workers whose parent has loaded need not.
+
+    Returns
+    -------
+    Dataset
+        Raw arrays, mapped from the disk, and what they go through.
+
+    Raises
+    ------
+    InputError
+        Names what is missing, damaged or unknown, or integers whose scale can't be told.
     """
     if loader not in SOURCES:
         raise InputError(f"dataset.loader={loader} is unknown; use one of {', '.join(SOURCES)}")
@@ -127,13 +150,15 @@ def load(
         raw = source.read(place, *option)
         usual = source.scale or (1.0 if raw.x_train.dtype.kind == "f" else 255.0)
         arrays, names = _picked(_checked(raw, where), wanted, where)
-        facts = {"largest": float(arrays["x_train"].max()), "shape": raw.x_train.shape[1:] or (1,)}
+        facts = {
+            "largest": float(max(arrays["x_train"].max(), arrays["x_test"].max())),
+            "shape": raw.x_train.shape[1:] or (1,),
+        }
         return arrays, {"classes": names, "scale": usual, **facts}
 
     entry = cache.entry(f"{loader}-{key}", build, verify=verify)
-    if scale is None and verify and entry.facts["scale"] == 255 and entry.facts["largest"] <= 1:
-        told = f"note: {place} holds whole numbers from 0 to 1, which are divided by 255; is dataset.scale=1 meant?"
-        print(told, file=sys.stderr, flush=True)
+    if scale is None and entry.facts["scale"] == 255 and entry.facts["largest"] <= 1:
+        _refuse_to_guess(loader, place, verify)
     scale = float(scale or entry.facts["scale"])
     return Dataset(
         **entry.arrays,
@@ -145,8 +170,37 @@ def load(
     )
 
 
+def _refuse_to_guess(loader: str, place: Path, verify: bool) -> None:
+    """InputError for whole numbers of at most 1, which are hardly pixels of 0 to 255; images are only spoken of."""
+    if loader == "npz":
+        raise InputError(
+            f"{place} holds whole numbers of at most 1, which don't look like pixels of 0 to 255; say by what they are "
+            "divided, as in dataset.scale=1"
+        )
+    if verify:
+        told = f"note: {place} holds pixels of at most 1, which are divided by 255; is dataset.scale=1 meant?"
+        print(told, file=sys.stderr, flush=True)
+
+
 def features(raw: np.ndarray, scaling: Scaling, dtype: torch.dtype, constant: bool = True) -> torch.Tensor:
-    """Raw values (n, p) scaled, (n, p), or with a constant 1 last, (n, p + 1)."""
+    """Raw values scaled, as a tensor of samples.
+
+    Parameters
+    ----------
+    raw : array, (n, p)
+        Values as stored.
+    scaling : Scaling
+        What they go through.
+    dtype : torch.dtype
+        The precision of the result.
+    constant : bool
+        Whether a constant 1 is appended, the feature of the bias.
+
+    Returns
+    -------
+    Tensor, (n, p) or (n, p + 1)
+        The samples in their order.
+    """
     X = torch.empty(len(raw), raw.shape[1] + constant, dtype=dtype)
     view = X.numpy()  # numpy converts and copies in one pass, from read-only memory too
     scale, mean, deviation = scaling
@@ -212,6 +266,7 @@ def _checked(raw: Raw, where: str) -> Raw:
 
 
 def _numbers(x: np.ndarray, name: str) -> np.ndarray:
+    """The samples as finite numbers; InputError where they are something else."""
     if x.dtype.kind not in "uif":
         raise InputError(f"{name} holds {x.dtype}; images are integers or floats")
     if not x.ndim or not x.size:
@@ -229,6 +284,7 @@ def _compact_type(x: np.ndarray) -> type[np.generic]:
 
 
 def _labels(y: np.ndarray, count: int, name: str) -> np.ndarray:
+    """The labels as whole numbers; InputError where they are something else."""
     if y.shape != (count,):
         raise InputError(f"{name} has shape {y.shape}; with a label per image it is ({count},)")
     if y.dtype.kind not in "buif":

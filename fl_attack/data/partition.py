@@ -56,14 +56,37 @@ def partition(
 ) -> Partition:
     """Deal the samples with these labels to honest + malicious clients; the same for the same seed.
 
-    The malicious clients are the first of an order drawn by the seed: those of malicious=2 are among those of
-    malicious=3, in the same partition, if the total is the same. With `malicious_share` exactly
-    round(share * n) samples, drawn at random, are dealt to the malicious clients and the rest to the honest.
-    `name="given"` takes the client of each sample from the file `path`; with `name="hf"` the `partitioner` of Flower
-    Datasets deals, with `args`. With `balanced` a Dirichlet deal gives each
-    client as many samples; `min_samples` is the least that one may get.
-    Before all that, the share `held_out` of the samples, drawn at random, is kept from all clients.
-    InputError where a client would stay without samples.
+    Parameters
+    ----------
+    labels : array of int, (n,)
+        The labels of the training samples.
+    honest, malicious : int
+        How many clients of each kind. The malicious ones are the first of an order drawn by the seed: those of
+        malicious=2 are among those of malicious=3, in the same partition, if the total is the same.
+    seed : int
+        That of the experiment.
+    name : str
+        One of `PARTITIONERS`.
+    alpha, s, balanced, path
+        See `dirichlet`, `shards`, `dirichlet` and `given`.
+    partitioner, args
+        See `of_flower`.
+    malicious_share : float, optional
+        Exactly round(share * n) samples, drawn at random, go to the malicious clients and the rest to the honest.
+    min_samples : int
+        The least that a client may get.
+    held_out : float
+        The share of the samples, drawn at random before all that, which the server keeps from the clients.
+
+    Returns
+    -------
+    Partition
+        The client of each sample, -1 where it is held out, and the malicious clients.
+
+    Raises
+    ------
+    InputError
+        Where a client would stay without samples, or a setting has no meaning.
     """
     clients = honest + malicious
     if min(honest, malicious) < 0 or clients < 1:
@@ -136,6 +159,7 @@ def _chosen(seed: int, clients: int, malicious: int) -> np.ndarray:
 
 
 def _check_least(client: np.ndarray, clients: int, least: int) -> None:
+    """InputError where a client has fewer samples than the least."""
     counts = np.bincount(client, minlength=clients)
     if counts.min() < least:
         raise InputError(
@@ -144,7 +168,22 @@ def _check_least(client: np.ndarray, clients: int, least: int) -> None:
 
 
 def iid(labels: np.ndarray, clients: int, rng: np.random.Generator, **_: object) -> np.ndarray:
-    """Equal shards at random; sizes differ by at most one."""
+    """Equal shards at random; sizes differ by at most one.
+
+    Parameters
+    ----------
+    labels : array of int, (n,)
+        The labels of the samples.
+    clients : int
+        How many clients.
+    rng : numpy.random.Generator
+        What draws.
+
+    Returns
+    -------
+    array of int, (n,)
+        The client of each sample.
+    """
     return rng.permutation(np.arange(len(labels)) % clients)
 
 
@@ -160,8 +199,35 @@ def dirichlet(
 ) -> np.ndarray:
     """Each class in proportions drawn from Dir(alpha, ..., alpha): a small alpha leaves it to few clients.
 
-    Drawn anew while a client has fewer than `least` samples. https://arxiv.org/abs/1909.06335. With `balanced` each
-    client has as many samples, of classes in proportions drawn from Dir(alpha) times their shares of all.
+    Parameters
+    ----------
+    labels : array of int, (n,)
+        The labels of the samples.
+    clients : int
+        How many clients.
+    rng : numpy.random.Generator
+        What draws.
+    alpha : float
+        Above 0.
+    balanced : bool
+        Whether each client gets as many samples, of classes in proportions drawn from Dir(alpha) times their shares
+        of all.
+    least : int
+        All is drawn anew while a client has fewer samples.
+
+    Returns
+    -------
+    array of int, (n,)
+        The client of each sample.
+
+    Raises
+    ------
+    InputError
+        Where `alpha` is not above 0, or no draw leaves each client enough.
+
+    References
+    ----------
+    Hsu et al. 2019, https://arxiv.org/abs/1909.06335
     """
     if alpha is None or not 0 < alpha < np.inf:
         raise InputError(f"partition.alpha={alpha} must be above 0")
@@ -216,7 +282,29 @@ def _balanced(labels: np.ndarray, clients: int, rng: np.random.Generator, alpha:
 def given(
     labels: np.ndarray, clients: int, rng: np.random.Generator, *, path: str | Path | None, **_: object
 ) -> np.ndarray:
-    """Who holds what as a file says: natural users, for instance."""
+    """Who holds what as a file says: natural users, for instance.
+
+    Parameters
+    ----------
+    labels : array of int, (n,)
+        The labels of the samples.
+    clients : int
+        How many clients; the file holds as many.
+    rng : numpy.random.Generator
+        Not used.
+    path : str or Path
+        An .npz with `client`, an .npy, or a text with a number in each line.
+
+    Returns
+    -------
+    array of int, (n,)
+        The client of each sample.
+
+    Raises
+    ------
+    InputError
+        Where the file is missing, or is not of as many samples and clients.
+    """
     return _given(path, clients, len(labels))
 
 
@@ -261,9 +349,32 @@ def of_flower(
 
 
 def shards(labels: np.ndarray, clients: int, rng: np.random.Generator, *, s: int | None, **_: object) -> np.ndarray:
-    """Samples sorted by label and cut into equal pieces, s pieces at random for each client.
+    """Samples sorted by label and cut into equal pieces, some pieces at random for each client.
 
-    https://arxiv.org/abs/1602.05629
+    Parameters
+    ----------
+    labels : array of int, (n,)
+        The labels of the samples.
+    clients : int
+        How many clients.
+    rng : numpy.random.Generator
+        What draws.
+    s : int
+        Pieces for each client.
+
+    Returns
+    -------
+    array of int, (n,)
+        The client of each sample.
+
+    Raises
+    ------
+    InputError
+        Where there are fewer samples than pieces.
+
+    References
+    ----------
+    McMahan et al. 2017, https://arxiv.org/abs/1602.05629
     """
     if s is None or s < 1:
         raise InputError(f"partition.s={s} must be 1 or more")

@@ -45,6 +45,12 @@ def group_key(chosen: Scenario) -> Hashable:
     )
 
 
+def is_alone(cell: Scenario) -> bool:
+    """Whether the rounds of a cell are run by themselves: those of plans, of flips that stay, of other directions."""
+    threat = cell.settings.attack
+    return cell.settings.attacked and (threat.plans or threat.remembers or threat.direction is not None)
+
+
 def group(scenarios: Sequence[Scenario]) -> list[list[int]]:
     """Positions of the scenarios that can run together, in the order in which each group first appears."""
     members: dict[Hashable, list[int]] = {}

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from fl_attack import adaptive, aggregate, targets
+from fl_attack import adaptive, aggregate, plans, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.engine import groups, linear, sequential, stacked
 from fl_attack.engine.outcome import Outcome
@@ -101,8 +101,10 @@ def run_cells(
             )
             found |= zip(together, outcomes, strict=True)
     aimed = [scenarios[i] for i in one_by_one if scenarios[i].settings.attacked]
-    for cell in (cell for cell in aimed if cell.settings.attack.goal == "targeted"):
+    for cell in (cell for cell in aimed if cell.settings.attack.steers):
         targets.target(cell)  # here, so that no two threads train the same
+    if planning := [cell for cell in aimed if cell.settings.attack.plans and cell.settings.attack.horizon is None]:
+        plans.load_plans(planning)  # together
     lock = threading.Lock()
 
     def report(rounds: int) -> None:
@@ -144,6 +146,5 @@ def cells_at_once(cell: Scenario) -> int:
 def is_linear(cell: Scenario) -> bool:
     """Whether the matrix products of a linear model are all that the rounds of a cell take."""
     settings = cell.settings
-    remembers = settings.attacked and settings.attack.remembers
     more = settings.sanitize.name != "none" or adaptive.searches(cell) or aggregate.sees(settings.strategy.name)
-    return cell.model.linear and not (settings.worker_momentum or remembers or more)
+    return cell.model.linear and not (settings.worker_momentum or groups.is_alone(cell) or more)

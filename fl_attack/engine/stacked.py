@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import adversary, targets
-from fl_attack.engine import choices, ending, kernels, sequential
+from fl_attack.engine import choices, ending, groups, kernels, sequential
 from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
 from fl_attack.engine.batches import Batch, Batches
@@ -39,8 +39,7 @@ COPIES = 6  # of the parameters, that a step holds at most: with the optimizer's
 
 def can_run(cell: Scenario) -> bool:
     """Whether a cell can be in a stack: dense layers, the mean, and flips that are of one round alone."""
-    threat = cell.settings.attack
-    labels = not cell.settings.attacked or (threat.refresh == "step" and not threat.remembers)
+    labels = not cell.settings.attacked or (cell.settings.attack.refresh == "step" and not groups.is_alone(cell))
     return isinstance(cell.model, Mlp) and sequential.mean_is_enough(cell) and labels
 
 

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy import concatenate, int64
 
-from fl_attack import adaptive, adversary, checkpoint, protocol
+from fl_attack import adaptive, adversary, checkpoint, plans, protocol
 from fl_attack.checkpoint import State
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation import wire
@@ -114,8 +114,10 @@ class WatchedStrategy(Strategy):
             participants = set(scenario.schedule.participants(server_round).tolist())
             messages = [message for message in messages if self.client_of[message.metadata.dst_node_id] in participants]
         self._asked = len(messages)
-        if scenario.settings.attack.refresh == "epoch":
+        if adversary.keeps_theta(scenario):
             if adversary.epoch_start(scenario, server_round) == server_round:
+                if scenario.settings.attack.plans:
+                    plans.note_start(scenario, server_round, self.recorder.history.theta)
                 self._epoch_theta = wire.pack(self.recorder.history.theta, raw=True)
             for message in messages:  # the strategy may have given the same content to all
                 message.content[wire.EPOCH_THETA] = self._epoch_theta

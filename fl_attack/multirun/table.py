@@ -102,7 +102,9 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
         "seed": scenario.settings.seed,
         "final_accuracy": accuracy[best],
         "minimum_accuracy": after_start.min(),
-        "early_stop_accuracy": "" if scenario.settings.early_stop.patience is None else accuracy[best],
+        "early_stop_accuracy": ""
+        if scenario.settings.early_stop.patience is None
+        else accuracy[given_row(values["validation_loss"][: len(rounds)], "best")],
         "final_f1": values["test_f1"][best],
         "final_loss": values["test_loss"][best],
         "validation_loss": "" if np.isnan(values["validation_loss"][best]) else values["validation_loss"][best],

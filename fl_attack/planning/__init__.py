@@ -2,8 +2,7 @@
 
 from fl_attack.planning.adjoint import Costate, pull_back_step
 from fl_attack.planning.derivatives import Derivatives, General, Linear, derivatives_of
-from fl_attack.planning.objective import smoothed_error, smoothed_error_residuals
-from fl_attack.planning.sweeps import Access, Batch, Found, Problem, State, Sweeps, Trajectory
+from fl_attack.planning.sweeps import Access, Batch, Found, Labels, Problem, State, Sweeps, Trajectory, chosen_labels
 
 __all__ = [
     "Access",
@@ -12,13 +11,13 @@ __all__ = [
     "Derivatives",
     "Found",
     "General",
+    "Labels",
     "Linear",
     "Problem",
     "State",
     "Sweeps",
     "Trajectory",
+    "chosen_labels",
     "derivatives_of",
     "pull_back_step",
-    "smoothed_error",
-    "smoothed_error_residuals",
 ]

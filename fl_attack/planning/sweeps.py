@@ -28,7 +28,6 @@ from torch import Tensor
 from fl_attack import attack, protocol
 from fl_attack.planning.adjoint import Costate, pull_back_step
 from fl_attack.planning.derivatives import Derivatives
-from fl_attack.planning.objective import smoothed_error, smoothed_error_residuals
 
 GROW, SHRINK = 1.5, 0.5  # of the part of the rounds that is chosen anew, after labels were kept, or not
 PATIENCE = 8  # sweeps over which a plan has to gain the tolerance
@@ -254,7 +253,7 @@ class Trajectory:
         """The labels of each round that are greedy along the costates of the rounds that were run last."""
         found: Labels = [None] * len(self.problem.rounds)
 
-        def choose(t: int, v: Tensor, scores: Tensor) -> None:
+        def choose(t: int, theta: Tensor, v: Tensor, scores: Tensor) -> None:
             batch, access = self.problem.batch(self.problem.rounds[t]), self.problem.access(self.problem.rounds[t])
             if access is not None:
                 columns = access.columns
@@ -263,11 +262,11 @@ class Trajectory:
         self.backwards(choose)
         return found
 
-    def backwards(self, visit: Callable[[int, Tensor, Tensor], None]) -> Costate:
+    def backwards(self, visit: Callable[[int, Tensor, Tensor, Tensor], None]) -> Costate:
         """Run the costates back over the rounds that were run last; gives those before the first.
 
-        `visit` gets of each round, the last first, its place t, the direction v (P, A, B) along which a lower gradient
-        raises the harm, and the scores (P, n, classes) of the samples along it.
+        `visit` gets of each round, the last first, its place t, the parameters theta (P, A, B) before it, the
+        direction v (P, A, B) along which a lower gradient raises the harm, and the scores (P, n, classes) along it.
         """
         problem, T = self.problem, len(self.problem.rounds)
         state = self.step(self._kept[-1], T - 1)
@@ -289,7 +288,7 @@ class Trajectory:
                 )
                 v = -by_gradient
                 scores, product = problem.derivatives.scores_and_product(state.theta, v, batch.X, y)
-                visit(t, v, scores)
+                visit(t, state.theta, v, scores)
                 theta = costate.theta - product - problem.weight_decay * v + self._harm_gradient(t, state)
                 costate = costate._replace(theta=theta)
         return costate
@@ -315,7 +314,7 @@ class Trajectory:
             return torch.zeros_like(problem.weights[t])
         X, y = problem.sample
         Z = problem.derivatives.logits(state.theta, X)
-        return problem.weights[t] * smoothed_error(Z, y, problem.temperature).to(problem.weights)
+        return problem.weights[t] * attack.smoothed_error(Z, y, problem.temperature).to(problem.weights)
 
     def _harm_gradient(self, t: int, state: State) -> Tensor:
         """The derivative (P, A, B) of the weighted harm by the parameters after t rounds."""
@@ -324,7 +323,7 @@ class Trajectory:
             return torch.zeros_like(state.theta)
         X, y = problem.sample
         Z = problem.derivatives.logits(state.theta, X)
-        R = smoothed_error_residuals(Z, y, problem.temperature) * problem.weights[t][:, None, None].to(Z)
+        R = attack.smoothed_error_residuals(Z, y, problem.temperature) * problem.weights[t][:, None, None].to(Z)
         return problem.derivatives.pull_back(state.theta, X, R)
 
 
@@ -346,8 +345,3 @@ def _there(labels: Tensor | None) -> Tensor:
     """Labels of a round in which they can be written."""
     assert labels is not None
     return labels
-
-
-def best_of(harm: NDArray[np.float64], starts: Sequence[int]) -> int:
-    """The plan, of those at `starts`, whose harm (P,) is largest; the first where several are."""
-    return int(max(starts, key=lambda p: (harm[p], -p)))

@@ -17,10 +17,11 @@ from fl_attack.folder import TABLE
 from fl_attack.plots.arms import arms
 from fl_attack.plots.by_budget import budget, spread
 from fl_attack.plots.by_column import columns
-from fl_attack.plots.by_round import curves, curves_of, rounds
+from fl_attack.plots.by_round import curves, curves_of, plan, rounds
 from fl_attack.plots.comparisons import harm, matrix
 from fl_attack.plots.equal_budgets import networks
 from fl_attack.plots.maps import difference, heatmap
+from fl_attack.plots.planning import planning
 from fl_attack.sweep_table import ACCURACY, GOAL, KB, NotDrawableError, read_sweep
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "main",
     "matrix",
     "networks",
+    "plan",
+    "planning",
     "rounds",
     "spread",
 ]
@@ -76,6 +79,8 @@ PLOTS: dict[str, Callable[..., list[Path]]] = {
     "networks": networks,
     "arms": arms,
     "rounds": rounds,
+    "plan": plan,
+    "planning": planning,
     "all": all_of_sweep,
 }
 USAGE = (

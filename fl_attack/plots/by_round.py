@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fl_attack.folder import PLAN
 from fl_attack.plots import canvas
 from fl_attack.plots.marks import caption, legend
 from fl_attack.sweep_table import Floats, format_value, mean_interval, read_csv, read_curves, read_sweep
@@ -52,6 +53,42 @@ def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
         axes.set_title(setting, fontsize="medium", loc="left")
     axes.legend(frameon=False, loc="lower right")
     return canvas.save(figure, folder, "curves", ("png",))
+
+
+def plan(folder: Path) -> list[Path]:
+    """Draw how the objective of planned flips rose, sweep by sweep, from each start.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of a run with `attack=planned`.
+
+    Returns
+    -------
+    list of Path
+        `plan.png`. Where plans were made anew now and then, a panel for each of the first ones.
+
+    Raises
+    ------
+    InputError
+        Where the folder has no readable `plan.csv`.
+    """
+    _, rows = read_csv(folder / PLAN, "a run with attack=planned")
+    first = [f"from round {row['first_round']}" for row in rows]
+    names = list(dict.fromkeys(first))[: canvas.PANELS]
+    figure, panels = canvas.panels(names if len(names) > 1 else [""], 4.6, 3.6, "sweep", "objective: smoothed error")
+    starts = list(dict.fromkeys(row["start"] for row in rows))
+    for name, axes in panels.items():
+        for number, start in enumerate(starts):
+            mine = [
+                (int(row["sweep"]), float(row["objective"]))
+                for row, at in zip(rows, first, strict=True)
+                if row["start"] == start and name in ("", at)
+            ]
+            style = canvas.style(number, len(starts) if len(starts) > canvas.COLOURS else None) | {"marker": ""}
+            axes.plot(*zip(*mine, strict=True), label=start, **style)
+    legend(figure, panels, "start")
+    return canvas.save(figure, folder, "plan", ("png",))
 
 
 def rounds(folder: Path, by: str = "attack.name") -> list[Path]:

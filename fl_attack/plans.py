@@ -1,0 +1,496 @@
+"""Plans of `attack=planned`: what is flipped in every round, made once for an experiment, and cached.
+
+A plan is a function of the scenario, the round that it begins with and the parameters at that time. The engines and
+every client of Flower look it up: whoever asks first makes it, cells that share their minibatches together.
+
+The attackers plan as if the server took the mean of all updates. With `attack.foresight=known` they know the
+minibatches to come; with `simulated` they draw such of their own, and use the costates alone, along which flips are
+greedy in the minibatches that come.
+"""
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_attack import __version__, attack, planning, plugins, protocol, targets
+from fl_attack.checkpoint import Checkpoint
+from fl_attack.data import cache
+from fl_attack.planning import Access, Batch, Problem, State, Sweeps, Trajectory
+from fl_attack.scenario import NO_FLIPS, Flips, Scenario
+
+OnSweep = Callable[[int], None]  # gets the number of the sweep that is done
+PLAN, SAMPLE, IMAGINED = 7, 8, 9  # names of random streams, beside those of `protocol` and `adversary`
+STARTS = ("gradient", "target", "mean_feature", "-mean_feature")  # what plans begin with; others begin at random
+WORTH_THREADS = 2**23  # multiplications of a product
+RESIDENT = 4  # the part of the memory that features may take
+# settings that a plan depends on, besides data, partition and schedule
+TRAINING: dict[str, Any] = {
+    **dict.fromkeys(
+        ("rounds", "eval_every", "batch_size", "local_steps", "lr", "lr_schedule", "lr_every", "lr_decay"), True
+    ),
+    **dict.fromkeys(("weight_decay", "server_optimizer", "model", "seed", "attack", "clients", "dtype"), True),
+}
+
+
+class Plan(NamedTuple):
+    """The flips of some rounds, and how they were found."""
+
+    first: int  # the round that it begins with
+    rounds: NDArray[np.int64]  # (flips,) ascending
+    samples: NDArray[np.int64]  # (flips,) ascending in a round
+    labels: NDArray[np.int64]  # (flips,)
+    allowed: NDArray[np.int64]  # (T,) flips that the budget allows in each round from the first on
+    harm: NDArray[np.float64]  # (sweeps + 1, starts) the objective after each sweep
+    part: NDArray[np.float64]  # (sweeps + 1, starts) of the rounds that was chosen anew
+
+    def flips(self, round_: int) -> Flips:
+        """The flips of a round, samples ascending."""
+        here = slice(*np.searchsorted(self.rounds, [round_, round_ + 1]))
+        if not self.allowed[round_ - self.first]:
+            return NO_FLIPS
+        return Flips(self.samples[here], self.labels[here], int(self.allowed[round_ - self.first]))
+
+
+def first_round(scenario: Scenario, round_: int) -> int:
+    """The first round of the plan that a round is in."""
+    threat = scenario.settings.attack
+    if threat.horizon is None or round_ < threat.start:
+        return 1
+    return threat.start + (round_ - threat.start) // threat.horizon * threat.horizon
+
+
+def plan(scenario: Scenario, first: int = 1, theta: Tensor | None = None) -> Plan:
+    """The plan of an experiment that begins with a round.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, with `attack=planned`.
+    first : int
+        The round, as of `first_round`.
+    theta : (A, B) tensor of float64, optional
+        The parameters broadcast in that round; by default those that every run begins with.
+
+    Returns
+    -------
+    Plan
+    """
+    held: dict[int, tuple[bytes, Plan]] = scenario.memo.setdefault("plans", {})
+    key = b"" if theta is None else theta.cpu().numpy().tobytes()
+    if first not in held or held[first][0] != key:
+        held[first] = key, load_plans([scenario], first, None if theta is None else [theta])[0]
+    return held[first][1]
+
+
+def note_start(scenario: Scenario, round_: int, theta: Tensor) -> None:
+    """Note that other processes make a plan that begins with a round, from parameters (A, B), for `plans_made`."""
+    scenario.memo.setdefault("plan starts", {})[round_] = theta
+
+
+def plans_made(scenario: Scenario) -> list[Plan]:
+    """The plans that were asked for in this process, or noted and cached here, by the round that they begin with."""
+    held: dict[int, tuple[bytes, Plan]] = scenario.memo.get("plans", {})
+    found = {first: one for first, (_, one) in held.items()}
+    for first, theta in scenario.memo.get("plan starts", {}).items():
+        noted = _read(_file(scenario, first, theta.double()))
+        found |= {first: noted} if noted is not None else {}
+    return [found[first] for first in sorted(found)]
+
+
+def load_plans(
+    scenarios: Sequence[Scenario],
+    first: int = 1,
+    thetas: Sequence[Tensor] | None = None,
+    on_sweep: OnSweep = lambda sweep: None,
+) -> list[Plan]:
+    """The plans of experiments that begin with a round, in their order; those that are not there are made together.
+
+    Parameters
+    ----------
+    scenarios : sequence of Scenario
+        The experiments, with `attack=planned`.
+    first : int
+        The round, counted from 1.
+    thetas : sequence of (A, B) tensors, optional
+        The parameters broadcast in that round, by default those that runs begin with.
+    on_sweep
+        Is called with the number of each sweep that is done.
+
+    Returns
+    -------
+    list of Plan
+    """
+    starts = [cell.start() for cell in scenarios] if thetas is None else [theta.double() for theta in thetas]
+    files = [_file(cell, first, theta) for cell, theta in zip(scenarios, starts, strict=True)]
+    missing: dict[Path, int] = {}
+    for i, file in enumerate(files):
+        if _read(file) is None:
+            missing.setdefault(file, i)
+    groups: dict[Any, list[int]] = {}
+    for i in missing.values():
+        groups.setdefault(_together(scenarios[i]), []).append(i)
+    for members in groups.values():
+        for some in _pieces([scenarios[i] for i in members], members, first):
+            _make_and_keep([scenarios[i] for i in some], first, [starts[i] for i in some], on_sweep)
+    found = [_read(file) for file in files]
+    assert all(one is not None for one in found)
+    return [one for one in found if one is not None]
+
+
+def _make_and_keep(cells: Sequence[Scenario], first: int, thetas: Sequence[Tensor], on_sweep: OnSweep) -> None:
+    """Make the plans of cells together and leave each in its file; one process at a time, which resumes another's."""
+    files = [_file(cell, first, theta) for cell, theta in zip(cells, thetas, strict=True)]
+    name = hashlib.sha256("".join(file.name for file in files).encode()).hexdigest()[:24]
+    work = files[0].parent / f"{name}.unfinished"
+    work.mkdir(parents=True, exist_ok=True)
+    with FileLock(work / ".lock"):
+        if any(_read(file) is None for file in files):
+            maker = Maker(cells, first, thetas)
+            with torch.inference_mode(), maker.threads():
+                made = maker.make(Checkpoint(work, name), on_sweep)
+            for file, one in zip(files, made, strict=True):
+                cache.write_whole(file, partial(np.savez_compressed, **one._asdict()))
+        shutil.rmtree(work, ignore_errors=True)  # whoever waits for the lock finds the plans made
+
+
+class Maker:
+    """Makes the plans of cells that share minibatches, from several starts each: plan p is of cell p // starts."""
+
+    def __init__(self, cells: Sequence[Scenario], first: int, thetas: Sequence[Tensor]) -> None:
+        self.cells, self.first = cells, first
+        self.template_cell = template = cells[0]
+        settings, self.threat = template.settings, template.settings.attack
+        self.options = attack.planned_options(self.threat.args)
+        self.starts = self.options.starts
+        horizon = self.threat.horizon or settings.rounds
+        # the last plan may look beyond the end of the run: nothing is gained there
+        self.rounds = range(first, min(settings.rounds, first + horizon - 1) + 1)
+        self.theta = torch.stack([theta for theta in thetas for _ in range(self.starts)])
+        self.memory = settings.engine.memory_gb * 2**30
+        self._batches: dict[tuple[int, bool], Batch] = {}
+        self._access: dict[tuple[int, bool], Access | None] = {}
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """One thread while the products are so small that waking others takes longer."""
+        before, size = torch.get_num_threads(), self.theta.numel() * int(self.template_cell.schedule.sizes.sum())
+        torch.set_num_threads(before if size > WORTH_THREADS else 1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def make(self, checkpoint: Checkpoint, on_sweep: OnSweep) -> list[Plan]:
+        """The plans of the cells, in their order; goes on from what the checkpoint holds."""
+        simulated = self.threat.foresight == "simulated"
+        problem = self.problem(simulated)
+        sweeps = Sweeps(problem, self._uniform, self.options.tolerance)
+        kept = checkpoint.load()
+        if kept:
+            sweeps.restore(kept)
+            on_sweep(len(sweeps.harm) - 1)
+        else:
+            sweeps.start_from(self._start)
+
+        def after() -> None:
+            on_sweep(len(sweeps.harm) - 1)
+            checkpoint.offer(sweeps.state)
+
+        found = sweeps.run(self.options.sweeps, after)
+        on_sweep(self.options.sweeps)
+        labels = self._in_what_comes(problem, found.labels) if simulated else found.labels
+        return [self._plan(cell, found, labels) for cell in range(len(self.cells))]
+
+    def problem(self, imagined: bool) -> Problem:
+        """The training of all plans, on the minibatches that come or on imagined ones."""
+        settings, P = self.template_cell.settings, len(self.theta)
+        lr, decay = (
+            torch.tensor([getattr(cell.settings, key) for cell in self.cells], dtype=torch.float64)
+            .repeat_interleave(self.starts)
+            .view(P, 1, 1)
+            for key in ("lr", "weight_decay")
+        )
+        return Problem(
+            planning.derivatives_of(self.template_cell.model),
+            settings.server_optimizer,
+            State(self.theta, protocol.initial_state(self.theta)),
+            self.rounds,
+            batch=lambda round_: self.batch(round_, imagined),
+            access=lambda round_: self.access(round_, imagined),
+            lr=lambda round_: lr * (self.template_cell.lr(round_) / settings.lr),
+            weight_decay=decay,
+            classes=self.template_cell.classes,
+            sample=self.sample,
+            weights=self._weights().repeat_interleave(self.starts, 1),
+            temperature=self.options.temperature,
+            selection=self.threat.selection,
+            memory=self.memory / 2,
+        )
+
+    @cached_property
+    def sample(self) -> Batch:
+        """The training samples that the harm is measured on."""
+        return Batch(*sample_of(self.template_cell, self.options.sample))
+
+    def _weights(self) -> Tensor:
+        """The weights (T + 1, M) of the harm after each round: of the last, or evenly of all that are evaluated."""
+        weights = torch.zeros(len(self.rounds) + 1, len(self.cells), dtype=torch.float64)
+        for i, cell in enumerate(self.cells):
+            if cell.settings.attack.objective == "final":
+                weights[-1, i] = 1
+                continue
+            every, last = cell.settings.eval_every, self.rounds[-1]
+            measured = [t for t, round_ in enumerate(self.rounds, 1) if round_ % every == 0 or round_ == last]
+            weights[measured, i] = 1 / len(measured)
+        return weights
+
+    @cached_property
+    def _imagined(self) -> protocol.Schedule:
+        """A schedule as the attackers imagine it: the same shards, in an order of their own."""
+        schedule = self.template_cell.schedule
+        seed = int(np.random.default_rng([schedule.seed, IMAGINED, self.first]).integers(2**62))
+        return replace(schedule, seed=seed)
+
+    def batch(self, round_: int, imagined: bool) -> Batch:
+        """The minibatch of a round, in double precision."""
+        key = round_, imagined
+        if key not in self._batches:
+            samples = self._samples(round_, imagined)
+            same = next(iter(self._batches), None)
+            if same is not None and np.array_equal(samples, self._samples(*same)):
+                return self._batches[same]  # full batches are all the same
+            y = torch.from_numpy(self.template_cell.dataset.y_train[samples])
+            made = Batch(self.template_cell.features(samples).double(), y)
+            if (len(self._batches) + 1) * made.X.nbytes > max(self.memory / RESIDENT, made.X.nbytes):
+                self._batches.pop(next(iter(self._batches)))
+            self._batches[key] = made
+        return self._batches[key]
+
+    def _samples(self, round_: int, imagined: bool) -> NDArray[np.int64]:
+        """The samples of the minibatch of a round, ascending."""
+        schedule = self._imagined if imagined else self.template_cell.schedule
+        return schedule.round_samples(round_)[0]
+
+    def access(self, round_: int, imagined: bool) -> Access | None:
+        """What the attackers of all plans can write in a round; None where none can."""
+        key = round_, imagined
+        if key not in self._access:
+            self._access[key] = self._round_access(round_, imagined)
+        return self._access[key]
+
+    def _round_access(self, round_: int, imagined: bool) -> Access | None:
+        budgets = self.budgets[round_ - self.first]  # (M, G)
+        if not budgets.any():
+            return None
+        schedule = self._imagined if imagined else self.template_cell.schedule
+        client = self.template_cell.partition.client[self._samples(round_, imagined)]
+        here = np.isin(np.arange(len(schedule.shards)), schedule.participants(round_))
+        malicious = np.logical_and(self._is_malicious, here)
+        of_anybody: NDArray[np.bool_] = np.asarray(malicious.any(0))
+        columns = np.flatnonzero(of_anybody[client])
+        if not len(columns):
+            return None
+        mask = torch.from_numpy(malicious[:, client[columns]]).repeat_interleave(self.starts, 0)
+        pooled = self.threat.scope == "pooled"
+        group = torch.zeros(len(columns), dtype=torch.int64) if pooled else torch.from_numpy(client[columns])
+        return Access(
+            torch.from_numpy(columns),
+            group,
+            None if bool(mask.all()) else mask,
+            torch.from_numpy(budgets).repeat_interleave(self.starts, 0),
+        )
+
+    @cached_property
+    def _is_malicious(self) -> NDArray[np.bool_]:
+        """(M, clients) of bool."""
+        clients = np.arange(len(self.template_cell.schedule.shards))
+        return np.array([np.isin(clients, cell.partition.malicious) for cell in self.cells])
+
+    @cached_property
+    def budgets(self) -> NDArray[np.int64]:
+        """Flips allowed (T, M, G) in each round, G = 1 budget or one for each client."""
+        return np.stack([allowances(cell, self.rounds) for cell in self.cells], 1)
+
+    def _uniform(self, sweep: int) -> Tensor:
+        """Random numbers (P, T + 3) for a sweep: the same for every cell, another row for each start."""
+        rng = np.random.default_rng([self.template_cell.settings.seed, PLAN, self.first, sweep])
+        numbers = rng.random((self.starts, len(self.rounds) + 3))
+        return torch.from_numpy(np.tile(numbers, (len(self.cells), 1)))
+
+    def _start(self, theta: Tensor, batch: Batch) -> Tensor:
+        """The direction (P, A, B) that each plan begins with."""
+        by_start = theta.view(len(self.cells), self.starts, *theta.shape[1:])
+        found = torch.empty_like(by_start)
+        derivatives = planning.derivatives_of(self.template_cell.model)
+        for i in range(self.starts):
+            at = by_start[:, i]
+            if i >= len(STARTS):
+                found[:, i] = self._at_random(i)
+            elif STARTS[i] == "gradient":
+                found[:, i] = derivatives.gradient(at, batch.X, batch.y.expand(len(at), -1))
+            elif STARTS[i] == "target":
+                found[:, i] = self._targets - at
+            else:
+                found[:, i] = self._mean_feature(at, STARTS[i])
+        return found.view_as(theta)
+
+    @cached_property
+    def _targets(self) -> Tensor:
+        """The targets (M, A, B)."""
+        return torch.stack([targets.target(cell) for cell in self.cells])
+
+    def _mean_feature(self, theta: Tensor, name: str) -> Tensor:
+        """The direction of that name of `attack.DIRECTIONS` for theta (M, A, B)."""
+        if self.template_cell.model.linear:
+            if name not in self._constant:
+                self._constant[name] = self._direction(theta[0], name).expand_as(theta)
+            return self._constant[name]
+        return torch.stack([self._direction(one, name) for one in theta])
+
+    @cached_property
+    def _constant(self) -> dict[str, Tensor]:
+        """Directions that do not depend on theta, by name."""
+        return {}
+
+    def _direction(self, theta: Tensor, name: str) -> Tensor:
+        def none() -> None:
+            """Neither the gradient nor the target is asked for."""
+
+        aim = attack.Aim(
+            theta, self.first, self.template_cell.model, gradient=none, target=none, sample=lambda: self.sample
+        )
+        return attack.direction_of(name, aim)
+
+    def _at_random(self, start: int) -> Tensor:
+        """A random direction (A, B), the same in all rounds."""
+        rng = np.random.default_rng([self.template_cell.settings.seed, PLAN, self.first, 0, start])
+        return torch.from_numpy(rng.standard_normal(self.theta.shape[1:]))
+
+    def _in_what_comes(self, imagined: Problem, labels: planning.Labels) -> planning.Labels:
+        """The labels that are greedy in the minibatches that come, along the costates of imagined ones."""
+        trajectory = Trajectory(imagined)
+        trajectory.run(labels)
+        found: planning.Labels = [None] * len(self.rounds)
+
+        def choose(t: int, theta: Tensor, v: Tensor, scores: Tensor) -> None:
+            round_ = self.rounds[t]
+            access, batch = self.access(round_, False), self.batch(round_, False)
+            if access is not None:
+                X, y = batch.X[access.columns], batch.y[access.columns]
+                here = imagined.derivatives.scores(theta, v, X)
+                found[t] = planning.chosen_labels(here, y, access, self.threat.selection)
+
+        trajectory.backwards(choose)
+        return found
+
+    def _plan(self, cell: int, found: planning.Found, labels: planning.Labels) -> Plan:
+        """The best plan of a cell."""
+        mine = slice(cell * self.starts, (cell + 1) * self.starts)
+        best = mine.start + int(np.nanargmax(np.where(np.isfinite(found.harm[-1, mine]), found.harm[-1, mine], -1)))
+        rounds, samples, written = [], [], []
+        for t, round_ in enumerate(self.rounds):
+            access, of_round = self.access(round_, False), labels[t]
+            if access is None or of_round is None:
+                continue
+            batch, own = self.batch(round_, False), of_round[best].to(torch.int64)
+            changed = torch.ne(own, batch.y[access.columns]).numpy()
+            at = self._samples(round_, False)[access.columns.numpy()[changed]]
+            rounds.append(np.full(len(at), round_))
+            samples.append(at)
+            written.append(own.numpy()[changed])
+        none = np.empty(0, np.int64)
+        return Plan(
+            self.first,
+            np.concatenate([none, *rounds]),
+            np.concatenate([none, *samples]),
+            np.concatenate([none, *written]),
+            self.budgets[:, cell].sum(1),
+            found.harm[:, mine],
+            found.part[:, mine],
+        )
+
+
+def allowances(cell: Scenario, rounds: range) -> NDArray[np.int64]:
+    """The flips that the malicious clients of an experiment may make, (T, G): in all, or (`per_client`) by client."""
+    threat, schedule = cell.settings.attack, cell.schedule
+    pooled = threat.scope == "pooled"
+    malicious = np.isin(np.arange(len(schedule.shards)), cell.partition.malicious)
+    before: Counter[int] = Counter()
+    found = np.zeros((len(rounds), 1 if pooled else len(malicious)), np.int64)
+    for round_ in range(1, rounds[-1] + 1):
+        if attack.attacked_before(round_, threat.every, threat.start, threat.stop) is None:
+            continue
+        here = np.zeros(len(malicious), bool)
+        here[schedule.participants(round_)] = True
+        writable = schedule.used * (malicious & here)
+        for group, now in enumerate([int(writable.sum())] if pooled else writable.tolist()):
+            if now and round_ >= rounds[0]:
+                allowed = attack.flip_allowance(threat.exact_budget, before[group], now, threat.rounding)
+                found[round_ - rounds[0], group] = allowed
+            before[group] += now
+    return found
+
+
+def sample_of(cell: Scenario, size: int) -> tuple[Tensor, Tensor]:
+    """Inputs and true labels of clients' training samples, drawn once: what attackers measure harm on."""
+    held = np.flatnonzero(cell.partition.client >= 0)
+    rng = np.random.default_rng([cell.settings.seed, SAMPLE])
+    chosen = np.sort(rng.choice(held, min(size, len(held)), replace=False))
+    return cell.features(chosen).double(), torch.from_numpy(cell.dataset.y_train[chosen])
+
+
+def _together(cell: Scenario) -> tuple[Any, ...]:
+    """Equal for cells whose plans can be made together: they see the same minibatches and step alike."""
+    settings, threat = cell.settings, cell.settings.attack
+    return (
+        cell.dataset.fingerprint,
+        hashlib.sha256(cell.dataset.y_train.tobytes() + cell.partition.client.tobytes()).hexdigest(),
+        settings.model_dump_json(include={key: True for key in TRAINING if key not in ("attack", "clients", "lr")}),
+        cell.schedule.per_round,
+        settings.clients.total,
+        (threat.selection, threat.scope, threat.foresight, threat.horizon, str(sorted(threat.args.items()))),
+    )
+
+
+def _pieces(cells: Sequence[Scenario], members: Sequence[int], first: int) -> list[list[int]]:
+    """Members in pieces whose trajectories fit in memory, and on networks one by one."""
+    cell = cells[0]
+    if not cell.model.linear:
+        return [[i] for i in members]
+    A, B = cell.theta_shape
+    T, starts = cell.settings.rounds - first + 1, attack.planned_options(cell.settings.attack.args).starts
+    copies = {"sgd": 1, "momentum": 2, "adam": 3}[cell.settings.server_optimizer]
+    each = starts * (2 * T**0.5 * copies * A * B * 8 + 3 * T * int(cell.schedule.sizes.sum()))
+    size = max(1, int(cell.settings.engine.memory_gb * 2**29 / each))
+    return [list(part) for part in (members[i : i + size] for i in range(0, len(members), size))]
+
+
+def _file(cell: Scenario, first: int, theta: Tensor) -> Path:
+    """Where the plan of an experiment is kept, under a hash of everything that it depends on."""
+    settings = cell.settings
+    recipe = hashlib.sha256(cell.partition.client.tobytes() + np.asarray(cell.partition.malicious).tobytes())
+    recipe.update(cell.dataset.y_train.tobytes() + theta.cpu().numpy().tobytes())
+    recipe.update(f"{first} {cell.schedule.per_round} {plugins.source_digest(settings.model.name)}".encode())
+    recipe.update((settings.model_dump_json(include=TRAINING) + cell.dataset.fingerprint + __version__).encode())
+    return cache.folder() / "plans" / f"{recipe.hexdigest()[:24]}.npz"
+
+
+def _read(file: Path) -> Plan | None:
+    """The plan in a file; None where there is none, or it is damaged."""
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            return Plan(int(stored["first"]), *(stored[name] for name in Plan._fields[1:]))
+    except Exception:  # damage can raise anything
+        return None

@@ -1,0 +1,335 @@
+"""attack=planned and attack.direction in experiments: budgets, both engines, files, and the settings refused."""
+
+import csv
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fl_attack import adversary, attack, engine, plans, scenario
+from fl_attack.attack import DIRECTIONS
+from fl_attack.config import Settings, compose
+from fl_attack.engine import sequential
+from fl_attack.errors import InputError, RunError
+from fl_attack.federation import wire
+from fl_attack.federation.client import OmniscientHook
+from fl_attack.scenario import Scenario
+
+SMALL = ("rounds=8", "batch_size=20", "clients.total=4", "clients.malicious=2", "attack.budget=0.4", "lr=0.5")
+PLANNED = ("attack=planned", "attack.args={sweeps: 6}", "dtype=float64", "engine=batched")
+TEMPERATURE = attack.planned_options({}).temperature
+Make = Callable[..., Scenario]
+
+
+@pytest.fixture
+def make(small_data: Callable[..., list[str]]) -> Make:
+    data = {classes: small_data(classes) for classes in (2, 3)}
+
+    def made(*overrides: str, classes: int = 2) -> Scenario:
+        return scenario.make(compose(*data[classes], *SMALL, *overrides))
+
+    return made
+
+
+def final_harm(cell: Scenario) -> float:
+    """The smoothed error after all rounds, on the sample that plans are made for."""
+    theta = engine.run_cells([cell])[0].theta
+    assert theta is not None
+    X, y = plans.sample_of(cell, 1000)
+    return attack.smoothed_error(cell.model.logits(theta, X), y, TEMPERATURE).item()
+
+
+@pytest.mark.parametrize(
+    ("classes", "how"),
+    [
+        (2, ()),
+        (3, ("attack.scope=per_client", "attack.rounding=carry", "attack.budget=0.33")),
+        (2, ("clients.per_round=3", "attack.every=2", "attack.start=3", "attack.stop=7", "attack.rounding=carry")),
+        (2, ("attack.foresight=simulated", "server_optimizer=adam", "lr=0.05", "weight_decay=0.01")),
+        (3, ("attack.horizon=3", "attack.objective=average", "attack.selection=literal")),
+        (2, ("batch_size=full", "server_optimizer=momentum", "lr_schedule=cosine", "attack.scope=per_client")),
+    ],
+)
+def test_plans_keep_the_budgets_of_greedy_flips(make: Make, classes: int, how: tuple[str, ...]) -> None:
+    cell, greedy = make(*PLANNED, *how, classes=classes), make("engine=batched", *how[:0], classes=classes)
+    keys = [one for one in how if one.split("=")[0] not in ("attack.foresight", "attack.horizon", "attack.objective")]
+    greedy = make("dtype=float64", "engine=batched", *keys, classes=classes)
+    outcome = engine.run_cells([cell])[0]
+    made = dict(outcome.flips)
+    theta = greedy.start()
+    for round_ in range(1, 9):
+        allowed = adversary.flips(greedy, theta, round_)
+        flips = made.get(round_, scenario.NO_FLIPS)
+        assert len(flips.samples) <= allowed.allowed
+        if len(flips.samples):
+            assert flips.allowed == allowed.allowed
+        own = np.isin(flips.samples, cell.schedule.samples(adversary.present(cell, round_), round_)[0])
+        assert own.all() and (np.diff(flips.samples) > 0).all()
+        assert (flips.labels != cell.dataset.y_train[flips.samples]).all()
+        if cell.settings.attack.scope == "per_client":
+            used = cell.schedule.used[0]
+            counts = np.bincount(cell.partition.client[flips.samples], minlength=4)
+            assert (counts <= np.ceil(cell.settings.attack.budget * used)).all()
+    assert any(len(flips.samples) for flips in made.values())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_planned_flips_do_more_harm_than_the_better_greedy_goal(make: Make, optimizer: str) -> None:
+    how = (
+        f"server_optimizer={optimizer}",
+        "dtype=float64",
+        "engine=batched",
+        f"lr={0.1 if optimizer == 'adam' else 0.5}",
+    )
+    greedy = [final_harm(make(*how, f"attack.goal={goal}")) for goal in ("untargeted", "targeted")]
+    planned = make(*PLANNED, *how)
+    assert final_harm(planned) > max(greedy) + 0.005
+    # the harm that the plan promises is that of the training
+    assert final_harm(planned) == pytest.approx(plans.plan(planned).harm[-1].max(), abs=1e-9)
+
+
+def test_plans_made_together_are_those_made_alone(make: Make) -> None:
+    changes = (
+        ["attack.budget=0.4"],
+        ["attack.budget=0.2", "attack.objective=average"],
+        ["clients.malicious=3", "lr=0.2"],
+    )
+    cells = [make(*PLANNED, *change) for change in changes]
+    together = plans.Maker(cells, 1, [cell.start() for cell in cells])
+    assert len({plans._together(cell) for cell in cells}) == 1
+    found = plans.load_plans(cells)
+    assert together.theta.shape[0] == 12
+    for cell, one in zip(cells, found, strict=True):
+        alone = plans.Maker([cell], 1, [cell.start()]).make(plans.Checkpoint(Path("nowhere"), ""), lambda sweep: None)[
+            0
+        ]
+        np.testing.assert_array_equal(alone.samples, one.samples)
+        np.testing.assert_allclose(alone.harm[-1], one.harm[-1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("how", [(), ("attack.horizon=3",), ("attack.foresight=simulated",)])
+def test_flower_clients_write_the_flips_of_the_batched_engine(make: Make, how: tuple[str, ...]) -> None:
+    cell = make(*PLANNED, *how)
+    outcome = sequential.run(cell)
+    flips, hook = dict(outcome.flips), OmniscientHook(make(*PLANNED, *how))
+    theta = epoch_theta = cell.start()
+    for round_ in range(1, 9):
+        if adversary.epoch_start(cell, round_) == round_:
+            epoch_theta = theta
+        asked = wire.Request(theta, True, round_, "", epoch_theta if adversary.keeps_theta(cell) else None, None)
+        found = hook.flips(asked)
+        np.testing.assert_array_equal(found.samples, flips.get(round_, scenario.NO_FLIPS).samples)
+        gradient = scenario.mean_gradient(cell, theta, round_, found)
+        theta = theta - cell.lr(round_) * gradient
+    torch.testing.assert_close(theta, outcome.theta, rtol=1e-9, atol=1e-12)
+
+
+def test_a_plan_of_the_whole_run_is_better_than_one_of_short_sight(make: Make) -> None:
+    whole, short = make(*PLANNED), make(*PLANNED, "attack.horizon=2")
+    assert final_harm(whole) > final_harm(short)
+    assert [one.first for one in plans.plans_made(short)] == [1, 3, 5, 7]
+
+
+def test_networks_are_planned_too(small_data: Callable[..., list[str]]) -> None:
+    data = [*small_data(3), *SMALL, "rounds=4", "model=mlp", "model.args={widths: [4]}"]
+    cell = scenario.make(compose(*data, *PLANNED, "attack.args={sweeps: 3, starts: 2, sample: 50}"))
+    made = plans.plan(cell)
+    assert (np.diff(made.harm, axis=0) >= 0).all()
+    assert made.harm[-1].max() > made.harm[0].max()
+    assert engine.run_cells([cell])[0].flip_count == len(made.samples) > 0
+
+
+def test_a_run_leaves_its_plan_and_the_figure(
+    small_data: Callable[..., list[str]], command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, _, said = command(*small_data(), *SMALL, *PLANNED, f"out={out}", "seed=11")
+    assert code == 0 and "plan: sweep" in said
+    with (out / "plan.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["start"] for row in rows} == set(plans.STARTS)
+    assert [int(row["sweep"]) for row in rows if row["start"] == "target"][-1] <= 6
+    for start in plans.STARTS:
+        harm = [float(row["objective"]) for row in rows if row["start"] == start]
+        assert all(later >= earlier for earlier, later in itertools.pairwise(harm))
+    assert (out / "plan.png").stat().st_size > 1000
+    assert not (out / "baseline" / "plan.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (("local_steps=2",), "use local_steps=1"),
+        (("worker_momentum=0.9",), "use worker_momentum=0"),
+        (("attack.horizon=3", "server_optimizer=adam"), "attack.horizon=null"),
+        (("attack.refresh=epoch",), "use horizon"),
+        (("attack.memory=persist",), "use memory=forget"),
+        (("attack.goal=targeted",), "has no meaning with name=planned"),
+        (("attack.direction=mean_feature",), "has no meaning with name=planned"),
+        (("attack.args={sweeps: 0}",), "must be 1 or more"),
+        (("attack.args={temperature: 0}",), "must be more than 0"),
+        (("attack.args={steps: 3}",), "it takes sweeps, starts, tolerance, sample, temperature"),
+        (("attack.objective=worst",), "'final' or 'average'"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(
+    small_data: Callable[..., list[str]], command: Callable[..., tuple[int, str, str]], how: tuple[str, ...], says: str
+) -> None:
+    code, _, said = command(*small_data(), *SMALL, "attack=planned", "engine=batched", *how)
+    assert code == 2 and says in said and len(said.strip().splitlines()) == 1
+
+
+# --- directions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_flips_lower_the_inner_product_with_their_direction(make: Make, name: str, classes: int) -> None:
+    cell = make(f"attack.direction={name}", "engine=batched", "dtype=float64", "attack.budget=1", classes=classes)
+    theta = 0.1 * torch.randn(cell.theta_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    v = adversary.direction(cell, theta, 1)
+    assert v.shape == theta.shape and v.isfinite().all() and v.any()
+    flips = adversary.flips(cell, theta, 1)
+    clean, written = (scenario.mean_gradient(cell, theta, 1, one) for one in (scenario.NO_FLIPS, flips))
+    assert len(flips.samples)
+    assert (written * v).sum() < (clean * v).sum()
+    # no flip is missing, and none is one too many
+    for sample, label in itertools.product(range(20), range(classes)):
+        one = scenario.Flips(np.array([sample]), np.array([label]), 1)
+        if cell.partition.client[sample] in cell.partition.malicious and sample not in flips.samples:
+            assert (scenario.mean_gradient(cell, theta, 1, one) * v).sum() >= (clean * v).sum() - 1e-12
+
+
+def test_directions_raise_what_they_are_named_for(make: Make) -> None:
+    step = 1e-5
+
+    def slope(name: str, of: Callable[[Scenario, torch.Tensor], float]) -> tuple[float, float]:
+        cell = make(f"attack.direction={name}", "engine=batched", "dtype=float64", classes=3)
+        theta = 0.1 * torch.randn(cell.theta_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        v = adversary.direction(cell, theta, 1)
+        return (of(cell, theta + step * v) - of(cell, theta - step * v)) / (2 * step), (v**2).sum().item()
+
+    def loss(cell: Scenario, theta: torch.Tensor) -> float:
+        return cell.model.mean_loss(theta, *adversary.sample_of(cell))
+
+    def error(cell: Scenario, theta: torch.Tensor) -> float:
+        X, y = adversary.sample_of(cell)
+        return attack.smoothed_error(cell.model.logits(theta, X), y, attack.directions.TEMPERATURE).item()
+
+    for name, of in {"validation_loss": loss, "smoothed_error": error}.items():
+        found, expected = slope(name, of)
+        assert found == pytest.approx(expected, rel=1e-5), name  # its slope along itself: it is the gradient
+    cell = make("attack.direction=mean_feature", "engine=batched", classes=3)
+    X, _ = adversary.sample_of(cell)
+    for name, row in {"mean_feature": 2, "-mean_feature": 0}.items():
+        v = adversary.direction(make(f"attack.direction={name}", classes=3), cell.start(), 1)
+        torch.testing.assert_close(v[row], X.mean(0))
+        assert not v[[i for i in range(3) if i != row]].any()
+    plus, minus = (adversary.direction(make(f"attack.direction={n}mean_feature"), make().start(), 1) for n in ("", "-"))
+    torch.testing.assert_close(plus, -minus)
+
+
+def test_far_targets_are_the_targets(make: Make) -> None:
+    cell, near = make("attack.direction=target_far"), make("attack.goal=targeted")
+    theta = torch.ones(cell.theta_shape, dtype=torch.float64)
+    far, way = adversary.direction(cell, theta, 1), adversary.direction(near, theta, 1)
+    torch.testing.assert_close(far - theta, way)
+
+
+def test_goals_are_directions_by_another_name(make: Make) -> None:
+    for direction, goal in {"gradient": "untargeted", "target": "targeted"}.items():
+        named, old = make(f"attack.direction={direction}"), make(f"attack.goal={goal}")
+        assert named.settings.attack == old.settings.attack
+
+
+@pytest.mark.parametrize("name", ["smoothed_error", "-mean_feature"])
+def test_directions_work_on_networks(small_data: Callable[..., list[str]], name: str) -> None:
+    data = [*small_data(3), *SMALL, "rounds=3", "model=mlp", "model.args={widths: [4]}", "engine=batched"]
+    cell = scenario.make(compose(*data, f"attack.direction={name}"))
+    assert engine.run_cells([cell])[0].flip_count > 0
+
+
+def test_a_users_direction_is_called_and_checked(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def far(view):\n    v = view.target\n    view.theta.fill_(3)\n    return v\n"
+        "def short(view):\n    return view.theta[:, :2]\n"
+        "def endless(view):\n    return view.gradient / 0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own, built_in = (make(f"attack.direction={name}", "engine=batched") for name in ("mine.py:far", "target_far"))
+    one, other = (engine.run_cells([cell], full_rows=False)[0] for cell in (own, built_in))
+    assert one.theta is not None and other.theta is not None and torch.equal(one.theta, other.theta)
+    for name, says in {"short": "gave shape", "endless": "not finite"}.items():
+        with pytest.raises(RunError, match=says):
+            adversary.direction(make(f"attack.direction=mine.py:{name}"), make().start(), 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (("attack.direction=sideways",), "known: gradient, target, target_far"),
+        (("attack.direction=nowhere.py:f",), "can't be imported"),
+        (("attack.direction=mean_feature", "attack.goal=targeted"), "goal=targeted has no meaning"),
+        (("attack.direction=mean_feature", "attack.knowledge=own"), "knowledge=own has no meaning"),
+        (("attack=random_flip", "attack.direction=mean_feature"), "has no meaning with name=random_flip"),
+        (("attack.horizon=5",), "horizon=5 has no meaning with name=greedy"),
+    ],
+)
+def test_directions_without_meaning_are_refused(
+    settings: Callable[..., Settings], how: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        settings(*how)
+
+
+# --- experiment=planning ------------------------------------------------------------------------------
+
+
+def test_gaps_are_those_to_the_better_goal_seed_by_seed(tmp_path: Path) -> None:
+    from fl_attack.plots import planning
+    from fl_attack.sweep_table import RESULTS, write_csv
+
+    final = {  # two seeds
+        ("greedy", "untargeted", "final", "known"): (0.70, 0.72),
+        ("greedy", "targeted", "final", "known"): (0.65, 0.61),
+        ("planned", "untargeted", "final", "known"): (0.45, 0.40),
+        ("planned", "untargeted", "average", "known"): (0.66, 0.58),
+    }
+    settings = ("attack.name", "attack.goal", "attack.objective", "attack.foresight")
+    rows, curves = [], []
+    for cell, (who, seed) in enumerate(itertools.product(final, (0, 1))):
+        accuracy = final[who][seed]
+        row = dict(zip(settings, who, strict=True)) | {"writes": "labels", "write_access": 1, "budget": 0.25}
+        row |= {
+            "seed": seed,
+            "final_accuracy": accuracy,
+            "early_stop_accuracy": accuracy + 0.1,
+            "flips": 1,
+            "rounds": 2,
+        }
+        row |= {"global_budget": 0.25, "minimum_accuracy": accuracy, "final_f1": 0.5, "final_loss": 1.0}
+        rows.append([cell, *(row.get(name, "") for name in (*settings, *RESULTS))])
+        curves.append([0.1, accuracy + 0.2, accuracy])
+    write_csv(tmp_path / "sweep.csv", ["cell", *settings, *RESULTS], rows)
+    np.savez(tmp_path / "curves.npz", accuracy=np.array(curves), round=np.arange(3))
+    files = planning(tmp_path)
+    assert {file.name for file in files} == {"planning.png", "planning.pdf", "planning.csv", "planning_gaps.csv"}
+    with (tmp_path / "planning_gaps.csv").open() as lines:
+        found = {(row["measure"], row["plan"]): row for row in csv.DictReader(lines)}
+    sure, unsure = (found["final accuracy", f"planned {objective}, known"] for objective in ("final", "average"))
+    assert sure["better_goal"] == "targeted"
+    assert float(sure["gap"]) == pytest.approx((20 + 21) / 2)
+    assert float(sure["interval"]) == pytest.approx(12.706 * 0.5, rel=1e-3)  # Student's t of one degree, deviation 0.5
+    assert float(unsure["gap"]) == pytest.approx((-1 + 3) / 2)
+    assert (sure["includes_zero"], unsure["includes_zero"]) == ("no", "yes")
+    assert {measure for measure, _ in found} == {
+        *("final accuracy", "average over the evaluations", "model of early stopping")
+    }
+    with (tmp_path / "planning.csv").open() as lines:
+        means = {(row["measure"], row["attacker"]): float(row["mean"]) for row in csv.DictReader(lines)}
+    assert means["average over the evaluations", "greedy targeted"] == pytest.approx(63 + 10)
+    assert means["model of early stopping", "greedy targeted"] == pytest.approx(73)
