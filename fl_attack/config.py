@@ -10,9 +10,6 @@ from fractions import Fraction
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -98,12 +95,14 @@ class DatasetSettings(Strict):
 class PartitionSettings(Strict):
     """How the samples are dealt to the clients; see `data.partition`."""
 
-    name: Literal["iid", "dirichlet", "shards", "given"]
+    name: Literal["iid", "dirichlet", "shards", "given", "hf"]
     balanced: bool = False
     min_samples: Count = 1
     path: str | None = None
     alpha: Positive | None = None
     s: Count | None = None
+    partitioner: str = "IidPartitioner"
+    args: dict[str, Any] = {}
     malicious_share: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
@@ -445,7 +444,7 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
 
     threat, early, place = settings.attack, settings.early_stop, settings.dataset
     flips = not settings.attacked or threat.writes == "labels"
-    located = {"npz": "path", "image_folder": "path", "digits": ""}.get(place.loader, "root")
+    located = {"npz": "path", "image_folder": "path", "hf": "path", "digits": ""}.get(place.loader, "root")
     few, no_labels = f"there are {settings.rounds} rounds", f"attack={threat.name} flips no labels"
     of_sweep, of_knn = "it is of a sweep (-m)", "it is of sanitize=knn"
     checks: list[tuple[bool, str, str]] = [
@@ -497,6 +496,10 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
 
 def compose(*overrides: str) -> Settings:
     """The settings that a command line of these overrides gives; InputError where it gives none."""
+    from hydra import compose as hydra_compose  # clients of a deployed federation do without
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+
     try:
         with composing(), initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config = hydra_compose("config", overrides=completed(overrides))

@@ -1,19 +1,24 @@
 """The apps of `flwr run .`: the same clients and strategy, on the grid and with the run configuration of Flower."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fl_attack import experiment, federation, results
-from fl_attack.config import compose
+from fl_attack import federation
 from fl_attack.errors import InputError, RunError
-from fl_attack.overrides import explain
+
+if TYPE_CHECKING:
+    from fl_attack.federation import Runner
 
 __all__ = ["client_app", "server_app"]
 
 client_app = federation.client_app
 
 
-def main(run_config: dict[str, Any], runner: federation.Runner) -> None:
+def main(run_config: dict[str, Any], runner: "Runner") -> None:
     """Run the experiment of a run configuration: `overrides` as for `fl-attack`, and keys of their own."""
+    from fl_attack import experiment, results  # a client, which Flower starts for each message, needs none of these
+    from fl_attack.config import compose
+    from fl_attack.overrides import explain
+
     given = {key: value for key, value in run_config.items() if value != ""}
     overrides = [*str(given.pop("overrides", "")).split(), *(f"{key}={value}" for key, value in given.items())]
     try:

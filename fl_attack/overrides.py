@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
 from fl_attack.errors import InputError, RunError
 
@@ -35,6 +32,8 @@ ON_MNIST = ("experiment=networks",)  # grids that take MNIST where dataset.root 
 @contextmanager
 def composing() -> Iterator[None]:
     """One composes at a time, Hydra's state being global, and a program that runs under Hydra finds it as it was."""
+    from hydra.core.global_hydra import GlobalHydra  # not where only the client app is wanted
+
     with _composing:
         before = GlobalHydra.instance().hydra
         GlobalHydra.instance().clear()
@@ -52,7 +51,7 @@ def conf_folder() -> Path:
 
 def allow_new_args(overrides: Iterable[str]) -> list[str]:
     """Overrides that may also set what no YAML names: the arguments of a model, a strategy or an attack."""
-    return [re.sub(r"^\+*(?=(model|strategy|attack)\.args[.=])", "++", override) for override in overrides]
+    return [re.sub(r"^\+*(?=(model|strategy|attack|partition)\.args[.=])", "++", override) for override in overrides]
 
 
 def completed(overrides: Iterable[str]) -> list[str]:
@@ -193,6 +192,9 @@ def _keys(tree: dict[str, Any], before: str) -> Iterator[str]:
 
 def _unreadable(override: str) -> bool:
     """Whether Hydra can't read a word of the command line as an override."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:

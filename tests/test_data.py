@@ -179,6 +179,18 @@ def plant_image_folder(folder, x_train, y_train, x_test, y_test, monkeypatch):
     return Planted("image_folder", {"path": folder}, files, *parts, NAMES)
 
 
+def plant_hf(folder, x_train, y_train, x_test, y_test, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf-cache")
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))})
+    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        rows = {"image": [Image.fromarray(image) for image in x], "label": y}
+        (folder / "data").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=kinds).to_parquet(folder / "data" / f"{part}-00000-of-00001.parquet")
+    return Planted("hf", {"path": folder / "data"}, [], x_train, y_train, x_test, y_test, NAMES)
+
+
 PLANTS = {
     "digits": plant_digits,
     "mnist": plant_mnist,
@@ -188,6 +200,7 @@ PLANTS = {
     "cifar100": plant_cifar100,
     "svhn": plant_svhn,
     "npz": plant_npz,
+    "hf": plant_hf,
     "image_folder": plant_image_folder,
 }
 
@@ -281,6 +294,44 @@ def test_what_is_cached_needs_no_reader(planted, monkeypatch):
     again = planted.load()
     np.testing.assert_array_equal(first.x_train, again.x_train)
     assert (first.classes, first.scale, first.fingerprint) == (again.classes, again.scale, again.fingerprint)
+
+
+def test_a_folder_of_hugging_face_with_numbers_is_read_side_by_side_and_damage_is_refused(tmp_path):
+    import datasets
+
+    rng = np.random.default_rng(0)
+    parts = {}
+    for part, count in (("train", 30), ("test", 12)):
+        y = np.arange(count) % 3
+        rows = {"width": rng.normal(size=count), "name": ["x"] * count, "height": rng.normal(size=count), "label": y}
+        parts[part] = datasets.Dataset.from_dict(rows)
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    loaded = data.load("hf", path=tmp_path / "saved")
+    for part, split in parts.items():
+        wanted = np.column_stack([split["width"][:], split["height"][:]])
+        np.testing.assert_array_equal(getattr(loaded, f"x_{part}"), wanted)
+        np.testing.assert_array_equal(getattr(loaded, f"y_{part}"), split["label"][:])
+    assert loaded.scale == 1 and loaded.classes == ("0", "1", "2")
+    for file in (tmp_path / "saved").glob("train/*.arrow"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert str(tmp_path / "saved") in refusal("hf", path=tmp_path / "saved")
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refusal("hf", path=tmp_path / "empty")
+
+
+def test_a_name_of_the_hub_is_asked_for_as_such(tmp_path, monkeypatch):
+    import flwr_datasets
+
+    asked = []
+
+    def unplugged(*args, dataset, **how):
+        asked.append(dataset)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(flwr_datasets, "FederatedDataset", unplugged)
+    monkeypatch.chdir(tmp_path)
+    assert "no network" in refusal("hf", path="hf://owner/name")
+    assert asked == ["owner/name"]
 
 
 OF_TORCHVISION = ["mnist", "fashion_mnist", "emnist", "cifar10", "cifar100", "svhn"]

@@ -6,17 +6,23 @@ import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from fl_attack import experiment, federation, flower_app
 from fl_attack.config import Settings, compose
 from fl_attack.errors import RunError
-from fl_attack.federation.session import wait_for
+from fl_attack.federation import wire
+from fl_attack.federation.apps import wait_for
+from fl_attack.federation.client import number_of
+from fl_attack.federation.strategy import introductions
 
 ROOT = Path(__file__).parents[1]
 Small = Callable[..., list[str]]
@@ -64,7 +70,7 @@ class Nodes:
 def test_another_number_of_nodes_than_clients_is_told_with_the_way_out(
     monkeypatch: pytest.MonkeyPatch, nodes: int
 ) -> None:
-    monkeypatch.setattr("fl_attack.federation.session.JOINING", 0.0)
+    monkeypatch.setattr("fl_attack.federation.apps.JOINING", 0.0)
     with pytest.raises(RunError, match=f"{nodes} nodes, but the experiment 10 clients.*num-supernodes=10"):
         wait_for(Nodes(nodes), 10)  # type: ignore[arg-type]
     wait_for(Nodes(10), 10)  # type: ignore[arg-type]
@@ -120,3 +126,93 @@ def test_flwr_run_ends_in_the_bits_of_the_command(
     for name in ("model.npz", "flips.npz"):
         assert (tmp_path / "flower" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert len(np.load(tmp_path / "here" / "flips.npz")["round"]) > 0
+
+
+def test_a_client_app_starts_without_what_only_servers_and_readers_need() -> None:
+    ask = """
+import sys
+from fl_attack import flower_app
+assert flower_app.client_app
+print(*{"ray", "hydra", "sklearn", "torchvision", "matplotlib", "scipy"} & set(sys.modules))
+"""
+    assert subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def context(**node: str | int) -> Context:
+    return Context(run_id=1, node_id=1, node_config=dict(node), state=RecordDict(), run_config={})
+
+
+def test_a_node_without_a_number_is_told_how_to_get_one() -> None:
+    assert number_of(context(**{"partition-id": 3})) == 3
+    for given in ({}, {"partition-id": "first"}, {"partition-id": -1}):
+        with pytest.raises(RuntimeError, match=r"partition-id=(nothing|first|-1); give each flower-supernode one"):
+            number_of(context(**given))
+
+
+class Answering(Nodes):
+    """A grid whose nodes say that they are these clients."""
+
+    def __init__(self, *clients: int) -> None:
+        super().__init__(len(clients))
+        self.clients = clients
+
+    def send_and_receive(self, messages: list[Message]) -> Iterator[Message]:
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = "1"
+            yield Message(wire.introduction(self.clients[message.metadata.dst_node_id]), reply_to=message)
+
+
+def test_two_nodes_of_one_number_are_told_before_any_round() -> None:
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # as in a process of a server app
+    assert introductions(Answering(1, 0), 2) == {0: 1, 1: 0}  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=r"3 nodes answered as clients \[0, 1, 1\].*a partition-id of its own"):
+        introductions(Answering(1, 0, 1), 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "drawn"), [("", "clients.per_round=2"), ("--plain", "clients.per_round=null")])
+def test_a_deployed_federation_ends_in_the_bytes_of_a_run_here(
+    small_data: Small, tmp_path: Path, way: str, drawn: str
+) -> None:
+    overrides = [*small_data(3), "rounds=2", "batch_size=30", "clients.malicious=1", "attack.budget=0.5", drawn]
+    overrides += ["baseline=false", "dtype=float64"]
+    call = [sys.executable, ROOT / "scripts" / "deploy_demo.py", "--out", tmp_path / "there", *way.split(), *overrides]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    experiment.run(compose(*overrides, "clients.total=3", f"out={tmp_path}/here"))
+    for name in ("model.npz", "flips.npz"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    assert len(np.load(tmp_path / "here" / "flips.npz")["round"]) > 0
+
+
+@pytest.mark.slow
+def test_a_deployed_node_without_a_number_is_told_in_one_line(small_data: Small, tmp_path: Path) -> None:
+    call = [sys.executable, ROOT / "scripts" / "deploy_demo.py", "--nodes", "2", "--ids", "0,none", "--plain"]
+    done = subprocess.run(
+        [*call, "--out", tmp_path / "out", *small_data(3), "batch_size=30", "clients.malicious=1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 1
+    assert "a node was started with partition-id=nothing; give each flower-supernode one" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_app_that_was_built_can_be_made_into_a_folder_again(flower_home: dict[str, str], tmp_path: Path) -> None:
+    app = tmp_path / "app"
+    for name in ("fl_attack", "conf"):
+        shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, app / name)
+    flwr = shutil.which("flwr", path=flower_home["PATH"]) or "flwr"
+    built = subprocess.run(
+        [flwr, "build", "--app", app], env=flower_home, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    (fab,) = tmp_path.glob("**/*.fab") if built.returncode == 0 else [None]
+    assert fab is not None, built.stdout + built.stderr
+    with zipfile.ZipFile(fab) as archive:
+        names = set(archive.namelist())
+    assert {"LICENSE", "fl_attack/flower_app.py", "conf/config.yaml", "pyproject.toml"} <= names

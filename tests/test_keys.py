@@ -50,6 +50,16 @@ CHANGES: dict[str, Change] = {
         "partition.min_samples=9", ("partition=dirichlet", "partition.alpha=0.1"), together=False
     ),
     "partition.path": Change("partition.path={holders}", ("partition=given", "partition.path={users}"), together=False),
+    "partition.partitioner": Change("partition.partitioner=LinearPartitioner", ("partition=hf",), together=False),
+    "partition.args": Change(
+        "partition.args={alpha: 0.1, min_partition_size: 1}",
+        (
+            "partition=hf",
+            "partition.partitioner=DirichletPartitioner",
+            "partition.args={alpha: 9, min_partition_size: 1}",
+        ),
+        together=False,
+    ),
     "partition.malicious_share": Change("partition.malicious_share=0.2", together=False),
     "attack.name": Change("attack=random_flip"),
     "attack.goal": Change("attack.goal=targeted"),

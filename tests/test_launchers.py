@@ -24,7 +24,7 @@ cp "$1" "$SUBMITTED"
     export SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_LOCALID=0 SLURM_JOB_NODELIST=here
     sleep 1
     bash "$1"
-done) >/dev/null 2>&1 &
+done; touch "$SUBMITTED.done") >/dev/null 2>&1 &
 echo "Submitted batch job 7"
 """
 SRUN = """#!/bin/bash
@@ -36,7 +36,9 @@ exec "$@"
 """
 SACCT = """#!/bin/bash
 echo "JobID|State|NodeList"
-for task in 0 1 2; do echo "7_$task|COMPLETED|here"; done
+state=RUNNING
+[[ -e $SUBMITTED.done ]] && state=COMPLETED
+for task in 0 1 2; do echo "7_$task|$state|here"; done
 """
 
 
@@ -142,7 +144,7 @@ def test_three_trials_of_optuna_return_the_objective(tmp_path: Path) -> None:
     for trial in range(3):
         with (tmp_path / "best" / "trials" / str(trial) / "sweep.csv").open() as lines:
             rows += list(csv.DictReader(lines))
-    losses = {float(row["budget"]): float(row["final_loss"]) for row in rows}
+    losses = {float(row["attack.budget"]): float(row["final_loss"]) for row in rows}
     assert len(losses) == 3  # three budgets
     assert found["best_value"] == max(losses.values()) == losses[found["best_params"]["attack.budget"]]
     assert os.listdir(tmp_path) == ["best"]

@@ -277,3 +277,39 @@ def test_a_file_of_users_that_can_not_be_is_refused(tmp_path, content, more, wor
             np.arange(6) % 2,
             **{"honest": 2, "malicious": 1, "seed": 0, "name": "given", "path": tmp_path / "users.txt"} | more,
         )
+
+
+def test_partitioners_of_flower_datasets_deal_each_sample_once_and_what_they_promise() -> None:
+    labels = np.random.default_rng(0).integers(0, 4, 400)
+    deals = {
+        "IidPartitioner": {},
+        "LinearPartitioner": {},
+        "DirichletPartitioner": {"alpha": 0.5, "min_partition_size": 1},
+        "PathologicalPartitioner": {"num_classes_per_partition": 2, "class_assignment_mode": "first-deterministic"},
+    }
+    for name, args in deals.items():
+        found, again, other = (
+            partition(labels, honest=3, malicious=1, seed=seed, name="hf", partitioner=name, args=args)
+            for seed in (0, 0, 1)
+        )
+        assert np.array_equal(found.client, again.client)
+        assert not np.array_equal(found.client, other.client)
+        sizes = np.bincount(found.client)
+        held = [len(np.unique(labels[found.client == client])) for client in range(4)]
+        if name == "LinearPartitioner":
+            assert sizes.tolist() == [40, 80, 120, 160]
+        if name == "PathologicalPartitioner":
+            assert max(held) == 2
+
+
+@pytest.mark.parametrize(
+    ("partitioner", "args", "told"),
+    [
+        ("MinePartitioner", {}, "partitioner=MinePartitioner is unknown; use one of .*DirichletPartitioner"),
+        ("IidPartitioner", {"size": 3}, "args={'size': 3}: .*size"),
+        ("SizePartitioner", {"partition_sizes": [10, 10]}, "makes 2 partitions, but clients.total=4|partition_sizes"),
+    ],
+)
+def test_a_partitioner_that_is_none_is_told_with_the_way_out(partitioner: str, args: dict, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        partition(np.arange(40) % 4, honest=3, malicious=1, seed=0, name="hf", partitioner=partitioner, args=args)

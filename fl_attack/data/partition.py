@@ -6,9 +6,11 @@ A partitioner deals n samples to clients 0 .. m-1: it maps labels (n,) to client
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fl_attack.data import hugging_face
 from fl_attack.errors import InputError
 
 # Streams of random numbers, one for each purpose, so that no setting shifts what another one draws.
@@ -48,6 +50,8 @@ def partition(
     balanced: bool = False,
     min_samples: int = 1,
     path: str | Path | None = None,
+    partitioner: str = "IidPartitioner",
+    args: dict[str, Any] | None = None,
     held_out: float = 0.0,
 ) -> Partition:
     """Deal the samples with these labels to honest + malicious clients; the same for the same seed.
@@ -65,6 +69,8 @@ def partition(
         One of `PARTITIONERS`.
     alpha, s, balanced, path
         See `dirichlet`, `shards`, `dirichlet` and `given`.
+    partitioner, args
+        See `of_flower`.
     malicious_share : float, optional
         Exactly round(share * n) samples, drawn at random, go to the malicious clients and the rest to the honest.
     min_samples : int
@@ -109,6 +115,8 @@ def partition(
                 malicious_share=malicious_share,
                 balanced=balanced,
                 min_samples=min_samples,
+                partitioner=partitioner,
+                args=args,
             )
         holder[rest] = deal.client
         return Partition(holder, deal.malicious)
@@ -117,8 +125,8 @@ def partition(
         if clients > len(labels):
             raise InputError(f"{len(labels)} samples are too few for {clients} {kind}clients; each needs one")
         rng = np.random.default_rng([seed, stream])
-        least = {"least": min_samples, "balanced": balanced}
-        found = PARTITIONERS[name](labels, clients, rng, alpha=alpha, s=s, path=path, **least)
+        more = {"least": min_samples, "balanced": balanced, "partitioner": partitioner, "args": args}
+        found = PARTITIONERS[name](labels, clients, rng, alpha=alpha, s=s, path=path, **more)
         _check_least(found, clients, min_samples)
         return found
 
@@ -327,6 +335,19 @@ def _given(path: str | Path | None, clients: int, samples: int) -> np.ndarray:
     return np.asarray(found, np.int64)
 
 
+def of_flower(
+    labels: np.ndarray,
+    clients: int,
+    rng: np.random.Generator,
+    *,
+    partitioner: str,
+    args: dict[str, Any] | None = None,
+    **_: object,
+) -> np.ndarray:
+    """As a partitioner of Flower Datasets deals, https://flower.ai/docs/datasets/."""
+    return hugging_face.partitioned(partitioner, args or {}, labels, clients, int(rng.integers(2**31)))
+
+
 def shards(labels: np.ndarray, clients: int, rng: np.random.Generator, *, s: int | None, **_: object) -> np.ndarray:
     """Samples sorted by label and cut into equal pieces, some pieces at random for each client.
 
@@ -374,4 +395,5 @@ PARTITIONERS: dict[str, Callable[..., np.ndarray]] = {
     "dirichlet": dirichlet,
     "shards": shards,
     "given": given,
+    "hf": of_flower,
 }

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fl_attack.data import cache, formats
+from fl_attack.data import cache, formats, hugging_face
 from fl_attack.errors import InputError
 
 NETWORK_PATIENCE = 5.0  # seconds without an answer
@@ -197,6 +197,12 @@ def _read_image_folder(folder: Path, channels: int | None) -> Raw:
     return Raw(x_train, y_train, x_test, y_test, names)
 
 
+def _read_hf(place: Path) -> Raw:
+    with reading(place):
+        (x_train, y_train, x_test, y_test), names = hugging_face.arrays(place)
+        return Raw(x_train, y_train, x_test, y_test, names)
+
+
 def _class_names(folder: Path) -> list[str]:
     """The folders in a folder; those that are all numbers in the order of these."""
     with reading(folder):
@@ -315,4 +321,5 @@ SOURCES = {
     "svhn": Source("root", lambda root: _fetched("SVHN", SVHN_FILES, root), _read_svhn),
     "npz": Source("path", lambda file: [file], _read_npz),
     "image_folder": Source("path", lambda folder, channels: _under(folder), _read_image_folder, option="channels"),
+    "hf": Source("path", hugging_face.files, _read_hf),
 }

@@ -140,11 +140,22 @@ def _one_thread() -> None:
 client_app = ClientApp()
 
 
+def number_of(context: Context) -> int:
+    """The number of the client that a context stands for; RuntimeError where its node was given none."""
+    number = str(context.node_config.get("partition-id", ""))
+    if not number.isdigit():
+        raise RuntimeError(
+            f"a node was started with partition-id={number or 'nothing'}; give each flower-supernode one of its own, "
+            "counted from 0: --node-config 'partition-id=0 num-partitions=3'"
+        )
+    return int(number)
+
+
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     """A round of the client that this context stands for."""
     _one_thread()
-    number = int(str(context.node_config["partition-id"]))
+    number = number_of(context)
     try:
         asked = wire.read_request(message.content)
         with torch.inference_mode():  # derivatives are in closed form or by torch.func; torch need not watch
@@ -171,4 +182,4 @@ def _on(asked: wire.Request, device: str) -> wire.Request:
 @client_app.query()
 def introduce(message: Message, context: Context) -> Message:
     """The number of the client behind a node, which Flower leaves to each grid."""
-    return Message(wire.introduction(int(str(context.node_config["partition-id"]))), reply_to=message)
+    return Message(wire.introduction(number_of(context)), reply_to=message)

@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -22,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from fl_attack import attack
 from fl_attack.config import Settings
 from fl_attack.errors import InputError, RunError
+from fl_attack.federation.apps import wait_for
 from fl_attack.federation.client import client_app
 from fl_attack.federation.grid import BlockGrid
 from fl_attack.federation.private_ray import private_ray
@@ -33,7 +33,6 @@ from fl_attack.waiting import waiting
 Federate = Callable[[Recorder], None]
 Drive = Callable[[Federate], None]  # uses what runs one federation, as often as it likes
 Runner = Callable[[Drive, Settings], None]
-JOINING = 60.0  # seconds that Flower's nodes have to come up
 OBJECT_STORE = 200 * 2**20  # bytes; only messages pass through it
 
 
@@ -79,33 +78,6 @@ def _gpus() -> float:
     if not gpus:
         raise InputError("engine.client_device=cuda needs a GPU, but the Ray cluster has none; use cpu")
     return gpus
-
-
-def serve(main: Callable[[dict[str, Any], Runner], None]) -> ServerApp:
-    """A server app for `flwr run`: main gets the run's configuration, and what runs federations on its grid."""
-    server_app = ServerApp()
-
-    @server_app.main()
-    def on_grid(grid: Grid, context: Context) -> None:
-        def runner(drive: Drive, settings: Settings) -> None:
-            wait_for(grid, settings.clients.total)
-            drive(partial(start, grid))
-
-        main(dict(context.run_config), runner)
-
-    return server_app
-
-
-def wait_for(grid: Grid, clients: int) -> None:
-    """Return once the grid has as many nodes as there are clients; RunError where it ends up with another number."""
-    deadline = time.monotonic() + JOINING
-    while (nodes := len(list(grid.get_node_ids()))) < clients and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if nodes != clients:
-        raise RunError(
-            f"the federation has {nodes} nodes, but the experiment {clients} clients; start it with "
-            f"--federation-config 'num-supernodes={clients}' or change clients.total"
-        )
 
 
 @contextmanager

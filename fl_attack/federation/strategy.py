@@ -265,8 +265,7 @@ def complete(replies: list[Message], asked: int, round_: int) -> list[Message]:
     """The replies by client; RunError unless there is a proper one from each client asked."""
     for reply in replies:
         if reply.has_error():
-            reason = (reply.error.reason or "").rsplit("Message: ", 1)[-1].strip().removesuffix("'>")
-            raise RunError(f"round {round_} failed: {reason or 'a client gave no reason'}")
+            raise RunError(f"round {round_} failed: {reason_of(reply)}")
     ordered = sorted(replies, key=lambda reply: wire.client_of(reply.content))
     clients = [wire.client_of(reply.content) for reply in ordered]
     if len(set(clients)) != asked:
@@ -274,6 +273,12 @@ def complete(replies: list[Message], asked: int, round_: int) -> list[Message]:
     if again := [one for one, other in pairwise(clients) if one == other]:
         raise RunError(f"round {round_} failed: client {again[0]} answered more than once")
     return ordered
+
+
+def reason_of(reply: Message) -> str:
+    """Why a client gave an error for a reply."""
+    reason = (reply.error.reason or "").rsplit("Message: ", 1)[-1].strip().removesuffix("'>")
+    return reason.replace("\\'", "'") or "a client gave no reason"
 
 
 def all_flips(replies: Iterable[Message]) -> Flips:
@@ -334,15 +339,22 @@ def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
     alike = not settings.worker_momentum and not (settings.attacked and settings.attack.remembers)
     if scenario.schedule.per_round is None and alike:
         return None
-    clients = scenario.settings.clients.total
+    return introductions(grid, scenario.settings.clients.total)
+
+
+def introductions(grid: Grid, clients: int) -> dict[int, int]:
+    """The client behind each node, as they say; RunError unless there is each client once."""
     nodes = sorted(grid.get_node_ids())
     questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    replies = [reply for reply in grid.send_and_receive(questions) if not reply.has_error()]
+    replies = list(grid.send_and_receive(questions))
+    for reply in replies:
+        if reply.has_error():
+            raise RunError(f"a node can't be asked which client it is: {reason_of(reply)}")
     found = {reply.metadata.src_node_id: wire.client_of(reply.content) for reply in replies}
     if sorted(found.values()) != list(range(clients)):
         raise RunError(
             f"the federation's {len(nodes)} nodes answered as clients {sorted(found.values())}, not as "
-            f"each of 0 to {clients - 1} once"
+            f"each of 0 to {clients - 1} once; give each a partition-id of its own"
         )
     return found
 

@@ -1,0 +1,47 @@
+"""The server app for `flwr run`, on the grid that Flower gives it: of a simulation, or of nodes that are deployed."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fl_attack.config import Settings
+from fl_attack.errors import RunError
+
+if TYPE_CHECKING:
+    from fl_attack.federation.session import Drive, Runner
+
+JOINING = 60.0  # seconds that Flower's nodes have to come up
+
+
+def serve(main: "Callable[[dict[str, Any], Runner], None]") -> ServerApp:
+    """A server app for `flwr run`: main gets the run's configuration, and what runs federations on its grid."""
+    server_app = ServerApp()
+
+    @server_app.main()
+    def on_grid(grid: Grid, context: Context) -> None:
+        from fl_attack.federation.strategy import introductions, start  # not where only the client app is wanted
+
+        def runner(drive: "Drive", settings: Settings) -> None:
+            wait_for(grid, settings.clients.total)
+            introductions(grid, settings.clients.total)  # nodes with a wrong partition-id are told before any round
+            drive(partial(start, grid))
+
+        main(dict(context.run_config), runner)
+
+    return server_app
+
+
+def wait_for(grid: Grid, clients: int) -> None:
+    """Return once the grid has as many nodes as there are clients; RunError where it ends up with another number."""
+    deadline = time.monotonic() + JOINING
+    while (nodes := len(list(grid.get_node_ids()))) < clients and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if nodes != clients:
+        raise RunError(
+            f"the federation has {nodes} nodes, but the experiment {clients} clients; start it with "
+            f"--federation-config 'num-supernodes={clients}' or change clients.total"
+        )
