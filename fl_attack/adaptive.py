@@ -34,7 +34,7 @@ def flips(
     scenario: Scenario,
     theta: Tensor,
     round_: int,
-    server: Server,
+    server: Server | None,
     epoch_theta: Tensor | None = None,
     stored: Flips = NO_FLIPS,
 ) -> Flips:
@@ -43,20 +43,20 @@ def flips(
     Of the parts `attack.PERCENTS` of the budget, the one whose aggregate has the smallest inner product with v.
     """
     plain = adversary.flips(scenario, theta, round_, epoch_theta, stored)
-    if not len(plain.samples) or not searches(scenario):
+    if server is None or not len(plain.samples) or not searches(scenario):
         return plain
     tries = [plain, *(adversary.flips(scenario, theta, round_, percent=percent) for percent in attack.PERCENTS[1:])]
     sent = [adversary.updates(scenario, theta, round_, one, server.momenta) for one in tries]
     return tries[_worst(scenario, theta, round_, server, sent)]
 
 
-def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, server: Server) -> Tensor:
+def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, server: Server | None) -> Tensor:
     """The updates that the clients of a round send under an attack on updates, see `adversary.crafted`.
 
     Of the values that the attack's row names, and the one that is set, the one that does most harm.
     """
     plain = adversary.crafted(scenario, theta, round_, honest)
-    if scenario.settings.attack.writes != "updates" or plain is honest or not searches(scenario):
+    if scenario.settings.attack.writes != "updates" or plain is honest or server is None or not searches(scenario):
         return plain
     sent = [plain, *(adversary.crafted(one, theta, round_, honest) for one in _variants(scenario))]
     return sent[_worst(scenario, theta, round_, server, sent)]

@@ -43,8 +43,10 @@ class OmniscientHook:
 
         return self._once("flips", round_, theta, flips, stored)
 
-    def _server(self, asked: wire.Request) -> adaptive.Server:
-        """What the attackers know of the server in a round."""
+    def _server(self, asked: wire.Request) -> adaptive.Server | None:
+        """What the attackers know of the server in a round, where they use it: a strategy of Flower's is no rule of ours."""
+        if not adaptive.searches(self.scenario):
+            return None
         if self._rule is None:
             self._rule = self.scenario.rule()
         return adaptive.Server(self._rule, asked.rule, asked.momentum)
