@@ -44,7 +44,7 @@ class OmniscientHook:
         return self._once("flips", round_, theta, flips, stored)
 
     def _server(self, asked: wire.Request) -> adaptive.Server | None:
-        """What the attackers know of the server in a round, where they use it: a strategy of Flower's is no rule of ours."""
+        """What the attackers know of the server in a round; None where they do not search, whatever its strategy is."""
         if not adaptive.searches(self.scenario):
             return None
         if self._rule is None:
