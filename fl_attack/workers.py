@@ -185,7 +185,9 @@ def _why_lost(code: int | None) -> str:
 
 def _work(pipe: connection.Connection, function: Callable[[Any, Step], Any]) -> None:
     """What a worker does until nobody is at the other end of its pipe."""
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    # Ctrl-C is the program's: it ends its workers itself. One that it reaches all the same ends without a word.
+    with suppress(EOFError, OSError, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         while True:
             job = pipe.recv()
             done, last = 0, time.monotonic()

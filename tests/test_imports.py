@@ -1,6 +1,7 @@
 """What the program imports before it answers: modules are counted, since seconds depend on the machine."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,7 +38,8 @@ print("\\n" + json.dumps(seen))
 
 def imported(*arguments: str, when: str = "told") -> dict[str, object]:
     """The packages that a run of the program has imported, at its end and as it begins to compute."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, when, *arguments], capture_output=True, text=True, check=True)
+    program, plain = [sys.executable, "-c", PROGRAM, when, *arguments], os.environ | {"HYDRA_FULL_ERROR": "0"}
+    done = subprocess.run(program, capture_output=True, text=True, check=True, env=plain)
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return found
 
