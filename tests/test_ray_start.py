@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 import ray
 
+from fl_attack.federation.private_ray import read_anew
 from fl_attack.federation.session import ray_session
 
 Small = Callable[..., list[str]]
@@ -82,13 +83,22 @@ def test_ray_listens_to_this_machine_alone_and_wants_a_token(own_ray: None, monk
     assert len(tokens) == 2
 
 
+@pytest.fixture
+def chosen_token(own_ray: None) -> Iterator[str]:
+    """A token that the user has chosen; Ray has forgotten it when the next one of this process starts."""
+    token = "1" * 64
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "token")
+        environment.setenv("RAY_AUTH_TOKEN", token)
+        yield token
+    read_anew()
+
+
 @pytest.mark.ray
-def test_an_authentication_that_the_user_has_chosen_stays(own_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "1" * 64)
+def test_an_authentication_that_the_user_has_chosen_stays(chosen_token: str) -> None:
     with ray_session(None, verbose=False):
-        assert answer(ray.get_runtime_context().gcs_address, "1" * 64) == grpc.StatusCode.OK
-    assert os.environ["RAY_AUTH_TOKEN"] == "1" * 64
+        assert answer(ray.get_runtime_context().gcs_address, chosen_token) == grpc.StatusCode.OK
+    assert os.environ["RAY_AUTH_TOKEN"] == chosen_token
 
 
 @pytest.mark.ray

@@ -228,6 +228,11 @@ def _asks(function: Callable[..., Any]) -> set[str]:
     return _GIVEN & signature(function).parameters.keys()
 
 
+def _asked_for(asks: set[str], seen: Seen, state: Any) -> dict[str, Any]:
+    """The arguments that a function has of these two."""
+    return {name: value for name, value in (("seen", seen), ("state", state)) if name in asks}
+
+
 def _called(
     function: Callable[..., Any],
     asks: set[str],
@@ -239,8 +244,7 @@ def _called(
     state: Any,
 ) -> tuple[Tensor, Any]:
     """The aggregate of a function of the table, and its state."""
-    more = {name: value for name, value in (("seen", seen), ("state", state)) if name in asks}
-    found = function(updates, weights, f, **args, **more)
+    found = function(updates, weights, f, **args, **_asked_for(asks, seen, state))
     return found if "state" in asks else (found, None)
 
 
@@ -255,8 +259,7 @@ def _user_rule(
     state: Any,
 ) -> tuple[Tensor, Any]:
     """What a user's rule makes of copies of its input; RunError where it is no aggregate."""
-    more = {key: value for key, value in (("seen", seen), ("state", state)) if key in asks}
-    made = plugins.call(name, updates.clone(), weights.clone(), f, **args, **more)
+    made = plugins.call(name, updates.clone(), weights.clone(), f, **args, **_asked_for(asks, seen, state))
     if "state" in asks:
         if not (isinstance(made, tuple) and len(made) == 2):
             plugins.refuse(name, type(made).__name__, "wanted: a pair, the aggregate and the state for the next round")

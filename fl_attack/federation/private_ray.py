@@ -33,7 +33,7 @@ def private_ray() -> Iterator[None]:
     before, becomes_cluster = {name: os.environ.get(name) for name in ours}, ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(ours)
     ray_constants.ENABLE_RAY_CLUSTER = False
-    _read_anew()
+    read_anew()
     try:
         yield
     finally:
@@ -43,10 +43,10 @@ def private_ray() -> Iterator[None]:
             else:
                 os.environ[name] = value
         ray_constants.ENABLE_RAY_CLUSTER = becomes_cluster
-        _read_anew()
+        read_anew()
 
 
-def _read_anew() -> None:
+def read_anew() -> None:
     """Have Ray read the mode and the token from the environment."""
     compiled: Any = _raylet
     compiled.Config.initialize("")
