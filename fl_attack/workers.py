@@ -148,7 +148,7 @@ class _Worker:
         self.job = -1
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        self.process = context.Process(target=_work, args=(there, function), daemon=True)
+        self.process = context.Process(target=_process, args=(there, function), daemon=True)
         with _ctrl_c_blocked(), _without_main():
             self.process.start()
         there.close()
@@ -183,11 +183,15 @@ def _why_lost(code: int | None) -> str:
     return f"a worker process {how}, twice at the same unit of work{short}; what is done is kept"
 
 
+def _process(pipe: connection.Connection, function: Callable[[Any, Step], Any]) -> None:
+    """Work in a process of its own, which leaves Ctrl-C to the program: that ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _work(pipe, function)
+
+
 def _work(pipe: connection.Connection, function: Callable[[Any, Step], Any]) -> None:
     """What a worker does until nobody is at the other end of its pipe."""
-    # Ctrl-C is the program's: it ends its workers itself. One that it reaches all the same ends without a word.
     with suppress(EOFError, OSError, KeyboardInterrupt):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         while True:
             job = pipe.recv()
             done, last = 0, time.monotonic()
