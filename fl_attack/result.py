@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,17 +56,17 @@ class Result:
     @cached_property
     def rounds(self) -> Any:
         """The measures of each evaluated round, round 0 being the start model: a row each (of a run)."""
-        return self._table("rounds.csv", "run")
+        return frame(self.columns("rounds"))
 
     @cached_property
     def flips(self) -> Any:
         """Every flip made: `round` (from 1), `sample` (index in the training set as loaded), `label` (of a run)."""
-        return frame({name: column.astype(np.int64) for name, column in self._arrays("flips.npz").items()})
+        return frame(self.columns("flips"))
 
     @cached_property
     def clients(self) -> Any:
         """What each client holds, whether it is malicious, and how accurate the final model is on that (of a run)."""
-        return self._table("clients.csv", "run")
+        return frame(self.columns("clients"))
 
     @cached_property
     def partition(self) -> dict[str, NDArray[Any]]:
@@ -76,13 +76,13 @@ class Result:
     @cached_property
     def table(self) -> Any:
         """A row for each cell: its overrides, then its results (of a sweep)."""
-        return self._table(places.TABLE, "sweep")
+        return frame(self.columns("table"))
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The figures of a run: accuracies, F1 and shares from 0 to 1, times in seconds; of a sweep its extent."""
         if self.kind == "sweep":
-            errors = [str(one) for one in self.table["error"]]
+            errors = [str(one) for one in self.columns("table")["error"]]
             lost = sum(one not in ("", "nan") for one in errors)
             return {"cells": len(errors), "broken_off": lost}
         found: dict[str, Any] = json.loads(self._content(places.SUMMARY, "the run is not finished"))
@@ -208,13 +208,32 @@ class Result:
         with np.load(io.BytesIO(self._content(name)), allow_pickle=False) as stored:
             return {key: stored[key] for key in stored}
 
-    def _table(self, name: str, kind: places.Kind) -> Any:
-        """A table as a frame; InputError where results of this kind have none."""
+    def columns(self, table: Literal["rounds", "flips", "clients", "table"]) -> dict[str, NDArray[Any]]:
+        """The columns of the table of that name, without pandas, whose import takes most of a second.
+
+        Parameters
+        ----------
+        table : {"rounds", "flips", "clients", "table"}
+            `table` is of a sweep, the others of a run.
+
+        Returns
+        -------
+        dict of str to (n,) array
+
+        Raises
+        ------
+        InputError
+            Where results of this kind have none, or it is not there.
+        """
+        if table == "flips":
+            return {name: column.astype(np.int64) for name, column in self._arrays("flips.npz").items()}
+        kind: places.Kind = "sweep" if table == "table" else "run"
+        name = places.TABLE if table == "table" else f"{table}.csv"
         if kind != self.kind:
             raise InputError(f"a {self.kind} has no {name}: that is of a {kind}")
         rows = list(csv.reader(io.StringIO(self._content(name).decode(), newline="")))
         header, cells = rows[0], list(zip(*rows[1:], strict=True)) or [()] * len(rows[0])
-        return frame({column: column_of(values) for column, values in zip(header, cells, strict=True)})
+        return {column: column_of(values) for column, values in zip(header, cells, strict=True)}
 
 
 def _kind_of(folder: Path) -> places.Kind:
@@ -237,11 +256,6 @@ def column_of(texts: tuple[str, ...]) -> NDArray[Any]:
         except ValueError:
             continue
     return np.array(texts, object)
-
-
-def names_of(table: Any) -> list[str]:
-    """The names of the columns of a `frame`."""
-    return list(table.columns if hasattr(table, "columns") else table.dtype.names)
 
 
 def frame(columns: Mapping[str, NDArray[Any]]) -> Any:

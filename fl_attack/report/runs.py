@@ -14,7 +14,7 @@ from fl_attack.data import Dataset
 from fl_attack.errors import InputError
 from fl_attack.folder import SUMMARY
 from fl_attack.report.page import Part
-from fl_attack.result import Result, names_of
+from fl_attack.result import Result
 
 POINTS = 400  # of a curve, at most
 BINS = 24  # spans of rounds in which flips are counted, at most
@@ -47,20 +47,19 @@ def of_run(result: Result) -> Part:
 
 def _curves(result: Result) -> dict[str, NDArray[Any]]:
     """The columns of a run by round, thinned out evenly, the last round kept."""
-    table = result.rounds
-    names = names_of(table)
-    count = len(table)
+    columns = result.columns("rounds")
+    count = len(columns["round"])
     at = np.unique(np.linspace(0, count - 1, min(count, POINTS)).astype(int))
-    return {name: np.asarray(table[name], float)[at] for name in names}
+    return {name: column.astype(float)[at] for name, column in columns.items()}
 
 
 def _clients(result: Result) -> dict[str, Any]:
     """The table of clients, with the flips of each."""
-    table = result.clients
+    table = result.columns("clients")
     names = ("client", "malicious", "samples", "labels", "final_accuracy")
-    columns: dict[str, Any] = {name: np.asarray(table[name]) for name in names}
+    columns: dict[str, Any] = {name: table[name] for name in names}
     client_of = result.partition["client"]
-    owners = client_of[np.asarray(result.flips["sample"], np.int64)]
+    owners = client_of[result.columns("flips")["sample"]]
     columns["flips"] = np.bincount(owners[owners >= 0], minlength=len(columns["client"]))
     return columns
 
@@ -75,7 +74,8 @@ def _dataset(settings: Settings) -> Dataset | None:
 
 def _flips(result: Result, settings: Settings, dataset: Dataset | None) -> dict[str, Any]:
     """Flips counted by spans of rounds, true class and written class, and the samples that were flipped most."""
-    rounds, samples, labels = (np.asarray(result.flips[name], np.int64) for name in ("round", "sample", "label"))
+    flips = result.columns("flips")
+    rounds, samples, labels = (flips[name] for name in ("round", "sample", "label"))
     if not len(rounds):
         return {"flips": None, "samples": []}
     if dataset is None or samples.max() >= len(dataset.y_train):

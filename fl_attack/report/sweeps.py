@@ -8,7 +8,7 @@ import numpy as np
 from fl_attack.config import overrides_of
 from fl_attack.overrides import known_keys, written
 from fl_attack.report.page import Part
-from fl_attack.result import Result, names_of
+from fl_attack.result import Result
 from fl_attack.sweep_table import LABELS, RESULTS, mean_interval
 
 ROWS = 4000  # of the table that the page holds, at most
@@ -18,17 +18,16 @@ SEEDS = 60  # up to which intervals are exact
 def of_sweep(result: Result) -> Part:
     """The part of a sweep: its cells, what was varied, and the command of each cell."""
     assert result.folder is not None
-    table = result.table
-    names = names_of(table)
-    columns = {name: np.asarray(table[name]) for name in names}
+    columns = result.columns("table")
+    names, cells = list(columns), len(columns["cell"])
     overrides = [name for name in names if name not in (*RESULTS, "cell")]
     first = overrides_of(result.settings)
-    count = min(len(table), ROWS)
+    count = min(cells, ROWS)
     rows = [{name: columns[name][i] for name in names} for i in range(count)]
     return {
         "kind": "sweep",
         "name": str(result.folder),
-        "cells": len(table),
+        "cells": cells,
         "broken_off": result.summary["broken_off"],
         "columns": {name: columns[name][:count] for name in names},
         "varied": [name for name in overrides if name != "seed" and len(set(columns[name].tolist())) > 1],
