@@ -398,3 +398,22 @@ def test_an_interrupted_run_goes_on_with_what_the_rule_remembers(
     rest = sequential.run(cell, checkpoint=Checkpoint(tmp_path, "key"))
     torch.testing.assert_close(rest.theta, sequential.run(cell).theta, rtol=0, atol=0)
     assert not torch.equal(rest.theta, sequential.run(half).theta)
+
+
+@pytest.mark.parametrize(
+    "keeps",
+    [["strategy=cosine_history"], ["strategy=foolsgold"], ["attack.memory=persist", "attack.budget=0.2"]],
+    ids=["cosine_history", "foolsgold", "flips that stay"],
+)
+def test_an_interrupted_federation_goes_on_with_what_the_server_keeps(
+    settings: Compose, small_data: Small, tmp_path: Path, keeps: list[str]
+) -> None:
+    cell = made(settings, small_data(3), "engine=flower", "rounds=6", *keeps)
+    half = replace(cell, settings=cell.settings.model_copy(update={"rounds": 3}))
+    whole, rest = Recorder(cell), Recorder(cell, checkpoint=Checkpoint(tmp_path, "key"))
+    start(Here(7), whole)
+    start(Here(7), Recorder(half, checkpoint=Checkpoint(tmp_path, "key")))
+    start(Here(7), rest)
+    assert rest.round == 6 and torch.equal(rest.history.theta, whole.history.theta)
+    flips = [history.flip_table() for history in (rest.history, whole.history)]
+    assert all(np.array_equal(flips[0][name], flips[1][name]) for name in flips[0])

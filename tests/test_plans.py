@@ -110,6 +110,24 @@ def test_plans_made_together_are_those_made_alone(make: Make) -> None:
         np.testing.assert_allclose(alone.harm[-1], one.harm[-1], rtol=1e-9)
 
 
+def test_the_average_is_of_all_evaluations_and_the_end_of_the_last_round(make: Make) -> None:
+    cells = [make(*PLANNED, f"attack.objective={one}", "eval_every=3") for one in ("average", "final")]
+    weights = plans.Maker(cells, 1, [cell.start() for cell in cells])._weights()
+    third = 1 / 3  # after the rounds 3, 6 and 8, the last
+    assert weights[:, 0].tolist() == [0, 0, 0, third, 0, 0, third, 0, third]
+    assert weights[:, 1].tolist() == [0] * 8 + [1]
+
+
+def test_imagined_minibatches_are_of_the_same_shards_but_not_those_that_come(make: Make) -> None:
+    cell = make(*PLANNED, "attack.foresight=simulated")
+    maker = plans.Maker([cell], 1, [cell.start()])
+    for round_ in range(1, 5):
+        assert len(maker._samples(round_, True)) == len(maker._samples(round_, False)) == 20
+        assert maker._samples(round_, True).tolist() != maker._samples(round_, False).tolist()
+    owners = [np.bincount(cell.partition.client[maker._samples(1, one)]).tolist() for one in (False, True)]
+    assert owners[0] == owners[1]
+
+
 @pytest.mark.parametrize("how", [(), ("attack.horizon=3",), ("attack.foresight=simulated",)])
 def test_flower_clients_write_the_flips_of_the_batched_engine(make: Make, how: tuple[str, ...]) -> None:
     cell = make(*PLANNED, *how)

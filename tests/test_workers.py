@@ -68,6 +68,13 @@ def test_what_goes_wrong_in_a_worker_is_raised_and_ends_the_others(
     assert time.monotonic() - began < 50
 
 
+def test_a_job_that_kills_its_workers_is_given_up_the_second_time(tmp_path: Path) -> None:
+    code = f"import os; open({str(tmp_path / 'begun')!r}, 'a').write('x'); os.kill(os.getpid(), 9)"
+    with pytest.raises(RunError, match="twice"):
+        list(workers.side_by_side(JOB, [(builtins.exec, code)], 1))
+    assert (tmp_path / "begun").read_text() == "xx"
+
+
 def test_steps_are_told_while_a_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[str, object]] = []
     monkeypatch.setattr(workers, "REPORT_EVERY", -1.0)
