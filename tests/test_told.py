@@ -56,6 +56,7 @@ def test_the_version_is_ours(command: Command) -> None:
     assert command("--version") == (0, f"fl-attack {__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_closed_streams_do_no_harm(small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     run = " ".join([sys.executable, "-m", "fl_attack", *short(small_data, tmp_path / "o")])
