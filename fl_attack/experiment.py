@@ -31,8 +31,14 @@ class Keep(Protocol):
         """Write it; of an unfinished one no figures are worked out."""
 
 
-def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[str, dict[str, Any]]:
+def run(
+    settings: Settings,
+    runner: "federation.Runner | None" = None,
+    make: Callable[[Settings], Scenario] = scenario.make,
+) -> dict[str, dict[str, Any]]:
     """Run an experiment and leave its results in `settings.out`; gives the summaries of its runs by name.
+
+    `runner` runs its federations elsewhere than on Ray, and `make` gives its scenario where settings do not say all.
 
     Raises
     ------
@@ -43,7 +49,7 @@ def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[s
     Interrupted
         Where a signal ends it; the message says what is kept and where.
     """
-    attacked = scenario.make(settings)
+    attacked = make(settings)
     check(attacked)
 
     def goes_on(at: Path) -> bool:
