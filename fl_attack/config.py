@@ -607,7 +607,6 @@ def _check_own_data(settings: Settings) -> None:
     refused = [
         (settings.engine.name == "batched", "engine=batched", "engine=flower"),
         (settings.dataset.standardize, "dataset.standardize=true", "dataset.standardize=false"),
-        (settings.partition.malicious_share is not None, "partition.malicious_share", "malicious=true at a node"),
         (patience is not None, f"early_stop.patience={patience}", "early_stop.patience=null"),
         (settings.strategy.trusted > 0, f"strategy={settings.strategy.name} with a root", "another strategy"),
     ]

@@ -136,7 +136,6 @@ def test_data_of_their_own_end_in_the_numbers_of_the_same_shards_dealt_here(
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        ([], "partition=own needs a deployed federation, whose nodes bring data of their own"),
         (["attack.knowledge=full"], "attack.knowledge=full can't be had with partition=own, in which no node sees"),
         (["attack.knowledge=full", "attack.goal=targeted"], "attack.goal=targeted can't be had with partition=own"),
         (["attack.knowledge=full", "attack.direction=mean_feature"], "attack.direction=mean_feature can't be had"),
@@ -147,16 +146,20 @@ def test_data_of_their_own_end_in_the_numbers_of_the_same_shards_dealt_here(
         (["early_stop.patience=3"], "early_stop.patience=3 can't be had"),
         (["strategy=fltrust"], "strategy=fltrust with a root can't be had"),
         (["dataset.standardize=true"], "dataset.standardize=true can't be had"),
-        (["partition.malicious_share=0.2"], "partition.malicious_share can't be had"),
         (["engine=batched"], "engine=batched can't be had"),
     ],
 )
-def test_what_needs_the_data_of_others_is_told_in_one_line(
-    command: Callable[..., tuple[int, str, str]], shards: Shards, tmp_path: Path, overrides: list[str], told: str
+def test_what_needs_the_data_of_others_is_refused(overrides: list[str], told: str) -> None:
+    with pytest.raises(InputError, match=f"^{told}"):
+        compose(*OWN, *overrides, "out=unused")
+
+
+def test_a_run_without_nodes_is_told_in_one_line(
+    command: Callable[..., tuple[int, str, str]], shards: Shards, tmp_path: Path
 ) -> None:
-    code, _, said = command(*of_server(shards), *OWN, *overrides, f"out={tmp_path}/out")
-    assert code == 2 and said.startswith(f"fl-attack: {told}") and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    code, _, said = command(*of_server(shards), *OWN, f"out={tmp_path}/out")
+    assert code == 2 and said.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert said.startswith("fl-attack: partition=own needs a deployed federation, whose nodes bring data of their own")
 
 
 @pytest.mark.parametrize(
