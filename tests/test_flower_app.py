@@ -21,7 +21,7 @@ from fl_attack.config import Settings, compose
 from fl_attack.errors import RunError
 from fl_attack.federation import wire
 from fl_attack.federation.apps import wait_for
-from fl_attack.federation.client import number_of
+from fl_attack.federation.client import node_of
 from fl_attack.federation.strategy import introductions
 
 ROOT = Path(__file__).parents[1]
@@ -143,10 +143,10 @@ def context(**node: str | int) -> Context:
 
 
 def test_a_node_without_a_number_is_told_how_to_get_one() -> None:
-    assert number_of(context(**{"partition-id": 3})) == 3
+    assert node_of(context(**{"partition-id": 3}), own=False).number == 3
     for given in ({}, {"partition-id": "first"}, {"partition-id": -1}):
         with pytest.raises(RuntimeError, match=r"partition-id=(nothing|first|-1); give each flower-supernode one"):
-            number_of(context(**given))
+            node_of(context(**given), own=False)
 
 
 class Answering(Nodes):
@@ -159,7 +159,8 @@ class Answering(Nodes):
     def send_and_receive(self, messages: list[Message]) -> Iterator[Message]:
         for message in messages:
             message.metadata.__dict__["_message_id"] = "1"
-            yield Message(wire.introduction(self.clients[message.metadata.dst_node_id]), reply_to=message)
+            said = wire.Introduction(self.clients[message.metadata.dst_node_id])
+            yield Message(wire.introduction(said), reply_to=message)
 
 
 def test_two_nodes_of_one_number_are_told_before_any_round() -> None:

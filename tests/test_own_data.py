@@ -167,7 +167,7 @@ def test_a_run_without_nodes_is_told_in_one_line(
     [
         ({0: {"data-path": None}}, [], "a node was started with partition-id=nothing; give each flower-supernode one"),
         ({0: {"data-path": None, "partition-id": 0}}, [], "the node of partition-id=0 has no data of its own"),
-        ({}, ["partition=iid", "attack.knowledge=full"], "has data of its own, and the run asks otherwise"),
+        ({}, ["partition=iid", "batch_size=9"], "has data of its own, and the run asks otherwise"),
         ({1: {"partition-id": 2}}, [], r"4 nodes answered as clients \[2\], not as each of 0 to 3 once"),
         ({1: {"malicious": "false"}}, [], "clients.malicious=1, but 0 of the 4 nodes were started with malicious=true"),
         ({1: {"malicious": "perhaps"}}, [], "malicious=perhaps; it is true or false"),
