@@ -23,6 +23,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -55,6 +56,7 @@ LIBRARIES = (
 USUAL = ["-m", "not slow"]
 QUIET = ("-q", "-W", "ignore::pytest.PytestAssertRewriteWarning")  # libraries are there before pytest
 NOTICED, SLOW, SURVIVED, NOT_REACHED = "noticed", "noticed, by its time", "SURVIVED", "NOT REACHED"
+WAITS = 20  # times its limit of processor time that a change may last by the clock: it may wait for what never comes
 
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -83,6 +85,11 @@ class Mutant:
     before: str
     after: str
     text: str  # its line as it stands
+
+    @property
+    def name(self) -> str:
+        """What tells it from every other change of this version of the package."""
+        return f"{self.file}:{self.span}: {self.after}"
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.before}  ->  {self.after}"
@@ -218,14 +225,23 @@ def drawn(found: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
 
 
 class Durations:
-    """A plugin of pytest that notes how long each test took, and whether all passed."""
+    """A plugin of pytest that notes how long each test took, and which failed."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add up set-up, call and tear-down."""
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed.add(report.nodeid)
+
+    def of_passed(self) -> dict[str, float]:
+        """The seconds of the tests that passed: one that fails anyhow can't tell whether anything has changed."""
+        for test in sorted(self.failed):
+            print(f"mutate: {test} fails without any change, and is left out", file=sys.stderr, flush=True)
+        return {test: seconds for test, seconds in self.seconds.items() if test not in self.failed}
 
 
 class Reach:
@@ -249,6 +265,7 @@ class Reach:
             seconds |= self.measure(["--cov-append", *arguments, *(changed if arguments == USUAL else [])], workers)
         state.write_text(json.dumps(found | {"seconds": seconds}))
         self.seconds = seconds
+        self.key = digest([state])
         self.data = coverage.CoverageData(str(KEPT / "coverage"))
         self.data.read()
 
@@ -261,10 +278,11 @@ class Reach:
             plugin = Durations()
             options = [*QUIET, "-n", str(workers), "--dist", "worksteal", "--cov", "fl_attack", "--cov-context", "test"]
             code = pytest.main([*options, "--cov-report=", *arguments], [plugin])
-            file.write_text(json.dumps(plugin.seconds))
+            file.write_text(json.dumps(plugin.of_passed()))
             os._exit(code)
-        if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]):
-            raise SystemExit("mutate: the tests must pass before anything is changed")
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            raise SystemExit("mutate: the tests could not be run")
         return dict(json.loads(file.read_text()))
 
     def tests(self, mutant: Mutant) -> list[str]:
@@ -285,8 +303,8 @@ def digest(files: Sequence[Path]) -> str:
     return found.hexdigest()[:16]
 
 
-def run_tests(folder: Path, tests: Sequence[str], log: Path) -> int:
-    """Start the tests in a process of their own in a copy of the repository; its process id."""
+def run_tests(folder: Path, tests: Sequence[str], log: Path, limit: int) -> int:
+    """Start the tests in a process of their own, in a copy of the repository; the id of the process."""
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -294,6 +312,7 @@ def run_tests(folder: Path, tests: Sequence[str], log: Path) -> int:
         return process
     try:
         os.setsid()  # so that it can be ended together with what it started
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
@@ -319,10 +338,33 @@ def end(process: int) -> None:
     os.waitpid(process, 0)
 
 
+class Record:
+    """A file of what became of each change, so that a run that was interrupted goes on where it stopped."""
+
+    def __init__(self, tests: str) -> None:
+        self.file, self.tests = KEPT / "verdicts.jsonl", tests
+
+    def known(self) -> dict[str, str]:
+        """What still holds: a change that was noticed, and one that was not, by the tests as they are now."""
+        rows = [json.loads(row) for row in self.file.read_text().splitlines()] if self.file.exists() else []
+        noticed = (NOTICED, SLOW)
+        return {
+            row["change"]: row["verdict"] for row in rows if row["verdict"] in noticed or row["tests"] == self.tests
+        }
+
+    def add(self, change: str, verdict: str) -> None:
+        """Note what became of a change."""
+        with self.file.open("a") as rows:
+            rows.write(json.dumps({"change": change, "verdict": verdict, "tests": self.tests}) + "\n")
+
+
 def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, slack: float) -> dict[Mutant, str]:
-    """What became of each change."""
-    found: dict[Mutant, str] = {}
-    waiting = list(todo)[::-1]
+    """What became of each change; first come those whose tests take least."""
+    record = Record(reach.key)
+    known = record.known()
+    found = {mutant: known[mutant.name] for mutant in todo if mutant.name in known}
+    usual = {mutant: sum(reach.seconds[test] for test in reach.tests(mutant)) for mutant in todo if mutant not in found}
+    waiting = sorted(usual, key=lambda mutant: -usual[mutant])
     with tempfile.TemporaryDirectory(prefix="fl-attack-mutate-") as scratch:
         free = [Path(scratch) / f"copy{i}" for i in range(workers)]
         for folder in free:
@@ -337,6 +379,7 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
 
         def settle(mutant: Mutant, verdict: str) -> None:
             found[mutant] = verdict
+            record.add(mutant.name, verdict)
             print(f"{len(found)}/{len(todo)} {verdict}: {mutant}", flush=True)
 
         try:
@@ -351,9 +394,9 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
                     source = (ROOT / mutant.file).read_bytes()
                     start, stop = mutant.span
                     (folder / mutant.file).write_bytes(source[:start] + mutant.replacement.encode() + source[stop:])
-                    usual = sum(reach.seconds[test] for test in tests)
-                    process = run_tests(folder, tests, Path(scratch) / f"{folder.name}.log")
-                    running[process] = (mutant, folder, time.monotonic() + min(limit, 20 + slack * usual))
+                    allowed = int(min(limit, 20 + slack * usual[mutant]))
+                    process = run_tests(folder, tests, Path(scratch) / f"{folder.name}.log", allowed)
+                    running[process] = (mutant, folder, time.monotonic() + WAITS * allowed)
                 for process, (mutant, folder, deadline) in list(running.items()):
                     done, status = os.waitpid(process, os.WNOHANG)
                     over = time.monotonic() > deadline
@@ -362,7 +405,8 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
                     if over and not done:
                         end(process)
                     code = os.waitstatus_to_exitcode(status) if done else None
-                    settle(mutant, SLOW if code is None else NOTICED if code else SURVIVED)
+                    out_of_time = code in (None, -signal.SIGXCPU, -signal.SIGKILL)
+                    settle(mutant, SLOW if out_of_time else NOTICED if code else SURVIVED)
                     del running[process]
                     shutil.copy2(ROOT / mutant.file, folder / mutant.file)
                     free.append(folder)
@@ -385,7 +429,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=60, help="how many changes (60); 0: all")
     parser.add_argument("--seed", type=int, default=0, help="which ones (0)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="at a time (processors)")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds a change may take at most (300)")
+    parser.add_argument("--limit", type=float, default=300.0, help="processor seconds a change may take (300)")
     parser.add_argument("--slack", type=float, default=4.0, help="times as long as usual a change may take (4)")
     parser.add_argument("--least", type=float, default=0.9, help="share to be noticed for exit code 0 (0.9)")
     parser.add_argument("--list", action="store_true", help="list the changes and make none")
