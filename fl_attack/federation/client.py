@@ -84,7 +84,20 @@ class HonestClient:
         return self.trained_on(asked, None)
 
     def trained_on(self, asked: wire.Request, flips: Flips | None) -> wire.Answer:
-        """The answer after a round's local steps on labels with flips; None says that this client never flips any."""
+        """A client's answer after the local steps of a round on labels with flips.
+
+        Parameters
+        ----------
+        asked : wire.Request
+            What the server has sent.
+        flips : Flips or None
+            The labels of the round that are not the true ones; None says that this client never flips any.
+
+        Returns
+        -------
+        wire.Answer
+            With the parameters after the client's momentum, where it has one.
+        """
         own, theta = self.scenario, asked.theta
         moved, weight = scenario.client_update(own, self.client, theta, asked.round_, flips or NO_FLIPS)
         if not own.settings.worker_momentum:
@@ -125,7 +138,20 @@ def _hook(settings_json: str) -> OmniscientHook:
 
 @lru_cache(maxsize=4096)
 def client(settings_json: str, number: int) -> HonestClient:
-    """The client of a number in an experiment."""
+    """A client of an experiment.
+
+    Parameters
+    ----------
+    settings_json : str
+        The experiment's settings, as they travel.
+    number : int
+        The number of the client.
+
+    Returns
+    -------
+    HonestClient
+        A `MaliciousClient` where it is one of the attackers.
+    """
     cell = scenario.from_json(settings_json)
     if cell.settings.attacked and number in cell.partition.malicious:
         return MaliciousClient(cell, number, _hook(settings_json))
@@ -155,7 +181,25 @@ def number_of(context: Context) -> int:
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """A round of the client that this context stands for."""
+    """A round of the client that this context stands for: what Flower calls for messages of the kind "train".
+
+    Parameters
+    ----------
+    message : Message
+        Its content is read by `wire.read_request`.
+    context : Context
+        Flower's facts about the node.
+
+    Returns
+    -------
+    Message
+        The reply, with the content of `wire.answer`.
+
+    Raises
+    ------
+    RuntimeError
+        In one line, which travels to the server as the error of the reply.
+    """
     _one_thread()
     number = number_of(context)
     try:
@@ -183,5 +227,18 @@ def _on(asked: wire.Request, device: str) -> wire.Request:
 
 @client_app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """The number of the client behind a node, which Flower leaves to each grid."""
+    """Tell which client is behind a node, which Flower leaves to each grid.
+
+    Parameters
+    ----------
+    message : Message
+        The server's question, without content.
+    context : Context
+        Flower's facts about the node.
+
+    Returns
+    -------
+    Message
+        The reply, with the number of the client.
+    """
     return Message(wire.introduction(number_of(context)), reply_to=message)

@@ -39,7 +39,7 @@ class RuleStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The parameters after the server's step on the aggregate of the clients' updates."""
+        """The parameters after the server's step on the aggregate of the clients' updates, see `flwr`'s `Strategy`."""
         self.answers = [wire.read_answer(reply.content) for reply in replies]
         weights = torch.tensor([answer.weight for answer in self.answers])
         client_order = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(self.answers)))
@@ -74,7 +74,15 @@ def state_of(strategy: Strategy) -> State:
 
 
 def restore(strategy: Strategy, state: State) -> None:
-    """Make a strategy be as the one whose `state_of` this is."""
+    """Put a strategy into the state of another run of the same experiment.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        One of ours, or of Flower's; it is changed.
+    state : dict
+        What `state_of` gave of the other one.
+    """
     if isinstance(strategy, RuleStrategy):
         return strategy.restore(state)
     for name, value in state.items():
@@ -83,7 +91,22 @@ def restore(strategy: Strategy, state: State) -> None:
 
 
 def updates_of(answers: Sequence[wire.Answer], theta: Tensor, lr: float) -> Tensor:
-    """The updates (m, A, B) of clients that started from theta (A, B), as gradients."""
+    """The updates of clients, as gradients.
+
+    Parameters
+    ----------
+    answers : sequence of wire.Answer, m of them
+        What the clients have sent.
+    theta : (A, B) tensor
+        The parameters that they started from.
+    lr : float
+        The learning rate of the round.
+
+    Returns
+    -------
+    (m, A, B) tensor
+        `(theta - theirs) / lr`.
+    """
     moved = torch.stack([answer.theta for answer in answers])
     return moved.neg_().add_(theta).div_(lr)  # in place: a thousand clients send tens of megabytes
 
@@ -114,7 +137,11 @@ class WatchedStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The messages of the wrapped strategy to the clients that take part in a round."""
+        """The messages of the wrapped strategy to the clients that take part in a round, see `flwr`'s `Strategy`.
+
+        To them is added what clients, who keep nothing, must know of earlier rounds: momenta, the parameters at the
+        start of the epoch, flips that stay, and the state of the server's rule.
+        """
         scenario, server_round = self.recorder.scenario, server_round + self._done
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         if self.client_of is not None:
@@ -162,7 +189,11 @@ class WatchedStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The result of the wrapped strategy on replies in the order of the clients; RunError where one is missing."""
+        """The result of the wrapped strategy on replies in the order of the clients, see `flwr`'s `Strategy`.
+
+        The round is measured before the next one begins. RunError where a reply is missing, or the strategy gives no
+        parameters.
+        """
         server_round += self._done
         ordered = complete(list(replies), self._asked, server_round)
         before, lr = self.recorder.history.theta, self.recorder.scenario.lr(server_round)
@@ -249,11 +280,11 @@ class WatchedStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """No messages: the server evaluates."""
+        """No messages, since the server evaluates; see `flwr`'s `Strategy`."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """No metrics: the server evaluates."""
+        """No metrics, since the server evaluates; see `flwr`'s `Strategy`."""
         return None
 
     def summary(self) -> None:
@@ -262,7 +293,27 @@ class WatchedStrategy(Strategy):
 
 
 def complete(replies: list[Message], asked: int, round_: int) -> list[Message]:
-    """The replies by client; RunError unless there is a proper one from each client asked."""
+    """The replies to a round's messages in the order of the clients.
+
+    Parameters
+    ----------
+    replies : list of Message
+        What came back.
+    asked : int
+        How many clients were asked.
+    round_ : int
+        The round, for the error.
+
+    Returns
+    -------
+    list of Message
+        One of each client.
+
+    Raises
+    ------
+    RunError
+        Where a client has failed, is missing, or has answered more than once.
+    """
     for reply in replies:
         if reply.has_error():
             raise RunError(f"round {round_} failed: {reason_of(reply)}")
@@ -331,9 +382,24 @@ def everybody(scenario: Scenario) -> dict[str, Any]:
 
 
 def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
-    """The client behind each node, as they say; None where all are asked the same in every round.
+    """The client behind each node of a grid, where the server must know.
 
-    RunError unless there is each client once.
+    Parameters
+    ----------
+    grid : Grid
+        Flower's way to its nodes.
+    scenario : Scenario
+        The experiment.
+
+    Returns
+    -------
+    dict of int to int, or None
+        The client by node; None where all nodes are sent the same in every round.
+
+    Raises
+    ------
+    RunError
+        Unless each client is there once.
     """
     settings = scenario.settings
     alike = not settings.worker_momentum and not (settings.attacked and settings.attack.remembers)
@@ -343,7 +409,25 @@ def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
 
 
 def introductions(grid: Grid, clients: int) -> dict[int, int]:
-    """The client behind each node, as they say; RunError unless there is each client once."""
+    """The client behind each node of a grid, as the nodes say.
+
+    Parameters
+    ----------
+    grid : Grid
+        Its nodes are asked, one message each.
+    clients : int
+        How many clients there should be, numbered from 0.
+
+    Returns
+    -------
+    dict of int to int
+        The client by node.
+
+    Raises
+    ------
+    RunError
+        Unless each client is there once.
+    """
     nodes = sorted(grid.get_node_ids())
     questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
     replies = list(grid.send_and_receive(questions))
@@ -360,6 +444,14 @@ def introductions(grid: Grid, clients: int) -> dict[int, int]:
 
 
 def start(grid: Grid, recorder: Recorder) -> None:
-    """Run all rounds of the recorder's scenario over a grid."""
+    """Run all rounds of an experiment over a grid.
+
+    Parameters
+    ----------
+    grid : Grid
+        Its nodes are the clients of the experiment.
+    recorder : Recorder
+        What measures the rounds; it holds the scenario, and what an interrupted run has left.
+    """
     strategy = make_strategy(recorder.scenario)
     WatchedStrategy(strategy, recorder, introduced(grid, recorder.scenario)).run(grid)
