@@ -19,7 +19,19 @@ FAR, LARGEST = 1e300, 1e307  # squared distance to one that is not finite; the l
 
 
 def combined(updates: Tensor, shares: Tensor) -> Tensor:
-    """Sum (..., C, d) of the updates times shares (..., m); a share of 0 leaves out even an update with NaN or Inf."""
+    """Sum of the updates times their shares.
+
+    Parameters
+    ----------
+    updates : (..., m, C, d) tensor
+        One of each client.
+    shares : (..., m) tensor
+        A share of 0 leaves out even an update with NaN or Inf.
+
+    Returns
+    -------
+    (..., C, d) tensor
+    """
     shares = shares.to(updates)
     found = weighted(updates, shares)
     if bool(found.sum().isfinite()):
@@ -28,7 +40,19 @@ def combined(updates: Tensor, shares: Tensor) -> Tensor:
 
 
 def weighted(updates: Tensor, shares: Tensor) -> Tensor:
-    """Sum (..., C, d) of the updates times shares, (m,) or (..., m)."""
+    """Sum of the updates times their shares, of updates that are all finite.
+
+    Parameters
+    ----------
+    updates : (..., m, C, d) tensor
+        What is added up.
+    shares : (m,) or (..., m) tensor
+        The same for all federations, or those of each.
+
+    Returns
+    -------
+    (..., C, d) tensor
+    """
     by_client = updates.movedim(-3, 0)
     if shares.ndim == 1 and by_client.is_contiguous():  # one product for all federations
         return (shares @ by_client.view(len(shares), -1)).view(by_client.shape[1:])
@@ -37,7 +61,19 @@ def weighted(updates: Tensor, shares: Tensor) -> Tensor:
 
 
 def along(updates: Tensor, v: Tensor) -> Tensor:
-    """Inner products (..., m) of the updates with v (..., C, d)."""
+    """Inner products of updates with a vector.
+
+    Parameters
+    ----------
+    updates : (..., m, C, d) tensor
+        Those of m clients.
+    v : (..., C, d) tensor
+        The vector, of each federation.
+
+    Returns
+    -------
+    (..., m) tensor
+    """
     # a row times a matrix: ten times as fast, for many small ones, as the matrix times a column
     return (v.flatten(-2).unsqueeze(-2) @ updates.flatten(-2).mT).squeeze(-2)
 
