@@ -114,7 +114,7 @@ class Linear:
         return outputs.class_logits(_rows(v, X))
 
     def scores_and_product(self, theta: Tensor, v: Tensor, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, and the product with the Hessian `X^T (diag(p) - p p^T) X / n`; see `Derivatives.scores_and_product`."""
+        """Scores and Hessian-vector products; the Hessian is `X^T (diag(p) - p p^T) X / n`. See `Derivatives`."""
         p, U = outputs.probabilities(_rows(theta, X)), _rows(v, X)
         D = p * (1 - p) * U if p.shape[-1] == 1 else p * (U - (p * U).sum(-1, keepdim=True))
         return outputs.class_logits(U), self.pull_back(theta, X, D) / len(X)
@@ -135,7 +135,7 @@ class General:
         return torch.stack([self.model.gradient(one, X, labels) for one, labels in zip(theta, y, strict=True)])
 
     def pull_back(self, theta: Tensor, X: Tensor, R: Tensor) -> Tensor:
-        """Derivatives by the parameters, plan after plan and a piece of samples at a time; see `Derivatives.pull_back`."""
+        """Derivatives by the parameters, a plan and a piece of samples at a time; see `Derivatives.pull_back`."""
 
         def one(at: Tensor, by_logits: Tensor) -> Tensor:
             total = torch.zeros_like(at)

@@ -376,7 +376,7 @@ def chosen_labels(scores: Tensor, y: Tensor, access: Access, selection: attack.S
         Their true labels.
     access : Access
         Which samples each plan can write, and how many flips it has.
-    selection : {"gain", "gradient_norm"}
+    selection : {"gain", "literal"}
         As the setting `attack.selection`.
 
     Returns

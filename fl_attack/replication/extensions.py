@@ -130,7 +130,17 @@ def noise(results: Sequence[Result]) -> str:
 
 
 def cause(last: Evidence, late: Evidence) -> str:
-    """In words, what a drop is due to, from its interval at the last iterate and that of the late average."""
+    """What a drop is due to, in words.
+
+    Parameters
+    ----------
+    last, late : Evidence
+        The drop at the last iterate, and that of the average over late rounds.
+
+    Returns
+    -------
+    str
+    """
     of_last, of_late = (decide([(Rule(LEAST_EFFECT), found)])[0] for found in (last, late))
     if of_late == REPLICATED:
         return "the attack"
@@ -140,7 +150,20 @@ def cause(last: Evidence, late: Evidence) -> str:
 
 
 def readings(results: Sequence[Result], lines: Sequence[Line]) -> str:
-    """The table of what 0.1 % of the labels cost under each reading, bold where the paper's size comes out."""
+    """What 0.1 % of the labels cost under each reading of the paper.
+
+    Parameters
+    ----------
+    results : sequence of Result
+        All that was run.
+    lines : sequence of Line
+        The verdicts on claims, of which those of `smallest` are used.
+
+    Returns
+    -------
+    str
+        A table in Markdown, bold where the paper's size comes out; empty without such runs.
+    """
     borne = {
         (line.source.title, line.protocol, line.rate, line.finding.label)
         for line in lines
@@ -199,6 +222,19 @@ def noise_map(results: Sequence[Result]) -> str:
 
 
 def lost_by_chance(ends: Floats, points: float = LOSS) -> float:
-    """The share of ordered pairs of runs (seeds,) of which the second ends so many points or more below the first."""
+    """How often an unattacked run alone would seem to be harmed.
+
+    Parameters
+    ----------
+    ends : (seeds,) array
+        Accuracies of runs that differ in their seed alone, in points.
+    points : float
+        What counts as harm.
+
+    Returns
+    -------
+    float
+        The share of ordered pairs of runs of which the second ends so many points or more below the first.
+    """
     lost = ends[:, None] - ends[None, :] >= points - 1e-9
     return float(lost.sum() / (len(ends) * (len(ends) - 1)))

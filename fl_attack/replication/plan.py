@@ -282,7 +282,19 @@ Grids = dict[Path, list[multirun.Cell]]
 
 
 def folder_of(out: Path, cells: Sequence[multirun.Cell]) -> Path:
-    """The folder of the sweep of these cells; its name changes with any setting that a number depends on."""
+    """The folder of a sweep, whose name changes with any setting that a number depends on.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the replication.
+    cells : sequence of multirun.Cell
+        Those of the sweep.
+
+    Returns
+    -------
+    Path
+    """
     facts = [str(NUMERICS), _loaded(cells[0].settings.dataset.model_dump_json()).fingerprint]
     text = "\n".join([*facts, *(cell.settings.model_dump_json(exclude=ON_DATA) for cell in cells)])
     return out / RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -321,7 +333,15 @@ def _with_place(cells: Sequence[multirun.Cell], place: Path) -> list[multirun.Ce
 
 @contextmanager
 def timed(file: Path, worth: Callable[[], bool]) -> Iterator[None]:
-    """Adds the seconds that a block took to a file, also when it is interrupted, where `worth` is true at its end."""
+    """A block whose seconds are added to a file, also when it is interrupted.
+
+    Parameters
+    ----------
+    file : Path
+        A line for each time.
+    worth : callable
+        Asked at the end of the block whether its time counts.
+    """
     began = time.perf_counter()
     try:
         yield

@@ -66,7 +66,20 @@ def write(out: Path, plan: Plan, found: Outcome, command: str) -> Path:
 
 
 def publish(out: Path, docs: Path) -> Path:
-    """Copy the report to `replication.md` in the folder of docs, its figures and tables to `replication/` beside it."""
+    """Copy the report into a folder of docs.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the replication.
+    docs : Path
+        The report becomes its `replication.md`, figures and tables go to its `replication/`.
+
+    Returns
+    -------
+    Path
+        The copy of the report.
+    """
     place = docs / "replication"
     place.mkdir(parents=True, exist_ok=True)
     for file in sorted((out / FIGURES).iterdir()):
