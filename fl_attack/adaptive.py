@@ -38,7 +38,7 @@ def flips(
     epoch_theta: Tensor | None = None,
     stored: Flips = NO_FLIPS,
 ) -> Flips:
-    """The labels that all malicious clients together write in a round, where they try what the server's rule makes of it.
+    """The labels that all malicious clients write in a round, where they try what the server's rule makes of them.
 
     Of the parts `attack.PERCENTS` of the budget, the one whose aggregate has the smallest inner product with v.
 
