@@ -21,6 +21,7 @@ import gc
 import hashlib
 import importlib
 import json
+import math
 import os
 import random
 import resource
@@ -56,6 +57,7 @@ LIBRARIES = (
 USUAL = ["-m", "not slow"]
 QUIET = ("-q", "-W", "ignore::pytest.PytestAssertRewriteWarning")  # libraries are there before pytest
 NOTICED, SLOW, SURVIVED, NOT_REACHED = "noticed", "noticed, by its time", "SURVIVED", "NOT REACHED"
+LIKELY = 30  # tests that are run before all the others
 WAITS = 20  # times its limit of processor time that a change may last by the clock: it may wait for what never comes
 
 COMPARISONS = {
@@ -268,6 +270,7 @@ class Reach:
         self.key = digest([state])
         self.data = coverage.CoverageData(str(KEPT / "coverage"))
         self.data.read()
+        self.footprint = self.footprints()
 
     def measure(self, arguments: Sequence[str], workers: int) -> dict[str, float]:
         """Run tests once, under coverage; how long each took."""
@@ -285,6 +288,16 @@ class Reach:
             raise SystemExit("mutate: the tests could not be run")
         return dict(json.loads(file.read_text()))
 
+    def footprints(self) -> dict[str, int]:
+        """How many lines each test reaches: one that reaches few and this one is likely to be about it."""
+        found: dict[str, int] = {}
+        for file in self.data.measured_files():
+            for contexts in self.data.contexts_by_lineno(file).values():
+                for context in contexts:
+                    test = context.rsplit("|", 1)[0]
+                    found[test] = found.get(test, 0) + 1
+        return found
+
     def tests(self, mutant: Mutant) -> list[str]:
         """The tests that run a line, quickest first; of a line that runs on import, those that run any of its file."""
         contexts = self.data.contexts_by_lineno(str(ROOT / mutant.file))
@@ -293,6 +306,11 @@ class Reach:
         if not found and any(line in contexts for line in lines):
             found = {context.rsplit("|", 1)[0] for of_line in contexts.values() for context in of_line if context}
         return sorted(found & self.seconds.keys(), key=lambda test: self.seconds[test])
+
+    def in_turn(self, tests: Sequence[str]) -> list[list[str]]:
+        """Tests in two parts: the few that are most likely to notice, so that seldom all must be collected, the rest."""
+        first = sorted(tests, key=lambda test: (self.footprint.get(test, 0), self.seconds[test]))[:LIKELY]
+        return [part for part in (first, [test for test in tests if test not in first]) if part]
 
 
 def digest(files: Sequence[Path]) -> str:
@@ -318,6 +336,8 @@ def run_tests(folder: Path, tests: Sequence[str], log: Path, limit: int) -> int:
         os.dup2(stream, 2)
         os.chdir(folder)
         os.environ["PYTHONPATH"] = str(folder)
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # to compile all tests takes seconds each time
+        sys.dont_write_bytecode = False
         sys.path.insert(0, str(folder))
         for name in [name for name in sys.modules if name.partition(".")[0] == "fl_attack"]:
             del sys.modules[name]
@@ -336,6 +356,13 @@ def end(process: int) -> None:
     except ProcessLookupError:
         os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
+
+
+def put(file: Path, source: bytes) -> None:
+    """Write a file of a copy, without what was compiled of it: another change of the same second would go unseen."""
+    for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+        compiled.unlink()
+    file.write_bytes(source)
 
 
 class Record:
@@ -358,8 +385,11 @@ class Record:
             rows.write(json.dumps({"change": change, "verdict": verdict, "tests": self.tests}) + "\n")
 
 
-def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, slack: float) -> dict[Mutant, str]:
-    """What became of each change; first come those whose tests take least."""
+def verdicts(
+    todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, slack: float, seconds: float
+) -> dict[Mutant, str]:
+    """What became of each change; first come those whose tests take least, and after so many seconds none is begun."""
+    until = time.monotonic() + seconds
     record = Record(reach.key)
     known = record.known()
     found = {mutant: known[mutant.name] for mutant in todo if mutant.name in known}
@@ -375,7 +405,12 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
                     shutil.copytree(source, folder / name, ignore=skip)
                 else:
                     shutil.copy2(source, folder / name)
-        running: dict[int, tuple[Mutant, Path, float]] = {}
+        running: dict[int, tuple[Mutant, Path, list[list[str]], float]] = {}
+
+        def start(mutant: Mutant, folder: Path, parts: list[list[str]]) -> None:
+            allowed = int(min(limit, 20 + slack * usual[mutant]))
+            process = run_tests(folder, parts[0], Path(scratch) / f"{folder.name}.log", allowed)
+            running[process] = (mutant, folder, parts[1:], time.monotonic() + WAITS * allowed)
 
         def settle(mutant: Mutant, verdict: str) -> None:
             found[mutant] = verdict
@@ -384,6 +419,8 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
 
         try:
             while waiting or running:
+                if time.monotonic() > until:
+                    waiting.clear()
                 while waiting and free:
                     mutant = waiting.pop()
                     tests = reach.tests(mutant)
@@ -392,12 +429,10 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
                         continue
                     folder = free.pop()
                     source = (ROOT / mutant.file).read_bytes()
-                    start, stop = mutant.span
-                    (folder / mutant.file).write_bytes(source[:start] + mutant.replacement.encode() + source[stop:])
-                    allowed = int(min(limit, 20 + slack * usual[mutant]))
-                    process = run_tests(folder, tests, Path(scratch) / f"{folder.name}.log", allowed)
-                    running[process] = (mutant, folder, time.monotonic() + WAITS * allowed)
-                for process, (mutant, folder, deadline) in list(running.items()):
+                    begin, stop = mutant.span
+                    put(folder / mutant.file, source[:begin] + mutant.replacement.encode() + source[stop:])
+                    start(mutant, folder, reach.in_turn(tests))
+                for process, (mutant, folder, rest, deadline) in list(running.items()):
                     done, status = os.waitpid(process, os.WNOHANG)
                     over = time.monotonic() > deadline
                     if not done and not over:
@@ -405,10 +440,13 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
                     if over and not done:
                         end(process)
                     code = os.waitstatus_to_exitcode(status) if done else None
+                    del running[process]
+                    if code == 0 and rest:
+                        start(mutant, folder, rest)
+                        continue
                     out_of_time = code in (None, -signal.SIGXCPU, -signal.SIGKILL)
                     settle(mutant, SLOW if out_of_time else NOTICED if code else SURVIVED)
-                    del running[process]
-                    shutil.copy2(ROOT / mutant.file, folder / mutant.file)
+                    put(folder / mutant.file, (ROOT / mutant.file).read_bytes())
                     free.append(folder)
                 time.sleep(0.02)
         finally:
@@ -431,6 +469,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="at a time (processors)")
     parser.add_argument("--limit", type=float, default=300.0, help="processor seconds a change may take (300)")
     parser.add_argument("--slack", type=float, default=4.0, help="times as long as usual a change may take (4)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no change is begun (no limit)")
     parser.add_argument("--least", type=float, default=0.9, help="share to be noticed for exit code 0 (0.9)")
     parser.add_argument("--list", action="store_true", help="list the changes and make none")
     parser.add_argument("tests", nargs="*", help="after --: arguments of pytest (-m 'not slow')")
@@ -448,7 +487,6 @@ def main() -> int:
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("FL_ATTACK_TEST_DATA", str(ROOT.parent / "shared" / "data"))
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a change within the second a file was written in would go unseen
     os.chdir(ROOT)
     reach = Reach(chosen.tests or USUAL, chosen.workers)
     hypothesis.settings.register_profile(
@@ -458,11 +496,14 @@ def main() -> int:
         importlib.import_module(name)
     gc.freeze()
     began = time.monotonic()
-    verdict = verdicts(todo, reach, chosen.workers, chosen.limit, chosen.slack)
+    verdict = verdicts(todo, reach, chosen.workers, chosen.limit, chosen.slack, chosen.seconds)
+    todo, left_over = [mutant for mutant in todo if mutant in verdict], len(todo) - len(verdict)
     left = [mutant for mutant in todo if verdict[mutant] in (SURVIVED, NOT_REACHED)]
     print(f"\n{len(todo)} changes in {time.monotonic() - began:.0f} s, {len(known)} more known to do nothing")
     for kind in (NOTICED, SLOW, SURVIVED, NOT_REACHED):
         print(f"{sum(one == kind for one in verdict.values()):5} {kind}")
+    if left_over:
+        print(f"{left_over:5} not tried yet: the same command goes on with them")
     if left:
         print("\nnot noticed:", *(f"  {mutant}" for mutant in left), sep="\n")
     return int(len(left) > (1 - chosen.least) * len(todo))

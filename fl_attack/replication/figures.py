@@ -143,7 +143,7 @@ def compared(factor: str) -> Callable[[Path, Cells, str], None]:
 
 
 def frequencies(file: Path, cells: Cells, title: str) -> None:
-    """Drop against the rounds from one attack to the next, a line for each share of labels; arguments as of `by_budget`."""
+    """Drop against the rounds between attacks, a line for each share of labels flipped; arguments as of `by_budget`."""
     attacked = cells.only(cells["b"] > 0)
     rows = means(
         attacked, goal, lambda point: f"{100 * point['kb'][0] / point['every'][0]:g} % a round", "every", "late_drop"
