@@ -265,12 +265,16 @@ class Reach:
         elif changed:
             seconds = {name: one for name, one in seconds.items() if name.split("::")[0] not in changed}
             seconds |= self.measure(["--cov-append", *arguments, *(changed if arguments == USUAL else [])], workers)
-        state.write_text(json.dumps(found | {"seconds": seconds}))
         self.seconds = seconds
-        self.key = digest([state])
         self.data = coverage.CoverageData(str(KEPT / "coverage"))
         self.data.read()
-        self.footprint = self.footprints()
+        kept = json.loads(state.read_text()) if state.exists() else {}
+        if {name: kept.get(name) for name in found} == found and kept.get("seconds") == seconds:
+            self.footprint = dict(kept["footprint"])
+        else:
+            self.footprint = self.footprints()
+            state.write_text(json.dumps(found | {"seconds": seconds, "footprint": self.footprint}))
+        self.key = digest([state])
 
     def measure(self, arguments: Sequence[str], workers: int) -> dict[str, float]:
         """Run tests once, under coverage; how long each took."""
@@ -308,7 +312,7 @@ class Reach:
         return sorted(found & self.seconds.keys(), key=lambda test: self.seconds[test])
 
     def in_turn(self, tests: Sequence[str]) -> list[list[str]]:
-        """Tests in two parts: the few that are most likely to notice, so that seldom all must be collected, the rest."""
+        """Tests in two parts: the few that are most likely to notice, so that seldom all are collected; the rest."""
         first = sorted(tests, key=lambda test: (self.footprint.get(test, 0), self.seconds[test]))[:LIKELY]
         return [part for part in (first, [test for test in tests if test not in first]) if part]
 
@@ -428,9 +432,8 @@ def verdicts(
                         settle(mutant, NOT_REACHED)
                         continue
                     folder = free.pop()
-                    source = (ROOT / mutant.file).read_bytes()
-                    begin, stop = mutant.span
-                    put(folder / mutant.file, source[:begin] + mutant.replacement.encode() + source[stop:])
+                    whole, (first, last) = (ROOT / mutant.file).read_bytes(), mutant.span
+                    put(folder / mutant.file, whole[:first] + mutant.replacement.encode() + whole[last:])
                     start(mutant, folder, reach.in_turn(tests))
                 for process, (mutant, folder, rest, deadline) in list(running.items()):
                     done, status = os.waitpid(process, os.WNOHANG)
