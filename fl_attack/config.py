@@ -320,7 +320,7 @@ class EarlyStopSettings(Strict):
 
 
 class Settings(Strict):
-    """One experiment."""
+    """The checked settings of one experiment; see `docs/settings.md` for each of them."""
 
     dataset: DatasetSettings
     partition: PartitionSettings
@@ -439,7 +439,20 @@ class Settings(Strict):
 
 
 def without_effect(settings: Settings, sweep: bool) -> list[str]:
-    """What is set but changes nothing, a line for each."""
+    """What is set but changes nothing.
+
+    Parameters
+    ----------
+    settings : Settings
+        Those of an experiment, or of the first cell of a sweep.
+    sweep : bool
+        Whether they are of a sweep.
+
+    Returns
+    -------
+    list of str
+        A line for each such setting, which says why.
+    """
     from fl_attack.aggregate import RULES, needs
 
     threat, early, place = settings.attack, settings.early_stop, settings.dataset
@@ -495,7 +508,22 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
 
 
 def compose(*overrides: str) -> Settings:
-    """The settings that a command line of these overrides gives; InputError where it gives none."""
+    """The settings that a command line of overrides gives.
+
+    Parameters
+    ----------
+    *overrides : str
+        As they are typed after `fl-attack`.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    InputError
+        Where Hydra does not understand them, or a value is not allowed.
+    """
     from hydra import compose as hydra_compose  # clients of a deployed federation do without
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -510,9 +538,17 @@ def compose(*overrides: str) -> Settings:
 
 
 def overrides_of(settings: Settings) -> list[str]:
-    """The overrides of which these settings come, but for those that say where results go: the shortest such list.
+    """The shortest list of overrides that these settings come from, without those that say where results go.
 
-    `compose(*overrides_of(settings))` gives the same settings.
+    Parameters
+    ----------
+    settings : Settings
+        Those of an experiment.
+
+    Returns
+    -------
+    list of str
+        `compose(*overrides_of(settings))` gives the same settings.
     """
     groups = [f"{name}={_choice(name, getattr(settings, name).model_dump(mode='json'))}" for name in GROUPS]
     usual = leaves_of(_composed_plainly(tuple(groups)))
@@ -574,14 +610,44 @@ def _leaves(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def settings_from(given: Any) -> Settings:
-    """Checked settings from nested plain values; InputError says in one line what is wrong with the first."""
+    """Checked settings from nested plain values.
+
+    Parameters
+    ----------
+    given : dict
+        As YAML or JSON holds them.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    InputError
+        With the first mistake, and what is allowed in its place: a key, a type, a range, or a name of no table.
+    """
     settings = typed(given)
     check_names(settings)
     return settings
 
 
 def typed(given: Any) -> Settings:
-    """Settings of which only the names in tables are unchecked, without seconds of imports; InputError as above."""
+    """Settings of which only the names in tables are unchecked, without seconds of imports.
+
+    Parameters
+    ----------
+    given : dict
+        Nested plain values.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    InputError
+        With the first mistake, and what is allowed in its place.
+    """
     try:
         return Settings.model_validate(given)
     except ValidationError as error:
@@ -667,7 +733,7 @@ def _key(loc: tuple[int | str, ...]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of this package and of those that the numbers depend on, by name."""
     from importlib.metadata import version
 
     return {"fl_attack": __version__} | {name: version(name) for name in ("flwr", "ray", "torch", "numpy")}
@@ -679,7 +745,22 @@ def to_yaml(settings: Settings) -> str:
 
 
 def from_yaml(text: str) -> Settings:
-    """The settings of which `to_yaml` made this; InputError where it is something else."""
+    """The settings that `to_yaml` has written.
+
+    Parameters
+    ----------
+    text : str
+        YAML, such as a run's `config.yaml`.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    InputError
+        Where it is something else.
+    """
     try:
         plain = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # whatever YAML's parser and OmegaConf raise

@@ -235,7 +235,7 @@ class Stored:
     """Samples of which some are taken again and again, kept as they are stored: bytes are a quarter of what is read."""
 
     def __init__(self, raw: np.ndarray, scaling: Scaling, dtype: torch.dtype, constant: bool = True) -> None:
-        """`raw` (n, p)."""
+        """Take in raw samples (n, p), which are held as they are where their features would take more memory."""
         small = raw.dtype.itemsize < dtype.itemsize and scaling.mean is None
         self._raw = torch.tensor(raw) if small else features(raw, scaling, dtype, constant)
         self._scale = scaling.scale if small else None

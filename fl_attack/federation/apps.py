@@ -56,7 +56,20 @@ def serve(main: "Callable[[dict[str, Any], Runner, Make], None]") -> ServerApp:
 
 
 def wait_for(grid: Grid, clients: int) -> None:
-    """Return once the grid has as many nodes as there are clients; RunError where it ends up with another number."""
+    """Wait until the grid has as many nodes as there are clients, for at most `JOINING` seconds.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's way to its nodes.
+    clients : int
+        How many clients the experiment has.
+
+    Raises
+    ------
+    RunError
+        Where the grid ends up with another number of nodes.
+    """
     deadline = time.monotonic() + JOINING
     while (nodes := len(list(grid.get_node_ids()))) < clients and time.monotonic() < deadline:
         time.sleep(0.1)

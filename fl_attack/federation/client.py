@@ -87,7 +87,20 @@ class HonestClient:
         return self.trained_on(asked, None)
 
     def trained_on(self, asked: wire.Request, flips: Flips | None) -> wire.Answer:
-        """The answer after a round's local steps on labels with flips; None says that this client never flips any."""
+        """A client's answer after the local steps of a round on labels with flips.
+
+        Parameters
+        ----------
+        asked : wire.Request
+            What the server has sent.
+        flips : Flips or None
+            The labels of the round that are not the true ones; None says that this client never flips any.
+
+        Returns
+        -------
+        wire.Answer
+            With the parameters after the client's momentum, where it has one.
+        """
         own, theta = self.scenario, asked.theta
         moved, weight = scenario.client_update(own, self.client, theta, asked.round_, flips or NO_FLIPS)
         if not own.settings.worker_momentum:
@@ -128,7 +141,20 @@ def _hook(settings_json: str) -> OmniscientHook:
 
 @lru_cache(maxsize=4096)
 def client(settings_json: str, number: int) -> HonestClient:
-    """The client of a number in an experiment."""
+    """A client of an experiment.
+
+    Parameters
+    ----------
+    settings_json : str
+        The experiment's settings, as they travel.
+    number : int
+        The number of the client.
+
+    Returns
+    -------
+    HonestClient
+        A `MaliciousClient` where it is one of the attackers.
+    """
     cell = scenario.from_json(settings_json)
     if cell.settings.attacked and number in cell.partition.malicious:
         return MaliciousClient(cell, number, _hook(settings_json))
@@ -206,7 +232,25 @@ def client_of_node(settings_json: str, node: Node, own: wire.Own) -> HonestClien
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """A round of the client that this context stands for."""
+    """A round of the client that this context stands for: what Flower calls for messages of the kind "train".
+
+    Parameters
+    ----------
+    message : Message
+        Its content is read by `wire.read_request`.
+    context : Context
+        Flower's facts about the node.
+
+    Returns
+    -------
+    Message
+        The reply, with the content of `wire.answer`.
+
+    Raises
+    ------
+    RuntimeError
+        In one line, which travels to the server as the error of the reply.
+    """
     _one_thread()
     node, number = node_of(context, own=wire.OWN in message.content), None
     try:
@@ -239,7 +283,25 @@ def _on(asked: wire.Request, device: str) -> wire.Request:
 
 @client_app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """The number of the client behind a node, which Flower leaves to each grid, and what data of its own it has."""
+    """Tell which client is behind a node, which Flower leaves to each grid, and what data of its own it has.
+
+    Parameters
+    ----------
+    message : Message
+        The server's question; its content is that of `wire.question` where nodes have data of their own.
+    context : Context
+        Flower's facts about the node.
+
+    Returns
+    -------
+    Message
+        The reply, with the content of `wire.introduction`.
+
+    Raises
+    ------
+    RuntimeError
+        Where the node was started with what does not fit the run, or its data can't be read; Flower tells the server.
+    """
     own = wire.read_own(message.content)
     node = node_of(context, own=own is not None)
     if own is None:

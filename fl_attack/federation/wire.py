@@ -183,7 +183,21 @@ def _broadcast(data: bytes, shape: tuple[int, ...]) -> Tensor:
 
 
 def answer(answer: Answer, raw: bool) -> RecordDict:
-    """A client's reply. Exactly one array and one metric record, as Flower's strategies demand."""
+    """The content of a client's reply.
+
+    Parameters
+    ----------
+    answer : Answer
+        What the client sends.
+    raw : bool
+        Whether parameters travel as bare bytes, which strategies of Flower's can't read.
+
+    Returns
+    -------
+    RecordDict
+        It has exactly one array and one metric record, as Flower's strategies demand; flips and momenta are beside
+        them.
+    """
     metrics = MetricRecord({WEIGHT: answer.weight, CLIENT: answer.client})
     content = RecordDict({ARRAYS: pack(answer.theta, raw), METRICS: metrics})
     if answer.flips is not None:

@@ -126,7 +126,20 @@ def _most_flipped(
 
 
 def picture(dataset: Dataset, sample: int) -> str | None:
-    """A training sample as the address of a PNG that holds it; None where samples are no images."""
+    """A training sample as an image in a page.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Whose samples they are.
+    sample : int
+        A position in the training set.
+
+    Returns
+    -------
+    str or None
+        The address (`data:`) of a PNG that holds it; None where samples are no images.
+    """
     shape = dataset.image_shape
     if len(shape) != 3 or shape[0] not in (1, 3, 4):
         return None
