@@ -33,7 +33,17 @@ class Held(NamedTuple):
 
 
 def layout_of(dataset: Dataset) -> Layout:
-    """The layout of a data set."""
+    """The layout of a data set.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        That of the server.
+
+    Returns
+    -------
+    Layout
+    """
     return Layout(dataset.classes, tuple(dataset.shape), dataset.x_train.dtype.kind)
 
 
@@ -132,6 +142,10 @@ def at_server(dataset: Dataset, counts: Sequence[int], told: object) -> Dataset:
         How many samples each client holds; the set has them one client after the other.
     told : object
         What else its fingerprint is of, as JSON.
+
+    Returns
+    -------
+    Dataset
     """
     return replace(
         dataset,
@@ -142,7 +156,25 @@ def at_server(dataset: Dataset, counts: Sequence[int], told: object) -> Dataset:
 
 
 def at_node(mine: Held, layout: Layout, scale: float, counts: Sequence[int], client: int) -> Dataset:
-    """The same as a client knows it: its own samples in their place, and nothing to test on."""
+    """The same as a client knows it: its own samples in their place, and nothing to test on.
+
+    Parameters
+    ----------
+    mine : Held
+        Its samples.
+    layout : Layout
+        What the server says of all samples.
+    scale : float
+        What raw values are divided by.
+    counts : sequence of int, (m,)
+        How many samples each client holds.
+    client : int
+        Its number.
+
+    Returns
+    -------
+    Dataset
+    """
     first = sum(counts[:client])
     y = np.full(sum(counts), -1)
     y[first : first + len(mine.y)] = mine.y

@@ -181,9 +181,24 @@ class Node(NamedTuple):
 
 
 def node_of(context: Context, own: bool) -> Node:
-    """What the node of a context was started with, where clients train on data of their own, or are dealt some.
+    """What the node of a context was started with.
 
-    RuntimeError where it can't be told which client it is, or what it trains on.
+    Parameters
+    ----------
+    context : Context
+        Flower's facts about the node.
+    own : bool
+        Whether the run's clients train on data of their own.
+
+    Returns
+    -------
+    Node
+        Its number, and where and what its data are.
+
+    Raises
+    ------
+    RuntimeError
+        Where it can't be told which client it is, or what it trains on.
     """
     given = context.node_config
     number, data = str(given.get("partition-id", "")), given.get("data-path")
@@ -211,7 +226,29 @@ def node_of(context: Context, own: bool) -> Node:
 
 
 def held_by(node: Node, settings: Settings, layout: Layout, verify: bool) -> Held:
-    """The data of a node with its own; InputError where they are not as the server says."""
+    """The data of a node with its own.
+
+    Parameters
+    ----------
+    node : Node
+        What it was started with.
+    settings : Settings
+        Of the run.
+    layout : Layout
+        What the server says of all nodes' samples.
+    verify : bool
+        Whether to compare checksums of the cache.
+
+    Returns
+    -------
+    Held
+        Its samples and labels.
+
+    Raises
+    ------
+    InputError
+        Where they can't be read, or are not as the server says.
+    """
     assert node.data is not None
     chosen = settings.dataset.model_dump(include={"classes", "channels", "split"})
     return held(node.data, layout, loader=node.loader, verify=verify, **chosen)
@@ -219,7 +256,22 @@ def held_by(node: Node, settings: Settings, layout: Layout, verify: bool) -> Hel
 
 @lru_cache(maxsize=64)
 def client_of_node(settings_json: str, node: Node, own: wire.Own) -> HonestClient:
-    """The client of a node with data of its own, who knows of no other than itself."""
+    """The client of a node with data of its own.
+
+    Parameters
+    ----------
+    settings_json : str
+        As `Settings.model_dump_json` gives it.
+    node : Node
+        What the node was started with.
+    own : wire.Own
+        What the server has told it of the others: how many samples they hold.
+
+    Returns
+    -------
+    HonestClient
+        A `MaliciousClient` where the node is one; it then knows of no other attacker.
+    """
     settings = settings_from(json.loads(settings_json))
     assert settings.dataset.scale is not None  # spelled out by the server
     mine = held_by(node, settings, own.layout, verify=False)

@@ -120,7 +120,18 @@ def read_request(content: Any) -> Request:
 
 
 def own_record(own: Own) -> ConfigRecord:
-    """What a node with data of its own is told, as a record."""
+    """What a node with data of its own is told, as a record.
+
+    Parameters
+    ----------
+    own : Own
+        What it is told.
+
+    Returns
+    -------
+    ConfigRecord
+        As `read_own` reads it.
+    """
     classes, shape, kind = own.layout
     told: dict[str, Any] = {
         "classes": list(classes),
@@ -132,7 +143,18 @@ def own_record(own: Own) -> ConfigRecord:
 
 
 def read_own(content: Any) -> Own | None:
-    """What a message tells a node with data of its own; None where the run deals its data."""
+    """What a message tells a node with data of its own.
+
+    Parameters
+    ----------
+    content : RecordDict
+        Of a request or of a question.
+
+    Returns
+    -------
+    Own or None
+        None where the run deals its data.
+    """
     if OWN not in content:
         return None
     told = content[OWN]
@@ -141,7 +163,20 @@ def read_own(content: Any) -> Own | None:
 
 
 def question(settings: str, own: Own) -> RecordDict:
-    """The question to a node what data it has; settings are JSON."""
+    """The question to a node what data of its own it has.
+
+    Parameters
+    ----------
+    settings : str
+        Those of the run, as JSON.
+    own : Own
+        The layout of the data.
+
+    Returns
+    -------
+    RecordDict
+        The content of the message.
+    """
     return RecordDict({CONFIG: ConfigRecord({SETTINGS: settings}), OWN: own_record(own)})
 
 
@@ -218,7 +253,17 @@ def introduction(said: Introduction) -> RecordDict:
 
 
 def read_introduction(content: Any) -> Introduction:
-    """What a node has said of itself."""
+    """What a node has said of itself.
+
+    Parameters
+    ----------
+    content : RecordDict
+        Of its reply.
+
+    Returns
+    -------
+    Introduction
+    """
     number, own = client_of(content), content[OWN]
     return Introduction(None if number < 0 else number, own["samples"], own["fingerprint"], own["malicious"])
 
