@@ -146,10 +146,13 @@ def write_clients(out: Path, scenario: Scenario, history: History) -> None:
     """
     lines = ["client,malicious,samples,labels,final_accuracy"]
     malicious = set(scenario.partition.malicious.tolist())
-    correct, y = _correct(scenario, history.theta), np.asarray(scenario.dataset.y_train)
+    known = scenario.dataset.is_complete  # else nodes keep theirs to themselves
+    correct = _correct(scenario, history.theta) if known else None
     for client, samples in enumerate(scenario.partition.shards):
-        accuracy = float(correct[samples].mean()) if len(samples) else math.nan
-        labels = " ".join(str(label) for label in np.unique(y[samples]).tolist())
+        labels, accuracy = "", math.nan
+        if correct is not None and len(samples):
+            labels = " ".join(str(label) for label in np.unique(scenario.dataset.y_train[samples]).tolist())
+            accuracy = float(correct[samples].mean())
         lines.append(f"{client},{int(client in malicious)},{len(samples)},{labels},{accuracy}")
     _write(out / "clients.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
 
