@@ -146,8 +146,8 @@ def test_a_sweep_outlives_the_loss_of_a_node_and_ends_in_the_same_bytes(
     assert (tmp_path / "ray" / "sweep.csv").read_bytes() == (tmp_path / "here" / "sweep.csv").read_bytes()
 
 
-# two machines made of namespaces, with processes, a network address and a folder of Ray's each: `ray symmetric-run` ends
-# with `ray stop`, which then sees no other Ray
+# two machines made of namespaces, with processes, a network address and a folder of Ray's each: `ray symmetric-run`
+# ends with `ray stop`, which then sees no other Ray
 TWO_MACHINES = """
 trap 'ip netns del $A; ip netns del $B' EXIT
 ip netns add $A && ip netns add $B && ip link add eth0 netns $A type veth peer name eth0 netns $B
@@ -157,7 +157,8 @@ for one in $A:1 $B:2; do
 done
 machine() {
     mkdir -p /tmp/ray $SCRATCH/$1
-    ip netns exec $1 unshare --pid --fork --kill-child --mount --mount-proc bash -c "mount --bind $SCRATCH/$1 /tmp/ray &&
+    ip netns exec $1 unshare --pid --fork --kill-child --mount --mount-proc bash -c "
+        mount --bind $SCRATCH/$1 /tmp/ray
         ray symmetric-run --address 10.99.0.1:6379 --min-nodes 2 --num-cpus 1 --object-store-memory 100000000 -- $RUN"
 }
 machine $A & head=$!
