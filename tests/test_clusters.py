@@ -157,13 +157,15 @@ for one in $A:1 $B:2; do
 done
 machine() {
     mkdir -p /tmp/ray $SCRATCH/$1
-    ip netns exec $1 unshare --pid --fork --kill-child --mount --mount-proc bash -c "
+    exec ip netns exec $1 unshare --pid --fork --kill-child --mount --mount-proc bash -c "
         mount --bind $SCRATCH/$1 /tmp/ray
         ray symmetric-run --address 10.99.0.1:6379 --min-nodes 2 --num-cpus 1 --object-store-memory 100000000 -- $RUN"
 }
-machine $A & head=$!
-machine $B
-wait $head
+(machine $B) & worker=$!  # it notices the end of the head after a minute
+(machine $A)
+code=$?
+kill $worker
+exit $code
 """
 
 
