@@ -622,7 +622,8 @@ def _one_line(error: ValidationError) -> str:
     for long, short in {"greater than or equal to": "at least", "less than or equal to": "at most"}.items():
         allowed = allowed.replace(long, short)
     near = did_you_mean(str(given), re.findall(r"'(\w+)'", allowed))
-    return f"{written(key, given)} is not allowed: it must be {allowed}{near}"
+    shown = f"{key}=" if given == "" else written(key, given)
+    return f"{shown} is not allowed: it must be {allowed}{near}"
 
 
 IN_PLAIN_WORDS = {  # what pydantic says

@@ -68,7 +68,7 @@ def begin(
 
 def ended(process: subprocess.Popen[str]) -> str:
     """The exit code, and how many lines were said beside progress and notes."""
-    _, told = process.communicate(timeout=600)
+    _, told = process.communicate(timeout=1800)
     lines = [line for line in told.splitlines() if line.startswith("fl-attack: ")]
     traceback = ", a traceback" if "Traceback" in told else ""
     return f"rc {process.returncode}, {len(lines)} lines{traceback}"
