@@ -64,7 +64,20 @@ class Plan(NamedTuple):
 
 
 def first_round(scenario: Scenario, round_: int) -> int:
-    """The first round of the plan that a round is in."""
+    """The first round of the plan that a round is in.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        An experiment whose attackers plan.
+    round_ : int
+        The round, from 1.
+
+    Returns
+    -------
+    int
+        1 where all rounds are planned at once.
+    """
     threat = scenario.settings.attack
     if threat.horizon is None or round_ < threat.start:
         return 1
@@ -95,7 +108,17 @@ def plan(scenario: Scenario, first: int = 1, theta: Tensor | None = None) -> Pla
 
 
 def note_start(scenario: Scenario, round_: int, theta: Tensor) -> None:
-    """Note that other processes make a plan that begins with a round, from parameters (A, B), for `plans_made`."""
+    """Note that other processes make a plan, for `plans_made`.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    round_ : int
+        The round that the plan begins with.
+    theta : (A, B) tensor
+        The parameters before that round.
+    """
     scenario.memo.setdefault("plan starts", {})[round_] = theta
 
 
@@ -193,7 +216,20 @@ class Maker:
             torch.set_num_threads(before)
 
     def make(self, checkpoint: Checkpoint, on_sweep: OnSweep) -> list[Plan]:
-        """The plans of the cells, in their order; goes on from what the checkpoint holds."""
+        """Make the plans of the cells.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+            Sweeps that it holds are not done again, and it is offered the state after each sweep.
+        on_sweep : callable
+            Told how many sweeps are done.
+
+        Returns
+        -------
+        list of Plan
+            In the order of the cells.
+        """
         simulated = self.threat.foresight == "simulated"
         problem = self.problem(simulated)
         sweeps = Sweeps(problem, self._uniform, self.options.tolerance)
@@ -264,7 +300,19 @@ class Maker:
         return replace(schedule, seed=seed)
 
     def batch(self, round_: int, imagined: bool) -> Batch:
-        """The minibatch of a round, in double precision."""
+        """The minibatch of a round, in double precision.
+
+        Parameters
+        ----------
+        round_ : int
+            The round, from 1.
+        imagined : bool
+            Whether it is drawn as attackers who don't know the true ones imagine it.
+
+        Returns
+        -------
+        Batch
+        """
         key = round_, imagined
         if key not in self._batches:
             samples = self._samples(round_, imagined)
@@ -284,7 +332,18 @@ class Maker:
         return schedule.round_samples(round_)[0]
 
     def access(self, round_: int, imagined: bool) -> Access | None:
-        """What the attackers of all plans can write in a round; None where none can."""
+        """What the attackers of all plans can write in a round.
+
+        Parameters
+        ----------
+        round_, imagined
+            As `batch` takes them.
+
+        Returns
+        -------
+        Access or None
+            None where none of them can write anything.
+        """
         key = round_, imagined
         if key not in self._access:
             self._access[key] = self._round_access(round_, imagined)
@@ -423,7 +482,20 @@ class Maker:
 
 
 def allowances(cell: Scenario, rounds: range) -> NDArray[np.int64]:
-    """The flips that the malicious clients of an experiment may make, (T, G): in all, or (`per_client`) by client."""
+    """The flips that the malicious clients of an experiment may make.
+
+    Parameters
+    ----------
+    cell : Scenario
+        The experiment.
+    rounds : range
+        The T rounds that are asked for, from 1.
+
+    Returns
+    -------
+    array of int, (T, G)
+        Of all malicious clients together, G = 1; with `attack.scope=per_client` of each client.
+    """
     threat, schedule = cell.settings.attack, cell.schedule
     pooled = threat.scope == "pooled"
     malicious = np.isin(np.arange(len(schedule.shards)), cell.partition.malicious)
@@ -444,7 +516,21 @@ def allowances(cell: Scenario, rounds: range) -> NDArray[np.int64]:
 
 
 def sample_of(cell: Scenario, size: int) -> tuple[Tensor, Tensor]:
-    """Inputs and true labels of clients' training samples, drawn once: what attackers measure harm on."""
+    """Training samples of clients, drawn once: what attackers measure harm on.
+
+    Parameters
+    ----------
+    cell : Scenario
+        The experiment, whose seed they are drawn from.
+    size : int
+        How many there are at most.
+
+    Returns
+    -------
+    X : (n, *inputs) tensor of float64
+    y : (n,) tensor of int64
+        True labels.
+    """
     held = np.flatnonzero(cell.partition.client >= 0)
     rng = np.random.default_rng([cell.settings.seed, SAMPLE])
     chosen = np.sort(rng.choice(held, min(size, len(held)), replace=False))

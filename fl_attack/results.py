@@ -144,6 +144,9 @@ def write_clients(out: Path, scenario: Scenario, history: History) -> None:
     lines = ["client,malicious,samples,labels,final_accuracy"]
     malicious = set(scenario.partition.malicious.tolist())
     for client, samples in enumerate(scenario.partition.shards):
+        if not scenario.dataset.is_complete:  # nodes keep theirs to themselves
+            lines.append(f"{client},{int(client in malicious)},{len(samples)},,nan")
+            continue
         X, y = scenario.features(samples), torch.from_numpy(scenario.dataset.y_train[samples])
         accuracy = scenario.model.measure(history.theta.to(X.dtype), X, y).accuracy
         labels = " ".join(str(label) for label in y.unique().tolist())

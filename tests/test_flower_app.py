@@ -18,10 +18,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl_attack import experiment, federation, flower_app
 from fl_attack.config import Settings, compose
+from fl_attack.data import load, own
 from fl_attack.errors import RunError
 from fl_attack.federation import wire
 from fl_attack.federation.apps import wait_for
-from fl_attack.federation.client import number_of
+from fl_attack.federation.client import node_of
 from fl_attack.federation.strategy import introductions
 
 ROOT = Path(__file__).parents[1]
@@ -143,10 +144,10 @@ def context(**node: str | int) -> Context:
 
 
 def test_a_node_without_a_number_is_told_how_to_get_one() -> None:
-    assert number_of(context(**{"partition-id": 3})) == 3
+    assert node_of(context(**{"partition-id": 3}), own=False).number == 3
     for given in ({}, {"partition-id": "first"}, {"partition-id": -1}):
         with pytest.raises(RuntimeError, match=r"partition-id=(nothing|first|-1); give each flower-supernode one"):
-            number_of(context(**given))
+            node_of(context(**given), own=False)
 
 
 class Answering(Nodes):
@@ -159,7 +160,8 @@ class Answering(Nodes):
     def send_and_receive(self, messages: list[Message]) -> Iterator[Message]:
         for message in messages:
             message.metadata.__dict__["_message_id"] = "1"
-            yield Message(wire.introduction(self.clients[message.metadata.dst_node_id]), reply_to=message)
+            said = wire.Introduction(self.clients[message.metadata.dst_node_id])
+            yield Message(wire.introduction(said), reply_to=message)
 
 
 def test_two_nodes_of_one_number_are_told_before_any_round() -> None:
@@ -183,6 +185,42 @@ def test_a_deployed_federation_ends_in_the_bytes_of_a_run_here(
     for name in ("model.npz", "flips.npz"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert len(np.load(tmp_path / "here" / "flips.npz")["round"]) > 0
+
+
+@pytest.mark.slow
+def test_deployed_nodes_with_files_of_their_own_end_in_the_numbers_of_the_same_shards_dealt_here(
+    small_data: Small, tmp_path: Path
+) -> None:
+    overrides = ["rounds=2", "batch_size=30", "clients.malicious=1", "attack.knowledge=own", "attack.budget=0.5"]
+    overrides += [*small_data(3), "baseline=false", "dtype=float64"]
+    data = dict(np.load(tmp_path / "small3-120-0.npz"))
+    users, files = np.arange(120) * 3 // 120, [tmp_path / f"node{node}.npz" for node in range(3)]
+    for node, file in enumerate(files):
+        np.savez(file, x_train=data["x_train"][users == node], y_train=data["y_train"][users == node])
+    layout = own.layout_of(load("npz", path=tmp_path / "small3-120-0.npz"))
+    order = sorted(range(3), key=lambda node: own.held(files[node], layout).fingerprint)
+    moved = np.concatenate([np.flatnonzero(users == node) for node in order])
+    np.savez(tmp_path / "all.npz", **(data | {key: data[key][moved] for key in ("x_train", "y_train")}))
+    np.save(tmp_path / "users.npy", np.repeat(np.arange(3), 40))
+    given = [f"dataset.path={tmp_path}/all.npz", "partition=given", f"partition.path={tmp_path}/users.npy"]
+    experiment.run(compose(*overrides, *given, "clients.total=3", "engine=batched", f"out={tmp_path}/here"))
+    (attacker,) = np.load(tmp_path / "here" / "partition.npz")["malicious"]
+    names = ["--files", ",".join(map(str, files)), "--malicious", str(order[attacker])]
+    call = [sys.executable, ROOT / "scripts" / "deploy_demo.py", "--own-data", *names, "--plain"]
+    done = subprocess.run(
+        [*call, "--out", tmp_path / "there", *overrides],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    there, here = (np.load(tmp_path / name / "model.npz")["theta"] for name in ("there", "here"))
+    np.testing.assert_allclose(there, here, rtol=0, atol=1e-9)
+    written = [np.load(tmp_path / name / "flips.npz") for name in ("there", "here")]
+    assert all(np.array_equal(written[0][key], written[1][key]) for key in ("round", "sample", "label"))
+    assert len(written[0]["round"]) > 0
 
 
 @pytest.mark.slow

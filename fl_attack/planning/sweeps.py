@@ -122,7 +122,20 @@ class Sweeps:
         self._next = np.ones(self.problem.plans)
 
     def run(self, sweeps: int, after: Callable[[], None] = lambda: None) -> Found:
-        """Sweep until no plan gains more, or so many times in all; `after` is called after each."""
+        """Sweep until no plan gains more.
+
+        Parameters
+        ----------
+        sweeps : int
+            How many sweeps there may be in all, with those that were restored.
+        after : callable, optional
+            Called after each.
+
+        Returns
+        -------
+        Found
+            The best labels of each plan so far, and the harm after each sweep.
+        """
         while len(self.harm) <= sweeps and not self.over.all():
             self.sweep()
             after()
@@ -222,7 +235,20 @@ class Trajectory:
         self._kept: list[State] = []  # before each round of the last segment that was run
 
     def run(self, labels: Labels, direction: Direction | None = None) -> Tensor:
-        """The harm (P,) of labels; with a direction, labels are first chosen along it, round after round."""
+        """Train with labels in all rounds of a plan, forward, and keep what going back needs.
+
+        Parameters
+        ----------
+        labels : Labels
+            Those written in each round, by plan; they are changed where a direction is given.
+        direction : callable, optional
+            Gives v (P, A, B) from parameters and a minibatch: labels are first chosen along it, round after round.
+
+        Returns
+        -------
+        (P,) tensor
+            The harm that each plan does.
+        """
         problem, state = self.problem, self.problem.start
         self.labels, self._checkpoints = labels, []
         harm = problem.weights[0] * self._harm(0, state)
@@ -242,7 +268,19 @@ class Trajectory:
         return harm.cpu()
 
     def step(self, state: State, t: int) -> State:
-        """The state after a round, from the one before it."""
+        """The state after a round.
+
+        Parameters
+        ----------
+        state : State
+            Parameters and optimizer before it.
+        t : int
+            The position of the round in the plan, from 0.
+
+        Returns
+        -------
+        State
+        """
         problem, round_ = self.problem, self.problem.rounds[t]
         theta, optimizer = protocol.server_step(
             problem.optimizer, state.theta, self._gradient(state, t), problem.lr(round_), state.optimizer
@@ -328,7 +366,24 @@ class Trajectory:
 
 
 def chosen_labels(scores: Tensor, y: Tensor, access: Access, selection: attack.Selection = "gain") -> Tensor:
-    """The labels (P, w) that greedy attackers write, given scores (P, w, classes) and true labels y (w,)."""
+    """The labels that greedy attackers write.
+
+    Parameters
+    ----------
+    scores : (P, w, classes) tensor
+        What each label gains, of the samples that can be written.
+    y : (w,) tensor of int64
+        Their true labels.
+    access : Access
+        Which samples each plan can write, and how many flips it has.
+    selection : {"gain", "literal"}
+        As the setting `attack.selection`.
+
+    Returns
+    -------
+    (P, w) tensor of uint8 or int16
+        Which of the two depends on the number of classes.
+    """
     view = attack.View(
         y, torch.ones_like(scores[0, :, 0]), scores=scores, logits=scores, noise=scores, selection=selection
     )
