@@ -63,6 +63,12 @@ class Plan(NamedTuple):
         return Flips(self.samples[here], self.labels[here], int(self.allowed[round_ - self.first]))
 
 
+def is_whole(scenario: Scenario) -> bool:
+    """Whether all rounds of an experiment are planned before the first."""
+    threat = scenario.settings.attack
+    return scenario.settings.attacked and threat.plans and threat.horizon is None
+
+
 def first_round(scenario: Scenario, round_: int) -> int:
     """The first round of the plan that a round is in.
 
@@ -123,13 +129,26 @@ def note_start(scenario: Scenario, round_: int, theta: Tensor) -> None:
 
 
 def plans_made(scenario: Scenario) -> list[Plan]:
-    """The plans that were asked for in this process, or noted and cached here, by the round that they begin with."""
+    """The plans of a run so far, by the round that they begin with; of those before an interruption only the sweeps."""
     held: dict[int, tuple[bytes, Plan]] = scenario.memo.get("plans", {})
-    found = {first: one for first, (_, one) in held.items()}
+    found: dict[int, Plan] = scenario.memo.get("plans before", {}) | {first: one for first, (_, one) in held.items()}
     for first, theta in scenario.memo.get("plan starts", {}).items():
         noted = _read(_file(scenario, first, theta.double()))
         found |= {first: noted} if noted is not None else {}
     return [found[first] for first in sorted(found)]
+
+
+def sweeps_of(scenario: Scenario) -> list[dict[str, Any]]:
+    """What a checkpoint keeps of the plans made, for `restore_sweeps`: how the objective rose, not the flips."""
+    return [{"first": one.first, "harm": one.harm, "part": one.part} for one in plans_made(scenario)]
+
+
+def restore_sweeps(scenario: Scenario, kept: Sequence[dict[str, Any]]) -> None:
+    """Know the plans again that an earlier process has made, where a run looks further ahead now and then."""
+    none = np.empty(0, np.int64)
+    scenario.memo["plans before"] = {
+        one["first"]: Plan(one["first"], none, none, none, none, one["harm"], one["part"]) for one in kept
+    }
 
 
 def load_plans(
