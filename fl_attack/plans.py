@@ -33,6 +33,7 @@ from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 OnSweep = Callable[[int], None]  # gets the number of the sweep that is done
 PLAN, SAMPLE, IMAGINED = 7, 8, 9  # names of random streams, beside those of `protocol` and `adversary`
 STARTS = ("gradient", "target", "mean_feature", "-mean_feature")  # what plans begin with; others begin at random
+ROWS_AT_ONCE = 4096  # samples turned into features in one piece
 WORTH_THREADS = 2**23  # multiplications of a product
 RESIDENT = 4  # the part of the memory that features may take
 # settings that a plan depends on, besides data, partition and schedule
@@ -67,6 +68,23 @@ def is_whole(scenario: Scenario) -> bool:
     """Whether all rounds of an experiment are planned before the first."""
     threat = scenario.settings.attack
     return scenario.settings.attacked and threat.plans and threat.horizon is None
+
+
+def seconds(cells: Sequence[Scenario]) -> float:
+    """Roughly the seconds that the plans of cells take on one processor, made together.
+
+    Parameters
+    ----------
+    cells : sequence of Scenario
+        Cells that share their minibatches, planned or not.
+    """
+    planned = [cell for cell in cells if cell.settings.attacked and cell.settings.attack.plans]
+    if not planned:
+        return 0.0
+    cell, options = planned[0], attack.planned_options(planned[0].settings.attack.args)
+    A, B = cell.theta_shape
+    multiplications = 5 * len(planned) * options.starts * int(cell.schedule.sizes.sum()) * A * B
+    return options.sweeps * cell.settings.rounds * (4e-4 + multiplications / 5e9)
 
 
 def first_round(scenario: Scenario, round_: int) -> int:
@@ -221,8 +239,10 @@ class Maker:
         self.rounds = range(first, min(settings.rounds, first + horizon - 1) + 1)
         self.theta = torch.stack([theta for theta in thetas for _ in range(self.starts)])
         self.memory = settings.engine.memory_gb * 2**30
-        self._batches: dict[tuple[int, bool], Batch] = {}
+        self._last: dict[bool, tuple[int, Batch]] = {}  # the minibatch that was asked for last, and its round
+        self._samples_of: dict[tuple[int, bool], NDArray[np.int64]] = {}
         self._access: dict[tuple[int, bool], Access | None] = {}
+        self._alike: dict[bytes, Access] = {}
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -331,24 +351,51 @@ class Maker:
         Returns
         -------
         Batch
+            The one of another round may be overwritten by the next that is asked for.
         """
-        key = round_, imagined
-        if key not in self._batches:
-            samples = self._samples(round_, imagined)
-            same = next(iter(self._batches), None)
-            if same is not None and np.array_equal(samples, self._samples(*same)):
-                return self._batches[same]  # full batches are all the same
-            y = torch.from_numpy(self.template_cell.dataset.y_train[samples])
-            made = Batch(self.template_cell.features(samples).double(), y)
-            if (len(self._batches) + 1) * made.X.nbytes > max(self.memory / RESIDENT, made.X.nbytes):
-                self._batches.pop(next(iter(self._batches)))
-            self._batches[key] = made
-        return self._batches[key]
+        last = self._last.get(imagined)
+        if last is not None and last[0] == round_:
+            return last[1]
+        samples = self._samples(round_, imagined)
+        if last is not None and np.array_equal(samples, self._samples(last[0], imagined)):
+            return last[1]  # full batches are all the same
+        if self._resident is None:
+            X = self.template_cell.features(samples).double()
+        else:  # into the same memory: between ever new pieces what is kept of each round would lie
+            row = torch.from_numpy(self._row[samples])
+            buffer = last[1].X if last is not None and len(last[1].X) == len(row) else None
+            X = torch.index_select(self._resident, 0, row, out=buffer)
+        made = Batch(X, torch.from_numpy(self.template_cell.dataset.y_train[samples]))
+        self._last[imagined] = round_, made
+        return made
+
+    @cached_property
+    def _resident(self) -> Tensor | None:
+        """The features of all samples that the clients hold; None where they take more than their part."""
+        held = np.flatnonzero(self._row >= 0)
+        one = self.template_cell.features(held[:1]).double()
+        if len(held) * one.nbytes > self.memory / RESIDENT:
+            return None
+        whole = one.new_empty(len(held), *one.shape[1:])
+        for part in torch.arange(len(held)).split(ROWS_AT_ONCE):
+            whole[part] = self.template_cell.features(held[part.numpy()]).double()
+        return whole
+
+    @cached_property
+    def _row(self) -> NDArray[np.int64]:
+        """The row of each training sample among those that the clients hold; -1 of the others."""
+        held = self.template_cell.partition.client >= 0
+        return np.where(held, np.cumsum(held) - 1, -1)
 
     def _samples(self, round_: int, imagined: bool) -> NDArray[np.int64]:
         """The samples of the minibatch of a round, ascending."""
-        schedule = self._imagined if imagined else self.template_cell.schedule
-        return schedule.round_samples(round_)[0]
+        key = round_, imagined
+        if key not in self._samples_of:
+            schedule = self._imagined if imagined else self.template_cell.schedule
+            samples, last = schedule.round_samples(round_)[0], self._last.get(imagined)
+            before = samples if last is None else self._samples_of[last[0], imagined]
+            self._samples_of[key] = before if np.array_equal(samples, before) else samples.copy()
+        return self._samples_of[key]
 
     def access(self, round_: int, imagined: bool) -> Access | None:
         """What the attackers of all plans can write in a round.
@@ -383,12 +430,11 @@ class Maker:
         mask = torch.from_numpy(malicious[:, client[columns]]).repeat_interleave(self.starts, 0)
         pooled = self.threat.scope == "pooled"
         group = torch.zeros(len(columns), dtype=torch.int64) if pooled else torch.from_numpy(client[columns])
-        return Access(
-            torch.from_numpy(columns),
-            group,
-            None if bool(mask.all()) else mask,
-            torch.from_numpy(budgets).repeat_interleave(self.starts, 0),
-        )
+        key = b"|".join(part.tobytes() for part in (columns, group.numpy(), mask.numpy(), budgets))
+        if key not in self._alike:  # as most rounds are
+            budget = torch.from_numpy(budgets).repeat_interleave(self.starts, 0)
+            self._alike[key] = Access(torch.from_numpy(columns), group, None if bool(mask.all()) else mask, budget)
+        return self._alike[key]
 
     @cached_property
     def _is_malicious(self) -> NDArray[np.bool_]:
@@ -482,12 +528,11 @@ class Maker:
             access, of_round = self.access(round_, False), labels[t]
             if access is None or of_round is None:
                 continue
-            batch, own = self.batch(round_, False), of_round[best].to(torch.int64)
-            changed = torch.ne(own, batch.y[access.columns]).numpy()
-            at = self._samples(round_, False)[access.columns.numpy()[changed]]
-            rounds.append(np.full(len(at), round_))
-            samples.append(at)
-            written.append(own.numpy()[changed])
+            at, own = self._samples(round_, False)[access.columns.numpy()], of_round[best].numpy()
+            changed = own != self.template_cell.dataset.y_train[at]
+            rounds.append(np.full(changed.sum(), round_))
+            samples.append(at[changed])
+            written.append(own[changed])
         none = np.empty(0, np.int64)
         return Plan(
             self.first,

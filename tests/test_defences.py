@@ -4,6 +4,7 @@ import itertools
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,41 @@ def test_so_they_do_on_ray(settings: Compose, small_data: Small) -> None:
     with federation.ray_session(None, verbose=False), grids.BlockGrid(client_app, 7, actors=2, cpus_each=0.5) as grid:
         start(grid, recorder)
     check_same(recorder.history, sequential.run(cell))
+
+
+@pytest.mark.parametrize("how", [(), ("local_steps=2", "weight_decay=0.05", "clients.per_round=6")], ids=str)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_rules_and_attackers_who_know_them_do_in_a_batch_what_they_do_alone(
+    settings: Compose, small_data: Small, classes: int, how: tuple[str, ...], tmp_path: Path
+) -> None:
+    rules = ("cosine_history", "fltrust", "foolsgold", "class_norms", "spectral", "flame", "krum")
+    attacks = (
+        ["attack=greedy"],
+        ["attack=ipm", "attack.adapt=rule", "attack.every=2"],
+        ["attack=alie", "attack.adapt=rule"],
+    )
+    chosen = [(rule, one) for i, rule in enumerate(rules) for one in (attacks[0], attacks[1 + i % 2])]
+    make = partial(made, settings, small_data(classes), *how, "rounds=4", "strategy.f=1")
+    cells = [make(f"strategy={rule}", *one) for rule, one in chosen]
+    assert all(engine.is_linear(cell) for cell in cells)
+    together = engine.run_cells(cells)
+    for cell, outcome in zip(cells, together, strict=True):
+        alone = sequential.run(cell)
+        torch.testing.assert_close(outcome.theta, alone.theta, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(outcome.table, alone.table, atol=1e-8)
+
+    def kept() -> list[Checkpoint]:
+        return [Checkpoint(tmp_path, "key", every=0.0)] * len(cells)
+
+    def stop(numbers: list[int], so_far: object) -> None:
+        if len(numbers) and next(rounds) == 2:
+            raise KeyboardInterrupt
+
+    rounds = itertools.count(1)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run_cells(cells, checkpoints=kept(), watch=stop)
+    for rest, outcome in zip(engine.run_cells(cells, checkpoints=kept()), together, strict=True):
+        torch.testing.assert_close(rest.theta, outcome.theta, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("strategy", ["cosine_history", "foolsgold"])

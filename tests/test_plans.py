@@ -11,6 +11,7 @@ import torch
 
 from fl_attack import adversary, attack, engine, plans, scenario
 from fl_attack.attack import DIRECTIONS
+from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, compose
 from fl_attack.engine import sequential
 from fl_attack.errors import InputError, RunError
@@ -143,6 +144,46 @@ def test_flower_clients_write_the_flips_of_the_batched_engine(make: Make, how: t
         gradient = scenario.mean_gradient(cell, theta, round_, found)
         theta = theta - cell.lr(round_) * gradient
     torch.testing.assert_close(theta, outcome.theta, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_planned_cells_of_a_batch_are_those_run_alone(make: Make, classes: int, tmp_path: Path) -> None:
+    part = ("attack.foresight=simulated", "attack.scope=per_client", "attack.every=2", "clients.per_round=3")
+    cells = [
+        make(*PLANNED, *how, "attack.args={sweeps: 2}", classes=classes)
+        for how in ((), ("attack.objective=average", "attack.budget=0.2"), ("strategy=median", "weight_decay=0.1"))
+    ]
+    assert all(engine.is_linear(cell) for cell in cells)
+    others = [make("engine=batched", "dtype=float64", classes=classes)]  # one of another kind between them
+    together = engine.run_cells([cells[0], *others, *cells[1:]])
+    del together[1]
+    drawn = make(*PLANNED, *part, "attack.args={sweeps: 2}", classes=classes)
+    for cell, outcome in zip([*cells, drawn], [*together, *engine.run_cells([drawn])], strict=True):
+        alone = sequential.run(cell)
+        torch.testing.assert_close(outcome.theta, alone.theta, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(outcome.table, alone.table, atol=1e-9)
+        assert [round_ for round_, _ in outcome.flips] == [round_ for round_, _ in alone.flips] != []
+        for (_, one), (_, other) in zip(outcome.flips, alone.flips, strict=True):
+            assert all(map(np.array_equal, one[:3], other[:3]))
+
+
+def test_a_run_that_plans_now_and_then_knows_its_plans_after_an_interruption(make: Make, tmp_path: Path) -> None:
+    whole, short = make(*PLANNED, "attack.horizon=3"), make(*PLANNED, "attack.horizon=3")
+    sequential.run(whole)
+    kept = Checkpoint(tmp_path, "key", every=0.0)
+
+    def stop(so_far: object) -> None:
+        if len(plans.plans_made(short)) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sequential.run(short, checkpoint=kept, watch=stop)
+    rest = make(*PLANNED, "attack.horizon=3")
+    sequential.run(rest, checkpoint=Checkpoint(tmp_path, "key"))
+    made = plans.plans_made(rest)
+    assert [one.first for one in made] == [1, 4, 7]
+    for one, other in zip(made, plans.plans_made(whole), strict=True):
+        np.testing.assert_array_equal(one.harm, other.harm)
 
 
 def test_a_plan_of_the_whole_run_is_better_than_one_of_short_sight(make: Make) -> None:
