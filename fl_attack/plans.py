@@ -285,7 +285,7 @@ class Maker:
 
         found = sweeps.run(self.options.sweeps, after)
         on_sweep(self.options.sweeps)
-        labels = self._in_what_comes(problem, found.labels) if simulated else found.labels
+        labels = self._in_what_comes(sweeps.trajectory, found.labels) if simulated else found.labels
         return [self._plan(cell, found, labels) for cell in range(len(self.cells))]
 
     def problem(self, imagined: bool) -> Problem:
@@ -502,9 +502,8 @@ class Maker:
         rng = np.random.default_rng([self.template_cell.settings.seed, PLAN, self.first, 0, start])
         return torch.from_numpy(rng.standard_normal(self.theta.shape[1:]))
 
-    def _in_what_comes(self, imagined: Problem, labels: planning.Labels) -> planning.Labels:
+    def _in_what_comes(self, trajectory: Trajectory, labels: planning.Labels) -> planning.Labels:
         """The labels that are greedy in the minibatches that come, along the costates of imagined ones."""
-        trajectory = Trajectory(imagined)
         trajectory.run(labels)
         found: planning.Labels = [None] * len(self.rounds)
 
@@ -513,7 +512,7 @@ class Maker:
             access, batch = self.access(round_, False), self.batch(round_, False)
             if access is not None:
                 X, y = batch.X[access.columns], batch.y[access.columns]
-                here = imagined.derivatives.scores(theta, v, X)
+                here = trajectory.problem.derivatives.scores(theta, v, X)
                 found[t] = planning.chosen_labels(here, y, access, self.threat.selection)
 
         trajectory.backwards(choose)
