@@ -378,13 +378,20 @@ def test_clients_of_flower_go_the_same_way(settings: Compose, small_data: Small,
     check_same(recorder.history, sequential.run(cell))
 
 
-@pytest.mark.slow
-def test_so_they_do_on_ray(settings: Compose, small_data: Small) -> None:
-    cell = made(settings, small_data(3), "engine=flower", "rounds=3", *EVERYWHERE["history"])
-    recorder = Recorder(cell)
-    with federation.ray_session(None, verbose=False), grids.BlockGrid(client_app, 7, actors=2, cpus_each=0.5) as grid:
-        start(grid, recorder)
-    check_same(recorder.history, sequential.run(cell))
+@pytest.mark.parametrize("grid", ["block", "stock"])
+def test_so_they_do_on_ray(shared_ray: None, settings: Compose, small_data: Small, grid: str) -> None:
+    cases = ["history", "sybils"] if grid == "stock" else ["history"]
+    chosen = ["engine=flower", f"engine.grid={grid}", "engine.actors=2", "rounds=3"]
+    cells = [made(settings, small_data(3), *chosen, *EVERYWHERE[case]) for case in cases]
+    recorders = [Recorder(cell) for cell in cells]
+
+    def drive(federate: federation.Federate) -> None:
+        for recorder in recorders:
+            federate(recorder)
+
+    federation.run(drive, cells[0].settings)
+    for recorder, cell in zip(recorders, cells, strict=True):
+        check_same(recorder.history, sequential.run(cell))
 
 
 @pytest.mark.parametrize(

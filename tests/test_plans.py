@@ -2,6 +2,10 @@
 
 import csv
 import itertools
+import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import adversary, attack, engine, plans, scenario
+from fl_attack import adversary, attack, checkpoint, engine, plans, scenario
 from fl_attack.attack import DIRECTIONS
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, compose
@@ -216,6 +220,61 @@ def test_a_run_leaves_its_plan_and_the_figure(
         assert all(later >= earlier for earlier, later in itertools.pairwise(harm))
     assert (out / "plan.png").stat().st_size > 1000
     assert not (out / "baseline" / "plan.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", [("engine=batched",), ("engine=flower",), ("engine=flower", "attack.horizon=20")], ids=" ".join
+)
+def test_a_planned_run_that_is_killed_twice_goes_on_and_ends_in_the_same_bytes(
+    small_data: Callable[..., list[str]],
+    command: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: tuple[str, ...],
+) -> None:
+    chosen = [
+        "attack=planned",
+        "rounds=120",
+        "batch_size=40",
+        "clients.total=4",
+        "clients.malicious=2",
+        "baseline=false",
+    ]
+    run = [*small_data(3), *chosen, "attack.budget=0.4", *how]
+    begin = (  # whatever can be kept is kept at once
+        "import sys; from fl_attack import checkpoint, __main__; checkpoint.Checkpoint.__init__.__defaults__ = (0.0,); "
+        "checkpoint.SHARE = 0; sys.argv[0] = 'fl-attack'; __main__.main()"
+    )
+
+    def killed_when(there: Callable[[], object]) -> None:
+        process = subprocess.Popen([sys.executable, "-c", begin, *run, f"out={out}"], stderr=subprocess.DEVNULL)
+        while not there() and process.poll() is None:
+            time.sleep(0.01)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+
+    def rounds_done() -> int:
+        try:
+            with np.load(out / checkpoint.FILE) as kept:
+                state = json.loads(kept["tree"].tobytes())["state"]["dict"]
+        except FileNotFoundError:
+            return 0
+        chunk = state.get("chunk") or state["recorder"]
+        return int(chunk["dict"]["round"])
+
+    out, cache = tmp_path / "killed", tmp_path / "cache"
+    monkeypatch.setenv("FL_ATTACK_CACHE", str(cache))
+    killed_when(lambda: list(cache.glob(f"plans/*.unfinished/{checkpoint.FILE}")))
+    assert not list(cache.glob("plans/*.npz")) and not rounds_done()
+    killed_when(lambda: rounds_done() > 25)
+    assert 25 < rounds_done() < 120 and not (out / "summary.json").exists()
+    assert command(*run, f"out={out}", "resume=true")[0] == 0
+    monkeypatch.setenv("FL_ATTACK_CACHE", str(tmp_path / "another"))
+    assert command(*run, f"out={tmp_path}/whole")[0] == 0
+    for name in ("rounds.csv", "model.npz", "flips.npz", "partition.npz", "plan.csv", "clients.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
