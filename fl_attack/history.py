@@ -304,7 +304,7 @@ class Recorder:
         X, y = self._test_set
         quality = self.scenario.model.measure(self.history.theta.to(X.dtype), X, y)
         cosine = math.nan
-        if aggregate is not None:
+        if aggregate is not None and self.scenario.dataset.is_complete:
             clean = self.scenario.gradient(before, self.scenario.schedule.participants(round_), round_)
             if decay := self.scenario.settings.weight_decay:
                 clean = clean + decay * before
