@@ -150,6 +150,7 @@ def main() -> None:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; else a message waits up to one for its process
         }
         files = {} if given.plain else certificates(place)
         overrides = [f"clients.total={given.nodes}", *given.overrides]

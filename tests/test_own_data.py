@@ -25,7 +25,8 @@ COMMON = ["rounds=5", "batch_size=30", "lr=0.5", "dtype=float64", "attack.budget
 class Nodes:
     """A grid in this process, whose nodes were started with these configurations."""
 
-    def __init__(self, *configs: Given) -> None:
+    def __init__(self, *configs: Given, crashes: int = 0) -> None:
+        self.crashes = crashes  # so many messages of training to the first node are lost with their process
         self.configs = dict(zip(NODES, configs, strict=True))
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
@@ -37,6 +38,10 @@ class Nodes:
             message.metadata.__dict__["_message_id"] = str(number)
             node = message.metadata.dst_node_id
             context = Context(run_id=1, node_id=node, node_config=self.configs[node], state=RecordDict(), run_config={})
+            if node == NODES[0] and message.metadata.message_type == "train" and self.crashes:
+                self.crashes -= 1
+                yield Message(Error(8, "ClientApp has crashed"), reply_to=message)
+                continue
             try:
                 yield flower_app.client_app(message, context)
             except Exception as error:
@@ -244,3 +249,18 @@ def test_what_another_node_holds_can_not_be_read(shards: Shards) -> None:
     for outside in (3, 4 + len(mine.y)):
         with pytest.raises(RunError, match="data that another node holds were asked for"):
             dataset.rows(np.array([outside, 5]))
+
+
+def test_a_node_whose_client_app_crashes_is_asked_again(
+    shards: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = [{"data-path": str(file), "malicious": i == 1} for i, file in enumerate(shards.files)]
+    both = [*COMMON, *of_server(shards), *OWN, "rounds=2"]
+    for crashes in (0, 2):
+        serve(Nodes(*configs, crashes=crashes), *both, f"out={tmp_path}/{crashes}")
+    assert capsys.readouterr().err.count("the client apps of 1 nodes crashed; asking them again") == 2
+    for name in ("model.npz", "flips.npz"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    with pytest.raises(SystemExit):
+        serve(Nodes(*configs, crashes=3), *both, f"out={tmp_path}/3")
+    assert "fl-attack: round 1 failed: ClientApp has crashed" in capsys.readouterr().out

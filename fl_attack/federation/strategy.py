@@ -24,6 +24,9 @@ from fl_attack.federation import wire
 from fl_attack.history import Recorder
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
+ASKED_AGAIN = 2  # times that a node is asked again in a round, where its client app has crashed
+CRASHED = 8  # flwr.common.constant.ErrorCode.CLIENT_APP_CRASHED is not public
+
 
 class RuleStrategy(FedAvg):
     """FedAvg with one of our aggregation rules in place of its average, and our server optimizers."""
@@ -130,6 +133,8 @@ class WatchedStrategy(Strategy):
         self.recorder = recorder
         self.client_of = client_of
         self._asked = 0
+        self._grid: Grid | None = None
+        self._sent: list[Message] = []  # the messages of the round
         self._clock = time.perf_counter()  # when the first round would have begun, had there been no interruption
         self._done = 0  # rounds of an earlier process, which Flower's loop does not count
         self._arrays = wire.pack(recorder.history.theta, raw=isinstance(strategy, RuleStrategy))
@@ -183,7 +188,30 @@ class WatchedStrategy(Strategy):
             for message in messages:
                 told = wire.Own(layout, self.client_of[message.metadata.dst_node_id], counts)
                 message.content = RecordDict(dict(message.content) | {wire.OWN: wire.own_record(told)})
+        self._grid, self._sent = grid, messages
         return messages
+
+    def _asked_again(self, replies: list[Message], round_: int) -> list[Message]:
+        """Replies, those of client apps that crashed replaced by what their nodes say to the same messages again.
+
+        Clients keep nothing, so no number depends on how often they are asked; Flower counts a task as crashed, too,
+        whose process a busy machine leaves no time to say that it is alive.
+        """
+        for _ in range(ASKED_AGAIN):
+            crashed = {one.metadata.src_node_id for one in replies if one.has_error() and one.error.code == CRASHED}
+            if not crashed or self._grid is None:
+                break
+            print(
+                f"round {round_}: the client apps of {len(crashed)} nodes crashed; asking them again", file=sys.stderr
+            )
+            again = [
+                Message(one.content, node, one.metadata.message_type, group_id=one.metadata.group_id)
+                for one in self._sent
+                if (node := one.metadata.dst_node_id) in crashed
+            ]
+            replies = [one for one in replies if one.metadata.src_node_id not in crashed]
+            replies += self._grid.send_and_receive(again)
+        return replies
 
     def _momentum_for(self, client: int, round_: int) -> ConfigRecord:
         """The record of the momentum for a client: its own, or for an attacker on updates those of all of the round."""
@@ -204,7 +232,7 @@ class WatchedStrategy(Strategy):
         parameters.
         """
         server_round += self._done
-        ordered = complete(list(replies), self._asked, server_round)
+        ordered = complete(self._asked_again(list(replies), server_round), self._asked, server_round)
         before, lr = self.recorder.history.theta, self.recorder.scenario.lr(server_round)
         ours = self.strategy if isinstance(self.strategy, RuleStrategy) else None
         if ours is None:  # read first: strategies of Flower's take the arrays out of the replies
