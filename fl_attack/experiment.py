@@ -85,7 +85,7 @@ def run(
         if settings.attacked and settings.attack.steers:
             with Progress(settings.rounds, "target", "round") as progress:
                 targets.load_target(attacked, progress)
-        if settings.attacked and settings.attack.plans and settings.attack.horizon is None:
+        if plans.is_whole(attacked):
             with Progress(attack.planned_options(settings.attack.args).sweeps, "plan", "sweep") as progress:
                 plans.load_plans([attacked], on_sweep=progress)
             plans.plan(attacked)
