@@ -186,6 +186,7 @@ def test_symmetric_run_spreads_a_sweep_over_two_machines(small_data: Small, tmp_
     environ = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT": "180",
+        "RAY_worker_niceness": "0",  # or workers wait for the other tests
         "A": f"flA{os.getpid()}",
         "B": f"flB{os.getpid()}",
         "SCRATCH": str(tmp_path),
