@@ -373,7 +373,7 @@ class Maker:
 
     @cached_property
     def _is_malicious(self) -> NDArray[np.bool_]:
-        """(M, clients) of bool."""
+        """Which clients are malicious in each cell, (M, clients) of bool."""
         clients = np.arange(len(self.template_cell.schedule.shards))
         return np.array([np.isin(clients, cell.partition.malicious) for cell in self.cells])
 

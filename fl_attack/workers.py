@@ -175,11 +175,11 @@ class _Worker:
             self.pipe.send(jobs[i])
 
     def dismiss(self) -> None:
-        """Let it end by itself."""
+        """Let the process end by itself."""
         self.pipe.close()
 
     def kill(self) -> None:
-        """End it at once."""
+        """End the process at once."""
         self.process.kill()
 
     def end(self) -> int | None:

@@ -57,7 +57,7 @@ class RuleStrategy(FedAvg):
         return {"theta": self._theta, "optimizer": tuple(self._state), "rule": self.remembered}
 
     def restore(self, state: State) -> None:
-        """Be as the strategy was whose `state` this is."""
+        """Go back to a state that `state` gave."""
         self._theta, self._state = state["theta"], protocol.ServerState(*state["optimizer"])
         self.remembered = state["rule"]
 

@@ -77,7 +77,7 @@ def to_plain(arrays: ArrayRecord) -> dict[str, dict[str, Any]]:
 
 
 def from_plain(plain: dict[str, dict[str, Any]]) -> ArrayRecord:
-    """The record of which `to_plain` made this."""
+    """The record that `to_plain` was given."""
     arrays = ArrayRecord()
     for name, parts in plain.items():
         arrays[name] = Array(parts["dtype"], parts["shape"], parts["stype"], parts["data"].tobytes())
@@ -100,7 +100,7 @@ def read_request(content: Any) -> Request:
 
 
 def stored_record(stored: Flips) -> ConfigRecord:
-    """What stands in the attackers' data as a record."""
+    """A record of the flips that stay in the attackers' data."""
     return ConfigRecord({"samples": stored.samples.tobytes(), "labels": stored.labels.tobytes()})
 
 
@@ -110,7 +110,7 @@ def momentum_record(momentum: Tensor) -> ConfigRecord:
 
 
 def state_record(state: dict[str, Tensor]) -> ConfigRecord:
-    """What a rule remembers as a record."""
+    """A record of what a rule remembers."""
     parts: dict[str, Any] = {}
     for name, part in state.items():
         parts[f"{name}.shape"] = list(part.shape)

@@ -118,7 +118,7 @@ class Tile:
         return {"attackers": self.attackers.state(round_), "way": way}
 
     def restore(self, state: State, round_: int) -> None:
-        """Be as the tile was whose `state` after a round this is."""
+        """Go back to the state after a round, see `Attackers.restore`."""
         self.attackers.restore(state["attackers"], round_)
         if isinstance(self.way, EpochFlips):
             self.way.restore(state["way"], round_)
