@@ -169,7 +169,15 @@ class _Worker:
         there.close()
 
     def begin(self, i: int, jobs: Sequence[Any]) -> None:
-        """Hand over a job; a worker that was killed meanwhile is seen when its answer is waited for."""
+        """Hand over a job; a worker that was killed meanwhile is seen when its answer is waited for.
+
+        Parameters
+        ----------
+        i : int
+            The number of the job.
+        jobs : sequence
+            All jobs; this one is pickled.
+        """
         self.job = i
         with suppress(OSError):
             self.pipe.send(jobs[i])

@@ -48,7 +48,20 @@ class Answer(NamedTuple):
 
 
 def pack(theta: Tensor, raw: bool) -> ArrayRecord:
-    """Parameters (A, B) as Flower's record; `raw` ones only our own strategy understands."""
+    """Parameters as Flower's record.
+
+    Parameters
+    ----------
+    theta : (A, B) tensor of float64
+        What is sent.
+    raw : bool
+        Whether they travel as bare bytes, which only our own strategy understands.
+
+    Returns
+    -------
+    ArrayRecord
+        With one array, `theta`.
+    """
     values = theta.numpy()
     arrays = ArrayRecord()
     arrays["theta"] = Array(str(values.dtype), values.shape, RAW, values.tobytes()) if raw else Array(values)

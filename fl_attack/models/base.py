@@ -188,7 +188,7 @@ class Model(ABC):
         return outputs.quality(self.logits_in_pieces(theta, X), y, self.loss)
 
     def mean_loss(self, theta: Tensor, X: Tensor, y: Tensor) -> float:
-        """Mean loss on samples, of the parameters, inputs and labels that `measure` takes."""
+        """Mean loss on samples; arguments as of `measure`."""
         return outputs.losses_under(self.loss, self.logits_in_pieces(theta, X), y).double().mean().item()
 
     def logits_in_pieces(self, theta: Tensor, X: Tensor) -> Tensor:
