@@ -10,7 +10,7 @@ import torch
 from fl_attack import __version__, plugins
 from fl_attack.scenario import Scenario
 
-NUMERICS = 5  # to be raised when a change of the code changes the numbers of a run
+NUMERICS = 6  # to be raised when a change of the code changes the numbers of a run
 OF_RULES = 4  # likewise, of a run whose server sees what each client sends
 # what changes no number
 NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "report"}

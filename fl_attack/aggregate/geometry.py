@@ -11,6 +11,7 @@ from torch import Tensor
 from fl_attack.aggregate.ordering import ascending, finite_rows, middle
 
 BLOCK = 32  # clients; smaller blocks compute fewer products twice, but each takes longer
+MANY, LARGE_BLOCK = 500, 256  # of more clients than `MANY`, in blocks that take half the time
 CLOSE = 0.01  # squared distances below this share of the squared norms have lost digits
 SMALLEST = 1e-26  # a squared norm that is a smaller share of the others may have lost all
 UNDERFLOW = 1e-30  # squares of numbers whose squared norm is smaller may have
@@ -140,8 +141,9 @@ def gram_of(updates: Tensor) -> Tensor:
     whole = updates.flatten(-2)
     m = whole.shape[-2]
     gram = whole.new_empty(*whole.shape[:-1], m)
-    for start in range(0, m, BLOCK):  # the diagonal and below
-        stop = min(start + BLOCK, m)
+    block = LARGE_BLOCK if m > MANY else BLOCK
+    for start in range(0, m, block):  # the diagonal and below
+        stop = min(start + block, m)
         gram[..., start:, start:stop] = whole[..., start:, :] @ whole[..., start:stop, :].mT
     place = torch.arange(m, device=gram.device)
     return torch.where(place.unsqueeze(-1) >= place, gram, gram.mT)
