@@ -95,7 +95,7 @@ class DatasetSettings(Strict):
 class PartitionSettings(Strict):
     """How the samples are dealt to the clients; see `data.partition`."""
 
-    name: Literal["iid", "dirichlet", "shards", "given", "hf"]
+    name: Literal["iid", "dirichlet", "shards", "given", "hf", "own"]
     balanced: bool = False
     min_samples: Count = 1
     path: str | None = None
@@ -661,6 +661,41 @@ def check_names(settings: Settings) -> None:
             getattr(settings, group).check_names()
         except ValueError as error:
             raise InputError(f"{group}.{error}") from None
+    if settings.partition.name == "own":
+        _check_own_data(settings)
+
+
+def _check_own_data(settings: Settings) -> None:
+    """InputError where something needs data that nodes with data of their own keep to themselves."""
+    from fl_attack import attack
+
+    threat, patience = settings.attack, settings.early_stop.patience
+    refused = [
+        (settings.engine.name == "batched", "engine=batched", "engine=flower"),
+        (settings.dataset.standardize, "dataset.standardize=true", "dataset.standardize=false"),
+        (patience is not None, f"early_stop.patience={patience}", "early_stop.patience=null"),
+        (settings.strategy.trusted > 0, f"strategy={settings.strategy.name} with a root", "another strategy"),
+    ]
+    if settings.attacked:
+        aimed = "goal" in attack.find(threat.name).uses
+        told = aimed and "knowledge" not in attack.find_direction(threat.aim).uses
+        aim = f"attack.goal={threat.goal}" if threat.direction is None else f"attack.direction={threat.direction}"
+        refused += [
+            (threat.plans or threat.writes != "labels", f"attack={threat.name}", "an attack on labels, such as greedy"),
+            (threat.adapt != "none", f"attack.adapt={threat.adapt}", "attack.adapt=none"),
+            (told, aim, "attack.goal=untargeted attack.knowledge=own"),
+            (aimed and threat.knowledge != "own", f"attack.knowledge={threat.knowledge}", "attack.knowledge=own"),
+            (
+                threat.scope == "pooled" and settings.clients.malicious > 1,
+                "attack.scope=pooled",
+                "attack.scope=per_client, or clients.malicious=1",
+            ),
+        ]
+    for wrong, said, instead in refused:
+        if wrong:
+            raise InputError(
+                f"{said} can't be had with partition=own, in which no node sees another's data; use {instead}"
+            )
 
 
 def _one_line(error: ValidationError) -> str:

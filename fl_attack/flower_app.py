@@ -7,13 +7,14 @@ from fl_attack.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from fl_attack.federation import Runner
+    from fl_attack.federation.apps import Make
 
 __all__ = ["client_app", "server_app"]
 
 client_app = federation.client_app
 
 
-def main(run_config: dict[str, Any], runner: "Runner") -> None:
+def main(run_config: dict[str, Any], runner: "Runner", make: "Make | None" = None) -> None:
     """Run an experiment and print its summary: what Flower calls on the server.
 
     Parameters
@@ -22,13 +23,16 @@ def main(run_config: dict[str, Any], runner: "Runner") -> None:
         Flower's: settings by their keys, of which empty ones count as not given, and `overrides` as for `fl-attack`.
     runner : federation.Runner
         What brings the clients up.
+    make : callable, optional
+        Gives the scenario of settings; by default `scenario.make`.
 
     Raises
     ------
     SystemExit
         Where the settings can't be met or the run can't go on, after a line that says why.
     """
-    from fl_attack import experiment, results  # a client, which Flower starts for each message, needs none of these
+    # a client, which Flower starts for each message, needs none of these
+    from fl_attack import experiment, results, scenario
     from fl_attack.config import compose
     from fl_attack.overrides import explain
 
@@ -36,7 +40,7 @@ def main(run_config: dict[str, Any], runner: "Runner") -> None:
     overrides = [*str(given.pop("overrides", "")).split(), *(f"{key}={value}" for key, value in given.items())]
     try:
         settings = compose(*overrides)
-        print(results.table(experiment.run(settings, runner)), flush=True)
+        print(results.table(experiment.run(settings, runner, make or scenario.make)), flush=True)
         print(f"results in {settings.out}", flush=True)
     except (InputError, RunError) as error:
         print(f"fl-attack: {explain(error)}", flush=True)  # Flower adds a traceback and exits with 0 all the same
