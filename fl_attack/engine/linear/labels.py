@@ -166,7 +166,7 @@ class Planned:
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """See `Way`."""
+        """The labels of the round's plan, see `Way.write`."""
         batch = shared.batch
         kernels.residuals_(Z, self.C, batch.encoded)
         flips = [one.flips(shared.round_) for one in self.plans]
