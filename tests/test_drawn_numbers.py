@@ -98,7 +98,9 @@ def test_a_matrix_shows_the_mean_of_each_pair_and_frames_the_worst_attack_on_eac
     rows, columns = ([tick.get_text() for tick in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
     assert rows == list(ATTACKS) and columns == list(STRATEGIES)
     shown = {
-        (rows[int(text.get_position()[1])], columns[int(text.get_position()[0])]): float(text.get_text())
+        (rows[int(text.get_position()[1])], columns[int(text.get_position()[0])]): float(
+            text.get_text().partition(" ± ")[0]
+        )
         for text in axes.texts
     }
     assert shown == {pair: pytest.approx(value, abs=0.51) for pair, value in wanted.items()}
