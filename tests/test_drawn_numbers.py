@@ -148,7 +148,7 @@ def test_arms_show_each_defence_under_each_attack_with_its_interval_and_frame_th
     table = {(row["setting"], row["defence"], row["attack"]): row for row in read_table(tmp_path / "arms.csv")}
     rows = [one.get_text() for one in figure.axes[0].get_yticklabels()]  # of both panels
     for axes, partition in zip(figure.axes, ("dirichlet", "iid"), strict=False):  # as names sort
-        assert axes.get_title("left") == f"partition.name = {partition}"
+        assert axes.get_title("left") == f"partition = {partition}"
         columns = [one.get_text() for one in axes.get_xticklabels()]
         assert (columns, rows) == (list(attacks), list(defences))
         shown = {}

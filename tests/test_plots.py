@@ -423,7 +423,7 @@ def test_more_settings_than_lines_are_panels_and_more_than_panels_are_refused(tm
     rules, rates = [f"rule{i}" for i in range(4)], [0.1, 0.2, 0.3]
     plots.budget(sweep(tmp_path, budget=[0.5, 1.0], strategy=rules, lr=rates, seed=[0, 1]))
     assert [axes.get_title("left") for axes in figures[0].axes] == [f"aggregation rule = {rule}" for rule in rules]
-    assert [line.get_label() for line in figures[0].axes[0].lines] == ["lr = 0.1", "lr = 0.2", "lr = 0.3"]
+    assert [line.get_label() for line in figures[0].axes[0].lines] == [f"learning rate = 0.{i}" for i in (1, 2, 3)]
     for kind in ("budget", "heatmap"):
         many = {"malicious": [1, 2], "budget": [0.5, 1.0], "strategy": [f"rule{i}" for i in range(13)]}
         with pytest.raises(InputError, match="a figure bears at most 12, the sweep has 13"):

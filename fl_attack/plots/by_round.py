@@ -141,6 +141,8 @@ def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
                 mean, half = _band(accuracy[mine], sweep.seed_index[mine])
                 axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
                 axes.plot(at, mean, label=format_value(value), **style)
+    low, high = axes.get_ylim()  # of all panels; a band may leave what is possible
+    axes.set_ylim(max(low, -2), min(high, 102))
     legend(figure, panels, canvas.label(by))
     several_seeds = sweep.seed_index.any()
     bands = "Bands: 95 % confidence of the mean over seeds (Student t)." if several_seeds else ""

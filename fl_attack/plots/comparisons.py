@@ -127,7 +127,7 @@ def harm(folder: Path) -> list[Path]:
                 style |= {"color": "0.4", "linestyle": ":", "marker": ""}
             at = [value for (value,) in points]
             axes.errorbar(at, mean, np.nan_to_num(half), label=name, capsize=2, **style)
-        axes.set_ylim(bottom=0)  # a bar may leave what is possible
+        axes.set_ylim(0, min(102, axes.get_ylim()[1]))  # a bar may leave what is possible
         for ratio in versus.ratios(sweep, panel == part):
             header = [*settings, *ratio]
             table.append([*_values(sweep, settings, panel == part), *ratio.values()])
