@@ -13,7 +13,7 @@ from fl_attack.scenario import Scenario
 NUMERICS = 5  # to be raised when a change of the code changes the numbers of a run
 OF_RULES = 4  # likewise, of a run whose server sees what each client sends
 # what changes no number
-NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "report"}
+NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "report", "tracker"}
 NOT_NUMBERS |= {"launcher", "workers", "figures", "objective"}
 # nor, where the fingerprint of the data is known, does the place of these
 ON_DATA: Mapping[str, bool | set[str]] = {

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_attack import engine, workers
+from fl_attack import engine, experiment, workers
 from fl_attack.config import Settings, settings_from
 from fl_attack.errors import RunError
-from fl_attack.history import COLUMNS, Recorder
+from fl_attack.history import COLUMNS, History, OnRound, Recorder
 from fl_attack.multirun.units import Numbers, Unit, mistakes, stacked
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 
 Keep = Callable[[Unit, Numbers], None]
+Observe = Callable[[int, History], OnRound | None]  # of a cell, what looks on while it runs
 Tell = Callable[[int, int], None]  # gets the position of a job and how many rounds of its cells are done
 Packed = tuple[int, list[str]]  # the threads to use, and the settings of cells in JSON
 WORTH_WORKERS = 4.0  # seconds of computing below which workers would take longer to start
@@ -47,12 +48,21 @@ class Job:
 Launcher = Callable[[Sequence[Job], Settings, Tell], Iterator[tuple[int, Numbers]]]
 
 
-def compute(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
-    """Compute the units `todo` and hand the numbers of each to `keep` as it is done."""
+def compute(
+    todo: Sequence[Unit],
+    scenarios: Sequence[Scenario],
+    progress: Progress,
+    keep: Keep,
+    observe: Observe = lambda cell, history: None,
+) -> None:
+    """Compute the units `todo` and hand the numbers of each to `keep` as it is done.
+
+    `observe` gives what looks on while a cell runs on Flower.
+    """
     batched = [unit for unit in todo if scenarios[unit.cells[0]].settings.engine.name == "batched"]
     if batched:
         _spread(batched, scenarios, progress, keep)
-    _one_by_one([unit for unit in todo if unit not in batched], scenarios, progress, keep)
+    _one_by_one([unit for unit in todo if unit not in batched], scenarios, progress, keep, observe)
 
 
 def _spread(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
@@ -150,7 +160,9 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
+def _one_by_one(
+    todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep, observe: Observe
+) -> None:
     """Run cells of the Flower engine one after the other, over the same clients where they have as many."""
     by_grid: dict[str, list[Unit]] = {}
     for unit in todo:
@@ -164,6 +176,8 @@ def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: P
         for unit in units_of_grid:
             scenario, error = scenarios[unit.cells[0]], ""
             recorder = Recorder(scenario, partial(progress.round, scenario.settings.rounds))
+            if logged := observe(unit.cells[0], recorder.history):
+                recorder.on_round = experiment.both(recorder.on_round, logged)
             try:
                 federate(recorder)
             except RunError as failure:
