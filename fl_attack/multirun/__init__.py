@@ -18,8 +18,8 @@ from fl_attack.config import Settings, to_yaml, without_effect
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError, Interrupted, RunError
 from fl_attack.identity import key_of
-from fl_attack.multirun.elsewhere import Launch, compute_file, launched
 from fl_attack.multirun.children import Children
+from fl_attack.multirun.elsewhere import Launch, compute_file, launched
 from fl_attack.multirun.execute import compute
 from fl_attack.multirun.table import Cell, columns_of, write_tables
 from fl_attack.multirun.units import Numbers, Unit, by_cell, distinct, read, saver, units

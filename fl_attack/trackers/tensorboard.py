@@ -5,7 +5,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fl_attack.folder import TENSORBOARD
 from fl_attack.history import Row
@@ -88,7 +88,7 @@ def begin(about: About, id: str | None) -> TensorBoard:
     return store
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a number that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

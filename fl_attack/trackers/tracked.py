@@ -10,7 +10,7 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ class Journal:
 class Tracked:
     """A run, a sweep or a cell in the trackers that take it."""
 
-    def __init__(self, names: Sequence[str], about: About, journal: Journal, key: str = "", failed: set[str] | None = None):
+    def __init__(
+        self, names: Sequence[str], about: About, journal: Journal, key: str = "", failed: set[str] | None = None
+    ):
         """`failed` are the trackers that are left out, which grow; with None one that can't begin is an InputError."""
         from fl_attack.trackers import TRACKERS
 
@@ -68,6 +70,8 @@ class Tracked:
                 self.stores[name] = self._begun(TRACKERS[name].begin, told, self._entries[name])
             except Exception as error:
                 if failed is None:
+                    journal.save()  # with the runs that others have begun, which the next call continues
+                    self.end("failed")
                     raise InputError(f"tracker={name} can't begin: {_line(error)}") from None
                 self._leave_out(name, error)
         if self.stores and about.kind != "cell":
@@ -80,7 +84,9 @@ class Tracked:
             try:
                 return begin(about, entry["id"])
             except Exception as error:
-                _warn(f"the earlier run {entry['id']} of a tracker can't be continued ({_line(error)}); a new one begins")
+                _warn(
+                    f"the earlier run {entry['id']} of a tracker can't be continued ({_line(error)}); a new one begins"
+                )
         store = begin(about, None)
         entry |= {"id": store.id, "rounds": {}}
         return store
@@ -150,10 +156,12 @@ class Tracked:
 
     def _leave_out(self, name: str, error: Exception) -> None:
         """Go on without a tracker, and tell so in one line."""
-        self.stores.pop(name, None)
         if name not in self.failed:
             self.failed.add(name)
             _warn(f"tracker={name} failed, and is left out from here on: {_line(error)}")
+        if store := self.stores.pop(name, None):
+            with suppress(Exception):  # it has failed already
+                store.end("failed")
 
 
 class Sweep:
@@ -172,7 +180,9 @@ class Sweep:
             return
         journal = Journal(folder, anew)
         leaves = [leaves_of(settings) for _, settings in self.cells]
-        shared = {key: value for key, value in leaves[0].items() if all(one.get(key, leaves) == value for one in leaves)}
+        shared = {
+            key: value for key, value in leaves[0].items() if all(one.get(key, leaves) == value for one in leaves)
+        }
         command = " ".join(["fl-attack", "-m", *overrides_of(self.cells[0][1])])
         about = About("sweep", str(self.cells[0][1].out), _told(shared), command, folder)
         self.whole = Tracked(self.names, about, journal)
@@ -211,10 +221,10 @@ class Sweep:
 
     def end(self, how: How) -> None:
         """End the runs of all cells that are not done, and that of the sweep."""
+        self.save()
         for child in self._running.values():
             child.end(how)
         if self.whole:
-            self.whole.journal.save()
             self.whole.end(how)
 
     def _note(self, cell: int) -> dict[str, Any]:

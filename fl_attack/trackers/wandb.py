@@ -2,6 +2,7 @@
 
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ class WandB:
         import wandb
 
         self._image, is_cell = wandb.Image, about.kind == "cell"
-        self.id = id or wandb.util.generate_id()
+        settings = wandb.Settings(console="off")  # what is printed is none of its business
+        if is_cell:
+            settings.silent = True  # thousands of cells need not introduce themselves
+        self.id = id or secrets.token_hex(4)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             id=self.id,
@@ -30,8 +34,7 @@ class WandB:
             group=about.parent if is_cell else self.id if about.kind == "sweep" else None,
             job_type=about.kind,
             reinit="create_new",  # beside whatever run the caller has
-            # what is printed is none of its business; thousands of cells need not introduce themselves
-            settings=wandb.Settings(console="off", silent=True if is_cell else None),
+            settings=settings,
         )
         self._axes: set[str] = set()
 
@@ -61,8 +64,7 @@ class WandB:
             copy = Path(self._run.dir) / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
-        if files:
-            self._run.save(f"{self._run.dir}/*", base_path=self._run.dir, policy="now")
+            self._run.save(str(copy), base_path=self._run.dir, policy="now")
 
     def end(self, how: How) -> None:
         """Say how the run ended."""
