@@ -38,9 +38,20 @@ def flips(
     epoch_theta: Tensor | None = None,
     stored: Flips = NO_FLIPS,
 ) -> Flips:
-    """The labels that all malicious clients together write in a round, see `adversary.flips`.
+    """The labels that all malicious clients write in a round, where they try what the server's rule makes of them.
 
     Of the parts `attack.PERCENTS` of the budget, the one whose aggregate has the smallest inner product with v.
+
+    Parameters
+    ----------
+    scenario, theta, round_, epoch_theta, stored
+        As `adversary.flips` takes them.
+    server : Server or None
+        What is known of the server; without it nothing is tried.
+
+    Returns
+    -------
+    Flips
     """
     plain = adversary.flips(scenario, theta, round_, epoch_theta, stored)
     if server is None or not len(plain.samples) or not searches(scenario):
@@ -51,19 +62,36 @@ def flips(
 
 
 def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, server: Server | None) -> Tensor:
-    """The updates that the clients of a round send under an attack on updates, see `adversary.crafted`.
+    """The updates that the clients of a round send under an attack on updates, where attackers try several values.
 
     Of the values that the attack's row names, and the one that is set, the one that does most harm.
+
+    Parameters
+    ----------
+    scenario, theta, round_, honest
+        As `adversary.crafted` takes them.
+    server : Server or None
+        What is known of the server; without it nothing is tried.
+
+    Returns
+    -------
+    (m, A, B) tensor
     """
     plain = adversary.crafted(scenario, theta, round_, honest)
     if scenario.settings.attack.writes != "updates" or plain is honest or server is None or not searches(scenario):
         return plain
-    sent = [plain, *(adversary.crafted(one, theta, round_, honest) for one in _variants(scenario))]
+    sent = [plain, *(adversary.crafted(one, theta, round_, honest) for one in variants(scenario))]
     return sent[_worst(scenario, theta, round_, server, sent)]
 
 
-def _variants(scenario: Scenario) -> list[Scenario]:
-    """The same experiment with each of the values that its attack on updates tries."""
+def variants(scenario: Scenario) -> list[Scenario]:
+    """The same experiment with each of the other values that its attack on updates tries.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, whose attackers adapt.
+    """
     if "variants" not in scenario.memo:
         threat = scenario.settings.attack
         name, values = attack.find(threat.name).tries or ("", ())

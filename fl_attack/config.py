@@ -95,7 +95,7 @@ class DatasetSettings(Strict):
 class PartitionSettings(Strict):
     """How the samples are dealt to the clients; see `data.partition`."""
 
-    name: Literal["iid", "dirichlet", "shards", "given", "hf"]
+    name: Literal["iid", "dirichlet", "shards", "given", "hf", "own"]
     balanced: bool = False
     min_samples: Count = 1
     path: str | None = None
@@ -320,7 +320,7 @@ class EarlyStopSettings(Strict):
 
 
 class Settings(Strict):
-    """One experiment."""
+    """The checked settings of one experiment; see `docs/settings.md` for each of them."""
 
     dataset: DatasetSettings
     partition: PartitionSettings
@@ -446,7 +446,20 @@ class Settings(Strict):
 
 
 def without_effect(settings: Settings, sweep: bool) -> list[str]:
-    """What is set but changes nothing, a line for each."""
+    """What is set but changes nothing.
+
+    Parameters
+    ----------
+    settings : Settings
+        Those of an experiment, or of the first cell of a sweep.
+    sweep : bool
+        Whether they are of a sweep.
+
+    Returns
+    -------
+    list of str
+        A line for each such setting, which says why.
+    """
     from fl_attack.aggregate import RULES, needs
 
     threat, early, place = settings.attack, settings.early_stop, settings.dataset
@@ -502,7 +515,22 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
 
 
 def compose(*overrides: str) -> Settings:
-    """The settings that a command line of these overrides gives; InputError where it gives none."""
+    """The settings that a command line of overrides gives.
+
+    Parameters
+    ----------
+    *overrides : str
+        As they are typed after `fl-attack`.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    InputError
+        Where Hydra does not understand them, or a value is not allowed.
+    """
     from hydra import compose as hydra_compose  # clients of a deployed federation do without
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -517,9 +545,17 @@ def compose(*overrides: str) -> Settings:
 
 
 def overrides_of(settings: Settings) -> list[str]:
-    """The overrides of which these settings come, but for those that say where results go: the shortest such list.
+    """The shortest list of overrides that these settings come from, without those that say where results go.
 
-    `compose(*overrides_of(settings))` gives the same settings.
+    Parameters
+    ----------
+    settings : Settings
+        Those of an experiment.
+
+    Returns
+    -------
+    list of str
+        `compose(*overrides_of(settings))` gives the same settings.
     """
     groups = [f"{name}={_choice(name, getattr(settings, name).model_dump(mode='json'))}" for name in GROUPS]
     usual = leaves_of(_composed_plainly(tuple(groups)))
@@ -581,14 +617,44 @@ def _leaves(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def settings_from(given: Any) -> Settings:
-    """Checked settings from nested plain values; InputError says in one line what is wrong with the first."""
+    """Checked settings from nested plain values.
+
+    Parameters
+    ----------
+    given : dict
+        As YAML or JSON holds them.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    InputError
+        With the first mistake, and what is allowed in its place: a key, a type, a range, or a name of no table.
+    """
     settings = typed(given)
     check_names(settings)
     return settings
 
 
 def typed(given: Any) -> Settings:
-    """Settings of which only the names in tables are unchecked, without seconds of imports; InputError as above."""
+    """Settings of which only the names in tables are unchecked, without seconds of imports.
+
+    Parameters
+    ----------
+    given : dict
+        Nested plain values.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    InputError
+        With the first mistake, and what is allowed in its place.
+    """
     try:
         return Settings.model_validate(given)
     except ValidationError as error:
@@ -602,6 +668,41 @@ def check_names(settings: Settings) -> None:
             getattr(settings, group).check_names()
         except ValueError as error:
             raise InputError(f"{group}.{error}") from None
+    if settings.partition.name == "own":
+        _check_own_data(settings)
+
+
+def _check_own_data(settings: Settings) -> None:
+    """InputError where something needs data that nodes with data of their own keep to themselves."""
+    from fl_attack import attack
+
+    threat, patience = settings.attack, settings.early_stop.patience
+    refused = [
+        (settings.engine.name == "batched", "engine=batched", "engine=flower"),
+        (settings.dataset.standardize, "dataset.standardize=true", "dataset.standardize=false"),
+        (patience is not None, f"early_stop.patience={patience}", "early_stop.patience=null"),
+        (settings.strategy.trusted > 0, f"strategy={settings.strategy.name} with a root", "another strategy"),
+    ]
+    if settings.attacked:
+        aimed = "goal" in attack.find(threat.name).uses
+        told = aimed and "knowledge" not in attack.find_direction(threat.aim).uses
+        aim = f"attack.goal={threat.goal}" if threat.direction is None else f"attack.direction={threat.direction}"
+        refused += [
+            (threat.plans or threat.writes != "labels", f"attack={threat.name}", "an attack on labels, such as greedy"),
+            (threat.adapt != "none", f"attack.adapt={threat.adapt}", "attack.adapt=none"),
+            (told, aim, "attack.goal=untargeted attack.knowledge=own"),
+            (aimed and threat.knowledge != "own", f"attack.knowledge={threat.knowledge}", "attack.knowledge=own"),
+            (
+                threat.scope == "pooled" and settings.clients.malicious > 1,
+                "attack.scope=pooled",
+                "attack.scope=per_client, or clients.malicious=1",
+            ),
+        ]
+    for wrong, said, instead in refused:
+        if wrong:
+            raise InputError(
+                f"{said} can't be had with partition=own, in which no node sees another's data; use {instead}"
+            )
 
 
 def _one_line(error: ValidationError) -> str:
@@ -639,7 +740,7 @@ def _key(loc: tuple[int | str, ...]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of this package and of those that the numbers depend on, by name."""
     from importlib.metadata import version
 
     return {"fl_attack": __version__} | {name: version(name) for name in ("flwr", "ray", "torch", "numpy")}
@@ -651,7 +752,22 @@ def to_yaml(settings: Settings) -> str:
 
 
 def from_yaml(text: str) -> Settings:
-    """The settings of which `to_yaml` made this; InputError where it is something else."""
+    """The settings that `to_yaml` has written.
+
+    Parameters
+    ----------
+    text : str
+        YAML, such as a run's `config.yaml`.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    InputError
+        Where it is something else.
+    """
     try:
         plain = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # whatever YAML's parser and OmegaConf raise

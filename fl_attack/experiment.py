@@ -25,14 +25,42 @@ Runs = Mapping[str, tuple[Scenario, Path]]  # the experiment and, before it, its
 
 
 class Keep(Protocol):
-    """Writes the history of a run, by its name."""
+    """Writes what a run has measured so far, or has measured in the end."""
 
     def __call__(self, name: str, history: History, finished: bool = True) -> None:
-        """Write it; of an unfinished one no figures are worked out."""
+        """Write the history of a run.
+
+        Parameters
+        ----------
+        name : {"attacked", "honest"}
+            Which run of the experiment it is.
+        history : History
+            What was measured in its rounds so far.
+        finished : bool
+            Whether all rounds are done; of an unfinished run neither figures nor files of clients are made.
+        """
 
 
-def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[str, dict[str, Any]]:
-    """Run an experiment and leave its results in `settings.out`; gives the summaries of its runs by name.
+def run(
+    settings: Settings,
+    runner: "federation.Runner | None" = None,
+    make: Callable[[Settings], Scenario] = scenario.make,
+) -> dict[str, dict[str, Any]]:
+    """Run an experiment and leave its results in `settings.out`.
+
+    Parameters
+    ----------
+    settings : Settings
+        Its checked settings.
+    runner : federation.Runner, optional
+        What brings clients up for `engine=flower`; by default Ray on this machine.
+    make : callable, optional
+        Gives the scenario of the settings, where they do not say all of it: of nodes with data of their own.
+
+    Returns
+    -------
+    dict of str to dict
+        The summaries of its runs: `attacked` and, where asked for, `honest`.
 
     Raises
     ------
@@ -43,8 +71,12 @@ def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[s
     Interrupted
         Where a signal ends it; the message says what is kept and where.
     """
+<<<<<<< HEAD
     trackers.check(settings.tracker)
     attacked = scenario.make(settings)
+=======
+    attacked = make(settings)
+>>>>>>> main
     check(attacked)
 
     def goes_on(at: Path) -> bool:
@@ -55,6 +87,7 @@ def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[s
     with folder.taken(Path(settings.out), "run", settings.overwrite, goes_on) as place, _told(place.work):
         if not settings.resume or not goes_on(place.work):
             folder.clear(place.work)
+<<<<<<< HEAD
         with trackers.of_run(attacked.settings, place.work) as tracked:
             if settings.attacked and settings.attack.steers:
                 with Progress(settings.rounds, "target", "round") as progress:
@@ -70,6 +103,20 @@ def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[s
             if settings.report:
                 report.offer([place.out])
             tracked.files(place.out)
+=======
+        if settings.attacked and settings.attack.steers:
+            with Progress(settings.rounds, "target", "round") as progress:
+                targets.load_target(attacked, progress)
+        if plans.is_whole(attacked):
+            with Progress(attack.planned_options(settings.attack.args).sweeps, "plan", "sweep") as progress:
+                plans.load_plans([attacked], on_sweep=progress)
+            plans.plan(attacked)
+        results.write_config(place.work, attacked.settings)
+        summaries = _run(attacked, place.work, runner)
+        folder.settle(place)
+        if settings.report:
+            report.offer([place.out])
+>>>>>>> main
     return summaries
 
 
@@ -240,7 +287,20 @@ def unattacked(settings: Settings) -> Settings:
 
 
 def saver(folder: Path, history: History) -> OnRound:
-    """Writes the growing table of a run now and then, so that not even a power cut takes it all."""
+    """An observer of rounds that writes the growing table of a run, so that not even a power cut takes it all.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the run's files are.
+    history : History
+        What the run has measured; it grows.
+
+    Returns
+    -------
+    callable
+        Writes `rounds.csv`, at most every `SAVE_EVERY` seconds.
+    """
     last = time.monotonic()
 
     def save(round_: int, row: Row) -> None:
@@ -253,7 +313,18 @@ def saver(folder: Path, history: History) -> OnRound:
 
 
 def both(first: OnRound, second: OnRound) -> OnRound:
-    """One observer after the other."""
+    """An observer of rounds that calls two others, one after the other.
+
+    Parameters
+    ----------
+    first, second : callable
+        Each gets the number of a round and its row of measures.
+
+    Returns
+    -------
+    callable
+        Takes the same arguments.
+    """
 
     def observe(round_: int, row: Row) -> None:
         first(round_, row)

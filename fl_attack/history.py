@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import detect
+from fl_attack import detect, plans
 from fl_attack.checkpoint import Checkpoint, State
 from fl_attack.config import Restore
 from fl_attack.detect import MEASURES
@@ -75,7 +75,20 @@ def row_of(values: Sequence[float]) -> Row:
 
 
 def given_row(validation_loss: NDArray[np.float64], restore: Restore) -> int:
-    """The evaluation whose model a run gives: the last, or with early stopping that of the lowest validation loss."""
+    """The evaluation whose model a run gives.
+
+    Parameters
+    ----------
+    validation_loss : (evaluations,) array
+        NaN in a run without early stopping.
+    restore : {"best", "last"}
+        Which model early stopping keeps.
+
+    Returns
+    -------
+    int
+        That of the lowest loss, or the last one.
+    """
     last = restore == "last" or np.isnan(validation_loss).all()
     return len(validation_loss) - 1 if last else int(np.nanargmin(validation_loss))
 
@@ -200,11 +213,25 @@ class Recorder:
         flips: Flips = NO_FLIPS,
         updates: Tensor | None = None,
     ) -> None:
-        """Note the parameters (C, d) after a round, the gradient that led to them and the labels flipped.
+        """Note what a round has led to.
 
-        `updates` (m, C, d) are what the clients of the round sent, in their order.
+        Parameters
+        ----------
+        round_ : int
+            The round, from 1.
+        theta : (A, B) tensor
+            The parameters after it.
+        aggregate : (A, B) tensor, optional
+            The gradient that led to them.
+        flips : Flips
+            The labels that were flipped in it.
+        updates : (m, A, B) tensor, optional
+            What its clients sent, in their order.
 
-        RunError where they are not finite any more; the history then ends with the round before.
+        Raises
+        ------
+        RunError
+            Where the parameters are not finite any more; the history then ends with the round before.
         """
         settings = self.scenario.settings
         if not theta.isfinite().all():
@@ -251,6 +278,7 @@ class Recorder:
             "theta": history.theta,
             "rows": np.array([[row[name] for name in COLUMNS] for row in history.rows], float),
             **packed_flips(history.flips),
+            "plans": plans.sweeps_of(self.scenario) if self.scenario.settings.attack.horizon else [],
             "early_stop": self._early_stop
             and {"lowest": self._early_stop.lowest, "since": self._early_stop.since, "best": self._best},
         }
@@ -262,6 +290,7 @@ class Recorder:
         history.rows = [row_of(values) for values in state["rows"].tolist()]
         self._row = history.rows[-1]
         history.flips = unpacked_flips(state)
+        plans.restore_sweeps(self.scenario, state["plans"])
         if history.flips and history.flips[-1][0] == self.round:
             self._last = history.flips[-1][1]
         if self._early_stop:
@@ -275,7 +304,7 @@ class Recorder:
         X, y = self._test_set
         quality = self.scenario.model.measure(self.history.theta.to(X.dtype), X, y)
         cosine = math.nan
-        if aggregate is not None:
+        if aggregate is not None and self.scenario.dataset.is_complete:
             clean = self.scenario.gradient(before, self.scenario.schedule.participants(round_), round_)
             if decay := self.scenario.settings.weight_decay:
                 clean = clean + decay * before

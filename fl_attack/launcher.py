@@ -50,13 +50,13 @@ class AllAtOnce(BasicSweeper):
     """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra hands over."""
+        """Take what Hydra hands over to a sweeper, see `hydra.plugins.sweeper.Sweeper`."""
         self.hydra_context, self.config = hydra_context, config
         self.launcher = SweepLauncher()
         self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Launch all jobs."""
+        """Launch all jobs of a command line's arguments at once."""
         assert self.launcher is not None
         return [self.launcher.launch(self.jobs(arguments), initial_job_idx=0)]
 
@@ -83,13 +83,23 @@ class SweepLauncher(Launcher):
     """Runs all jobs as one sweep."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra hands over."""
+        """Take what Hydra hands over to a launcher, see `hydra.plugins.launcher.Launcher`."""
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs as one sweep, whose results are in the folder that they name.
+        """Run jobs as one sweep, whose results are in the folder that they name.
 
-        What each returns is its `objective`, for sweepers that choose the next jobs by it.
+        Parameters
+        ----------
+        job_overrides : sequence of sequences of str
+            The overrides of each job.
+        initial_job_idx : int
+            The number of the first one; not 0 where a sweeper chooses further jobs by the results of earlier ones.
+
+        Returns
+        -------
+        sequence of JobReturn
+            Of each job its `objective`, for such sweepers.
         """
         try:
             cells = self.cells(job_overrides)
@@ -211,7 +221,15 @@ def grid(*overrides: str) -> "list[Cell]":
 
 
 def compute_unit(config: DictConfig, threads: int) -> None:
-    """The job of another launcher: the unit whose file the settings name."""
+    """Compute a unit of a sweep: the job of another launcher of Hydra's.
+
+    Parameters
+    ----------
+    config : DictConfig
+        Its key `unit` is the file of the unit.
+    threads : int
+        Threads of torch.
+    """
     from fl_attack import multirun
 
     multirun.compute_file(Path(config[UNIT]), threads)

@@ -89,7 +89,20 @@ def as_multirun(arguments: list[str]) -> list[str]:
 
 
 def written(key: str, value: Any) -> str:
-    """A setting with a value of Python as an override: `written("lr", None)` is `lr=null`."""
+    """A setting as an override: `written("lr", None)` is `lr=null`.
+
+    Parameters
+    ----------
+    key : str
+        With dots, as in `attack.budget`.
+    value
+        A value of Python: None, a bool, a number, a text, or lists and dicts of such.
+
+    Returns
+    -------
+    str
+        What Hydra reads as that value, quoted where it must be.
+    """
     return f"{key}={_literal(value)}"
 
 
@@ -110,7 +123,20 @@ def _literal(value: Any, inside: bool = False) -> str:
 
 
 def explain(error: Exception, words: Iterable[str] | None = None) -> str:
-    """An error of ours, of Hydra or of OmegaConf in one line; `words` are the overrides, by default those typed."""
+    """An error of ours, of Hydra or of OmegaConf in one line.
+
+    Parameters
+    ----------
+    error : Exception
+        What was raised.
+    words : iterable of str, optional
+        The overrides that may be to blame; by default those of the command line.
+
+    Returns
+    -------
+    str
+        What is wrong and, where that is known, what is allowed.
+    """
     text = " ".join(str(error).split())
     if isinstance(error, InputError | RunError):
         return text

@@ -66,9 +66,26 @@ def place_of(name: str) -> str:
 
 
 def call(name: str, *given: Any, **args: Any) -> Any:
-    """What the function of an import path gives; it gets copies of `args`, and can change none for the next call.
+    """What a user's function gives.
 
-    RunError names the function and what it raised, `sys.exit` included.
+    Parameters
+    ----------
+    name : str
+        Its import path, such as `mine.py:attack`.
+    *given
+        Its arguments by position.
+    **args
+        Its arguments by name; it gets copies, and can change none for the next call.
+
+    Returns
+    -------
+    object
+        Unchecked.
+
+    Raises
+    ------
+    RunError
+        With the name of the function and what it raised, `sys.exit` included.
     """
     try:
         return load(name)(*given, **copy.deepcopy(args))

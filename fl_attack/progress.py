@@ -31,7 +31,15 @@ class Progress:
         self.add(amount)
 
     def add(self, amount: float, note: str = "") -> None:
-        """Count what is done, or parts of it, and show a note beside it."""
+        """Count what is done.
+
+        Parameters
+        ----------
+        amount : float
+            In units of the bar, or parts of one.
+        note : str
+            Shown beside it.
+        """
         self.done += amount
         if note:
             self.bar.set_postfix_str(note, refresh=False)
@@ -44,11 +52,29 @@ class Progress:
             print(f"{self.name}: {far}", file=sys.stderr, flush=True)
 
     def rounds(self, of: int, done: float) -> None:
-        """Count `done` rounds of a cell that has `of` rounds."""
+        """Count rounds of a cell, where the bar counts cells.
+
+        Parameters
+        ----------
+        of : int
+            How many rounds the cell has.
+        done : float
+            How many more of them are done.
+        """
         self.add(done / of)
 
     def round(self, of: int, round_: int, row: object) -> None:
-        """Count a round of a cell; the observer of a recorder."""
+        """Count a round of a cell, as the observer of a recorder.
+
+        Parameters
+        ----------
+        of : int
+            How many rounds the cell has.
+        round_ : int
+            Which one is done; 0 is none.
+        row : object
+            Its measures, which are not used.
+        """
         self.rounds(of, bool(round_))
 
     def __call__(self, round_: int, row: dict[str, Any] | None = None) -> None:

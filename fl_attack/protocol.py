@@ -112,6 +112,16 @@ class Schedule:
 
         A pass over the shard, in a new order, is cut into whole rounds; what is left over sits that pass out. Where
         one pass is too short for a round, each round takes what fits and visits it in a new order until it is done.
+
+        Parameters
+        ----------
+        client, round_ : int
+            The client's number, and the round, from 1.
+
+        Returns
+        -------
+        array of int, (local_steps, size)
+            Positions in the training set.
         """
         shard, size = self.shards[client], int(self.sizes[client])
         if size == len(shard):

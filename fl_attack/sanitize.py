@@ -75,7 +75,20 @@ def contradicted_by_model(labels: Tensor, probability: Tensor) -> Tensor:
 
 
 def nearest(X: Tensor, k: int) -> NDArray[np.int64]:
-    """The k nearest others of each sample of X (n, d), nearest first, (n, min(k, n - 1))."""
+    """The nearest others of each sample, by Euclidean distance in double precision.
+
+    Parameters
+    ----------
+    X : (n, d) tensor
+        The samples.
+    k : int
+        How many neighbours are wanted.
+
+    Returns
+    -------
+    array of int, (n, min(k, n - 1))
+        Their rows of X, the nearest first.
+    """
     X = X.double()
     square = X.square().sum(-1)
     found = []

@@ -6,7 +6,7 @@ memory-mapped and shared.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -67,7 +67,7 @@ class Scenario:
 
     @property
     def classes(self) -> int:
-        """Number of labels."""
+        """The number of labels of the dataset, C."""
         return len(self.dataset.classes)
 
     @property
@@ -94,8 +94,7 @@ class Scenario:
 
     def features(self, samples: NDArray[np.int64]) -> Tensor:
         """The model's inputs of training samples: features (n, d), or (n, C, H, W) of a network's images."""
-        x = np.asarray(self.dataset.x_train)  # indexing the bare array is quicker than the memory map
-        return self._inputs(x if len(samples) == len(x) and (np.diff(samples) == 1).all() else x[samples])
+        return self._inputs(self.dataset.rows(samples))
 
     def _inputs(self, raw: NDArray[np.float64]) -> Tensor:
         """The model's inputs of raw values (n, p)."""
@@ -112,13 +111,42 @@ class Scenario:
         return self.features(samples), torch.from_numpy(self.dataset.y_train[samples])
 
     def gradient(self, theta: Tensor, clients: Iterable[int], round_: int) -> Tensor:
-        """Clean gradient of the clients' samples in a round, shaped as theta and in its precision."""
+        """Clean gradient of the samples that clients use in a round.
+
+        Parameters
+        ----------
+        theta : (A, B) tensor
+            The parameters.
+        clients : iterable of int
+            Numbers of the clients whose samples are taken together.
+        round_ : int
+            The round, from 1.
+
+        Returns
+        -------
+        (A, B) tensor
+            The mean over samples, a sample as often as it is used; in the precision of theta.
+        """
         return self.gradient_of(theta, *self.schedule.samples(clients, round_))
 
     def gradient_of(self, theta: Tensor, samples: NDArray[np.int64], counts: NDArray[np.int64]) -> Tensor:
-        """Clean gradient of samples (n,) that are used `counts` (n,) times each, shaped as theta and in its precision.
+        """Clean gradient of samples: that of their mean loss under the true labels.
 
         The last one is remembered: attackers, clients and measures ask for the same.
+
+        Parameters
+        ----------
+        theta : (A, B) tensor
+            The parameters; what is remembered is known by this object, so its values must not be changed in place.
+        samples : array of int, (n,)
+            Positions in the training set.
+        counts : array of int, (n,)
+            How often each is used.
+
+        Returns
+        -------
+        (A, B) tensor
+            In the precision of theta.
         """
         last = self.memo.get("gradient")
         if last and last.theta is theta and all(map(np.array_equal, last[1:3], (samples, counts))):
@@ -137,7 +165,24 @@ class Scenario:
     def batch(
         self, samples: NDArray[np.int64], counts: NDArray[np.int64], device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs (n, ...), labels (n,) and how often each counts (n,), in the precision of the inputs."""
+        """Training samples as a model takes them.
+
+        Parameters
+        ----------
+        samples, counts : array of int, (n,)
+            Positions in the training set, and how often each is used.
+        device : torch.device or str
+            Where the tensors are put.
+
+        Returns
+        -------
+        X : (n, ...) tensor
+            Inputs, in the precision of the experiment.
+        y : (n,) tensor of int64
+            True labels.
+        w : (n,) tensor
+            The counts, in the precision of X.
+        """
         X = self.features(samples).to(device)
         y = torch.from_numpy(self.dataset.y_train[samples]).to(device)
         return X, y, torch.from_numpy(counts).to(X)
@@ -174,7 +219,20 @@ class Scenario:
         return np.sort(np.random.default_rng([self.settings.seed, TRUSTED]).choice(held, count, replace=False))
 
     def seen(self, round_: int, theta: Tensor) -> aggregate.Seen:
-        """What the server knows of a round besides the updates, at parameters `theta` (A, B)."""
+        """What the server knows of a round besides the updates.
+
+        Parameters
+        ----------
+        round_ : int
+            The round, from 1.
+        theta : (A, B) tensor
+            The parameters that the server has broadcast in it.
+
+        Returns
+        -------
+        aggregate.Seen
+            Its own update and its noise are computed only if the rule asks for them.
+        """
 
         def root() -> Tensor:
             X, y, _ = self.batch(self.trusted, np.ones_like(self.trusted), theta.device)
@@ -197,7 +255,7 @@ class Scenario:
         if key not in _neighbours:
             while len(_neighbours) >= NEIGHBOURS_KEPT:
                 _neighbours.pop(next(iter(_neighbours)), None)
-            raw = np.asarray(self.dataset.x_train)[shard]
+            raw = self.dataset.rows(shard)
             _neighbours[key] = shard[sanitize.nearest(torch.from_numpy(raw.astype(np.float64)), key[2])]
         return _neighbours[key]
 
@@ -228,14 +286,56 @@ def _model(name: str, args: str, loss: str, inputs: tuple[int, ...], classes: in
 
 
 def make(settings: Settings, verify: bool = True) -> Scenario:
-    """The scenario of settings. InputError where the data can't be had or can't be split as asked."""
+    """The scenario of settings, with the data set loaded.
+
+    Parameters
+    ----------
+    settings : Settings
+        The checked settings of one experiment.
+    verify : bool
+        Whether the files of the data set are compared with their known sums.
+
+    Returns
+    -------
+    Scenario
+
+    Raises
+    ------
+    InputError
+        Where the data can't be had, or can't be split as the settings ask.
+    """
     return of(settings, data.load(**settings.dataset.model_dump(), verify=verify))
 
 
-def of(settings: Settings, dataset: data.Dataset) -> Scenario:
-    """The scenario of settings whose dataset is loaded. InputError where it can't be split as asked."""
+def of(settings: Settings, dataset: data.Dataset, partition: data.Partition | None = None) -> Scenario:
+    """The scenario of settings whose data set is loaded.
+
+    Parameters
+    ----------
+    settings : Settings
+        The checked settings of one experiment.
+    dataset : data.Dataset
+        What `data.load` gives for `settings.dataset`.
+    partition : data.Partition, optional
+        Who holds what, where nobody deals it: with `partition=own`.
+
+    Returns
+    -------
+    Scenario
+        Its settings have absolute paths, import paths that name their file, and the divisor of the pixels.
+
+    Raises
+    ------
+    InputError
+        Where the data can't be split as the settings ask, or the model or the trusted samples can't be had.
+    """
     settings = _spelled_out(settings, dataset.scale)
-    partition = data.partition(
+    if partition is None and settings.partition.name == "own":
+        raise InputError(
+            "partition=own needs a deployed federation, whose nodes bring data of their own (docs/deployment.md); use "
+            "partition=given to deal the same shards here"
+        )
+    partition = partition or data.partition(
         dataset.y_train,
         honest=settings.clients.honest,
         malicious=settings.clients.malicious,
@@ -252,6 +352,24 @@ def of(settings: Settings, dataset: data.Dataset) -> Scenario:
     if "classes" in aggregate.needs(settings.strategy.name):
         scenario.model.by_class(scenario.start())
     return scenario
+
+
+def of_nodes(settings: Settings, dataset: data.Dataset, counts: Sequence[int], malicious: Sequence[int]) -> Scenario:
+    """The scenario of clients with data of their own.
+
+    Parameters
+    ----------
+    settings : Settings
+        With `partition=own`.
+    dataset : Dataset
+        As `data.own.at_server` or `data.own.at_node` gives it.
+    counts : sequence of int, (m,)
+        How many samples each client holds.
+    malicious : sequence of int
+        The malicious clients, ascending; on a node at most itself, since it knows of no other.
+    """
+    holder = np.repeat(np.arange(len(counts)), counts)
+    return of(settings, dataset, data.Partition(holder, np.array(malicious, np.int64)))
 
 
 def _spelled_out(settings: Settings, scale: float) -> Settings:
@@ -327,9 +445,25 @@ def client_update(scenario: Scenario, client: int, theta: Tensor, round_: int, f
 
 
 def kept_samples(scenario: Scenario, client: int, theta: Tensor, round_: int, flips: Flips) -> Tensor | None:
-    """The samples of a client's local steps whose labels nothing contradicts, (steps, size); None where none is asked.
+    """The samples of a client's local steps whose labels `sanitize` does not contradict.
 
     Decided once a round, on the labels that the client has received and the parameters that the server has broadcast.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    client, round_ : int
+        The client's number, and the round, from 1.
+    theta : (A, B) tensor
+        The parameters that the server has broadcast.
+    flips : Flips
+        The labels of the round that are not the true ones.
+
+    Returns
+    -------
+    (steps, size) tensor of bool, or None
+        True where a sample is kept; None where the settings ask for no such check.
     """
     chosen = scenario.settings.sanitize
     if chosen.name == "none":
@@ -372,13 +506,41 @@ def server_update(
 
 
 def server_noise(scenario: Scenario, round_: int) -> Tensor:
-    """Standard normal numbers (A, B) in float64, for a rule of the server's that adds noise in a round."""
+    """Noise for a rule of the server's that adds some.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, whose seed it is drawn from.
+    round_ : int
+        The round, from 1; each has its own noise.
+
+    Returns
+    -------
+    (A, B) tensor of float64
+        Standard normal numbers, shaped as the parameters.
+    """
     rng = np.random.default_rng([scenario.settings.seed, SERVER_NOISE, round_])
     return torch.from_numpy(rng.standard_normal(scenario.theta_shape))
 
 
 def relabelled(y_train: NDArray[np.int64], samples: NDArray[np.int64], flips: Flips) -> NDArray[np.int64]:
-    """The labels of samples with flips in place, shaped as `samples`."""
+    """The labels of samples with flips in place.
+
+    Parameters
+    ----------
+    y_train : array of int, (N,)
+        The labels of all training samples.
+    samples : array of int
+        Positions in the training set, in any shape.
+    flips : Flips
+        Labels that replace those of `y_train`.
+
+    Returns
+    -------
+    array of int
+        Shaped as `samples`; `y_train` is not changed.
+    """
     y = y_train[samples]
     if not len(flips.samples):
         return y

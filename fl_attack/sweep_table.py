@@ -169,7 +169,20 @@ def _t_quantile(n: int, level: float) -> float:
 
 
 def split(cells: int, *columns: Array) -> dict[tuple[Any, ...], NDArray[np.intp]]:
-    """Indices of the cells of each combination of values, in order of the values; one group without columns."""
+    """Part cells by the values that they have in common.
+
+    Parameters
+    ----------
+    cells : int
+        How many there are.
+    *columns : arrays, (cells,)
+        What is compared; without any, all cells are one group.
+
+    Returns
+    -------
+    dict of tuple to array of int
+        For each combination of values that occurs, in ascending order, the indices of its cells.
+    """
     found: dict[tuple[Any, ...], list[int]] = {}
     for cell, key in enumerate(zip(*(column.tolist() for column in columns), strict=True) if columns else [()] * cells):
         found.setdefault(key, []).append(cell)
@@ -279,7 +292,21 @@ class Sweep:
         return Sweep(cells, swept, self.dealing, self.seed_index[mask], self.total, int((~mask).sum()))
 
     def seed_means(self, cells: NDArray[np.intp], column: str = ACCURACY) -> Floats:
-        """Mean of a column over cells given by their indices, one value for each seed; NaN are left out."""
+        """Means of a column, one for each seed.
+
+        Parameters
+        ----------
+        cells : array of int, (n,)
+            Indices of the cells that the means are over.
+        column : str
+            Its name.
+
+        Returns
+        -------
+        array, (seeds,)
+            In the order of the seeds and the unit of the column's axis; NaN are left out, and seeds that have nothing
+            else.
+        """
         values, seed = self.column(column)[cells], self.seed_index[cells]
         known = np.isfinite(values)
         values, seed = values[known], seed[known]
@@ -409,7 +436,27 @@ def read_mistakes(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]] |
 
 
 def read_csv(file: Path, of: str) -> tuple[list[str], list[dict[str, str]]]:
-    """The header and rows of a table; InputError where it can't be read, with what its folder should be of."""
+    """The header and rows of a table.
+
+    Parameters
+    ----------
+    file : Path
+        Where it is.
+    of : str
+        What its folder should be of, such as "a sweep", for the error.
+
+    Returns
+    -------
+    header : list of str
+        Names of the columns.
+    rows : list of dict
+        The text of each row by column; cells that are missing at its end are empty.
+
+    Raises
+    ------
+    InputError
+        Where it can't be read, or has no rows.
+    """
     try:
         with file.open(newline="", encoding="utf-8") as lines:
             table = csv.DictReader(lines, restval="")

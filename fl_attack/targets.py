@@ -84,14 +84,38 @@ def load_targets(scenarios: Sequence[Scenario], on_round: OnRound = lambda round
 
 
 def train(scenario: Scenario, on_round: OnRound = lambda round_: None) -> Tensor:
-    """Parameters after all rounds without any attack under the mean, in this process; shaped as theta, in float64."""
+    """Parameters after all rounds without any attack under the mean, computed in this process.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment; its attack, its rule and its engine are left out of account.
+    on_round : callable, optional
+        Told the number of each round that is done.
+
+    Returns
+    -------
+    (A, B) tensor of float64
+    """
     return train_all([scenario], on_round)[0]
 
 
 def train_all(scenarios: Sequence[Scenario], on_round: OnRound = lambda round_: None) -> list[Tensor]:
-    """Parameters after all rounds of experiments that differ in learning rate and optimizer alone, as `train` gives.
+    """Parameters after all rounds of honest trainings that differ in learning rate and optimizer alone.
 
     Each minibatch is fetched once for all of them.
+
+    Parameters
+    ----------
+    scenarios : sequence of Scenario
+        The experiments, one or more, of the same data, partition and schedule.
+    on_round : callable, optional
+        Told the number of each round that all of them have done.
+
+    Returns
+    -------
+    list of (A, B) tensors of float64
+        In the order of the experiments, each as `train` gives it.
     """
     first, thetas = scenarios[0], [cell.start() for cell in scenarios]
     gradients = _of_unions(first) if first.model.linear and first.settings.local_steps == 1 else None

@@ -128,7 +128,22 @@ def side_by_side(
 
 
 def mapped(function: Callable[[Given], Found], given: Iterable[Given], workers: int) -> Iterator[Found]:
-    """As `map`, in worker processes."""
+    """As `map`, with the function called in worker processes.
+
+    Parameters
+    ----------
+    function : callable
+        It and its results are pickled.
+    given : iterable
+        What the function is called with, one after the other.
+    workers : int
+        The largest number of processes.
+
+    Returns
+    -------
+    iterator
+        The results in the order of `given`, when all are there.
+    """
     parts = list(given)
     results = dict(side_by_side(_without_steps, [(function, part) for part in parts], min(workers, len(parts))))
     return (results[i] for i in range(len(parts)))

@@ -21,8 +21,10 @@ import gc
 import hashlib
 import importlib
 import json
+import math
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -55,6 +57,8 @@ LIBRARIES = (
 USUAL = ["-m", "not slow"]
 QUIET = ("-q", "-W", "ignore::pytest.PytestAssertRewriteWarning")  # libraries are there before pytest
 NOTICED, SLOW, SURVIVED, NOT_REACHED = "noticed", "noticed, by its time", "SURVIVED", "NOT REACHED"
+LIKELY = 30  # tests that are run before all the others
+WAITS = 20  # times its limit of processor time that a change may last by the clock: it may wait for what never comes
 
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -83,6 +87,11 @@ class Mutant:
     before: str
     after: str
     text: str  # its line as it stands
+
+    @property
+    def name(self) -> str:
+        """What tells it from every other change of this version of the package."""
+        return f"{self.file}:{self.span}: {self.after}"
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.before}  ->  {self.after}"
@@ -218,14 +227,23 @@ def drawn(found: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
 
 
 class Durations:
-    """A plugin of pytest that notes how long each test took, and whether all passed."""
+    """A plugin of pytest that notes how long each test took, and which failed."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add up set-up, call and tear-down."""
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed.add(report.nodeid)
+
+    def of_passed(self) -> dict[str, float]:
+        """The seconds of the tests that passed: one that fails anyhow can't tell whether anything has changed."""
+        for test in sorted(self.failed):
+            print(f"mutate: {test} fails without any change, and is left out", file=sys.stderr, flush=True)
+        return {test: seconds for test, seconds in self.seconds.items() if test not in self.failed}
 
 
 class Reach:
@@ -247,10 +265,16 @@ class Reach:
         elif changed:
             seconds = {name: one for name, one in seconds.items() if name.split("::")[0] not in changed}
             seconds |= self.measure(["--cov-append", *arguments, *(changed if arguments == USUAL else [])], workers)
-        state.write_text(json.dumps(found | {"seconds": seconds}))
         self.seconds = seconds
         self.data = coverage.CoverageData(str(KEPT / "coverage"))
         self.data.read()
+        kept = json.loads(state.read_text()) if state.exists() else {}
+        if {name: kept.get(name) for name in found} == found and kept.get("seconds") == seconds:
+            self.footprint = dict(kept["footprint"])
+        else:
+            self.footprint = self.footprints()
+            state.write_text(json.dumps(found | {"seconds": seconds, "footprint": self.footprint}))
+        self.key = digest([state])
 
     def measure(self, arguments: Sequence[str], workers: int) -> dict[str, float]:
         """Run tests once, under coverage; how long each took."""
@@ -261,11 +285,22 @@ class Reach:
             plugin = Durations()
             options = [*QUIET, "-n", str(workers), "--dist", "worksteal", "--cov", "fl_attack", "--cov-context", "test"]
             code = pytest.main([*options, "--cov-report=", *arguments], [plugin])
-            file.write_text(json.dumps(plugin.seconds))
+            file.write_text(json.dumps(plugin.of_passed()))
             os._exit(code)
-        if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]):
-            raise SystemExit("mutate: the tests must pass before anything is changed")
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            raise SystemExit("mutate: the tests could not be run")
         return dict(json.loads(file.read_text()))
+
+    def footprints(self) -> dict[str, int]:
+        """How many lines each test reaches: one that reaches few and this one is likely to be about it."""
+        found: dict[str, int] = {}
+        for file in self.data.measured_files():
+            for contexts in self.data.contexts_by_lineno(file).values():
+                for context in contexts:
+                    test = context.rsplit("|", 1)[0]
+                    found[test] = found.get(test, 0) + 1
+        return found
 
     def tests(self, mutant: Mutant) -> list[str]:
         """The tests that run a line, quickest first; of a line that runs on import, those that run any of its file."""
@@ -276,6 +311,11 @@ class Reach:
             found = {context.rsplit("|", 1)[0] for of_line in contexts.values() for context in of_line if context}
         return sorted(found & self.seconds.keys(), key=lambda test: self.seconds[test])
 
+    def in_turn(self, tests: Sequence[str]) -> list[list[str]]:
+        """Tests in two parts: the few that are most likely to notice, so that seldom all are collected; the rest."""
+        first = sorted(tests, key=lambda test: (self.footprint.get(test, 0), self.seconds[test]))[:LIKELY]
+        return [part for part in (first, [test for test in tests if test not in first]) if part]
+
 
 def digest(files: Sequence[Path]) -> str:
     """A hash of the contents of files."""
@@ -285,8 +325,8 @@ def digest(files: Sequence[Path]) -> str:
     return found.hexdigest()[:16]
 
 
-def run_tests(folder: Path, tests: Sequence[str], log: Path) -> int:
-    """Start the tests in a process of their own in a copy of the repository; its process id."""
+def run_tests(folder: Path, tests: Sequence[str], log: Path, limit: int) -> int:
+    """Start the tests in a process of their own, in a copy of the repository; the id of the process."""
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -294,11 +334,14 @@ def run_tests(folder: Path, tests: Sequence[str], log: Path) -> int:
         return process
     try:
         os.setsid()  # so that it can be ended together with what it started
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
         os.chdir(folder)
         os.environ["PYTHONPATH"] = str(folder)
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # to compile all tests takes seconds each time
+        sys.dont_write_bytecode = False
         sys.path.insert(0, str(folder))
         for name in [name for name in sys.modules if name.partition(".")[0] == "fl_attack"]:
             del sys.modules[name]
@@ -319,10 +362,43 @@ def end(process: int) -> None:
     os.waitpid(process, 0)
 
 
-def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, slack: float) -> dict[Mutant, str]:
-    """What became of each change."""
-    found: dict[Mutant, str] = {}
-    waiting = list(todo)[::-1]
+def put(file: Path, source: bytes) -> None:
+    """Write a file of a copy, without what was compiled of it: another change of the same second would go unseen."""
+    for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+        compiled.unlink()
+    file.write_bytes(source)
+
+
+class Record:
+    """A file of what became of each change, so that a run that was interrupted goes on where it stopped."""
+
+    def __init__(self, tests: str) -> None:
+        self.file, self.tests = KEPT / "verdicts.jsonl", tests
+
+    def known(self) -> dict[str, str]:
+        """What still holds: a change that was noticed, and one that was not, by the tests as they are now."""
+        rows = [json.loads(row) for row in self.file.read_text().splitlines()] if self.file.exists() else []
+        noticed = (NOTICED, SLOW)
+        return {
+            row["change"]: row["verdict"] for row in rows if row["verdict"] in noticed or row["tests"] == self.tests
+        }
+
+    def add(self, change: str, verdict: str) -> None:
+        """Note what became of a change."""
+        with self.file.open("a") as rows:
+            rows.write(json.dumps({"change": change, "verdict": verdict, "tests": self.tests}) + "\n")
+
+
+def verdicts(
+    todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, slack: float, seconds: float
+) -> dict[Mutant, str]:
+    """What became of each change; first come those whose tests take least, and after so many seconds none is begun."""
+    until = time.monotonic() + seconds
+    record = Record(reach.key)
+    known = record.known()
+    found = {mutant: known[mutant.name] for mutant in todo if mutant.name in known}
+    usual = {mutant: sum(reach.seconds[test] for test in reach.tests(mutant)) for mutant in todo if mutant not in found}
+    waiting = sorted(usual, key=lambda mutant: -usual[mutant])
     with tempfile.TemporaryDirectory(prefix="fl-attack-mutate-") as scratch:
         free = [Path(scratch) / f"copy{i}" for i in range(workers)]
         for folder in free:
@@ -333,14 +409,22 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
                     shutil.copytree(source, folder / name, ignore=skip)
                 else:
                     shutil.copy2(source, folder / name)
-        running: dict[int, tuple[Mutant, Path, float]] = {}
+        running: dict[int, tuple[Mutant, Path, list[list[str]], float]] = {}
+
+        def start(mutant: Mutant, folder: Path, parts: list[list[str]]) -> None:
+            allowed = int(min(limit, 20 + slack * usual[mutant]))
+            process = run_tests(folder, parts[0], Path(scratch) / f"{folder.name}.log", allowed)
+            running[process] = (mutant, folder, parts[1:], time.monotonic() + WAITS * allowed)
 
         def settle(mutant: Mutant, verdict: str) -> None:
             found[mutant] = verdict
+            record.add(mutant.name, verdict)
             print(f"{len(found)}/{len(todo)} {verdict}: {mutant}", flush=True)
 
         try:
             while waiting or running:
+                if time.monotonic() > until:
+                    waiting.clear()
                 while waiting and free:
                     mutant = waiting.pop()
                     tests = reach.tests(mutant)
@@ -348,13 +432,10 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
                         settle(mutant, NOT_REACHED)
                         continue
                     folder = free.pop()
-                    source = (ROOT / mutant.file).read_bytes()
-                    start, stop = mutant.span
-                    (folder / mutant.file).write_bytes(source[:start] + mutant.replacement.encode() + source[stop:])
-                    usual = sum(reach.seconds[test] for test in tests)
-                    process = run_tests(folder, tests, Path(scratch) / f"{folder.name}.log")
-                    running[process] = (mutant, folder, time.monotonic() + min(limit, 20 + slack * usual))
-                for process, (mutant, folder, deadline) in list(running.items()):
+                    whole, (first, last) = (ROOT / mutant.file).read_bytes(), mutant.span
+                    put(folder / mutant.file, whole[:first] + mutant.replacement.encode() + whole[last:])
+                    start(mutant, folder, reach.in_turn(tests))
+                for process, (mutant, folder, rest, deadline) in list(running.items()):
                     done, status = os.waitpid(process, os.WNOHANG)
                     over = time.monotonic() > deadline
                     if not done and not over:
@@ -362,9 +443,13 @@ def verdicts(todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, s
                     if over and not done:
                         end(process)
                     code = os.waitstatus_to_exitcode(status) if done else None
-                    settle(mutant, SLOW if code is None else NOTICED if code else SURVIVED)
                     del running[process]
-                    shutil.copy2(ROOT / mutant.file, folder / mutant.file)
+                    if code == 0 and rest:
+                        start(mutant, folder, rest)
+                        continue
+                    out_of_time = code in (None, -signal.SIGXCPU, -signal.SIGKILL)
+                    settle(mutant, SLOW if out_of_time else NOTICED if code else SURVIVED)
+                    put(folder / mutant.file, (ROOT / mutant.file).read_bytes())
                     free.append(folder)
                 time.sleep(0.02)
         finally:
@@ -385,8 +470,9 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=60, help="how many changes (60); 0: all")
     parser.add_argument("--seed", type=int, default=0, help="which ones (0)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="at a time (processors)")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds a change may take at most (300)")
+    parser.add_argument("--limit", type=float, default=300.0, help="processor seconds a change may take (300)")
     parser.add_argument("--slack", type=float, default=4.0, help="times as long as usual a change may take (4)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no change is begun (no limit)")
     parser.add_argument("--least", type=float, default=0.9, help="share to be noticed for exit code 0 (0.9)")
     parser.add_argument("--list", action="store_true", help="list the changes and make none")
     parser.add_argument("tests", nargs="*", help="after --: arguments of pytest (-m 'not slow')")
@@ -404,7 +490,6 @@ def main() -> int:
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("FL_ATTACK_TEST_DATA", str(ROOT.parent / "shared" / "data"))
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a change within the second a file was written in would go unseen
     os.chdir(ROOT)
     reach = Reach(chosen.tests or USUAL, chosen.workers)
     hypothesis.settings.register_profile(
@@ -414,11 +499,14 @@ def main() -> int:
         importlib.import_module(name)
     gc.freeze()
     began = time.monotonic()
-    verdict = verdicts(todo, reach, chosen.workers, chosen.limit, chosen.slack)
+    verdict = verdicts(todo, reach, chosen.workers, chosen.limit, chosen.slack, chosen.seconds)
+    todo, left_over = [mutant for mutant in todo if mutant in verdict], len(todo) - len(verdict)
     left = [mutant for mutant in todo if verdict[mutant] in (SURVIVED, NOT_REACHED)]
     print(f"\n{len(todo)} changes in {time.monotonic() - began:.0f} s, {len(known)} more known to do nothing")
     for kind in (NOTICED, SLOW, SURVIVED, NOT_REACHED):
         print(f"{sum(one == kind for one in verdict.values()):5} {kind}")
+    if left_over:
+        print(f"{left_over:5} not tried yet: the same command goes on with them")
     if left:
         print("\nnot noticed:", *(f"  {mutant}" for mutant in left), sep="\n")
     return int(len(left) > (1 - chosen.least) * len(todo))

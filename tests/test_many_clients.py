@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fl_attack import detect, protocol
+from fl_attack.aggregate.geometry import gram_of
 
 
 def plain_auc(score: np.ndarray, positive: np.ndarray) -> float:
@@ -29,6 +30,12 @@ def test_the_area_by_sorting_is_that_of_all_pairs(seed: int) -> None:
     positive = rng.random(len(score)) < 0.4
     found = detect.auc(torch.from_numpy(score), torch.from_numpy(positive))
     assert found.item() == pytest.approx(plain_auc(score, positive), abs=1e-15)
+
+
+@pytest.mark.parametrize("clients", [31, 500, 501, 700])
+def test_inner_products_are_those_of_all_pairs_in_blocks_of_any_size(clients: int) -> None:
+    u = torch.randn(2, clients, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gram_of(u), torch.einsum("bmcd,bncd->bmn", u, u), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0, 1e7])

@@ -10,9 +10,9 @@ from scipy.stats import ttest_1samp
 from fl_attack.replication import claims, statistics
 from fl_attack.replication.cells import with_drops
 from fl_attack.replication.claims import CLAIMS
-from fl_attack.replication.extensions import lost_by_chance
-from fl_attack.replication.findings import Line, decided
-from fl_attack.replication.plan import STEP, Source
+from fl_attack.replication.extensions import answer, lost_by_chance
+from fl_attack.replication.findings import Line, Result, decided
+from fl_attack.replication.plan import CEIL, PERSIST, SMALL, STEP, Run, Source
 from fl_attack.replication.statistics import GOALS, Statistic
 from fl_attack.replication.verdicts import (
     NOISY,
@@ -245,3 +245,28 @@ def test_what_a_single_run_loses_by_chance() -> None:
     assert lost_by_chance(np.array([80.0, 74.0, 90.0, 85.9])) == pytest.approx(4 / 12)
     ends = np.random.default_rng(0).normal(0, 7.4, 3000)
     assert lost_by_chance(ends) == pytest.approx(0.283, abs=0.02)  # 6 points are 0.57 deviations of a difference
+
+
+def test_the_first_page_says_under_which_protocol_the_papers_size_comes_out() -> None:
+    source = Source("mnist_01", "MNIST 0/1", True, ())
+    claim = next(one for one in CLAIMS if one.preset == "smallest")
+
+    def line(protocol: str, label: str, size: float, verdict: str) -> Line:
+        found = evidence(np.array([size - 0.1, size + 0.1]))
+        return Line(claim, source, protocol, "0.1", protocol == STEP, claims.Finding(label, found, verdict))
+
+    lines = [
+        line(STEP, "untargeted, last iterate", 0.1, NOT),
+        line(STEP, "untargeted, least over epochs", 0.2, NOT),
+        line(PERSIST, "untargeted, last iterate", 21.8, PARTLY),
+        line(SMALL, "targeted, last iterate", 5.9, REPLICATED),
+        line(SMALL, "targeted, mean of the last 20 epochs", 6.7, REPLICATED),
+        line(CEIL, "untargeted, last iterate", 0.4, NOISY),
+    ]
+    ends = Cells({"lr": np.full(4, "0.1"), "accuracy": np.array([80.0, 74.0, 90.0, 85.9])})
+    text, size, other, chance = answer([Result(Run("noise", source, batch=64), ends)], lines)
+    assert "MNIST 0/1, untargeted: 0.10 [" in text and "0.20" not in text
+    assert size.endswith(f"come out:** {SMALL}, MNIST 0/1 (targeted 5.9 to 6.7).")
+    assert other.endswith(f"3 to 9):** {PERSIST}, MNIST 0/1 (untargeted 21.8).")
+    assert chance.endswith("MNIST 0/1 in 33 % (lr 0.1, batches of 64).")
+    assert answer([], lines[:1])[1].endswith("come out:** under no protocol.") and answer([], []) == []

@@ -87,7 +87,19 @@ def sees(name: str) -> bool:
 
 
 def is_builtin(name: str, pre: Sequence[PreEntry] = ()) -> bool:
-    """Whether a rule and its pre-aggregators are of these tables; those of others may not run in threads."""
+    """Whether a rule and its pre-aggregators are of the tables here; those of others may not run in threads.
+
+    Parameters
+    ----------
+    name : str
+        That of the rule, or an import path.
+    pre : sequence
+        The pre-aggregators, each a name or `{name: arguments}`.
+
+    Returns
+    -------
+    bool
+    """
     return name in RULES and all((entry if isinstance(entry, str) else next(iter(entry))) in PRE for entry in pre)
 
 

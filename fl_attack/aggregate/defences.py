@@ -41,6 +41,18 @@ def fltrust(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tensor:
     References
     ----------
     Cao, Fang, Liu, Gong (2021). FLTrust: Byzantine-robust federated learning via trust bootstrapping. arXiv 2012.13995.
+
+    Parameters
+    ----------
+    updates, weights, f
+        As all rules take them, see `rules`; the last two are not used.
+    seen : Seen
+        Its `root` gives the server's own update.
+
+    Raises
+    ------
+    ValueError
+        Where the server has no samples of its own.
     """
     if seen.root is None:
         raise ValueError("fltrust needs samples that the server trusts; give strategy.root, how many")
@@ -62,6 +74,21 @@ def cosine_history(
     is clipped to the median norm, since an angle says nothing of a length. Averaging over rounds makes much of a small
     bias, which a single minibatch hides (Karimireddy, He, Jaggi 2021, arXiv 2012.10333); cosines as a sign of flipped
     labels are Awan, Luo, Li's (2021, CONTRA, ESORICS).
+
+    Parameters
+    ----------
+    updates, weights, f
+        See `rules`.
+    seen : Seen
+        The numbers of the clients.
+    state : dict or None
+        Sums of cosines and numbers of rounds by client, (..., clients) each; None before the first round.
+
+    Returns
+    -------
+    aggregate : (..., C, d) tensor
+    state : dict
+        What the next round gets.
     """
     m = updates.shape[-3]
     median = middle(updates, (m - 1) // 2, m // 2 + 1).unsqueeze(-3)
@@ -86,6 +113,13 @@ def class_norms(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tens
     A flipped label adds to the rows of two classes. The norms of a client's rows are a point, and those f farthest from
     the coordinate-wise median of all clients' points are left out. That flipped labels show in these rows is Jebreel
     et al.'s observation (2022, arXiv 2207.01982), who cluster the two rows that differ most.
+
+    Parameters
+    ----------
+    updates, weights, f
+        See `rules`; weights are not used.
+    seen : Seen
+        Its `by_class` gives the rows of the last layer.
     """
     m = updates.shape[-3]
     rows = _by_class(seen, updates)
@@ -107,6 +141,13 @@ def spectral(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     ----------
     Tran, Li, Madry (2018). Spectral signatures in backdoor attacks. arXiv 1811.00636.
     Shejwalkar, Houmansadr (2021). Manipulating the Byzantine. https://doi.org/10.14722/ndss.2021.24498.
+
+    Parameters
+    ----------
+    updates, weights
+        See `rules`; weights are not used.
+    f : int
+        How many updates are left out.
     """
     gram, finite = careful_products(updates)
     m = updates.shape[-3]
@@ -238,9 +279,19 @@ def flame(
 
 
 def largest_cluster(distance: Tensor, size: int) -> Tensor:
-    """Who is in the first cluster (..., m) of bool of at least `size`, as single linkage joins by distance (..., m, m).
+    """The first cluster that is large enough, as single linkage joins clients by distance.
 
-    Of two at once, the one with the lowest client.
+    Parameters
+    ----------
+    distance : (..., m, m) tensor
+        Between the updates of each two clients.
+    size : int
+        How many clients the cluster must have at least.
+
+    Returns
+    -------
+    (..., m) tensor of bool
+        Who is in it; of two clusters at once, the one with the lowest client.
     """
     m = distance.shape[-1]
     linked = distance.clone()

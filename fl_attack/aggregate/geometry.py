@@ -11,6 +11,7 @@ from torch import Tensor
 from fl_attack.aggregate.ordering import ascending, finite_rows, middle
 
 BLOCK = 32  # clients; smaller blocks compute fewer products twice, but each takes longer
+MANY, LARGE_BLOCK = 500, 256  # of more clients than `MANY`, in blocks that take half the time
 CLOSE = 0.01  # squared distances below this share of the squared norms have lost digits
 SMALLEST = 1e-26  # a squared norm that is a smaller share of the others may have lost all
 UNDERFLOW = 1e-30  # squares of numbers whose squared norm is smaller may have
@@ -19,7 +20,19 @@ FAR, LARGEST = 1e300, 1e307  # squared distance to one that is not finite; the l
 
 
 def combined(updates: Tensor, shares: Tensor) -> Tensor:
-    """Sum (..., C, d) of the updates times shares (..., m); a share of 0 leaves out even an update with NaN or Inf."""
+    """Sum of the updates times their shares.
+
+    Parameters
+    ----------
+    updates : (..., m, C, d) tensor
+        One of each client.
+    shares : (..., m) tensor
+        A share of 0 leaves out even an update with NaN or Inf.
+
+    Returns
+    -------
+    (..., C, d) tensor
+    """
     shares = shares.to(updates)
     found = weighted(updates, shares)
     if bool(found.sum().isfinite()):
@@ -28,7 +41,19 @@ def combined(updates: Tensor, shares: Tensor) -> Tensor:
 
 
 def weighted(updates: Tensor, shares: Tensor) -> Tensor:
-    """Sum (..., C, d) of the updates times shares, (m,) or (..., m)."""
+    """Sum of the updates times their shares, of updates that are all finite.
+
+    Parameters
+    ----------
+    updates : (..., m, C, d) tensor
+        What is added up.
+    shares : (m,) or (..., m) tensor
+        The same for all federations, or those of each.
+
+    Returns
+    -------
+    (..., C, d) tensor
+    """
     by_client = updates.movedim(-3, 0)
     if shares.ndim == 1 and by_client.is_contiguous():  # one product for all federations
         return (shares @ by_client.view(len(shares), -1)).view(by_client.shape[1:])
@@ -37,7 +62,19 @@ def weighted(updates: Tensor, shares: Tensor) -> Tensor:
 
 
 def along(updates: Tensor, v: Tensor) -> Tensor:
-    """Inner products (..., m) of the updates with v (..., C, d)."""
+    """Inner products of updates with a vector.
+
+    Parameters
+    ----------
+    updates : (..., m, C, d) tensor
+        Those of m clients.
+    v : (..., C, d) tensor
+        The vector, of each federation.
+
+    Returns
+    -------
+    (..., m) tensor
+    """
     # a row times a matrix: ten times as fast, for many small ones, as the matrix times a column
     return (v.flatten(-2).unsqueeze(-2) @ updates.flatten(-2).mT).squeeze(-2)
 
@@ -104,8 +141,9 @@ def gram_of(updates: Tensor) -> Tensor:
     whole = updates.flatten(-2)
     m = whole.shape[-2]
     gram = whole.new_empty(*whole.shape[:-1], m)
-    for start in range(0, m, BLOCK):  # the diagonal and below
-        stop = min(start + BLOCK, m)
+    block = LARGE_BLOCK if m > MANY else BLOCK
+    for start in range(0, m, block):  # the diagonal and below
+        stop = min(start + block, m)
         gram[..., start:, start:stop] = whole[..., start:, :] @ whole[..., start:stop, :].mT
     place = torch.arange(m, device=gram.device)
     return torch.where(place.unsqueeze(-1) >= place, gram, gram.mT)

@@ -110,7 +110,14 @@ def _by_network(flat: Tensor, places: range) -> Rows:
 
 @cache
 def network(m: int, places: range) -> list[tuple[int, int, bool, bool]]:
-    """The comparisons of a sorting network for m values, without those that no place asked for needs.
+    """The comparisons of a sorting network, without those that no place asked for needs.
+
+    Parameters
+    ----------
+    m : int
+        How many values are sorted.
+    places : range
+        Places in ascending order whose values are asked for, from 0.
 
     Returns
     -------
@@ -141,7 +148,19 @@ def network(m: int, places: range) -> list[tuple[int, int, bool, bool]]:
 
 
 def middle(updates: Tensor, start: int, stop: int) -> Tensor:
-    """Coordinate-wise mean (..., C, d) of the values from place start to stop - 1 in ascending order."""
+    """Coordinate-wise mean of the values at some places in ascending order.
+
+    Parameters
+    ----------
+    updates : (..., m, C, d) tensor
+        The values of each coordinate are those of m clients.
+    start, stop : int
+        The first place, from 0, and the one after the last.
+
+    Returns
+    -------
+    (..., C, d) tensor
+    """
     if start == 0 and stop == updates.shape[-3]:
         return updates.mean(-3)
 

@@ -20,6 +20,18 @@ def nnm(updates: Tensor, weights: Tensor, f: int, client_order: Tensor) -> tuple
     References
     ----------
     Allouah et al. (2023). Fixing by mixing: a recipe for optimal Byzantine ML under heterogeneity. arXiv 2302.01772.
+
+    Parameters
+    ----------
+    updates, weights, f, client_order
+        As all of `PRE` take them, see this module's head.
+
+    Returns
+    -------
+    mixed : (..., m, C, d) tensor
+        NaN where an update is not finite.
+    weights : (m,) tensor
+        As they were.
     """
     m = updates.shape[-3]
     squared, ordered = distances(updates)
@@ -37,7 +49,19 @@ def nnm(updates: Tensor, weights: Tensor, f: int, client_order: Tensor) -> tuple
 def bucketing(updates: Tensor, weights: Tensor, f: int, client_order: Tensor, *, s: int = 2) -> tuple[Tensor, Tensor]:
     """Means of s clients each, in their random order; the last bucket takes what is left.
 
-    Returns updates (..., ceil(m / s), C, d), and the summed weights of each bucket.
+    Parameters
+    ----------
+    updates, weights, f, client_order
+        As all of `PRE` take them.
+    s : int
+        Clients in a bucket.
+
+    Returns
+    -------
+    means : (..., ceil(m / s), C, d) tensor
+        One for each bucket.
+    weights : (ceil(m / s),) tensor
+        Summed over each bucket.
 
     References
     ----------
@@ -56,5 +80,20 @@ def bucketing(updates: Tensor, weights: Tensor, f: int, client_order: Tensor, *,
 def clipping(
     updates: Tensor, weights: Tensor, f: int, client_order: Tensor, *, c: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each update scaled down to the norm c; by default to the median of their norms."""
+    """Each update scaled down to the norm c; by default to the median of their norms.
+
+    Parameters
+    ----------
+    updates, weights, f, client_order
+        As all of `PRE` take them.
+    c : float, optional
+        The largest norm.
+
+    Returns
+    -------
+    clipped : (..., m, C, d) tensor
+        Those that are not finite become zero.
+    weights : (m,) tensor
+        As they were.
+    """
     return clip(updates, c), weights

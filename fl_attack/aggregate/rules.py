@@ -86,7 +86,13 @@ def in_range(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Mean weighted by samples: of gradients, the gradient of all clients' batches together. It is not robust."""
+    """Mean weighted by samples: of gradients, the gradient of all clients' batches together. It is not robust.
+
+    Parameters
+    ----------
+    updates, weights, f
+        See the head of this module; f is not used.
+    """
     weights = weights.to(updates)
     return weighted(updates, weights / weights.sum())
 
@@ -98,6 +104,11 @@ def median(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     References
     ----------
     Yin et al. (2018). Byzantine-robust distributed learning: towards optimal statistical rates. arXiv 1803.01498.
+
+    Parameters
+    ----------
+    updates, weights, f
+        See the head of this module; neither weights nor f are used.
     """
     m = updates.shape[-3]
     return middle(updates, (m - 1) // 2, m // 2 + 1)
@@ -110,6 +121,13 @@ def trimmed_mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     References
     ----------
     Yin et al. (2018). Byzantine-robust distributed learning: towards optimal statistical rates. arXiv 1803.01498.
+
+    Parameters
+    ----------
+    updates, weights
+        See the head of this module.
+    f : int
+        Below half of the clients.
     """
     m = updates.shape[-3]
     return middle(updates, f, m - f)
@@ -122,6 +140,13 @@ def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     References
     ----------
     Xie, Koyejo, Gupta (2018). Generalized Byzantine-tolerant SGD. arXiv 1802.10116.
+
+    Parameters
+    ----------
+    updates, weights
+        See the head of this module.
+    f : int
+        How many values of each coordinate are left out.
     """
     m = updates.shape[-3]
     kept = m - f
@@ -152,6 +177,13 @@ def krum(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     References
     ----------
     Blanchard et al. (2017). Machine learning with adversaries: Byzantine tolerant gradient descent. arXiv 1703.02757.
+
+    Parameters
+    ----------
+    updates, weights
+        See the head of this module.
+    f : int
+        At most `max_f_of_krum` of the clients.
     """
     score = _krum_scores(distances(updates).ordered, f)
     return _clients(updates, score.argmin(-1, keepdim=True)).squeeze(-3)
@@ -163,6 +195,18 @@ def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = N
     References
     ----------
     Blanchard et al. (2017). Machine learning with adversaries: Byzantine tolerant gradient descent. arXiv 1703.02757.
+
+    Parameters
+    ----------
+    updates, weights, f
+        As `krum` takes them.
+    keep : int, optional
+        How many updates are averaged.
+
+    Raises
+    ------
+    ValueError
+        Where `keep` is not from 1 to m - f.
     """
     m = updates.shape[-3]
     keep = m - f if keep is None else keep
@@ -180,6 +224,13 @@ def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     ----------
     El Mhamdi, Guerraoui, Rouault (2018). The hidden vulnerability of distributed learning in Byzantium. arXiv
     1802.07927.
+
+    Parameters
+    ----------
+    updates, weights
+        See the head of this module.
+    f : int
+        At most `max_f_of_bulyan` of the clients.
     """
     squared = distances(updates).squared
     m = squared.shape[-1]
@@ -309,7 +360,20 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
 
 
 def mean_by_shares(updates: Tensor, share: Tensor) -> Tensor:
-    """The mean (..., C, d) by shares (..., m), in float64 where the precision of the updates might not hold a share."""
+    """The sum of updates times shares, in float64 where the precision of the updates might not hold a share.
+
+    Parameters
+    ----------
+    updates : (..., m, C, d) tensor
+        What is averaged.
+    share : (..., m) tensor of float64
+        What each update counts.
+
+    Returns
+    -------
+    (..., C, d) tensor
+        In the precision of the updates.
+    """
     if bool(((share > 0) & (share < TINY)).any()) and updates.dtype == torch.float32:
         return combined(updates.double(), share).to(updates)
     return combined(updates, share.to(updates))
@@ -328,9 +392,29 @@ def _summed_distance(apart: Tensor, finite: Tensor) -> Tensor:
 
 
 def vardi_zhang_step(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) -> Tensor:
-    """Shares (..., m) after a step of Vardi and Zhang's from the update at an index (..., 1).
+    """A step of Vardi and Zhang's towards the geometric median, from the place of an update.
 
     The step goes towards the others where they pull harder than the updates at this place hold; else it is none.
+
+    Parameters
+    ----------
+    gram : (..., m, m) tensor of float64
+        Inner products of the updates.
+    finite : (..., m) tensor of bool
+        Which of them count.
+    at : (..., 1) tensor of int64
+        The update that the step begins at.
+    floor : (..., 1) tensor
+        Distances up to which two updates are at the same place.
+
+    Returns
+    -------
+    (..., m) tensor
+        The shares of the updates in the place after the step.
+
+    References
+    ----------
+    Vardi, Zhang (2000). The multivariate L1-median and associated data depth. https://doi.org/10.1073/pnas.97.4.1423.
     """
     here = torch.zeros_like(finite, dtype=torch.float64).scatter(-1, at, 1.0)
     apart = _squared_distances_from(here, gram).sqrt()
@@ -408,6 +492,13 @@ def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None =
     References
     ----------
     Sun et al. (2019). Can you really backdoor federated learning? arXiv 1911.07963 (with a fixed c).
+
+    Parameters
+    ----------
+    updates, weights, f
+        See the head of this module; neither weights nor f are used.
+    c : float, optional
+        The largest norm, above 0.
     """
     share, finite = clip_shares(updates, c)
     if not bool(finite.all()):
@@ -416,7 +507,19 @@ def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None =
 
 
 def clip(updates: Tensor, c: float | None) -> Tensor:
-    """Updates scaled down to the norm c, by default to the median of their norms; those not finite become zero."""
+    """Updates scaled down to a norm; those that are not finite become zero.
+
+    Parameters
+    ----------
+    updates : (..., m, C, d) tensor
+        They are not changed.
+    c : float or None
+        The largest norm; None is the median of their norms.
+
+    Returns
+    -------
+    (..., m, C, d) tensor
+    """
     share, finite = clip_shares(updates, c)
     if not bool(finite.all()):
         updates = updates.where(finite[..., None, None], 0.0)
@@ -426,7 +529,25 @@ def clip(updates: Tensor, c: float | None) -> Tensor:
 
 
 def clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
-    """The factor (..., m) that scales each update down to the norm c, and which are finite, (..., m) of bool."""
+    """The factors by which `clip` scales updates.
+
+    Parameters
+    ----------
+    updates, c
+        As `clip` takes them.
+
+    Returns
+    -------
+    share : (..., m) tensor
+        From 0 to 1.
+    finite : (..., m) tensor of bool
+        Which updates are finite; the factors of others mean nothing.
+
+    Raises
+    ------
+    ValueError
+        Where c is not above 0.
+    """
     if c is not None and not c > 0:
         raise ValueError(f"c={c} must be above 0")
     norm = norms(updates)

@@ -112,7 +112,20 @@ def find(name: str) -> Attack:
 
 
 def check_args(name: str, args: Mapping[str, Any]) -> None:
-    """InputError where an attack does not take these arguments."""
+    """Check that an attack takes arguments.
+
+    Parameters
+    ----------
+    name : str
+        A name of `ATTACKS`, or the import path of a function.
+    args : mapping
+        Arguments by name.
+
+    Raises
+    ------
+    InputError
+        Where one is unknown, missing or of another type.
+    """
     parameters = list(signature(find(name).function).parameters.values())[1:]
     known = [one.name for one in parameters if one.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     unknown = [key for key in args if key not in known]
@@ -144,7 +157,20 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
 
 
 def try_args(name: str, args: Mapping[str, Any], classes: int) -> None:
-    """InputError where an attack of the table refuses the values of these arguments with this number of classes."""
+    """Check that an attack of the table takes the values of arguments, by calling it on a made-up round.
+
+    Parameters
+    ----------
+    name, args
+        As `check_args` takes them; others than those of the table are not called.
+    classes : int
+        How many labels there are.
+
+    Raises
+    ------
+    InputError
+        Where the attack refuses a value, with what it says.
+    """
     if name not in ATTACKS:
         return
     some = torch.zeros(classes, classes)
@@ -164,7 +190,31 @@ def try_args(name: str, args: Mapping[str, Any], classes: int) -> None:
 
 
 def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int], classes: int) -> Proposal:
-    """What an attack on labels proposes, in `shape` (..., n); RunError where a user's function gives no proposal."""
+    """What an attack on labels proposes.
+
+    Parameters
+    ----------
+    name : str
+        A name of `ATTACKS`, or the import path of a function.
+    view : View
+        What the attackers see in the round; a function of somebody's gets a copy.
+    args : mapping
+        Its arguments by name.
+    shape : sequence of int
+        Those of the leading axes, and the number n of samples.
+    classes : int
+        How many labels there are.
+
+    Returns
+    -------
+    Proposal
+        Labels and priorities, (..., n) or (n,).
+
+    Raises
+    ------
+    RunError
+        Where a user's function gives no proposal.
+    """
     if name in ATTACKS:
         given: Proposal = ATTACKS[name].function(view, **args)
         return given
@@ -187,7 +237,27 @@ def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int]
 
 
 def craft(name: str, view: Updates, args: Mapping[str, Any]) -> Tensor:
-    """What an attack on updates sends, (..., m, C, d); RunError where a user's function gives something else."""
+    """What an attack on updates sends.
+
+    Parameters
+    ----------
+    name : str
+        A name of `ATTACKS`, or the import path of a function.
+    view : Updates
+        What the attackers see in the round; a function of somebody's gets a copy.
+    args : mapping
+        Its arguments by name.
+
+    Returns
+    -------
+    (..., m, C, d) tensor
+        An update for each client, of which those of the malicious ones count.
+
+    Raises
+    ------
+    RunError
+        Where a user's function gives something else.
+    """
     if name in ATTACKS:
         given: Tensor = ATTACKS[name].function(view, **args)
         return given
@@ -239,5 +309,18 @@ def direction(goal: Goal, theta: Tensor, clean_gradient: Tensor | None, target: 
 
 
 def flipped_target(y: Tensor, classes: int) -> Tensor:
-    """The fully flipped labels that a targeted attacker steers to: y + 1 modulo classes (0 <-> 1 in binary)."""
+    """The fully flipped labels of the training that gives theta_target.
+
+    Parameters
+    ----------
+    y : tensor of int64
+        True labels, in any shape.
+    classes : int
+        How many labels there are, C.
+
+    Returns
+    -------
+    tensor of int64
+        y + 1 modulo C, which swaps the labels of a binary task.
+    """
     return (y + 1) % classes

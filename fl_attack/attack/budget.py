@@ -40,11 +40,23 @@ def select(priority: Tensor, group: Tensor, budgets: Tensor) -> Tensor:
 
 
 def flip_allowance(budget: Fraction, writable_before: int, writable: int, rounding: Rounding) -> int:
-    """The number of labels that may be flipped in a round in which `writable` can be written.
+    """The number of labels that may be flipped in a round.
 
-    `floor` never exceeds the budget in any round; `carry` hands the fraction on from the `writable_before` samples
-    of the rounds attacked so far, so that all rounds together come to the floor of the whole; `ceil` rounds up, so
-    that any budget above 0 is at least one label in every round.
+    Parameters
+    ----------
+    budget : Fraction
+        Share b of the writable samples, exact.
+    writable_before : int
+        How many samples could be written in the rounds attacked so far.
+    writable : int
+        How many can be written in this round.
+    rounding : {"floor", "carry", "ceil"}
+        `floor` never exceeds the budget in any round; `carry` hands the fraction on, so that all rounds together come
+        to the floor of the whole; `ceil` rounds up, so that any budget above 0 is at least one label in every round.
+
+    Returns
+    -------
+    int
     """
     if rounding == "floor":
         return math.floor(budget * writable)
@@ -54,7 +66,20 @@ def flip_allowance(budget: Fraction, writable_before: int, writable: int, roundi
 
 
 def attacked_before(round_: int, every: int, start: int, stop: int | None) -> int | None:
-    """The number of attacked rounds before a round, each `every`-th from `start` to `stop`; None where it is none."""
+    """The number of attacked rounds before a round.
+
+    Parameters
+    ----------
+    round_ : int
+        The round, from 1.
+    every, start, stop : int
+        The rounds attacked: each `every`-th from `start` on, up to `stop` where that is not None.
+
+    Returns
+    -------
+    int or None
+        None where the round itself is not attacked.
+    """
     if round_ < start or (stop is not None and round_ > stop) or (round_ - start) % every:
         return None
     return (round_ - start) // every

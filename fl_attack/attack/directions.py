@@ -132,7 +132,25 @@ def find_direction(name: str) -> Direction:
 
 
 def direction_of(name: str, aim: Aim) -> Tensor:
-    """The direction (..., A, B) of a name; RunError where a user's function gives no direction."""
+    """The direction that the gradient is pushed against.
+
+    Parameters
+    ----------
+    name : str
+        A name of `DIRECTIONS`, or the import path of a function.
+    aim : Aim
+        What there is to choose by; a function of somebody's gets a copy.
+
+    Returns
+    -------
+    (..., A, B) tensor
+        Shaped as the parameters.
+
+    Raises
+    ------
+    RunError
+        Where a user's function gives no direction.
+    """
     if name in DIRECTIONS:
         return DIRECTIONS[name].function(aim)
     own = Aim(

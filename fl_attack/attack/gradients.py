@@ -67,28 +67,73 @@ class Updates:
 
 
 def sign_flip(view: Updates, *, scale: float = 1.0) -> Tensor:
-    """Each its own update, turned round and scaled. Li et al. 2019, https://arxiv.org/abs/1811.03761."""
+    """Each client sends its own update, turned round and scaled.
+
+    Parameters
+    ----------
+    view : Updates
+        What the attackers see.
+    scale : float
+        The factor.
+
+    References
+    ----------
+    Li et al. 2019, https://arxiv.org/abs/1811.03761.
+    """
     return view.updates * -scale
 
 
 def gaussian(view: Updates, *, sigma: float = 200.0) -> Tensor:
-    """Noise of mean 0 and standard deviation sigma. Blanchard et al. 2017 (200), https://arxiv.org/abs/1703.02757."""
+    """Noise of mean 0, for each client its own.
+
+    Parameters
+    ----------
+    view : Updates
+        It holds the noise.
+    sigma : float
+        Standard deviation of each coordinate, at least 0; 200 is that of the source.
+
+    References
+    ----------
+    Blanchard et al. 2017, https://arxiv.org/abs/1703.02757.
+    """
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma={sigma} is not allowed; it must be 0 or more")
     return view.noise.to(view.updates) * sigma
 
 
 def ipm(view: Updates, *, epsilon: float = 1.0) -> Tensor:
-    """Inner-product manipulation: -epsilon times the honest mean. Xie et al. 2020, https://arxiv.org/abs/1903.03936."""
+    """Inner-product manipulation: the honest mean, turned round.
+
+    Parameters
+    ----------
+    view : Updates
+        It holds the honest mean.
+    epsilon : float
+        The factor; below about the ratio of honest to malicious clients the mean still points the right way.
+
+    References
+    ----------
+    Xie et al. 2020, https://arxiv.org/abs/1903.03936.
+    """
     return view.mean * -epsilon
 
 
 def alie(view: Updates, *, z: float | None = None) -> Tensor:
     """A little is enough: the honest mean less z honest standard deviations, coordinate by coordinate.
 
-    By default z is the largest that a majority of the clients still outdoes: with n clients, f of them malicious and
-    s = floor(n / 2 + 1) - f supporters needed, the normal quantile of (n - f - s) / (n - f); s is taken to be at
-    least 1, z at least 0. Baruch et al. 2019, https://arxiv.org/abs/1902.06156.
+    Parameters
+    ----------
+    view : Updates
+        It holds mean and deviation of the honest updates.
+    z : float, optional
+        By default the largest that a majority of the clients still outdoes: with n clients, f of them malicious and
+        s = floor(n / 2 + 1) - f supporters needed, the normal quantile of (n - f - s) / (n - f); s is taken to be at
+        least 1, z at least 0.
+
+    References
+    ----------
+    Baruch et al. 2019, https://arxiv.org/abs/1902.06156.
     """
     if z is not None:
         return view.mean - z * view.deviation

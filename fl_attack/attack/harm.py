@@ -10,15 +10,37 @@ from fl_attack.models.outputs import class_logits
 
 
 def smoothed_error(Z: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """Mean over samples of the probability that the model gives to other labels than the true one, (...,).
+    """Mean over samples of the probability that the model gives to other labels than the true one.
 
-    The lower the temperature by which logits are divided, the nearer it is to the error, and the rougher.
+    Parameters
+    ----------
+    Z : (..., n, C) tensor
+        Logits.
+    y : (n,) tensor of int64
+        True labels.
+    temperature : float
+        Logits are divided by it: the lower it is, the nearer is this to the error, and the rougher.
+
+    Returns
+    -------
+    (...,) tensor
+        From 0 to 1.
     """
     return 1 - _own_probability(class_logits(Z) / temperature, y).mean(-1)
 
 
 def smoothed_error_residuals(Z: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """Derivative of `smoothed_error` by the logits, shaped as Z."""
+    """Derivative of `smoothed_error` by the logits.
+
+    Parameters
+    ----------
+    Z, y, temperature
+        Those of `smoothed_error`.
+
+    Returns
+    -------
+    (..., n, C) tensor
+    """
     p = torch.softmax(class_logits(Z) / temperature, -1)
     own = p.gather(-1, y.expand(p.shape[:-1]).unsqueeze(-1))
     R = own * p

@@ -116,10 +116,22 @@ def planned(
     sample: int = 1000,
     temperature: float = 0.3,
 ) -> Proposal:
-    """As `greedy`, along a direction that looks ahead: `plans` gives it for all rounds, and so the flips of all.
+    """Flips as `greedy` gives them, along a direction that looks ahead: `plans` makes all of a run's flips together.
 
-    A plan takes at most so many `sweeps` from each of its `starts`, and ends one that gains less than `tolerance` in
-    eight of them. The harm is the smoothed error on a `sample` of the training data, logits over `temperature`.
+    Parameters
+    ----------
+    view : View
+        What the attackers see.
+    sweeps : int
+        How many a plan takes at most, from each start.
+    starts : int
+        How many plans are begun, of which the best is taken.
+    tolerance : float
+        A plan that gains less harm in eight sweeps is ended.
+    sample : int
+        How many training samples harm is measured on.
+    temperature : float
+        Of the smoothed error, which is the harm; see `harm.smoothed_error`.
     """
     given = {"sweeps": sweeps, "starts": starts, "tolerance": tolerance, "sample": sample, "temperature": temperature}
     planned_options(given)
@@ -140,10 +152,21 @@ def static_flip(
     source: int | None = None,
     target: int | None = None,
 ) -> Proposal:
-    """Samples at random by a fixed map of labels: y to C - 1 - y (`opposite`), or to y + 1 modulo C (`cyclic`).
+    """Samples at random, by a fixed map of labels.
 
-    With `source` and `target` only samples of the one class are flipped, to the other. Fang et al.,
-    https://arxiv.org/abs/1911.11815 (opposite); Tolpegin et al., https://arxiv.org/abs/2007.08432 (source, target).
+    Parameters
+    ----------
+    view : View
+        What the attackers see.
+    map : {"opposite", "cyclic"}
+        y to C - 1 - y, or to y + 1 modulo C.
+    source, target : int, optional
+        With both, only samples of the one class are flipped, to the other.
+
+    References
+    ----------
+    Fang et al., https://arxiv.org/abs/1911.11815 (opposite); Tolpegin et al., https://arxiv.org/abs/2007.08432 (source,
+    target).
     """
     classes = view.logits.shape[-1]
     if (source is None) != (target is None):
@@ -162,7 +185,12 @@ def static_flip(
 def confidence_flip(view: View, *, certain: Literal["most", "least"] = "most") -> Proposal:
     """The samples whose true label the model is most, or least, certain of, each to the likeliest other class.
 
-    Certainty is the margin: the logit of the true label above the largest other one.
+    Parameters
+    ----------
+    view : View
+        It holds the logits.
+    certain : {"most", "least"}
+        Certainty is the margin: the logit of the true label above the largest other one.
     """
     if certain not in ("most", "least"):
         raise ValueError(f"certain={certain} is not known; use most or least")

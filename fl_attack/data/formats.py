@@ -44,7 +44,20 @@ MD5 = {
 
 
 def is_whole(root: Path, name: str) -> bool:
-    """Whether a file of `MD5` has its sum."""
+    """Whether a file is as it was published.
+
+    Parameters
+    ----------
+    root : Path
+        The folder that it is in.
+    name : str
+        Its name, of the table `MD5`.
+
+    Returns
+    -------
+    bool
+        Whether its MD5 sum is that of the table.
+    """
     with (root / name).open("rb") as stream:
         return hashlib.file_digest(stream, "md5").hexdigest() == MD5[name]
 
@@ -67,7 +80,22 @@ def read_idx(file: Path) -> np.ndarray:
 
 
 def read_cifar(root: Path, files: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 32, 32, 3) and labels (n,) of batches of CIFAR-10 or CIFAR-100, whose sums have been checked."""
+    """The images and labels of CIFAR-10 or CIFAR-100.
+
+    Parameters
+    ----------
+    root : Path
+        The folder of the pickled batches.
+    files : list of str
+        Their names. Their sums must have been checked: to unpickle is to run.
+
+    Returns
+    -------
+    images : (n, 32, 32, 3) array of uint8
+        Pixels by row, column and colour.
+    labels : (n,) array of int
+        The fine ones of CIFAR-100.
+    """
     batches = [_unpickled(root / name) for name in files]
     labels = np.concatenate([batch.get("labels", batch.get("fine_labels")) for batch in batches])
     pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)

@@ -53,9 +53,30 @@ def arrays(place: Path) -> tuple[list[np.ndarray], list[str] | None]:
 
 
 def partitioned(name: str, args: dict[str, Any], labels: np.ndarray, clients: int, seed: int) -> np.ndarray:
-    """The client (n,) of each sample, as a partitioner of Flower Datasets deals samples with these labels (n,).
+    """Deal samples with a partitioner of Flower Datasets.
 
-    It is given the number of clients, the labels and the seed, where it takes them, and `args`.
+    Parameters
+    ----------
+    name : str
+        A class of `flwr_datasets.partitioner`.
+    args : dict
+        Its arguments, beside the number of clients, the labels and the seed, which it gets where it takes them.
+    labels : (n,) array of int
+        The label of each sample.
+    clients : int
+        How many clients there are.
+    seed : int
+        That of the deal; samples are shuffled by it first.
+
+    Returns
+    -------
+    (n,) array of int
+        The client of each sample.
+
+    Raises
+    ------
+    InputError
+        Where there is no such partitioner, it refuses its arguments, or it does not deal each sample to one client.
     """
     with _imported("partition=hf"):
         from datasets import Dataset

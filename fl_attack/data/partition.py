@@ -344,7 +344,26 @@ def of_flower(
     args: dict[str, Any] | None = None,
     **_: object,
 ) -> np.ndarray:
-    """As a partitioner of Flower Datasets deals, https://flower.ai/docs/datasets/."""
+    """Clients as a partitioner of Flower Datasets deals them, see `hugging_face.partitioned`.
+
+    Parameters
+    ----------
+    labels, clients, rng
+        As all of `PARTITIONERS` take them; the seed of the partitioner is drawn from `rng`.
+    partitioner : str
+        A class of `flwr_datasets.partitioner`.
+    args : dict, optional
+        Its arguments.
+
+    Returns
+    -------
+    (n,) array of int
+        The client of each sample.
+
+    References
+    ----------
+    https://flower.ai/docs/datasets/
+    """
     return hugging_face.partitioned(partitioner, args or {}, labels, clients, int(rng.integers(2**31)))
 
 

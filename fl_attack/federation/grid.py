@@ -97,7 +97,7 @@ class BlockGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """A message to a node."""
+        """A message to a node, see `flwr.serverapp.Grid.create_message`."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -115,7 +115,20 @@ class BlockGrid(Grid):
         return [self._replies.pop(id_) for id_ in message_ids if id_ in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """The replies of all that answered in `timeout` seconds (None: wait for all); one call to each actor."""
+        """Send messages and wait for the replies; one call to each actor, whatever the number of its clients.
+
+        Parameters
+        ----------
+        messages : iterable of Message
+            One to each client that takes part.
+        timeout : float, optional
+            Seconds to wait; by default until all have answered.
+
+        Returns
+        -------
+        iterable of Message
+            The replies of all clients of those actors that were done in time.
+        """
         by_actor: dict[Any, list[Message]] = {}
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(next(self._ids))  # undocumented

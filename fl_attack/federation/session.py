@@ -48,7 +48,17 @@ def check(scenario: Scenario) -> None:
 
 
 def run(drive: Drive, settings: Settings, app: ClientApp = client_app) -> None:
-    """Start Ray and a grid of clients, and let `drive` run one federation after the other on it."""
+    """Start Ray and a grid of clients, and let `drive` run one federation after the other on it.
+
+    Parameters
+    ----------
+    drive : callable
+        Gets a function that runs a federation, given its recorder.
+    settings : Settings
+        What the federations have in common: the number of clients, and the engine.
+    app : ClientApp
+        What each client runs.
+    """
     engine, clients = settings.engine, settings.clients.total
     with ray_session(engine.ray_address, settings.verbose):
         cpus = ray.cluster_resources().get("CPU", 1.0)
@@ -82,7 +92,15 @@ def _gpus() -> float:
 
 @contextmanager
 def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
-    """Ray, started here or joined at `address`, and left as it was found; what is started here is for this machine."""
+    """A block in which there is Ray, which is left as it was found.
+
+    Parameters
+    ----------
+    address : str or None
+        The cluster to join; None starts Ray here, for this machine alone, unless this process has it already.
+    verbose : bool
+        Whether Ray says what it does.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray about GPUs
     if ray.is_initialized():
         yield
@@ -156,7 +174,19 @@ def _refuse_unreachable(address: str | None) -> None:
 
 
 def simulate(drive: Callable[[Grid], None], clients: int, cpus_each: float, gpus_each: float, app: ClientApp) -> None:
-    """Flower's own simulation engine, unchanged."""
+    """Run a function on the grid of Flower's own simulation engine, which is unchanged.
+
+    Parameters
+    ----------
+    drive : callable
+        Gets the grid.
+    clients : int
+        How many nodes it has.
+    cpus_each, gpus_each : float
+        What Ray sets aside for each client that trains, in processors and in GPUs.
+    app : ClientApp
+        What each node runs.
+    """
     from flwr.simulation import run_simulation  # marked deprecated: this is the only place that calls it
 
     server_app = ServerApp()

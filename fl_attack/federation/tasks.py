@@ -20,7 +20,15 @@ class Board:
         self.done: dict[int, int] = {}
 
     def note(self, i: int, done: int) -> None:
-        """Note how many steps of job `i` are done; a job that was lost starts anew."""
+        """Note the progress of a job.
+
+        Parameters
+        ----------
+        i : int
+            The number of the job.
+        done : int
+            How many of its steps are done; less than before where it was lost and starts anew.
+        """
         self.done[i] = done
 
     def read(self) -> dict[int, int]:
@@ -36,11 +44,29 @@ def scatter(
     verbose: bool,
     on_progress: Callable[[int, int], None],
 ) -> Iterator[tuple[int, Any]]:
-    """`function` of each job, as Ray tasks: its position and result, in the order in which they are done.
+    """Run a function on jobs, as tasks of Ray; a job whose worker or node is lost is done again on another.
 
-    A job takes as many processors as it uses `threads`, or all of a node that has fewer. One whose worker or node is
-    lost is done again on another. `function` is also given what it can tell its steps to; `on_progress` gets a job's
-    position and how many steps it has made.
+    Parameters
+    ----------
+    function : callable
+        Takes a job, and a function that it tells how many more steps it has done; its result is pickled.
+    jobs : sequence
+        They are pickled.
+    threads : int
+        Processors that a job uses; all of a node that has fewer.
+    address : str or None
+        The cluster to join; None starts Ray here.
+    verbose : bool
+        Whether Ray says what it does.
+    on_progress : callable
+        Gets a job's position and the number of steps that it has done.
+
+    Yields
+    ------
+    position : int
+        That of a job in `jobs`; they come in the order in which they are done.
+    result
+        What the function gave.
     """
     with ray_session(address, verbose):
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])

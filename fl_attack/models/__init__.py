@@ -44,7 +44,20 @@ def find(name: str) -> Entry:
 
 
 def check_args(name: str, args: Mapping[str, Any]) -> None:
-    """InputError where a model does not take these arguments."""
+    """Check that a model takes arguments.
+
+    Parameters
+    ----------
+    name : str
+        A name of `MODELS`, or the import path of a class.
+    args : mapping
+        Arguments by name, beside shape and classes.
+
+    Raises
+    ------
+    InputError
+        Where one is unknown or missing.
+    """
     try:
         parameters = list(inspect.signature(find(name).build).parameters.values())[2:]
     except ValueError:  # no signature to be had: building it will tell

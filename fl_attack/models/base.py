@@ -40,7 +40,17 @@ class Model(ABC):
 
     @abstractmethod
     def logits(self, theta: Tensor, X: Tensor) -> Tensor:
-        """Logits of samples, (n, C)."""
+        """Logits of samples.
+
+        Parameters
+        ----------
+        theta, X
+            Parameters and inputs, see the head of this module for all shapes.
+
+        Returns
+        -------
+        (n, C) tensor
+        """
 
     @abstractmethod
     def state(self, theta: Tensor) -> dict[str, NDArray[Any]]:
@@ -58,16 +68,48 @@ class Model(ABC):
         return updates
 
     def residuals(self, Z: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
-        """Derivative of the sum of the samples' losses by the logits, (n, C)."""
+        """Derivative of the sum of the samples' losses by the logits.
+
+        Parameters
+        ----------
+        Z, y, w
+            Logits, labels and how often each sample counts.
+
+        Returns
+        -------
+        (n, C) tensor
+        """
         return outputs.residuals(self.loss, Z, y, w)
 
     def gradient(self, theta: Tensor, X: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
-        """Gradient of the mean loss, `sum_n w_n grad loss_n / sum_n w_n`, (A, B)."""
+        """Gradient of the mean loss, `sum_n w_n grad loss_n / sum_n w_n`.
+
+        Parameters
+        ----------
+        theta, X, y, w
+            Parameters, inputs, labels and how often each sample counts.
+
+        Returns
+        -------
+        (A, B) tensor
+        """
         Z, pull_back = self._pull_back(theta, X)
         return pull_back(self.residuals(Z, y, w) / (len(X) if w is None else w.sum()))
 
     def relabelling(self, theta: Tensor, X: Tensor, y: Tensor, new: Tensor, w: Tensor) -> Tensor:
-        """What the sum over samples of `w_n grad loss_n` gains where labels y (n,) become `new` (n,), (A, B)."""
+        """What the sum over samples of `w_n grad loss_n` gains by other labels.
+
+        Parameters
+        ----------
+        theta, X, y, w
+            Those of `gradient`.
+        new : (n,) tensor of int64
+            The labels that take the place of y.
+
+        Returns
+        -------
+        (A, B) tensor
+        """
         Z, pull_back = self._pull_back(theta, X)
         return pull_back(self.residuals(Z, new, w) - self.residuals(Z, y, w))
 
@@ -77,32 +119,65 @@ class Model(ABC):
         return Z.detach(), lambda R: pull_back(R)[0]
 
     def scores(self, theta: Tensor, v: Tensor, X: Tensor) -> Tensor:
-        """Derivative along v (A, B) of what each sample gains by each label, (n, classes).
+        """Derivative along a direction of what each sample gains by each label.
 
         Giving sample n the label c lowers `sum_n <grad loss_n, v>` by `scores[n, c] - scores[n, y_n]`. These are the
         derivatives of the losses under each label, negated; for the cross-entropy, up to a number that all labels of
         a sample share, those of the logits.
+
+        Parameters
+        ----------
+        theta, X
+            Parameters and inputs.
+        v : (A, B) tensor
+            The direction.
+
+        Returns
+        -------
+        (n, classes) tensor
         """
         Z, dZ = cast(Any, jvp)(lambda at: self.logits(at, X), (theta,), (v,))
         return self.class_scores(Z, dZ)
 
     def class_scores(self, Z: Tensor, dZ: Tensor) -> Tensor:
-        """`scores` from logits Z (n, C) and their derivatives dZ (n, C)."""
+        """The scores along a direction, from the derivatives of the logits along it.
+
+        Parameters
+        ----------
+        Z, dZ : (n, C) tensors
+            Logits and their derivatives.
+
+        Returns
+        -------
+        (n, classes) tensor
+            As `scores` gives them.
+        """
         if self.loss is outputs.cross_entropy:
             return outputs.class_logits(dZ)
         _, D = cast(Any, jvp)(self.loss, (Z,), (dZ,))
         return torch.neg(D)
 
     def measure(self, theta: Tensor, X: Tensor, y: Tensor) -> outputs.Quality:
-        """Accuracy, F1 and mean loss on samples."""
+        """How well the model does on samples.
+
+        Parameters
+        ----------
+        theta, X, y
+            Parameters, inputs and labels of any number of samples, see the head of this module.
+
+        Returns
+        -------
+        outputs.Quality
+            Accuracy, F1 and mean loss.
+        """
         return outputs.quality(self.logits_in_pieces(theta, X), y, self.loss)
 
     def mean_loss(self, theta: Tensor, X: Tensor, y: Tensor) -> float:
-        """Mean loss on samples."""
+        """Mean loss on samples, of the parameters, inputs and labels that `measure` takes."""
         return outputs.losses_under(self.loss, self.logits_in_pieces(theta, X), y).double().mean().item()
 
     def logits_in_pieces(self, theta: Tensor, X: Tensor) -> Tensor:
-        """`logits` of many samples, (n, C), a piece at a time, so that activations stay small."""
+        """Logits of many samples, a piece at a time, so that activations stay small; see `logits`."""
         if len(X) <= self.rows_at_once:
             return self.logits(theta, X)
         return torch.cat([self.logits(theta, piece) for piece in X.split(self.rows_at_once)])

@@ -28,12 +28,38 @@ def output_count(classes: int) -> int:
 
 
 def logits(theta: Tensor, X: Tensor) -> Tensor:
-    """Logits `X theta^T`, (..., n, C)."""
+    """Logits `X theta^T` of logistic regression.
+
+    Parameters
+    ----------
+    theta : (..., C, d) tensor
+        Parameters.
+    X : (n, d) tensor
+        Features, with a constant.
+
+    Returns
+    -------
+    (..., n, C) tensor
+    """
     return X @ theta.mT
 
 
 def gradient(theta: Tensor, X: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
-    """Gradient of the mean cross-entropy, `sum_n w_n (p_n - Y_n) x_n^T / sum_n w_n`, (..., C, d)."""
+    """Gradient of the mean cross-entropy, `sum_n w_n (p_n - Y_n) x_n^T / sum_n w_n`.
+
+    Parameters
+    ----------
+    theta, X
+        As `logits` takes them.
+    y : (n,) or (..., n) tensor of int64
+        Labels.
+    w : (n,) or (..., n) tensor, optional
+        How often each sample counts; by default once.
+
+    Returns
+    -------
+    (..., C, d) tensor
+    """
     Z = logits(theta, X)
     R = probabilities(Z) - encode(y, Z.shape[-1], Z.dtype)
     if w is None:
@@ -42,10 +68,18 @@ def gradient(theta: Tensor, X: Tensor, y: Tensor, w: Tensor | None = None) -> Te
 
 
 def scores(v: Tensor, X: Tensor) -> Tensor:
-    """Derivative of each sample's class scores along v, (..., n, classes).
+    """Derivative of each sample's class scores along a direction, whatever the parameters.
 
-    Giving sample n the label c lowers `n <gradient, v>` by `scores[n, c] - scores[n, y_n]`. For a linear model
-    this is `X v^T`; the one output of a binary model is read as the score of label 1 against 0 for label 0.
+    Parameters
+    ----------
+    v : (..., C, d) tensor
+        The direction.
+    X : (n, d) tensor
+        Features.
+
+    Returns
+    -------
+    (..., n, classes) tensor
     """
     return outputs.class_logits(X @ v.mT)
 
@@ -62,24 +96,24 @@ class Logistic(Model):
         super().__init__((output_count(classes), math.prod(inputs) + 1))
 
     def start(self) -> Tensor:
-        """Zero, (C, d)."""
+        """Parameters that are all zero, (C, d)."""
         return torch.zeros(self.shape, dtype=torch.float64)
 
     def logits(self, theta: Tensor, X: Tensor) -> Tensor:
-        """Logits `X theta^T`, (..., n, C)."""
+        """Logits `X theta^T`, (..., n, C), see `Model.logits`; leading axes of theta are allowed."""
         return logits(theta, X)
 
     def gradient(self, theta: Tensor, X: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
-        """See `gradient` of this module."""
+        """Gradient of the mean loss in closed form, see `gradient` of this module."""
         return gradient(theta, X, y, w)
 
     def relabelling(self, theta: Tensor, X: Tensor, y: Tensor, new: Tensor, w: Tensor) -> Tensor:
-        """`sum_n w_n (Y_n - Y'_n) x_n^T`, (C, d), whatever theta is."""
+        """`sum_n w_n (Y_n - Y'_n) x_n^T`, (C, d), whatever theta is; see `Model.relabelling`."""
         C = theta.shape[-2]
         return ((encode(y, C, X.dtype) - encode(new, C, X.dtype)) * w.unsqueeze(-1)).mT @ X
 
     def scores(self, theta: Tensor, v: Tensor, X: Tensor) -> Tensor:
-        """`X v^T` by class, (..., n, classes), whatever theta is."""
+        """`X v^T` by class, (..., n, classes), whatever theta is; see `Model.scores`."""
         return scores(v, X)
 
     def state(self, theta: Tensor) -> dict[str, NDArray[Any]]:

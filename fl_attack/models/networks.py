@@ -62,7 +62,7 @@ class Network(Model):
         return self._start.clone()
 
     def logits(self, theta: Tensor, X: Tensor) -> Tensor:
-        """The module's answer, (n, classes)."""
+        """The module's answer, (n, classes), see `Model.logits`."""
         module, fixed = self._here(theta)
         found: Tensor = functional_call(module, (self.parameters(theta), fixed), (X,))
         return found
@@ -228,13 +228,24 @@ class Mlp(Network):
     stackable = True
 
     def logits(self, theta: Tensor, X: Tensor) -> Tensor:
-        """Logits, (..., n, classes)."""
+        """Logits, (..., n, classes), see `Model.logits`; theta may be that of many cells, (M, 1, P)."""
         return _unstacked(self.forward(theta, X)[-1], theta)
 
     def forward(self, theta: Tensor, X: Tensor, first: Tensor | None = None) -> list[Tensor]:
-        """What goes into each layer but the first, and the logits: (M, n, width) each.
+        """What goes into each layer but the first, and the logits.
 
-        `first` is what the first layer gives, (M, n, width), where that is known; it is lost.
+        Parameters
+        ----------
+        theta : (1, P) or (M, 1, P) tensor
+            Parameters of M cells.
+        X : (n, *inputs) tensor
+            Inputs, the same for all.
+        first : (M, n, width) tensor, optional
+            What the first layer gives, where that is known; it is lost.
+
+        Returns
+        -------
+        list of (M, n, width) tensors
         """
         layers = self.layers(theta)
         found = [shared_product(X.flatten(1), *layers[0]) if first is None else first]
@@ -251,20 +262,35 @@ class Mlp(Network):
         return list(zip(views[::2], views[1::2], strict=True))
 
     def gradient(self, theta: Tensor, X: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
-        """Gradient of the mean loss, (..., 1, P), for labels (n,) or (M, n) and weights (n,) or (M, n)."""
+        """Gradient of the mean loss, (..., 1, P), see `Model.gradient`; labels and weights may be (n,) or (M, n)."""
         activations = self.forward(theta, X)
         R = self.residuals(activations[-1], y, w)
         R = R / (X.shape[0] if w is None else w.sum(-1)[..., None, None])
         return self.pull_back(theta, X, activations, R)
 
     def relabelling(self, theta: Tensor, X: Tensor, y: Tensor, new: Tensor, w: Tensor) -> Tensor:
-        """See `Model.relabelling`."""
+        """What the summed gradient gains by other labels, see `Model.relabelling`."""
         activations = self.forward(theta, X)
         Z = activations[-1]
         return self.pull_back(theta, X, activations, self.residuals(Z, new, w) - self.residuals(Z, y, w))
 
     def pull_back(self, theta: Tensor, X: Tensor, activations: list[Tensor], R: Tensor) -> Tensor:
-        """The gradient (..., 1, P) of which R (M, n, classes) is the part by the logits."""
+        """Derivatives by the parameters from those by the logits.
+
+        Parameters
+        ----------
+        theta, X
+            As `forward` takes them.
+        activations : list of tensors
+            What `forward` gave.
+        R : (M, n, classes) tensor
+            Derivatives by the logits.
+
+        Returns
+        -------
+        (..., 1, P) tensor
+            Shaped as theta.
+        """
         deltas = self.deltas(theta, activations, R)
         X = X.flatten(1)
         M, n, width = deltas[0].shape
@@ -274,18 +300,40 @@ class Mlp(Network):
         return torch.cat(parts, 1).view(theta.shape)
 
     def pull_back_others(self, activations: list[Tensor], deltas: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """The gradient by the weights (M, out, in) and biases (M, out) of all layers but the first."""
+        """The part of `pull_back` by all layers but the first.
+
+        Parameters
+        ----------
+        activations, deltas : lists of tensors
+            What `forward` and `deltas` gave.
+
+        Returns
+        -------
+        list of pairs of tensors
+            By the weights (M, out, in) and the biases (M, out) of each layer.
+        """
         return [(torch.bmm(delta.mT, into), delta.sum(1)) for delta, into in zip(deltas[1:], activations, strict=False)]
 
     def deltas(self, theta: Tensor, activations: list[Tensor], R: Tensor) -> list[Tensor]:
-        """Derivatives by what each layer puts out, before its rectifier: (M, n, width), the last is R."""
+        """Derivatives by what each layer puts out, before its rectifier.
+
+        Parameters
+        ----------
+        theta, activations, R
+            Those of `pull_back`.
+
+        Returns
+        -------
+        list of (M, n, width) tensors
+            The last one is R.
+        """
         layers, found = self.layers(theta), [R.expand(activations[-1].shape)]
         for (W, _), into in zip(layers[:0:-1], activations[-2::-1], strict=True):
             found.insert(0, torch.bmm(found[0], W).mul_(into > 0))
         return found
 
     def scores(self, theta: Tensor, v: Tensor, X: Tensor) -> Tensor:
-        """See `Model.scores`, (..., n, classes)."""
+        """Scores along a direction, (..., n, classes), see `Model.scores`."""
         (first, first_bias), *others = self.layers(v)
         along_first = shared_product(X.flatten(1), first, first_bias)
         return _unstacked(self.forward_scores(theta, self.forward(theta, X), along_first, others), theta)
@@ -293,10 +341,23 @@ class Mlp(Network):
     def forward_scores(
         self, theta: Tensor, activations: list[Tensor], along_first: Tensor, others: Sequence[tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """`scores` (M, n, classes) along a direction.
+        """Scores along a direction, forward through the layers.
 
-        `along_first` (M, n, width), which is lost, is what the first layer gives along it; `others` are its weights and
-        biases in the other layers.
+        Parameters
+        ----------
+        theta : (1, P) or (M, 1, P) tensor
+            Parameters.
+        activations : list of tensors
+            What `forward` gave at these.
+        along_first : (M, n, width) tensor
+            What the first layer gives along the direction; it is lost.
+        others : sequence of pairs of tensors
+            The direction's weights and biases in the other layers.
+
+        Returns
+        -------
+        (M, n, classes) tensor
+            As `scores` gives them.
         """
         dZ = along_first
         for (W, _), (V, c), into in zip(self.layers(theta)[1:], others, activations, strict=False):
@@ -305,7 +366,21 @@ class Mlp(Network):
 
 
 def shared_product(X: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """`X W^T + b` for X (n, in), W (M, out, in), b (M, out), as one product: (M, n, out)."""
+    """`X W^T + b` of several layers that share their inputs, as one product.
+
+    Parameters
+    ----------
+    X : (n, in) tensor
+        Inputs.
+    W : (M, out, in) tensor
+        Weights.
+    b : (M, out) tensor
+        Biases.
+
+    Returns
+    -------
+    (M, n, out) tensor
+    """
     M, width, _ = W.shape
     return (
         functional.linear(X, W.reshape(M * width, -1), b.reshape(-1)).view(len(X), M, width).movedim(1, 0).contiguous()
@@ -351,7 +426,28 @@ class ConvNet(nn.Module):
 def resnet18(shape: tuple[int, ...], classes: int, groups: int = GROUPS) -> nn.Module:
     """torchvision's ResNet-18 with group norm, and a first layer for small images: 3 x 3, no pooling.
 
-    He et al. 2016, https://arxiv.org/abs/1512.03385; group norm after Hsieh et al. 2020, https://arxiv.org/abs/1910.00189.
+    Parameters
+    ----------
+    shape : (C, H, W)
+        That of an image.
+    classes : int
+        How many labels there are.
+    groups : int
+        Of each normalisation; they must divide 64 channels.
+
+    Returns
+    -------
+    torch.nn.Module
+
+    Raises
+    ------
+    InputError
+        Where torchvision does not import, samples are no images, or `groups` does not fit.
+
+    References
+    ----------
+    He et al. 2016, https://arxiv.org/abs/1512.03385; group norm after Hsieh et al. 2020,
+    https://arxiv.org/abs/1910.00189.
     """
     try:
         from torchvision import models

@@ -25,7 +25,22 @@ def class_logits(Z: Tensor) -> Tensor:
 
 
 def encode(y: Tensor, C: int, dtype: torch.dtype) -> Tensor:
-    """Labels as the numbers that the gradient subtracts: y itself (C = 1) or one-hot, (..., n, C)."""
+    """Labels as the numbers that the gradient subtracts.
+
+    Parameters
+    ----------
+    y : (..., n) tensor of int64
+        Labels.
+    C : int
+        Numbers for each sample: 1 for two classes, else as many as there are classes.
+    dtype : torch.dtype
+        Precision of the result.
+
+    Returns
+    -------
+    (..., n, C) tensor
+        y itself (C = 1) or one-hot.
+    """
     return y.unsqueeze(-1).to(dtype) if C == 1 else functional.one_hot(y, C).to(dtype)
 
 
@@ -74,7 +89,20 @@ LOSSES: dict[str, LossTable] = {
 
 
 def losses(Z: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each sample in nats, (..., n)."""
+    """Cross-entropy of each sample.
+
+    Parameters
+    ----------
+    Z : (..., n, C) tensor
+        Logits.
+    y : (..., n) tensor of int64
+        Labels.
+
+    Returns
+    -------
+    (..., n) tensor
+        In nats.
+    """
     if Z.shape[-1] == 1:
         z = Z[..., 0]
         return functional.softplus(z) - z * y  # -log of the sigmoid, without overflow
@@ -82,12 +110,36 @@ def losses(Z: Tensor, y: Tensor) -> Tensor:
 
 
 def losses_under(loss: LossTable, Z: Tensor, y: Tensor) -> Tensor:
-    """Loss of each sample under its label, (..., n)."""
+    """Loss of each sample under its label.
+
+    Parameters
+    ----------
+    loss : callable
+        Gives the loss of each sample under each label, (..., n, classes), from logits.
+    Z, y
+        As `losses` takes them.
+
+    Returns
+    -------
+    (..., n) tensor
+    """
     return losses(Z, y) if loss is cross_entropy else _own(loss(Z), y)
 
 
 def residuals(loss: LossTable, Z: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
-    """Derivative of the sum of `w_n loss_n` by the logits, shaped as Z; `p - Y` for the cross-entropy."""
+    """Derivative of the sum of `w_n loss_n` by the logits; `p - Y` for the cross-entropy.
+
+    Parameters
+    ----------
+    loss, Z, y
+        As `losses_under` takes them.
+    w : (..., n) tensor, optional
+        How often each sample counts; by default once.
+
+    Returns
+    -------
+    (..., n, C) tensor
+    """
     if loss is cross_entropy:
         R = probabilities(Z) - encode(y, Z.shape[-1], Z.dtype)
         return R if w is None else R * w.unsqueeze(-1)
@@ -114,10 +166,22 @@ class Quality(NamedTuple):
 
 
 def quality(Z: Tensor, y: Tensor, loss: LossTable = cross_entropy) -> Quality:
-    """Accuracy, F1 and mean loss of logits Z (n, C) for labels y (n,).
+    """Accuracy, F1 and mean loss.
 
-    F1 is that of label 1 for two classes and otherwise the unweighted mean over the classes that occur, in y or among
-    the predictions, as scikit-learn has it.
+    Parameters
+    ----------
+    Z : (n, C) tensor
+        Logits.
+    y : (n,) tensor of int64
+        Labels.
+    loss : callable
+        As `losses_under` takes it.
+
+    Returns
+    -------
+    Quality
+        F1 is that of label 1 for two classes and otherwise the unweighted mean over the classes that occur, in y or
+        among the predictions, as scikit-learn has it.
     """
     predicted = predictions(Z)
     classes = max(2, Z.shape[-1])

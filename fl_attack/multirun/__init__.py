@@ -46,14 +46,28 @@ Drawn = Callable[[Path], object]
 
 
 def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch | None = None) -> Path:
-    """Compute a grid, leave its tables in the `out` that all cells name and draw what they allow; gives that folder.
+    """Compute a grid, leave its tables in the `out` that all cells name, and draw what they allow.
 
-    With `launch` the units are jobs of another launcher of Hydra's, see `elsewhere`.
+    Parameters
+    ----------
+    cells : sequence of Cell
+        Settings and the overrides by which they differ, one of each cell.
+    progress : Progress, optional
+        What counts the cells that are done; by default it writes to the terminal.
+    launch : callable, optional
+        With it the units are jobs of another launcher of Hydra's, see `elsewhere`.
+
+    Returns
+    -------
+    Path
+        The folder of the tables and figures.
 
     Raises
     ------
     InputError
         Before any work starts, where a cell can't be run, a figure can't be drawn, or `out` holds what would be lost.
+    RunError
+        Where all cells broke off.
     Interrupted
         Where a signal ends it; the message says what is kept and where.
     """
@@ -84,7 +98,20 @@ def broken_off(out: Path) -> tuple[int, int]:
 
 
 def column(out: Path, name: str) -> list[float]:
-    """The numbers in a column of a sweep's table, NaN where there is none."""
+    """The numbers in a column of a sweep's table.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the sweep.
+    name : str
+        The column.
+
+    Returns
+    -------
+    list of float
+        One of each cell, in their order; NaN where there is none.
+    """
     with (out / folder.TABLE).open() as lines:
         return [float(row[name] or "nan") for row in csv.DictReader(lines)]
 
@@ -96,11 +123,32 @@ def tabulate(
     launch: Launch | None = None,
     tracked: trackers.Sweep | None = None,
 ) -> Path:
-    """Compute a grid and leave its tables, without figures, in the `out` that all cells name; gives that folder.
+    """Compute a grid and leave its tables, without figures, in the `out` that all cells name.
 
-    InputError before any work starts where a cell can't be run or `out` holds what would be lost. What an interrupted
-    call has kept is used again by the next one of the same grid. `finish` is called with the folder of the tables:
-    the sweep counts as finished only after that. `tracked` is told of the cells as they are done.
+    <<<<<<< HEAD
+        InputError before any work starts where a cell can't be run or `out` holds what would be lost. What an interrupted
+        call has kept is used again by the next one of the same grid. `finish` is called with the folder of the tables:
+        the sweep counts as finished only after that. `tracked` is told of the cells as they are done.
+    =======
+        What an interrupted call has kept is used again by the next one of the same grid.
+
+        Parameters
+        ----------
+        cells, progress, launch
+            As `run` takes them.
+        finish : callable, optional
+            Gets the folder of the tables: the sweep counts as finished only after that.
+
+        Returns
+        -------
+        Path
+            The folder of the tables.
+
+        Raises
+        ------
+        InputError
+            Before any work starts, where a cell can't be run or `out` holds what would be lost.
+    >>>>>>> main
     """
     out = Path(cells[0].settings.out)
     tabulate_together([cells], None, progress, finish, launch, tracked)
@@ -115,10 +163,23 @@ def tabulate_together(
     launch: Launch | None = None,
     tracked: trackers.Sweep | None = None,
 ) -> None:
-    """As `tabulate` of each grid, which have an `out` each; what they have in common is computed once.
+    """Compute grids that have an `out` each, and what they have in common once.
 
-    `kept` is the folder of what an interrupted call leaves for the next one; None is one in the `out` of a single
-    grid. `progress` reckons with all cells.
+    Parameters
+    ----------
+    grids : sequence of sequences of Cell
+        The cells of each grid.
+    kept : Path or None
+        The folder of what an interrupted call leaves for the next one; None is one in the `out` of a single grid.
+    progress : Progress, optional
+        It reckons with all cells.
+    finish, launch
+        As `tabulate` takes them.
+
+    Raises
+    ------
+    InputError
+        As `tabulate` raises it, for any of the grids.
     """
     cells = list(itertools.chain(*grids))
     scenarios = engine.make_scenarios([cell.settings for cell in cells])

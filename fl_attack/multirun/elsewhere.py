@@ -29,9 +29,25 @@ def launched(
     launch: Launch,
     done: Callable[[Unit, Numbers], None],
 ) -> None:
-    """Have the units `todo` computed as jobs, and hand the numbers of each to `done`.
+    """Have units computed as jobs of another launcher, and hand on the numbers of each.
 
-    RunError where a job left none; what the others left is kept.
+    Parameters
+    ----------
+    todo : sequence of Unit
+        The units, in whose order they are handed on.
+    scenarios : sequence of Scenario
+        Those of all cells of the sweep; a unit has their positions.
+    kept : Path
+        The folder of the files that jobs read and write.
+    launch : callable
+        Gets the files of the jobs and returns when they have ended.
+    done : callable
+        Gets a unit and its numbers.
+
+    Raises
+    ------
+    RunError
+        Where a job left no numbers; those of the others are kept.
     """
     if not todo:
         return
@@ -60,7 +76,15 @@ def launched(
 
 
 def compute_file(file: Path, threads: int) -> None:
-    """Compute the unit that a file tells, and leave its numbers beside it: what a job does."""
+    """Compute the unit that a file tells, and leave its numbers beside it: what a job does.
+
+    Parameters
+    ----------
+    file : Path
+        The settings of the unit's cells, as JSON.
+    threads : int
+        Threads of torch.
+    """
     torch.set_num_threads(threads)
     texts = json.loads(file.read_text())
     scenarios = engine.make_scenarios([settings_from(json.loads(text)) for text in texts])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_attack import engine, experiment, workers
+from fl_attack import engine, experiment, plans, workers
 from fl_attack.config import Settings, settings_from
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, History, OnRound, Recorder
@@ -55,9 +55,20 @@ def compute(
     keep: Keep,
     observe: Observe = lambda cell, history: None,
 ) -> None:
-    """Compute the units `todo` and hand the numbers of each to `keep` as it is done.
+    """Compute units, and hand on the numbers of each as it is done.
 
-    `observe` gives what looks on while a cell runs on Flower.
+    Parameters
+    ----------
+    todo : sequence of Unit
+        The units; the order in which they are done may be another.
+    scenarios : sequence of Scenario
+        Those of all cells of the sweep.
+    progress : Progress
+        It counts cells.
+    keep : callable
+        Gets a unit and its numbers, in this process.
+    observe : callable
+        Gives what looks on while a cell runs on Flower, of the cell and its history; None for nobody.
     """
     batched = [unit for unit in todo if scenarios[unit.cells[0]].settings.engine.name == "batched"]
     if batched:
@@ -123,7 +134,20 @@ LAUNCHERS: dict[str, Launcher] = {"local": _local, "ray": _on_ray}
 
 
 def worker_count(jobs: Sequence[Sequence[Scenario]], settings: Settings) -> int:
-    """The worker processes for jobs, each the cells of a unit; 1 where they are best computed in this process."""
+    """How many worker processes are worth their start.
+
+    Parameters
+    ----------
+    jobs : sequence of sequences of Scenario
+        The cells of each unit.
+    settings : Settings
+        Those of any cell, for `workers` and the engine's device and memory.
+
+    Returns
+    -------
+    int
+        1 where the units are best computed in this process.
+    """
     wanted = settings.workers or workers.processors()
     if torch.device(settings.engine.device).type != "cpu":
         return 1  # they would only take memory of the GPU from each other
@@ -144,9 +168,11 @@ def _seconds_of(cells: Sequence[Scenario]) -> float:
     cell, settings = cells[0], cells[0].settings
     samples = settings.rounds * settings.local_steps * int(cell.schedule.sizes.sum())
     products = 4 * len(cells) * samples * cell.theta_shape[0] * cell.theta_shape[1] / 3e10
+    planning = plans.seconds(cells)
     if engine.is_linear(cell):
-        return 2e-4 * settings.rounds + products
-    return len(cells) * 2e-3 * settings.rounds + 20 * products  # a weight of a convolution is used many times
+        return 2e-4 * settings.rounds + products + planning
+    # a weight of a convolution is used many times
+    return len(cells) * 2e-3 * settings.rounds + 20 * products + planning
 
 
 @contextmanager
@@ -192,7 +218,20 @@ def _one_by_one(
 
 
 def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] = lambda rounds: None) -> Numbers:
-    """The numbers of cells that can run together."""
+    """The numbers of cells that can run together.
+
+    Parameters
+    ----------
+    cells : sequence of Scenario
+        Their experiments.
+    progress : callable, optional
+        Told how many more rounds of a cell are done.
+
+    Returns
+    -------
+    Numbers
+        Each part with the cells along its first axis, in their order.
+    """
     engine_settings = cells[0].settings.engine
     outcomes = engine.run_cells(
         cells,
@@ -213,7 +252,20 @@ def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] =
 
 
 def numbers_of_job(job: Packed, progress: Callable[[int], None]) -> Numbers:
-    """The numbers of cells that another process has packed: what a worker does."""
+    """The numbers of cells that another process has packed: what a worker does.
+
+    Parameters
+    ----------
+    job : Packed
+        The number of threads, and the settings of each cell as JSON.
+    progress : callable
+        Told how many more rounds of a cell are done.
+
+    Returns
+    -------
+    Numbers
+        As `batched_numbers` gives them.
+    """
     threads, settings = job
     torch.set_num_threads(threads)
     scenarios = engine.make_scenarios([settings_from(json.loads(text)) for text in settings], verify=False)

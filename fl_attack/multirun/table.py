@@ -29,7 +29,15 @@ class Cell(NamedTuple):
 
 
 def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario], numbers: Sequence[Numbers]) -> None:
-    """Write `curves.npz` and, last, `sweep.csv`; the numbers are one entry a cell."""
+    """Write `curves.npz` and, last, `sweep.csv`.
+
+    Parameters
+    ----------
+    out : Path
+        The folder that they are written to.
+    cells, scenarios, numbers : sequences
+        What was asked of each cell, its experiment, and what it gave; of equal length.
+    """
     rounds = [one.table[:, COLUMNS.index("round")] for one in numbers]
     evaluations = max(rounds, key=lambda column: np.isfinite(column).sum())  # others broke off or stopped earlier
     evaluations = evaluations[np.isfinite(evaluations)]
@@ -123,7 +131,20 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
 
 
 def final_accuracy(numbers: Numbers, scenario: Scenario) -> float:
-    """Test accuracy (0 to 1) of the model that a cell ends with, which stops early as the scenario does."""
+    """Test accuracy of the model that a cell ends with.
+
+    Parameters
+    ----------
+    numbers : Numbers
+        Those of one cell.
+    scenario : Scenario
+        Its experiment, which says whether and how it stops early.
+
+    Returns
+    -------
+    float
+        A share of 1.
+    """
     rows = numbers.table[~np.isnan(numbers.table[:, COLUMNS.index("round")])]
     row = given_row(rows[:, COLUMNS.index("validation_loss")], scenario.settings.early_stop.restore)
     return float(rows[row, COLUMNS.index("test_accuracy")])

@@ -77,7 +77,22 @@ def units(scenarios: Sequence[Scenario]) -> list[Unit]:
 
 
 def mistakes(scenario: Scenario, theta: Tensor, test_set: tuple[Tensor, Tensor]) -> NDArray[np.int64]:
-    """The mistakes of a model on each part of the test set, (PARTS,)."""
+    """The mistakes of a model on each part of the test set.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, for its model.
+    theta : (A, B) tensor
+        The parameters.
+    test_set : pair of tensors
+        Inputs (n, ...) and labels (n,).
+
+    Returns
+    -------
+    array of int, (PARTS,)
+        Image i belongs to the part i modulo `PARTS`.
+    """
     X, y = test_set
     found = class_logits(scenario.model.logits(theta.to(X.dtype), X)).argmax(-1) != y
     return np.bincount(np.flatnonzero(found.numpy()) % PARTS, minlength=PARTS)
@@ -94,12 +109,38 @@ def stacked(outcomes: Sequence[tuple[NDArray[np.float64], int, str, NDArray[np.i
 
 
 def by_cell(unit: Unit, numbers: Numbers) -> dict[int, Numbers]:
-    """The numbers of a unit by its cells."""
+    """The numbers of a unit, taken apart.
+
+    Parameters
+    ----------
+    unit : Unit
+        The positions of its cells in the sweep.
+    numbers : Numbers
+        Those of all of its cells, along the first axis.
+
+    Returns
+    -------
+    dict of int to Numbers
+        The numbers of a cell by its position.
+    """
     return {cell: Numbers(*(part[i] for part in numbers)) for i, cell in enumerate(unit.cells)}
 
 
 def saver(numbers: Numbers, key: str) -> Callable[[Any], None]:
-    """Writes the numbers of a unit to a stream, with its key."""
+    """A function that writes the numbers of a unit to a stream.
+
+    Parameters
+    ----------
+    numbers : Numbers
+        What is written.
+    key : str
+        The key of the unit, which is written with them.
+
+    Returns
+    -------
+    callable
+        Takes a binary stream.
+    """
     return lambda stream: np.savez_compressed(stream, key=np.array(key), **numbers._asdict())
 
 

@@ -16,44 +16,105 @@ class Derivatives(Protocol):
     """Derivatives of the loss at parameters theta (P, A, B) of P plans."""
 
     def logits(self, theta: Tensor, X: Tensor) -> Tensor:
-        """Logits of samples, (P, n, C)."""
+        """Logits of samples.
+
+        Parameters
+        ----------
+        theta : (P, A, B) tensor
+            Parameters of each plan.
+        X : (n, *inputs) tensor
+            Inputs, the same for all.
+
+        Returns
+        -------
+        (P, n, C) tensor
+        """
 
     def gradient(self, theta: Tensor, X: Tensor, y: Tensor) -> Tensor:
-        """Gradient of the mean loss under labels y (P, n), (P, A, B)."""
+        """Gradient of the mean loss.
+
+        Parameters
+        ----------
+        theta, X
+            Those of `logits`.
+        y : (P, n) tensor of int64
+            The labels in each plan.
+
+        Returns
+        -------
+        (P, A, B) tensor
+        """
 
     def pull_back(self, theta: Tensor, X: Tensor, R: Tensor) -> Tensor:
-        """Derivatives by theta (P, A, B) from those by the logits R (P, n, C)."""
+        """Derivatives by the parameters from those by the logits.
+
+        Parameters
+        ----------
+        theta, X
+            Those of `logits`.
+        R : (P, n, C) tensor
+            Derivatives by the logits.
+
+        Returns
+        -------
+        (P, A, B) tensor
+        """
 
     def scores(self, theta: Tensor, v: Tensor, X: Tensor) -> Tensor:
-        """See `models.base.Model.scores`: (P, n, classes), along v (P, A, B)."""
+        """Scores along a direction, as `models.base.Model.scores` defines them.
+
+        Parameters
+        ----------
+        theta, X
+            Those of `logits`.
+        v : (P, A, B) tensor
+            The direction in each plan.
+
+        Returns
+        -------
+        (P, n, classes) tensor
+        """
 
     def scores_and_product(self, theta: Tensor, v: Tensor, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (P, n, classes) along v, and the Hessian of the mean loss under labels y times v, (P, A, B)."""
+        """Scores along a direction, and the Hessian of the mean loss times it.
+
+        Parameters
+        ----------
+        theta, v, X
+            Those of `scores`.
+        y : (P, n) tensor of int64
+            The labels in each plan.
+
+        Returns
+        -------
+        scores : (P, n, classes) tensor
+        product : (P, A, B) tensor
+        """
 
 
 class Linear:
     """Logistic regression, in closed form: all plans in the same matrix products."""
 
     def logits(self, theta: Tensor, X: Tensor) -> Tensor:
-        """See `Derivatives`."""
+        """Logits `X theta^T`, see `Derivatives.logits`."""
         return _rows(theta, X)
 
     def gradient(self, theta: Tensor, X: Tensor, y: Tensor) -> Tensor:
-        """See `Derivatives`."""
+        """Gradient of the mean cross-entropy, see `Derivatives.gradient`."""
         R = outputs.probabilities(_rows(theta, X)) - outputs.encode(y, theta.shape[-2], X.dtype)
         return self.pull_back(theta, X, R) / len(X)
 
     def pull_back(self, theta: Tensor, X: Tensor, R: Tensor) -> Tensor:
-        """See `Derivatives`; the same whatever theta is."""
+        """Derivatives by the parameters, the same whatever theta is; see `Derivatives.pull_back`."""
         P, n, C = R.shape
         return (R.transpose(1, 2).reshape(P * C, n) @ X).view(P, C, -1)
 
     def scores(self, theta: Tensor, v: Tensor, X: Tensor) -> Tensor:
-        """See `Derivatives`; `X v^T`, the same whatever theta is."""
+        """Scores `X v^T`, the same whatever theta is; see `Derivatives.scores`."""
         return outputs.class_logits(_rows(v, X))
 
     def scores_and_product(self, theta: Tensor, v: Tensor, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Derivatives`; the Hessian is `X^T (diag(p) - p p^T) X / n`, whatever the labels."""
+        """Scores and Hessian-vector products; the Hessian is `X^T (diag(p) - p p^T) X / n`. See `Derivatives`."""
         p, U = outputs.probabilities(_rows(theta, X)), _rows(v, X)
         D = p * (1 - p) * U if p.shape[-1] == 1 else p * (U - (p * U).sum(-1, keepdim=True))
         return outputs.class_logits(U), self.pull_back(theta, X, D) / len(X)
@@ -66,15 +127,15 @@ class General:
         self.model = model
 
     def logits(self, theta: Tensor, X: Tensor) -> Tensor:
-        """See `Derivatives`."""
+        """Logits, plan after plan; see `Derivatives.logits`."""
         return torch.stack([self.model.logits_in_pieces(one, X) for one in theta])
 
     def gradient(self, theta: Tensor, X: Tensor, y: Tensor) -> Tensor:
-        """See `Derivatives`."""
+        """Gradients of the mean loss, plan after plan; see `Derivatives.gradient`."""
         return torch.stack([self.model.gradient(one, X, labels) for one, labels in zip(theta, y, strict=True)])
 
     def pull_back(self, theta: Tensor, X: Tensor, R: Tensor) -> Tensor:
-        """See `Derivatives`."""
+        """Derivatives by the parameters, a plan and a piece of samples at a time; see `Derivatives.pull_back`."""
 
         def one(at: Tensor, by_logits: Tensor) -> Tensor:
             total = torch.zeros_like(at)
@@ -87,11 +148,11 @@ class General:
         return torch.stack([one(*pair) for pair in zip(theta, R, strict=True)])
 
     def scores(self, theta: Tensor, v: Tensor, X: Tensor) -> Tensor:
-        """See `Derivatives`."""
+        """Scores along a direction, plan after plan; see `Derivatives.scores`."""
         return torch.stack([self.model.scores(at, along, X) for at, along in zip(theta, v, strict=True)])
 
     def scores_and_product(self, theta: Tensor, v: Tensor, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Derivatives`."""
+        """Scores and Hessian-vector products by forward over reverse; see `Derivatives.scores_and_product`."""
 
         def one(at: Tensor, along: Tensor, labels: Tensor) -> Tensor:
             _, product = cast(Any, jvp)(lambda theta: self.model.gradient(theta, X, labels), (at,), (along,))

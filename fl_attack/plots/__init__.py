@@ -54,7 +54,22 @@ __all__ = [
 def all_of_sweep(folder: Path, mapped: Callable[..., Iterable[list[Path]]] = map) -> list[Path]:
     """Draw every figure that the swept columns allow; settings besides k, b, goal and seed by `columns`.
 
-    Gives the files. InputError where the folder has no readable `sweep.csv`. `mapped` does what `map` does.
+    Parameters
+    ----------
+    folder : Path
+        That of the sweep, which the figures go to.
+    mapped : callable, optional
+        Does what `map` does, perhaps in several processes.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+
+    Raises
+    ------
+    InputError
+        Where the folder has no readable `sweep.csv`.
     """
     wanted: list[tuple[str, ...]] = [("heatmap",), ("budget",), ("difference",), ("spread",)]
     goal: list[str] = []
@@ -125,7 +140,25 @@ def draw(folder: Path, kind: str, *names: str) -> list[Path]:
 
 
 def columns_of(kind: str, *names: str) -> list[str]:
-    """The columns that a figure is of, those by default included; InputError where there is no such kind."""
+    """The columns that a figure is of, those by default included.
+
+    Parameters
+    ----------
+    kind : str
+        A name of `PLOTS`.
+    *names : str
+        The columns that are given.
+
+    Returns
+    -------
+    list of str
+        In the order in which the figure takes them.
+
+    Raises
+    ------
+    InputError
+        Where there is no such kind, or it takes another number of columns.
+    """
     if kind not in PLOTS:
         raise InputError(f"{kind} is not a kind of plot; known: {', '.join(PLOTS)}")
     takes = list(signature(PLOTS[kind]).parameters.values())[1:]

@@ -139,7 +139,20 @@ def panel_and_line(sweep: Sweep, *shown: str) -> tuple[Array, Array]:
 
 
 def deviations_over_seeds(sweep: Sweep, panel: Array, line: Array) -> dict[tuple[str, str, float], float]:
-    """Standard deviation of the final accuracy (points of 100) for each panel, line and k, pooled over b."""
+    """Standard deviations of the final accuracy over seeds, pooled over budgets.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        The cells.
+    panel, line : (cells,) arrays of str
+        The panel and the line that each cell belongs to.
+
+    Returns
+    -------
+    dict of (str, str, float) to float
+        In points (of 100), by panel, line and write access k; NaN where no setting has two seeds.
+    """
     k, accuracy = sweep.column(K), sweep.column(ACCURACY)
     groups: dict[tuple[str, str, float], list[Floats]] = {}
     for cells in split(len(sweep), *(sweep.column(name) for name in (K, B, *sweep.swept))).values():

@@ -37,7 +37,20 @@ def curves(folder: Path) -> list[Path]:
 
 
 def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
-    """As `curves`, with a summary that is not in the folder yet, since it says that the run is whole."""
+    """Draw `curves`, with a summary that is not in the folder yet, since it says that the run is whole.
+
+    Parameters
+    ----------
+    folder : Path
+        That of the run, with its table of rounds; the figure goes there.
+    summary : mapping
+        What `summary.json` will hold.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+    """
     figure, panels = canvas.panels([""], 6.4, 3.8, "round", "test accuracy")
     axes = panels[""]
     attacked = read_rounds(folder)

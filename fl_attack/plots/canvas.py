@@ -61,7 +61,27 @@ def panels(names: Sequence[str], width: float, height: float, x: str, y: str) ->
 
 
 def distinct(values: Array, most: int, what: str) -> list[Any]:
-    """The different values in order; NotDrawableError where there are more than a figure bears."""
+    """The different values of a column, in order.
+
+    Parameters
+    ----------
+    values : array
+        The column.
+    most : int
+        How many of them a figure bears.
+    what : str
+        What they are of, for the error.
+
+    Returns
+    -------
+    list
+        Plain values of Python.
+
+    Raises
+    ------
+    NotDrawableError
+        Where there are more than `most`.
+    """
     found = sorted(set(values.tolist()))
     if len(found) > most:
         names = ", ".join(map(format_value, found[:2]))
@@ -70,7 +90,20 @@ def distinct(values: Array, most: int, what: str) -> list[Any]:
 
 
 def shortened(text: str, most: int = 32) -> str:
-    """The end of a text that is longer than so many characters: of the path of a user's function its name."""
+    """The end of a long text, which of the path of a user's function is its name.
+
+    Parameters
+    ----------
+    text : str
+        The whole text.
+    most : int
+        How many characters may be shown.
+
+    Returns
+    -------
+    str
+        The text itself where it is short enough; else an ellipsis and its end.
+    """
     return text if len(text) <= most else f"\N{HORIZONTAL ELLIPSIS}{text[1 - most :]}"
 
 
@@ -80,7 +113,20 @@ def label(column: str) -> str:
 
 
 def style(number: int, shades: int | None = None) -> dict[str, Any]:
-    """Colour and marker of a line by its number: a colour of the palette, or one of `shades` from dark to light."""
+    """How a line is drawn, by its number.
+
+    Parameters
+    ----------
+    number : int
+        Counted from 0.
+    shades : int, optional
+        How many lines there are, where they follow an order: their colours go from dark to light.
+
+    Returns
+    -------
+    dict
+        Arguments of matplotlib: colour, marker, and their sizes.
+    """
     from matplotlib import colormaps
 
     shade = number / max(shades - 1, 1) if shades else 0.0
@@ -100,7 +146,24 @@ def captured() -> Iterator[list[Any]]:
 
 
 def save(figure: Any, folder: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """Write a figure in each format and give the files, which hold neither dates nor versions."""
+    """Write a figure in each format, with neither dates nor versions in the files.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        What is drawn.
+    folder : Path
+        Where to.
+    name : str
+        That of the files; characters that not every file system takes become dashes.
+    kinds : sequence of str
+        The formats, which end the names.
+
+    Returns
+    -------
+    list of Path
+        The files; none where figures are captured.
+    """
     from matplotlib import rc_context
 
     if (kept := _captured.get()) is not None:

@@ -102,7 +102,20 @@ def networks(folder: Path, by: str = "model") -> list[Path]:
 
 
 def points(sweep: Sweep, by: str) -> list[Point]:
-    """Every attack on labels of a sweep at its write access and budget on each model, and the unattacked cells."""
+    """The attacks on labels of a sweep, each at its write access and budget on each model, and the unattacked cells.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        The cells.
+    by : str
+        The column that tells the models apart.
+
+    Returns
+    -------
+    list of Point
+        With one accuracy a seed.
+    """
     goal = sweep.column(GOAL) if GOAL in sweep.cells.columns else np.full(len(sweep), "untargeted")
     attack = np.array(
         [f"{name}, {aim}" if name == GREEDY else name for name, aim in zip(sweep.column(NAME), goal, strict=True)]

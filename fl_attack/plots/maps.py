@@ -101,7 +101,22 @@ def goal_differences(sweep: Sweep) -> tuple[NDArray[np.intp], Floats]:
 
 
 def means_on_grid(x: Floats, y: Floats, values: Floats, xs: Floats, ys: Floats) -> Floats:
-    """Mean value at each of `xs` and `ys`, (len(ys), len(xs)); NaN where there is none."""
+    """Mean values at the points of a grid.
+
+    Parameters
+    ----------
+    x, y : (n,) arrays
+        Where each value is.
+    values : (n,) array
+        What is averaged.
+    xs, ys : (columns,) and (rows,) arrays
+        The different x and y that the grid is of.
+
+    Returns
+    -------
+    (rows, columns) array
+        NaN where there is no value.
+    """
     grid = np.full((len(ys), len(xs)), np.nan)
     for (at_x, at_y), cells in split(len(values), x, y).items():
         grid[np.ix_(ys == at_y, xs == at_x)] = values[cells].mean()

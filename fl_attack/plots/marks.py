@@ -56,13 +56,33 @@ def heat(axes: Any, xs: Floats, ys: Floats, grid: Floats, signed: bool, **scale:
 
 
 def ink_on(image: Any, value: float) -> str:
-    """The colour of text, black or white, that is read best on an image's colour of a value."""
+    """The colour of text that is read best on a cell of an image.
+
+    Parameters
+    ----------
+    image : matplotlib image
+        It has a map of colours.
+    value : float
+        The cell's.
+
+    Returns
+    -------
+    {"black", "white"}
+    """
     ground = image.cmap(image.norm(value))
     return "black" if np.dot(ground[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
 
 
 def equal_products(axes: Any, xs: Floats, ys: Floats) -> None:
-    """Draw lines of equal x·y over a map of equal cells, labelled on its right edge."""
+    """Draw lines of equal x·y over a map of equal cells, labelled on its right edge.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        What the map is drawn on, a cell a unit.
+    xs, ys : (columns,) and (rows,) arrays
+        The values of its cells, rising.
+    """
     x_values, x_places = _edges_and_centres(xs)
     y_values, y_places = _edges_and_centres(ys)
     x = np.linspace(max(x_values[0], x_values[-1] / 1000), x_values[-1], 2000)
@@ -83,7 +103,18 @@ def equal_products(axes: Any, xs: Floats, ys: Floats) -> None:
 
 
 def products(xs: Floats, ys: Floats) -> list[float]:
-    """A few products spread over those of a grid, rising; where possible such that several of its cells share."""
+    """A few products, spread over those of a grid; where possible such that several of its cells share.
+
+    Parameters
+    ----------
+    xs, ys : (columns,) and (rows,) arrays
+        The grid's values, rising.
+
+    Returns
+    -------
+    list of float
+        Rising, four at most, whose lines reach the right edge of the grid.
+    """
     every = np.round(np.outer(xs, ys).ravel(), 9)
     every = every[(every > 0) & (every >= xs[-1] * ys[0])]  # whose lines reach the right edge
     if not len(every):
@@ -98,7 +129,17 @@ def products(xs: Floats, ys: Floats) -> list[float]:
 
 
 def legend(figure: Any, panels: dict[str, Any], title: str = "") -> None:
-    """Draw the names of all lines once, beside the panels; nothing where a single line has none."""
+    """Draw the names of all lines once, beside the panels; nothing where a single line has none.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        What the panels are in.
+    panels : dict of str to Axes
+        Lines of the same name in several panels are named once.
+    title : str
+        What the names are values of.
+    """
     lines = {
         label: line for axes in panels.values() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -114,14 +155,37 @@ def legend(figure: Any, panels: dict[str, Any], title: str = "") -> None:
 
 
 def require_several(values: Floats, figure: str, name: str) -> None:
-    """NotDrawableError unless values (n,) hold two different ones or more."""
+    """Refuse a figure of a quantity that does not vary.
+
+    Parameters
+    ----------
+    values : (n,) array
+        What the figure would be drawn over.
+    figure, name : str
+        What the figure and the quantity are called in the error.
+
+    Raises
+    ------
+    NotDrawableError
+        Unless two of the values differ.
+    """
     found = np.unique(values)
     if len(found) < 2:
         raise NotDrawableError(f"{figure} needs several values of {name}; the sweep has only {format_value(found[0])}")
 
 
 def caption(figure: Any, title: str, note: str) -> None:
-    """Write a title above the panels and a note below them, both wrapped to the figure's width."""
+    """Write a title above the panels and a note below them, both wrapped to the figure's width.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        What the panels are in.
+    title : str
+        Empty for none.
+    note : str
+        Sentences, which may take several lines.
+    """
     width = int(figure.get_figwidth() * 11)
     if title:
         figure.suptitle(textwrap.fill(title, width), x=0.01, ha="left", fontsize="medium", fontweight="bold")

@@ -31,7 +31,27 @@ class Grid(NamedTuple):
 
 
 def grid(sweep: Sweep, rows: str, columns: str, mask: Mask) -> Grid:
-    """The final accuracy of the cells of a mask by two columns; NotDrawableError where one has a single value."""
+    """The final accuracy of cells by two columns.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        The cells.
+    rows, columns : str
+        Names of the columns whose values the grid is of.
+    mask : (cells,) array of bool
+        The cells that count.
+
+    Returns
+    -------
+    Grid
+        Means over seeds with half the width of their intervals, in points; NaN where there is no cell.
+
+    Raises
+    ------
+    NotDrawableError
+        Where a column has a single value.
+    """
     ys, xs = (list(dict.fromkeys(sweep.column(name).tolist())) for name in (rows, columns))
     for name, values in ((rows, ys), (columns, xs)):
         if len(values) < 2:
@@ -46,13 +66,39 @@ def grid(sweep: Sweep, rows: str, columns: str, mask: Mask) -> Grid:
 
 
 def worst(mean: Floats, attacked: Mask) -> NDArray[np.intp]:
-    """The row of the lowest mean of each column, (columns,), among the attacked rows that have one."""
+    """The attack that does most harm, for each column of a grid.
+
+    Parameters
+    ----------
+    mean : (rows, columns) array
+        Mean accuracies; NaN where there is none.
+    attacked : (rows,) array of bool
+        The rows that are attacks.
+
+    Returns
+    -------
+    array of int, (columns,)
+        The row of the lowest mean among those.
+    """
     lowest: NDArray[np.intp] = np.where(attacked[:, None] & np.isfinite(mean), mean, np.inf).argmin(0)
     return lowest
 
 
 def writes_of(sweep: Sweep, mask: Mask) -> str:
-    """What the attacks of some cells write: updates where any does, else labels where any does, else none."""
+    """What the attacks of some cells write.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        The cells.
+    mask : (cells,) array of bool
+        Those that are asked for.
+
+    Returns
+    -------
+    {"updates", "labels", "none"}
+        Updates where any of them does, else labels where any does.
+    """
     found = set(sweep.column(WRITES)[mask])
     return next((kind for kind in ("updates", "labels") if kind in found), "none")
 

@@ -92,6 +92,18 @@ def without_part(cells: Cells, part: int) -> Cells:
     """The cells as they would be without a part of the test images.
 
     Late averages, minima and F1 are taken to move as the accuracy of the model given does.
+
+    Parameters
+    ----------
+    cells : Cells
+        They have the columns `moved` and, where they have drops, `drop_moved`.
+    part : int
+        Which one is left out.
+
+    Returns
+    -------
+    Cells
+        With other values of the measures.
     """
     measures = [name for name in ("accuracy", "late", "minimum", "f1") if name in cells.columns]
     moved: dict[str, Array] = dict.fromkeys(measures, cells["moved"][:, part])

@@ -67,7 +67,20 @@ class Finding:
 
 
 def measure(claim: Claim, cells: Cells) -> Iterator[Finding]:
-    """A finding for each measure of a claim that the cells hold, with the verdict that it would have by itself."""
+    """Findings of a claim, each with the verdict that it would have by itself.
+
+    Parameters
+    ----------
+    claim : Claim
+        What is asked.
+    cells : Cells
+        Those of a run of its preset.
+
+    Yields
+    ------
+    Finding
+        One for each measure that the cells hold.
+    """
     for label, statistic in claim.measures.items():
         found = measured(statistic, cells)
         if np.isfinite(found.value):
@@ -75,7 +88,19 @@ def measure(claim: Claim, cells: Cells) -> Iterator[Finding]:
 
 
 def measured(statistic: Statistic, cells: Cells) -> Evidence:
-    """A statistic of cells with its error over seeds and, where the cells count them, test images."""
+    """A statistic of cells with its error over seeds and, where the cells count them, test images.
+
+    Parameters
+    ----------
+    statistic : callable
+        Gives a value for each seed from cells.
+    cells : Cells
+        What it is worked out of.
+
+    Returns
+    -------
+    Evidence
+    """
     values, without = statistic(cells), None
     if "moved" in cells.columns and len(values) > 1:
         parts = range(cells["moved"].shape[1])
@@ -84,7 +109,20 @@ def measured(statistic: Statistic, cells: Cells) -> Evidence:
 
 
 def by_goal(statistic: Callable[..., Floats], **arguments: float) -> dict[str, Statistic]:
-    """A statistic for each goal, with the same other arguments."""
+    """A statistic for each goal of the attack.
+
+    Parameters
+    ----------
+    statistic : callable
+        Takes cells, a `goal`, and the other arguments.
+    **arguments : float
+        The same for all goals.
+
+    Returns
+    -------
+    dict of str to callable
+        The statistic of cells alone, by goal.
+    """
     return {goal: partial(statistic, goal=goal, **arguments) for goal in GOALS}
 
 

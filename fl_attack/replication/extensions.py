@@ -1,6 +1,6 @@
 """The sections of the report that go beyond the paper: selections, frequencies, roundings and noise compared."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from fl_attack.replication.claims import MEASURES, TENTH, measured
 from fl_attack.replication.findings import Line, Result
 from fl_attack.replication.plan import MEAN_SHARE, PROTOCOLS, STEP
 from fl_attack.replication.statistics import GOALS, LEAST_EFFECT, by_seed, mean
-from fl_attack.replication.verdicts import NOISY, NOT, REPLICATED, Evidence, Rule, decide
+from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Evidence, Rule, decide
 from fl_attack.sweep_table import Cells, Floats
 
 DROPS = ("drop", "late_drop")
@@ -130,7 +130,17 @@ def noise(results: Sequence[Result]) -> str:
 
 
 def cause(last: Evidence, late: Evidence) -> str:
-    """In words, what a drop is due to, from its interval at the last iterate and that of the late average."""
+    """What a drop is due to, in words.
+
+    Parameters
+    ----------
+    last, late : Evidence
+        The drop at the last iterate, and that of the average over late rounds.
+
+    Returns
+    -------
+    str
+    """
     of_last, of_late = (decide([(Rule(LEAST_EFFECT), found)])[0] for found in (last, late))
     if of_late == REPLICATED:
         return "the attack"
@@ -139,8 +149,68 @@ def cause(last: Evidence, late: Evidence) -> str:
     return "no harm" if {of_last, of_late} == {NOT} else NOISY
 
 
+def answer(results: Sequence[Result], lines: Sequence[Line]) -> list[str]:
+    """In a few sentences, under which protocol 0.1 % of the labels cost as much as the paper says."""
+    mine = [line for line in lines if line.claim.preset == "smallest"]
+    if not mine:
+        return []
+    texts = [
+        line for line in mine if line.primary and line.finding.label in (f"{goal}, last iterate" for goal in GOALS)
+    ]
+    told = "; ".join(f"{one.source.title}, {_goal(one)}: {format_interval(one.finding.found)}" for one in texts)
+    page = [f"**0.1 % of the labels, flips chosen in each minibatch and then forgotten, cost (points):** {told}."]
+    for verdict, what in (
+        (REPLICATED, "The paper's 6 points (surely 3 to 9) come out"),
+        (PARTLY, f"Harm of another size (surely more than 0, at least {LEAST_EFFECT:g} points, not surely 3 to 9)"),
+    ):
+        found = [line for line in mine if line.finding.verdict == verdict]
+        places: dict[str, list[Line]] = {}
+        for line in sorted(found, key=lambda one: PROTOCOLS.index(one.protocol)):
+            places.setdefault(f"{line.protocol}, {line.source.title}", []).append(line)
+        each = [f"{place} ({_sizes(at)})" for place, at in places.items()]
+        page.append(f"**{what}:** {'; '.join(each) or 'under no protocol'}.")
+    chance = []
+    for title, lr, batch, ends in _unattacked(results):
+        chance.append((lost_by_chance(ends), title, lr, batch))
+    if chance:
+        worst = {title: max(one for one in chance if one[1] == title) for _, title, _, _ in chance}
+        told = "; ".join(
+            f"{title} in {100 * share:.0f} % (lr {lr:g}, {batch})" for share, title, lr, batch in worst.values()
+        )
+        page.append(f"**By chance**, of two unattacked runs with other seeds the second loses {LOSS:g} points: {told}.")
+    return page
+
+
+def _goal(line: Line) -> str:
+    """The goal of the attack that a line on 0.1 % of the labels is about."""
+    return line.finding.label.partition(",")[0]
+
+
+def _sizes(lines: Sequence[Line]) -> str:
+    """In words, the goals of lines and the least and the largest drop of each."""
+    told = []
+    for goal in GOALS:
+        sizes = [line.finding.found.value for line in lines if _goal(line) == goal]
+        if sizes:
+            told.append(f"{goal} {min(sizes):.1f}" + (f" to {max(sizes):.1f}" if len(sizes) > 1 else ""))
+    return ", ".join(told)
+
+
 def readings(results: Sequence[Result], lines: Sequence[Line]) -> str:
-    """The table of what 0.1 % of the labels cost under each reading, bold where the paper's size comes out."""
+    """What 0.1 % of the labels cost under each reading of the paper.
+
+    Parameters
+    ----------
+    results : sequence of Result
+        All that was run.
+    lines : sequence of Line
+        The verdicts on claims, of which those of `smallest` are used.
+
+    Returns
+    -------
+    str
+        A table in Markdown, bold where the paper's size comes out; empty without such runs.
+    """
     borne = {
         (line.source.title, line.protocol, line.rate, line.finding.label)
         for line in lines
@@ -182,13 +252,9 @@ def noise_map(results: Sequence[Result]) -> str:
     """The section on how far apart unattacked runs end, over learning rate and batch size."""
     found: dict[tuple[str, float], dict[str, str]] = {}
     batches: dict[str, None] = {}
-    for result in (one for one in results if one.run.preset == "noise"):
-        batch = f"batches of {result.run.batch}"
+    for title, lr, batch, ends in _unattacked(results):
         batches[batch] = None
-        for (lr,), at in result.cells.parts("lr"):
-            ends = result.cells["accuracy"][at]
-            text = f"{ends.std(ddof=1):.2f}; {100 * lost_by_chance(ends):.0f} %"
-            found.setdefault((result.run.source.title, float(lr)), {})[batch] = text
+        found.setdefault((title, lr), {})[batch] = f"{ends.std(ddof=1):.2f}; {100 * lost_by_chance(ends):.0f} %"
     rows = [(title, f"{lr:g}", *(row.get(batch, "") for batch in batches)) for (title, lr), row in found.items()]
     text = (
         "Standard deviation over seeds of the last iterate's accuracy without any attack (points), and how likely it "
@@ -198,7 +264,27 @@ def noise_map(results: Sequence[Result]) -> str:
     return _section("what a single run loses by chance", text, rows and [("Data", "lr", *batches), *rows])
 
 
+def _unattacked(results: Sequence[Result]) -> Iterator[tuple[str, float, str, Floats]]:
+    """Data set, learning rate, batch size and final accuracy over seeds of each map of unattacked runs."""
+    for result in (one for one in results if one.run.preset == "noise"):
+        for (lr,), at in result.cells.parts("lr"):
+            yield result.run.source.title, float(lr), f"batches of {result.run.batch}", result.cells["accuracy"][at]
+
+
 def lost_by_chance(ends: Floats, points: float = LOSS) -> float:
-    """The share of ordered pairs of runs (seeds,) of which the second ends so many points or more below the first."""
+    """How often an unattacked run alone would seem to be harmed.
+
+    Parameters
+    ----------
+    ends : (seeds,) array
+        Accuracies of runs that differ in their seed alone, in points.
+    points : float
+        What counts as harm.
+
+    Returns
+    -------
+    float
+        The share of ordered pairs of runs of which the second ends so many points or more below the first.
+    """
     lost = ends[:, None] - ends[None, :] >= points - 1e-9
     return float(lost.sum() / (len(ends) * (len(ends) - 1)))

@@ -61,20 +61,43 @@ def rate(cells: Cells) -> str:
 
 
 def by_budget(file: Path, cells: Cells, title: str) -> None:
-    """Figures 5 and 9: accuracy against the global budget, a line for each k."""
+    """Figures 5 and 9: accuracy against the global budget, a line for each k.
+
+    Parameters
+    ----------
+    file : Path
+        The table to write; figures take its name.
+    cells : Cells
+        Those of a run.
+    title : str
+        Of the figure.
+    """
     rows = means(cells, goal, access, "kb", "accuracy")
     write_csv(file, ("goal", "k", "global_budget", "final_accuracy", "interval"), rows, DIGITS)
     lines(file, title, BANDS, log=True)
 
 
 def spread(cells: Cells, goal: str) -> float:
-    """Standard deviation of the accuracy over seeds, pooled over attacked settings."""
+    """Standard deviation of the accuracy over seeds, pooled over attacked settings.
+
+    Parameters
+    ----------
+    cells : Cells
+        Those of a run.
+    goal : str
+        Which cells count.
+
+    Returns
+    -------
+    float
+        In points.
+    """
     mine = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
     return pooled_deviation(mine["accuracy"][at] for _, at in mine.parts("k", "b"))
 
 
 def deviation(file: Path, cells: Cells, title: str) -> None:
-    """Figure 6: standard deviation over seeds, pooled over b, against k."""
+    """Figure 6: standard deviation over seeds, pooled over b, against k; arguments as of `by_budget`."""
     rows = []
     for (k,), at in cells.parts("k"):
         mine = cells.only(np.isin(np.arange(len(cells)), at))
@@ -86,7 +109,7 @@ def deviation(file: Path, cells: Cells, title: str) -> None:
 
 
 def stopped(file: Path, cells: Cells, title: str) -> None:
-    """Figure 12: accuracy with and without early stopping."""
+    """Figure 12: accuracy with and without early stopping; arguments as of `by_budget`."""
     rows = means(
         cells,
         goal,
@@ -99,7 +122,7 @@ def stopped(file: Path, cells: Cells, title: str) -> None:
 
 
 def optimizers(file: Path, cells: Cells, title: str) -> None:
-    """Figure 14: accuracy under SGD and Adam, each at its best learning rate."""
+    """Figure 14: accuracy under SGD and Adam, each at its best learning rate; arguments as of `by_budget`."""
     rows = []
     for name in ("sgd", "adam"):
         best = at_best(cells.where(optimizer=name))
@@ -120,7 +143,7 @@ def compared(factor: str) -> Callable[[Path, Cells, str], None]:
 
 
 def frequencies(file: Path, cells: Cells, title: str) -> None:
-    """Drop against the rounds from one attack to the next, a line for each share of labels flipped on average."""
+    """Drop against the rounds between attacks, a line for each share of labels flipped; arguments as of `by_budget`."""
     attacked = cells.only(cells["b"] > 0)
     rows = means(
         attacked, goal, lambda point: f"{100 * point['kb'][0] / point['every'][0]:g} % a round", "every", "late_drop"
@@ -131,7 +154,20 @@ def frequencies(file: Path, cells: Cells, title: str) -> None:
 
 
 def map_of(kind: str, *columns: str) -> Callable[[Path, Cells, str], None]:
-    """A figure made by a kind of `fl_attack.plots` with these columns, and its table of means."""
+    """A figure made by a kind of `fl_attack.plots`, with its table of means.
+
+    Parameters
+    ----------
+    kind : str
+        A name of `plots.PLOTS`.
+    *columns : str
+        Those that the figure is of.
+
+    Returns
+    -------
+    callable
+        Takes the arguments of `by_budget`.
+    """
 
     def draw(file: Path, cells: Cells, title: str) -> None:
         y = "f1" if columns else "accuracy"

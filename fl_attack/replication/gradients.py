@@ -20,7 +20,22 @@ RANDOM_SETS = 2000  # random sets of flips for each budget
 
 
 def draw(folder: Path, source: Source, rate: float) -> str:
-    """Draw `fig1-<data set>.{png,pdf,csv}` after 200 rounds of an attacked run; gives their name without suffix."""
+    """Draw `fig1-<data set>.{png,pdf,csv}` after 200 rounds of an attacked run.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to.
+    source : Source
+        The data set.
+    rate : float
+        The learning rate.
+
+    Returns
+    -------
+    str
+        The name of the files, without suffix.
+    """
     rounds, overrides = 200, (*source.overrides, f"lr={rate:g}")
     untargeted, targeted = (
         engine.make_scenarios([_settings(overrides, rounds, budget, goal) for budget in BUDGETS])

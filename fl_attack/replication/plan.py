@@ -36,7 +36,8 @@ STEP, EPOCH, FULL, LARGE = "per step", "per epoch", "full batch", "per step, bat
 FLOOR, CEIL = "per step, rounded down", "per step, rounded up"
 SMALL = "per step, batches of 16, rounded up"
 PERSIST, LAST = "full batch, flips stay", "per step, stopped at the last model"
-PROTOCOLS = (STEP, FLOOR, CEIL, SMALL, LARGE, LAST, EPOCH, FULL, PERSIST)
+MLP, CNN = "mlp, 20 epochs", "cnn, 2 epochs"
+PROTOCOLS = (STEP, FLOOR, CEIL, SMALL, LARGE, LAST, EPOCH, FULL, PERSIST, MLP, CNN)
 GRADIENTS = ("fig1", "fig4")  # drawn from one run, not from a sweep
 BUDGETS, ALL = "0,0.001,0.01,0.05,0.1,0.25,0.5,0.83", "attack.budget=0,0.05,0.25,0.5,0.7,1"
 NOISE_BATCHES = (16, 64, 256)
@@ -63,6 +64,7 @@ class Run:
     overrides: tuple[str, ...] = ()
     batch: int | str = 128
     rates: tuple[float, ...] | None = ()  # learning rates besides the one chosen; None: those of preset and overrides
+    epochs: int | None = None  # by default those of the plan
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,9 @@ def _ten_classes(source: Source) -> Iterator[Run]:
     yield Run("protocols", source, STEP, (*few, "lr=0.001,0.01"), rates=None)
     yield Run("protocols", source, EPOCH, (*few, "attack.refresh=epoch"))
     yield Run("protocols", source, FULL, (*few, "lr=0.1,1"), batch="full", rates=None)
+    # networks learn in few epochs, each of which costs as much as a whole training of logistic regression
+    yield Run("fig9", source, MLP, (*few, "model=mlp", "lr=0.1"), rates=None, epochs=20)
+    yield Run("fig9", source, CNN, (*few, "model=cnn", "lr=0.1", "seed=range(2)"), rates=None, epochs=2)
 
 
 def _quick(source: Source) -> Iterator[Run]:
@@ -259,12 +264,13 @@ def cells(run: Run, epochs: int, lr: float | None) -> list[multirun.Cell]:
     run : Run
         A preset on a data set, with its overrides.
     epochs : int
-        The length of training.
+        The length of training, where the run has none of its own.
     lr : float, optional
         The learning rate chosen, used beside those of the run; by default the preset's own are used.
     """
     batches = 1 if run.batch == "full" else -(-samples(run.source) // int(run.batch))
-    length = [f"batch_size={run.batch}", f"rounds={epochs * batches}", f"eval_every={batches}"]
+    rounds = (run.epochs or epochs) * batches
+    length = [f"batch_size={run.batch}", f"rounds={rounds}", f"eval_every={batches}"]
     rates: list[str] = []
     if lr is not None and run.rates is not None:
         rates = [f"lr={','.join(f'{one:g}' for one in sorted({*run.rates, lr}))}"]
@@ -282,7 +288,19 @@ Grids = dict[Path, list[multirun.Cell]]
 
 
 def folder_of(out: Path, cells: Sequence[multirun.Cell]) -> Path:
-    """The folder of the sweep of these cells; its name changes with any setting that a number depends on."""
+    """The folder of a sweep, whose name changes with any setting that a number depends on.
+
+    Parameters
+    ----------
+    out : Path
+        The folder of the replication.
+    cells : sequence of multirun.Cell
+        Those of the sweep.
+
+    Returns
+    -------
+    Path
+    """
     facts = [str(NUMERICS), _loaded(cells[0].settings.dataset.model_dump_json()).fingerprint]
     text = "\n".join([*facts, *(cell.settings.model_dump_json(exclude=ON_DATA) for cell in cells)])
     return out / RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -321,7 +339,15 @@ def _with_place(cells: Sequence[multirun.Cell], place: Path) -> list[multirun.Ce
 
 @contextmanager
 def timed(file: Path, worth: Callable[[], bool]) -> Iterator[None]:
-    """Adds the seconds that a block took to a file, also when it is interrupted, where `worth` is true at its end."""
+    """A block whose seconds are added to a file, also when it is interrupted.
+
+    Parameters
+    ----------
+    file : Path
+        A line for each time.
+    worth : callable
+        Asked at the end of the block whether its time counts.
+    """
     began = time.perf_counter()
     try:
         yield

@@ -26,13 +26,42 @@ def mean(values: Floats) -> float:
 
 
 def by_seed(cells: Cells, function: Callable[[Cells], float]) -> Floats:
-    """The finite values of a function of the cells of each seed, (seeds,)."""
+    """A function of the cells of each seed.
+
+    Parameters
+    ----------
+    cells : Cells
+        Those of all seeds.
+    function : callable
+        Gives a number from the cells of one.
+
+    Returns
+    -------
+    (seeds,) array
+        Without those that are not finite.
+    """
     found = np.array([function(cells.only(at)) for _, at in cells.parts("seed")] if len(cells) else [], float)
     return _finite(found)
 
 
 def drop_at(cells: Cells, goal: str, b: float, k: float = 1.0, measure: str = "drop") -> Floats:
-    """Points lost at a write access and a local budget."""
+    """Points lost at a write access and a local budget.
+
+    Parameters
+    ----------
+    cells : Cells
+        Those of a run.
+    goal : str
+        That of the attack.
+    b, k : float
+        Local budget and write access, shares of 1.
+    measure : str
+        The column of the drop.
+
+    Returns
+    -------
+    (seeds,) array
+    """
     return by_seed(cells.where(goal=goal, b=b, k=k), lambda mine: mean(mine[measure]))
 
 
@@ -41,6 +70,15 @@ def trend(cells: Cells, goal: str) -> Floats:
 
     Of the pairs of budgets, the share in which the larger one costs at least `LEAST_EFFECT` points more, less the share
     in which it costs as much less: an attack that does nothing has 0, and so has noise.
+
+    Parameters
+    ----------
+    cells, goal
+        Those of `drop_at`.
+
+    Returns
+    -------
+    (seeds,) array
     """
 
     def tau(mine: Cells) -> float:
@@ -53,7 +91,7 @@ def trend(cells: Cells, goal: str) -> Floats:
 
 
 def accuracy_at(cells: Cells, goal: str, k: float, b: float) -> Floats:
-    """Accuracy at a write access and a local budget."""
+    """Accuracy in points at a write access and a local budget, for each seed; arguments as of `drop_at`."""
     return by_seed(cells.where(goal=goal, k=k, b=b), lambda mine: mean(mine["accuracy"]))
 
 
@@ -92,7 +130,20 @@ def gap_growth(cells: Cells) -> Floats:
 
 
 def goal_gaps(cells: Cells, mask: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
-    """Accuracy of the targeted less that of the untargeted attack, (seeds, settings), at budgets kb > 0 of a mask."""
+    """Accuracy of the targeted less that of the untargeted attack.
+
+    Parameters
+    ----------
+    cells : Cells
+        Those of a run.
+    mask : callable
+        Which global budgets count, of those above 0: an array of bool from one of floats.
+
+    Returns
+    -------
+    (seeds, settings) array
+        In points; empty where seeds have not all the same settings.
+    """
     attacked = cells.only((cells["b"] > 0) & mask(cells["kb"]))
     rows = []
     for _, at in attacked.parts("seed") if len(attacked) else ():
@@ -122,7 +173,18 @@ def large_gap(cells: Cells) -> Floats:
 
 
 def pairs(cells: Cells, goal: str) -> Iterator[Floats]:
-    """Accuracy at the smaller less that at the larger k, for every pair of settings with the same k·b > 0, by seed."""
+    """Accuracy at the smaller less that at the larger k, for every pair of settings with the same k·b > 0.
+
+    Parameters
+    ----------
+    cells, goal
+        Those of `drop_at`.
+
+    Yields
+    ------
+    (pairs,) array
+        One for each seed that has pairs, in points.
+    """
     mine = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
     for _, at in mine.parts("seed") if len(mine) else ():
         of_seed, at_kb = mine.only(at), dict[float, list[float]]()
@@ -134,19 +196,22 @@ def pairs(cells: Cells, goal: str) -> Iterator[Floats]:
 
 
 def pair_harm(cells: Cells, goal: str) -> Floats:
-    """By how much the larger k does more harm at equal k·b, over `pairs`."""
+    """By how many points the larger k does more harm at equal k·b, for each seed; arguments as of `pairs`."""
     return _finite(np.array([mean(found) for found in pairs(cells, goal)]))
 
 
 def pair_share(cells: Cells, goal: str) -> Floats:
-    """Share of `pairs` (%) in which the larger k does more harm; less than `LEAST_EFFECT` counts a half."""
+    """Share of `pairs` (%) in which the larger k does more harm, for each seed; arguments as of `pairs`.
+
+    A difference of less than `LEAST_EFFECT` counts a half.
+    """
     return _finite(
         np.array([100 * mean((np.sign(f) * (np.abs(f) >= LEAST_EFFECT) + 1) / 2) for f in pairs(cells, goal)])
     )
 
 
 def correlation(cells: Cells, goal: str) -> Floats:
-    """Pearson's r of F1 and accuracy over settings."""
+    """Pearson's r of F1 and accuracy over settings, for each seed; arguments as of `pairs`."""
 
     def r(mine: Cells) -> float:
         means = np.array([(mine["f1"][at].mean(), mine["accuracy"][at].mean()) for _, at in mine.parts("k", "b")])
@@ -168,12 +233,12 @@ def at_best(cells: Cells) -> Cells:
 
 
 def mean_drop(cells: Cells, goal: str) -> Floats:
-    """Points lost, over all attacked settings."""
+    """Points lost over all attacked settings, for each seed; arguments as of `pairs`."""
     return by_seed(cells.where(goal=goal), lambda mine: mean(mine["drop"][mine["b"] > 0]))
 
 
 def amplified(cells: Cells, goal: str) -> Floats:
-    """Drop with early stopping less that without, at the best learning rate without."""
+    """Drop with early stopping less that without, at the best learning rate without; arguments as of `pairs`."""
     lasting = at_best(cells.where(patience="null"))
     rates: set[object] = set(lasting["lr"].tolist())
     stopped = cells.only(np.array([lr in rates for lr in cells["lr"].tolist()]) & (cells["patience"] != "null"))
@@ -181,13 +246,16 @@ def amplified(cells: Cells, goal: str) -> Floats:
 
 
 def adam_harm(cells: Cells, goal: str) -> Floats:
-    """Drop under Adam less that under SGD, each at its best learning rate."""
+    """Drop under Adam less that under SGD, each at its best learning rate; arguments as of `pairs`."""
     adam, sgd = (at_best(cells.where(optimizer=optimizer)) for optimizer in ("adam", "sgd"))
     return _less(mean_drop(adam, goal), mean_drop(sgd, goal))
 
 
 def adam_lowest(cells: Cells, goal: str) -> Floats:
-    """Accuracy under Adam at its best learning rate, at the budget at which it is lowest for the other seeds."""
+    """Accuracy under Adam at the budget at which it is lowest for the other seeds; arguments as of `pairs`.
+
+    The learning rate is that which serves Adam best.
+    """
     mine = at_best(cells.where(optimizer="adam")).where(goal=goal)
     rows = [
         [mean(mine["accuracy"][at][mine["b"][at] == b]) for b in np.unique(mine["b"])]

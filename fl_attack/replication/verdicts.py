@@ -141,7 +141,23 @@ def decide(rows: Sequence[tuple[Rule, Evidence]]) -> list[str]:
 
 
 def discoveries(p: NDArray[np.float64], rate: float = FALSE) -> NDArray[np.bool_]:
-    """Which of these p-values (n,) are discoveries at a false discovery rate, under any dependence, (n,) of bool."""
+    """Which of several tests are discoveries at a false discovery rate, under any dependence.
+
+    Parameters
+    ----------
+    p : (n,) array
+        Their p-values.
+    rate : float
+        The expected share of false ones among the discoveries.
+
+    Returns
+    -------
+    (n,) array of bool
+
+    References
+    ----------
+    Benjamini, Yekutieli (2001). The control of the false discovery rate. https://doi.org/10.1214/aos/1013699998.
+    """
     n = len(p)
     if n == 0:
         return np.zeros(0, bool)

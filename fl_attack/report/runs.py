@@ -65,7 +65,9 @@ def _clients(result: Result) -> dict[str, Any]:
 
 
 def _dataset(settings: Settings) -> Dataset | None:
-    """The data of a run, as it loads it; None where it is not there any more."""
+    """The data of a run, as it loads it; None where it is not there any more, or was that of nodes."""
+    if settings.partition.name == "own":
+        return None
     try:
         return data.load(verify=False, **settings.dataset.model_dump())
     except InputError:
@@ -124,7 +126,20 @@ def _most_flipped(
 
 
 def picture(dataset: Dataset, sample: int) -> str | None:
-    """A training sample as the address of a PNG that holds it; None where samples are no images."""
+    """A training sample as an image in a page.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Whose samples they are.
+    sample : int
+        A position in the training set.
+
+    Returns
+    -------
+    str or None
+        The address (`data:`) of a PNG that holds it; None where samples are no images.
+    """
     shape = dataset.image_shape
     if len(shape) != 3 or shape[0] not in (1, 3, 4):
         return None

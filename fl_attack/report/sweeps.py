@@ -41,7 +41,20 @@ def of_sweep(result: Result) -> Part:
 
 
 def command_of(first: list[str], row: dict[str, Any]) -> str:
-    """The command that runs a cell: the settings of the first cell, with what the row of this one says instead."""
+    """The command that runs a cell of a sweep by itself.
+
+    Parameters
+    ----------
+    first : list of str
+        Overrides that give the settings of the sweep's first cell.
+    row : dict
+        The overrides of this cell, by key: these are said in place of those.
+
+    Returns
+    -------
+    str
+        It begins with `fl-attack`.
+    """
     groups = {key: str(value) for key, value in row.items() if "." not in key and _is_group(key)}
     kept = []
     for override in first:

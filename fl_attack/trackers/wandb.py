@@ -43,7 +43,8 @@ class WandB:
         axis = tagged(part, "round")
         if part not in self._axes:
             self._run.define_metric(axis, hidden=True)
-            self._run.define_metric(tagged(part, "*"), step_metric=axis)
+            for name in (name for name in rows[0] if name != "round"):
+                self._run.define_metric(tagged(part, name), step_metric=axis)
             self._axes.add(part)
         for row in rows:
             self._run.log({tagged(part, name): value for name, value in row.items() if math.isfinite(value)})
