@@ -71,12 +71,8 @@ def run(
     Interrupted
         Where a signal ends it; the message says what is kept and where.
     """
-<<<<<<< HEAD
     trackers.check(settings.tracker)
-    attacked = scenario.make(settings)
-=======
     attacked = make(settings)
->>>>>>> main
     check(attacked)
 
     def goes_on(at: Path) -> bool:
@@ -87,12 +83,11 @@ def run(
     with folder.taken(Path(settings.out), "run", settings.overwrite, goes_on) as place, _told(place.work):
         if not settings.resume or not goes_on(place.work):
             folder.clear(place.work)
-<<<<<<< HEAD
         with trackers.of_run(attacked.settings, place.work) as tracked:
             if settings.attacked and settings.attack.steers:
                 with Progress(settings.rounds, "target", "round") as progress:
                     targets.load_target(attacked, progress)
-            if settings.attacked and settings.attack.plans and settings.attack.horizon is None:
+            if plans.is_whole(attacked):
                 with Progress(attack.planned_options(settings.attack.args).sweeps, "plan", "sweep") as progress:
                     plans.load_plans([attacked], on_sweep=progress)
                 plans.plan(attacked)
@@ -103,20 +98,6 @@ def run(
             if settings.report:
                 report.offer([place.out])
             tracked.files(place.out)
-=======
-        if settings.attacked and settings.attack.steers:
-            with Progress(settings.rounds, "target", "round") as progress:
-                targets.load_target(attacked, progress)
-        if plans.is_whole(attacked):
-            with Progress(attack.planned_options(settings.attack.args).sweeps, "plan", "sweep") as progress:
-                plans.load_plans([attacked], on_sweep=progress)
-            plans.plan(attacked)
-        results.write_config(place.work, attacked.settings)
-        summaries = _run(attacked, place.work, runner)
-        folder.settle(place)
-        if settings.report:
-            report.offer([place.out])
->>>>>>> main
     return summaries
 
 
