@@ -125,30 +125,26 @@ def tabulate(
 ) -> Path:
     """Compute a grid and leave its tables, without figures, in the `out` that all cells name.
 
-    <<<<<<< HEAD
-        InputError before any work starts where a cell can't be run or `out` holds what would be lost. What an interrupted
-        call has kept is used again by the next one of the same grid. `finish` is called with the folder of the tables:
-        the sweep counts as finished only after that. `tracked` is told of the cells as they are done.
-    =======
-        What an interrupted call has kept is used again by the next one of the same grid.
+    What an interrupted call has kept is used again by the next one of the same grid.
 
-        Parameters
-        ----------
-        cells, progress, launch
-            As `run` takes them.
-        finish : callable, optional
-            Gets the folder of the tables: the sweep counts as finished only after that.
+    Parameters
+    ----------
+    cells, progress, launch
+        As `run` takes them.
+    finish : callable, optional
+        Gets the folder of the tables: the sweep counts as finished only after that.
+    tracked : trackers.Sweep, optional
+        Is told of the cells as they are done.
 
-        Returns
-        -------
-        Path
-            The folder of the tables.
+    Returns
+    -------
+    Path
+        The folder of the tables.
 
-        Raises
-        ------
-        InputError
-            Before any work starts, where a cell can't be run or `out` holds what would be lost.
-    >>>>>>> main
+    Raises
+    ------
+    InputError
+        Before any work starts, where a cell can't be run or `out` holds what would be lost.
     """
     out = Path(cells[0].settings.out)
     tabulate_together([cells], None, progress, finish, launch, tracked)
@@ -173,8 +169,8 @@ def tabulate_together(
         The folder of what an interrupted call leaves for the next one; None is one in the `out` of a single grid.
     progress : Progress, optional
         It reckons with all cells.
-    finish, launch
-        As `tabulate` takes them.
+    finish, launch, tracked
+        As `tabulate` takes them; `tracked` is for a single grid.
 
     Raises
     ------
