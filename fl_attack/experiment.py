@@ -166,7 +166,7 @@ def _told(work: Path) -> Iterator[None]:
 
 
 def part_of(name: str, settings: Settings) -> str:
-    """The name of a run for trackers: empty for the experiment itself."""
+    """The part that a run is for trackers, see `trackers.Store`."""
     return results.BASELINE if settings.attacked and name == "honest" else ""
 
 

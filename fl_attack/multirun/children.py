@@ -25,11 +25,11 @@ class Children:
             self._cells[at].append(cell)
 
     def observer(self, at: int, history: History) -> OnRound | None:
-        """What logs the first cell of an experiment while it runs; the others are logged when it is done."""
+        """What logs the first cell of an experiment while it runs, others when it is done; see `trackers.Sweep`."""
         return self.tracked.observer(self._cells[at][0], history) if self.tracked else None
 
     def done(self, unit: Unit, numbers: Numbers) -> None:
-        """Log the cells of a unit."""
+        """Log the cells of a unit; of both see `by_cell`."""
         if self.tracked is None or not self.tracked.names:
             return
         for at, one in by_cell(unit, numbers).items():

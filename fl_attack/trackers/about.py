@@ -33,21 +33,45 @@ class Store(Protocol):
     id: str
 
     def rows(self, part: str, rows: Sequence[Row]) -> None:
-        """Log rows of measures, in the order of their rounds; what is not finite is left out."""
+        """Log rows of measures; what is not finite is left out.
+
+        Parameters
+        ----------
+        part : str
+            Whose they are.
+        rows : sequence of Row
+            In the order of their rounds.
+        """
 
     def summary(self, part: str, facts: Mapping[str, Value]) -> None:
-        """Log the figures of a whole run, by their names."""
+        """Log the figures of a whole run.
+
+        Parameters
+        ----------
+        part : str
+            Whose they are.
+        facts : mapping
+            The figures by their names.
+        """
 
     def leave(self) -> None:
         """Close what is open in the folder of the run, which is about to be moved."""
 
     def files(self, folder: Path, files: Sequence[Path]) -> None:
-        """Keep figures and files, which are in a folder."""
+        """Keep figures and files.
+
+        Parameters
+        ----------
+        folder : Path
+            Where the result is now.
+        files : sequence of Path
+            Those in it that are kept.
+        """
 
     def end(self, how: How) -> None:
         """Say how the run ended."""
 
 
 def tagged(part: str, name: str) -> str:
-    """The name of a measure of a part."""
+    """The name of a measure of a part; see `Store`."""
     return f"{part}/{name}" if part else name

@@ -44,7 +44,7 @@ class MLflow:
         return str(found.experiment_id if found else self._client.create_experiment(name))
 
     def rows(self, part: str, rows: Sequence[Row]) -> None:
-        """Log rows, each at the step of its round."""
+        """Log rows, each at the step of its round; see `Store.rows`."""
         self._log(
             [
                 (tagged(part, name), float(value), row["round"])
@@ -55,7 +55,7 @@ class MLflow:
         )
 
     def summary(self, part: str, facts: Mapping[str, Value]) -> None:
-        """Log numbers as metrics, the rest as tags."""
+        """Log numbers as metrics, the rest as tags; see `Store.summary`."""
         numbers = {}
         for name, value in facts.items():
             key = tagged(part, f"summary/{name}")
@@ -76,7 +76,7 @@ class MLflow:
         """Nothing is open in the folder of the run."""
 
     def files(self, folder: Path, files: Sequence[Path]) -> None:
-        """Keep files as artifacts, in the folders that they have there."""
+        """Keep files as artifacts, in the folders that they have there; see `Store.files`."""
         for file in files:
             within = file.parent.relative_to(folder).as_posix()
             self._client.log_artifact(self.id, str(file), None if within == "." else within)
@@ -87,5 +87,5 @@ class MLflow:
 
 
 def begin(about: About, id: str | None) -> MLflow:
-    """Begin a run, or with its id continue it."""
+    """Begin a run, or with its id continue it; see `Store`."""
     return MLflow(about, id)

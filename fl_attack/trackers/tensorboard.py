@@ -23,7 +23,7 @@ class TensorBoard:
         self._writers: dict[str, Any] = {}
 
     def rows(self, part: str, rows: Sequence[Row]) -> None:
-        """Log rows, each at the step of its round."""
+        """Log rows, each at the step of its round; see `Store.rows`."""
         writer = self._writer(part)
         for row in rows:
             for name, value in row.items():
@@ -32,7 +32,7 @@ class TensorBoard:
         writer.flush()
 
     def summary(self, part: str, facts: Mapping[str, Value]) -> None:
-        """Log numbers as scalars, all of it as text, and settings with numbers for the tab HPARAMS."""
+        """Log numbers as scalars, all as text, and settings for the tab HPARAMS; see `Store.summary`."""
         from torch.utils.tensorboard.summary import hparams
 
         writer = self._writer(part)
@@ -53,7 +53,7 @@ class TensorBoard:
         self._writers.clear()
 
     def files(self, folder: Path, files: Sequence[Path]) -> None:
-        """Keep figures; the files are beside the event files in any case."""
+        """Keep figures; the files are beside the event files in any case; see `Store.files`."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self.at = folder / TENSORBOARD / self.id
@@ -78,7 +78,7 @@ class TensorBoard:
 
 
 def begin(about: About, id: str | None) -> TensorBoard:
-    """Begin the event files of a run, or with the folder that is its id continue them."""
+    """Begin the event files of a run, or with the folder that is its id continue them; see `Store`."""
     store = TensorBoard(about, id or (_safe(about.name) if about.kind == "cell" else "."))
     if id is None:
         writer = store._writer("")

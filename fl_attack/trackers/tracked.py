@@ -36,7 +36,15 @@ class Journal:
             self.content = {}
 
     def entry(self, key: str, tracker: str) -> dict[str, Any]:
-        """What is known of a run in a tracker."""
+        """What is known of a run in a tracker.
+
+        Parameters
+        ----------
+        key : str
+            Of a cell of a sweep; empty for the run or sweep itself.
+        tracker : str
+            The name of the tracker.
+        """
         entry: dict[str, Any] = self.content.setdefault(key, {}).setdefault(tracker, {"id": None, "rounds": {}})
         return entry
 
@@ -100,7 +108,7 @@ class Tracked:
         return min((self._entries[name]["rounds"].get(part, -1) for name in self.stores), default=sys.maxsize)
 
     def observer(self, history: History, part: str = "") -> OnRound:
-        """The observer of a recorder that logs its history while it grows."""
+        """The observer of a recorder that logs its history while it grows; of the part see `Store`."""
 
         def observe(round_: int, row: Row) -> None:
             if self.is_due(part):
@@ -109,7 +117,7 @@ class Tracked:
         return observe
 
     def rows(self, rows: Sequence[Row], part: str = "") -> None:
-        """Log what is new among the rows so far, in the order of their rounds."""
+        """Log what is new among the rows so far, in the order of their rounds; of the part see `Store`."""
 
         def log(name: str, store: Store) -> None:
             rounds = self._entries[name]["rounds"]
@@ -125,7 +133,7 @@ class Tracked:
         self._due[part] = time.monotonic() + LOG_EVERY
 
     def summary(self, facts: Mapping[str, Any], part: str = "") -> None:
-        """Log the figures of a whole run; what is a tree is told by its leaves."""
+        """Log the figures of a whole run, of a tree its leaves; of the part see `Store`."""
         flat: dict[str, Value] = {}
         for name, value in facts.items():
             flat |= {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
@@ -175,7 +183,20 @@ class Sweep:
         self._running: dict[int, Tracked] = {}
 
     def begin(self, folder: Path, anew: bool) -> None:
-        """Begin the run of the sweep, or continue it; InputError where a tracker can't."""
+        """Begin the run of the sweep, or continue it.
+
+        Parameters
+        ----------
+        folder : Path
+            Where the sweep is written to.
+        anew : bool
+            Whether what trackers have of an interrupted sweep is left aside.
+
+        Raises
+        ------
+        InputError
+            Where a tracker can't begin.
+        """
         if not self.names:
             return
         journal = Journal(folder, anew)
@@ -189,11 +210,36 @@ class Sweep:
         self.whole.failed = self._failed
 
     def observer(self, cell: int, history: History) -> OnRound | None:
-        """The observer of a recorder that logs a cell while it runs; None without trackers."""
+        """What logs a cell while it runs.
+
+        Parameters
+        ----------
+        cell : int
+            The cell.
+        history : History
+            That of its recorder.
+
+        Returns
+        -------
+        OnRound or None
+            The observer of the recorder; None without trackers.
+        """
         return self._child(cell).observer(history) if self.whole and not self._is_done(cell) else None
 
     def done(self, cell: int, rows: Sequence[Row], facts: Mapping[str, Any], error: str) -> None:
-        """Log what is not logged yet of a cell, and end its run."""
+        """Log what is not logged yet of a cell, and end its run.
+
+        Parameters
+        ----------
+        cell : int
+            The cell.
+        rows : sequence of Row
+            All its rows.
+        facts : mapping
+            Its results.
+        error : str
+            Why it broke off; empty where it did not.
+        """
         if self.whole is None or self._is_done(cell):
             return
         child = self._child(cell)
@@ -209,7 +255,15 @@ class Sweep:
             self.whole.leave()
 
     def files(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        """Keep the figures and files of the finished sweep, and how many cells it has."""
+        """Keep the figures and files of the finished sweep.
+
+        Parameters
+        ----------
+        folder : Path
+            Where it is now.
+        facts : mapping
+            Its extent.
+        """
         if self.whole:
             self.whole.files(folder)
             self.whole.summary(facts)

@@ -39,7 +39,7 @@ class WandB:
         self._axes: set[str] = set()
 
     def rows(self, part: str, rows: Sequence[Row]) -> None:
-        """Log rows, of which the column `round` is the axis."""
+        """Log rows, of which the column `round` is the axis; see `Store.rows`."""
         axis = tagged(part, "round")
         if part not in self._axes:
             self._run.define_metric(axis, hidden=True)
@@ -50,14 +50,15 @@ class WandB:
             self._run.log({tagged(part, name): value for name, value in row.items() if math.isfinite(value)})
 
     def summary(self, part: str, facts: Mapping[str, Value]) -> None:
-        """Set the figures of the run, beside those that it has of its last row."""
+        """Set the figures of the run, beside those that it has of its last row; see `Store.summary`."""
         self._run.summary.update({tagged(part, f"summary/{name}"): value for name, value in facts.items()})
 
     def leave(self) -> None:
         """Nothing is open in the folder of the run."""
 
     def files(self, folder: Path, files: Sequence[Path]) -> None:
-        """Keep figures as images and all files as files: copies, since the folder may be gone when they are sent."""
+        """Keep figures as images and all files as files; see `Store.files`."""
+        # copies, since the folder may be gone when they are sent
         for file in files:
             name = file.relative_to(folder)
             if file.suffix == ".png":
@@ -73,5 +74,5 @@ class WandB:
 
 
 def begin(about: About, id: str | None) -> WandB:
-    """Begin a run, or with its id continue it."""
+    """Begin a run, or with its id continue it; see `Store`."""
     return WandB(about, id)
