@@ -35,7 +35,7 @@ OTHER = {  # commands that are no settings of an experiment, and who tests them
 ELSEWHERE = {
     r"\./scripts/(run|test)( |$)": "what runs these tests",
     r"\.ci/run|\.venv/bin/(ruff|pip)": "what checks a change before it lands",
-    r"git |uv |\(?pip install|source |ray start|head=|ss ": "a tool of somebody else's",
+    r"git |uv |\(?pip install|source |ray start|head=|ss |#!|#SBATCH": "a tool of somebody else's",
     r"for B|\w=|overrides=": "a part of a command",
     r"flower-super(link|node)|\./scripts/deploy_demo|flwr build": "test_flower_app",
     r"flwr (new|run) (@|fl-attack)": "needs Flower's hub of apps, which is not reached from tests",
@@ -50,12 +50,16 @@ OF_READERS = re.compile(r"mine\.py|mine\.|--config-dir|\.\.\.|<|/path|hydra/|dat
 
 
 def lines() -> Iterator[tuple[str, str]]:
-    """Each line in a block of shell of the docs, without its comment, with its page."""
+    """Each line in a block of shell of the docs, without its comment, with its page; what is quoted is one line."""
     for page in PAGES:
         for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            whole = ""
             for line in block.replace("\\\n", " ").splitlines():
-                if text := re.sub(r"(^|\s+)# .*$", "", line).strip():
-                    yield page.name, text
+                whole += " " + re.sub(r"(^|\s+)# .*$", "", line).strip()
+                if whole.count("'") % 2 == 0:
+                    yield from [(page.name, whole.strip())] if whole.strip() else []
+                    whole = ""
+            assert not whole, (page.name, whole)
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -144,10 +148,8 @@ def executed(book: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode
 @pytest.mark.slow
 def test_progress_in_a_notebook_is_a_widget_where_it_has_widgets_and_lines_elsewhere(tmp_path: Path) -> None:
     call = 'from fl_attack import run\nrun("engine=batched", rounds=5).rounds.tail()'
-    for before, kind in (
-        ("", "application/vnd.jupyter.widget-view+json"),
-        ("import sys\nsys.modules['ipywidgets'] = None\n", ""),
-    ):
+    without = "import sys\nsys.modules['ipywidgets'] = None\n"
+    for before, kind in (("", "application/vnd.jupyter.widget-view+json"), (without, "")):
         book = executed(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(before + call)]), tmp_path)
         outputs = book.cells[0].outputs
         kinds = {name for output in outputs for name in output.get("data", ())}
