@@ -452,7 +452,7 @@ def test_an_interrupted_replication_goes_on(
     assert replicate.main(arguments) == 130
     assert "goes on" in capsys.readouterr().err
     assert replicate.main([*arguments, "--so-far"]) == 0
-    assert "*Not run yet: rounding, digits 0/1, per step.*" in capsys.readouterr().out
+    assert "*Not run yet: digits 0/1: 1 of 2 sweeps.*" in capsys.readouterr().out
     assert replicate.main(arguments) == 0
     assert calls[0] == 30 and calls[-2:] == [80, 80]  # the first sweep is not computed again
     assert set(calls[1:-2]) <= {5}  # nor are the learning rates beyond its grid

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -135,7 +136,9 @@ def _first_page(results: Sequence[Result], lines: Sequence[Line], plan: Plan, mi
         )
     text = ["## Under which protocol?", "", *(f"{number}. {line}" for number, line in enumerate(page, 1))]
     if missing:
-        told = "; ".join(f"{run.preset}, {run.source.title}, {run.protocol}" for run in missing)
+        of = Counter(run.source.title for run in plan.runs)
+        lacking = Counter(run.source.title for run in missing)
+        told = "; ".join(f"{title}: {number} of {of[title]} sweeps" for title, number in lacking.items())
         text += ["", f"*Not run yet: {told}.*"]
     if plan.quick:
         text += [
