@@ -155,7 +155,7 @@ def test_planned_cells_of_a_batch_are_those_run_alone(make: Make, classes: int, 
     part = ("attack.foresight=simulated", "attack.scope=per_client", "attack.every=2", "clients.per_round=3")
     cells = [
         make(*PLANNED, *how, "attack.args={sweeps: 2}", classes=classes)
-        for how in ((), ("attack.objective=average", "attack.budget=0.2"), ("strategy=median", "weight_decay=0.1"))
+        for how in ((), ("attack.objective=average", "attack.budget=1"), ("strategy=median", "weight_decay=0.1"))
     ]
     assert all(engine.is_linear(cell) for cell in cells)
     others = [make("engine=batched", "dtype=float64", classes=classes)]  # one of another kind between them
@@ -171,13 +171,16 @@ def test_planned_cells_of_a_batch_are_those_run_alone(make: Make, classes: int, 
             assert all(map(np.array_equal, one[:3], other[:3]))
 
 
-def test_a_run_that_plans_now_and_then_knows_its_plans_after_an_interruption(make: Make, tmp_path: Path) -> None:
+def test_a_run_that_plans_now_and_then_knows_its_plans_after_an_interruption(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, short = make(*PLANNED, "attack.horizon=3"), make(*PLANNED, "attack.horizon=3")
     sequential.run(whole)
     kept = Checkpoint(tmp_path, "key", every=0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", 0)  # after every round
 
     def stop(so_far: object) -> None:
-        if len(plans.plans_made(short)) == 2:
+        if len(plans.plans_made(short)) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
