@@ -25,7 +25,19 @@ Samples = NDArray[np.int64]
 
 
 def epoch_start(scenario: Scenario, round_: int) -> int:
-    """The first round of the epoch, or of the plan of attackers who plan anew now and then, that a round is in."""
+    """The first round of the epoch that a round is in, or of its plan where attackers plan anew now and then.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    round_ : int
+        The round, from 1.
+
+    Returns
+    -------
+    int
+    """
     if scenario.settings.attack.plans:
         return plans.first_round(scenario, round_)
     per_epoch = scenario.schedule.rounds_per_epoch
@@ -33,7 +45,18 @@ def epoch_start(scenario: Scenario, round_: int) -> int:
 
 
 def rounds_before(scenario: Scenario, round_: int) -> int | None:
-    """The number of rounds that were attacked before a round; None where the round itself is not attacked."""
+    """The number of attacked rounds before a round.
+
+    Parameters
+    ----------
+    scenario, round_
+        Those of `epoch_start`.
+
+    Returns
+    -------
+    int or None
+        None where the round itself is not attacked.
+    """
     threat = scenario.settings.attack
     if not scenario.settings.attacked:
         return None
@@ -41,7 +64,18 @@ def rounds_before(scenario: Scenario, round_: int) -> int | None:
 
 
 def present(scenario: Scenario, round_: int) -> Clients:
-    """The malicious clients that take part in a round, ascending."""
+    """The malicious clients that take part in a round.
+
+    Parameters
+    ----------
+    scenario, round_
+        Those of `epoch_start`.
+
+    Returns
+    -------
+    array of int
+        Ascending; perhaps empty.
+    """
     return np.intersect1d(scenario.partition.malicious, scenario.schedule.participants(round_), assume_unique=True)
 
 
@@ -361,12 +395,36 @@ def keeps_theta(scenario: Scenario) -> bool:
 
 
 def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:
-    """Random numbers (samples, 2), uniform in [0, 1), for the samples of a round in ascending order."""
+    """Random numbers by which attacks on labels choose.
+
+    Parameters
+    ----------
+    scenario, round_
+        Those of `epoch_start`; each seed and round has numbers of its own.
+    samples : int
+        How many samples there are, in ascending order.
+
+    Returns
+    -------
+    (samples, 2) array
+        Uniform in [0, 1).
+    """
     return np.random.default_rng([scenario.settings.seed, LABEL_NOISE, round_]).random((samples, 2))
 
 
 def update_noise(scenario: Scenario, round_: int) -> Tensor:
-    """Standard normal numbers (m, A, B) for the clients of a round in ascending order, in float64."""
+    """Random numbers for attacks on updates.
+
+    Parameters
+    ----------
+    scenario, round_
+        Those of `epoch_start`; each seed and round has numbers of its own.
+
+    Returns
+    -------
+    (m, A, B) tensor of float64
+        Standard normal, for the clients of the round in ascending order.
+    """
     clients = scenario.schedule.per_round or scenario.settings.clients.total
     rng = np.random.default_rng([scenario.settings.seed, UPDATE_NOISE, round_])
     return torch.from_numpy(rng.standard_normal((clients, *scenario.theta_shape)))
@@ -432,7 +490,22 @@ def _known_gradient(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
 
 
 def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
-    """The clients of `everyone`, ascending, whose clean gradient the attackers know in a round."""
+    """The clients whose clean gradient the attackers know in a round.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, whose `attack.knowledge` decides.
+    everyone : array of int, (m,)
+        The clients of the round, ascending.
+    round_ : int
+        The round, from 1, in which a part of the honest ones is drawn.
+
+    Returns
+    -------
+    array of int
+        Some of `everyone`, ascending.
+    """
     threat = scenario.settings.attack
     is_malicious = np.isin(everyone, scenario.partition.malicious)
     if threat.knowledge == "full":
@@ -447,13 +520,37 @@ def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
 
 
 def known_rank(scenario: Scenario, round_: int) -> NDArray[np.float64]:
-    """A random number for each client (clients,): attackers who know a part of the honest ones know the lowest."""
+    """A random number for each client: attackers who know a part of the honest ones know those of the lowest.
+
+    Parameters
+    ----------
+    scenario, round_
+        Those of `epoch_start`; each seed and round has numbers of its own.
+
+    Returns
+    -------
+    (clients,) array
+        Uniform in [0, 1).
+    """
     settings = scenario.settings
     return np.random.default_rng([settings.seed, KNOWN_CLIENTS, round_]).random(settings.clients.total)
 
 
 def part(fraction: float, of: int) -> int:
-    """How many clients a fraction `of` a number of them is: rounded, and at least one if there is any."""
+    """How many clients a fraction of some is.
+
+    Parameters
+    ----------
+    fraction : float
+        From 0 to 1.
+    of : int
+        How many clients there are.
+
+    Returns
+    -------
+    int
+        Rounded, halves up, and at least one if there is any client.
+    """
     return min(of, max(1, math.floor(fraction * of + 0.5)))
 
 

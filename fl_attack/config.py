@@ -64,7 +64,9 @@ class Clients(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _complete(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given  # refused below
         honest, malicious, total = (given.get(key) for key in ("honest", "malicious", "total"))
         if not all(isinstance(number, int | None) for number in (honest, malicious, total)) or malicious is None:
             return given  # the types are refused below
@@ -149,8 +151,10 @@ class AttackSettings(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_name(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _one_name(cls, given: Any) -> Any:
         """The two directions that are goals, by the name of the goal."""
+        if not isinstance(given, dict):
+            return given  # refused below
         goals = {"gradient": "untargeted", "target": "targeted"}
         goal = goals.get(given.get("direction") or "")
         if goal is None:
@@ -171,7 +175,7 @@ class AttackSettings(Strict):
 
     @property
     def steers(self) -> bool:
-        """Whether theta_target is needed."""
+        """Whether the attackers need theta_target."""
         from fl_attack import attack
 
         return self.plans or ("goal" in attack.find(self.name).uses and self.aim in ("target", "target_far"))
@@ -265,7 +269,7 @@ class StrategySettings(Strict):
 
     @property
     def averages(self) -> bool:
-        """Whether it is the plain mean."""
+        """Whether the server's rule is the plain mean."""
         return self.name == "mean" and not self.pre
 
     def check_names(self) -> None:
@@ -274,7 +278,10 @@ class StrategySettings(Strict):
 
         if self.name != "flower" and not is_known(self.name):
             names = ", ".join((*RULES, "byzfl", "flower"))
-            raise ValueError(f"name={self.name} is not a strategy; known: {names}, or the import path of a function")
+            near = did_you_mean(self.name, (*RULES, "byzfl", "flower"))
+            raise ValueError(
+                f"name={self.name} is not a strategy; known: {names}, or the import path of a function{near}"
+            )
 
     @model_validator(mode="after")
     def _has_path(self) -> Self:
@@ -295,7 +302,7 @@ class SanitizeSettings(Strict):
 
 
 class EngineSettings(Strict):
-    """What the rounds run on."""
+    """The program that runs the rounds, and what it may use of the machine."""
 
     name: Literal["flower", "batched"]
     grid: Literal["block", "stock"] = "block"
@@ -303,7 +310,7 @@ class EngineSettings(Strict):
     client_device: Literal["cpu", "cuda"] = "cpu"
     ray_address: str | None = None
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    memory_gb: Positive = 2.0
+    memory_gb: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 2.0  # a million: a petabyte
 
 
 class EarlyStopSettings(Strict):
@@ -462,6 +469,7 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
     of_sweep, of_knn = "it is of a sweep (-m)", "it is of sanitize=knn"
     checks: list[tuple[bool, str, str]] = [
         (settings.attacked and threat.start > settings.rounds, f"attack.start={threat.start}", few),
+        (settings.attacked and (threat.stop or 0) > settings.rounds, f"attack.stop={threat.stop}", few),
         (not flips and threat.scope != "pooled", f"attack.scope={threat.scope}", no_labels),
         (not flips and threat.rounding != "floor", f"attack.rounding={threat.rounding}", no_labels),
         (not flips and threat.refresh != "step", f"attack.refresh={threat.refresh}", no_labels),
@@ -660,7 +668,8 @@ def check_names(settings: Settings) -> None:
         try:
             getattr(settings, group).check_names()
         except ValueError as error:
-            raise InputError(f"{group}.{error}") from None
+            key = f"{group}.name=" if str(error).startswith(getattr(settings, group).name) else f"{group}."
+            raise InputError(f"{key}{error}") from None
     if settings.partition.name == "own":
         _check_own_data(settings)
 
@@ -714,21 +723,32 @@ def _one_line(error: ValidationError) -> str:
     for long, short in {"greater than or equal to": "at least", "less than or equal to": "at most"}.items():
         allowed = allowed.replace(long, short)
     near = did_you_mean(str(given), re.findall(r"'(\w+)'", allowed))
-    return f"{key}={given} is not allowed: it must be {allowed}{near}"
+    shown = f"{key}=" if given == "" else written(key, given)
+    return f"{shown} is not allowed: it must be {allowed}{near}"
+
+
+IN_PLAIN_WORDS = {  # what pydantic says
+    "a valid tuple": "a list, as in [0,1]",
+    "a valid dictionary": "keys with values",
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "a text",
+    "String should have at least 1 character": "a text that is not empty",
+}
 
 
 def _in_plain_words(message: str) -> str:
     """What pydantic says of a value, without the names of its types and patterns."""
     if "should match pattern" in message:
         return "cpu, cuda, or cuda: and a number"
-    plain = message.removeprefix("Input should be ").replace("a valid tuple", "a list, as in [0,1]")
-    return plain.replace("String should have at least 1 character", "a text that is not empty").replace(
-        "a valid dictionary", "keys with values"
-    )
+    plain = message.removeprefix("Input should be ").partition(", unable to ")[0].partition(" or instance of ")[0]
+    return IN_PLAIN_WORDS.get(plain, plain)
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
     # pydantic names the alternatives of a union as if they were keys: int, constrained-int, literal['full']
+    """The key of a setting from where pydantic found a mistake."""
     return ".".join(str(part) for part in loc if not re.search(r"^(int|str|float)$|[\[-]", str(part)))
 
 

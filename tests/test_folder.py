@@ -122,7 +122,9 @@ def test_a_sweep_stopped_as_it_draws_is_not_finished(
     assert command(*grid)[0] == 2
 
 
-@pytest.mark.parametrize("figure", ["[nonsense]", "[columns,attack.budget,nothing]", "[matrix]", "[columns]"])
+@pytest.mark.parametrize(
+    "figure", ["[nonsense]", "[columns,attack.budget,nothing]", "[matrix]", "[columns]", "[heatmap]"]
+)
 def test_a_figure_that_can_not_be_is_refused_before_anything_is_computed(
     command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str
 ) -> None:
@@ -175,7 +177,7 @@ def test_an_old_result_stays_until_the_new_one_is_whole(
     assert names(at) == {file.name for file in before} | ({"baseline"} if kind == "run" else set())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_batched_run_keeps_what_was_measured(
     small_data: Small, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -20,7 +20,7 @@ from fl_attack.data import cache
 from fl_attack.data.sources import SOURCES, Raw, reading
 from fl_attack.errors import InputError, RunError
 
-CACHE_FORMAT = 5  # of what is stored; another number leaves old entries aside
+CACHE_FORMAT = 6  # of what is stored; another number leaves old entries aside
 NUMBERS_AT_ONCE = 2**15  # features that are made in one go
 CHANNELS = (1, 3, 4)  # of images: grey, colour, colour and transparency
 
@@ -266,7 +266,24 @@ def stamp(file: Path) -> tuple[str, int, int]:
 
 
 def checked(raw: Raw, where: str) -> Raw:
-    """The same with flat pixels of one type and int64 labels; InputError says what stands in the way."""
+    """Raw data with flat pixels of one type and int64 labels.
+
+    Parameters
+    ----------
+    raw : Raw
+        What a reader gave.
+    where : str
+        Where it is from, for the error.
+
+    Returns
+    -------
+    Raw
+
+    Raises
+    ------
+    InputError
+        With what stands in the way.
+    """
     x_train = _numbers(raw.x_train, f"{where}: x_train")
     x_test = _numbers(raw.x_test, f"{where}: x_test")
     if x_train.shape[1:] != x_test.shape[1:]:
@@ -334,8 +351,10 @@ def _picked(raw: Raw, wanted: list[int | str] | None, where: str) -> tuple[cache
 
 
 def _places(wanted: list[int | str], labels: list[int], names: list[str]) -> list[int]:
-    """Where each wanted class stands among the labels or, if it's a word, the names."""
+    """Where each wanted class stands among the labels or, if it's a word, the names; numbers as names are both."""
     places: list[int] = []
+    if all(name.isdecimal() for name in names):  # of folders: the third may be called 10
+        labels = [int(name) for name in names]
     for item in wanted:
         known: list[int] | list[str] = names if isinstance(item, str) else labels
         if item not in known:

@@ -136,7 +136,19 @@ def mean_is_enough(cell: Scenario) -> bool:
 
 
 def aggregate_state(state: Any, device: torch.device | str) -> Any:
-    """What a rule remembers, its tensors on a device."""
+    """What a rule remembers, with its tensors on a device.
+
+    Parameters
+    ----------
+    state
+        What the rule gave; others than dicts are left as they are.
+    device : torch.device or str
+        Where the tensors go.
+
+    Returns
+    -------
+    object
+    """
     if not isinstance(state, dict):
         return state
     return {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in state.items()}
