@@ -43,7 +43,7 @@ def at_ordinary_scale(rule: Callable[..., Tensor], updates: Tensor, **lengths: f
 
     The scales are powers of two. Each federation is computed as it would be alone, those with an update that is far
     longer than the typical one in float64. `rule` is called with updates, their norms (..., m) in float64, and the
-    lengths among its arguments, which are scaled too.
+    lengths among its arguments, which are scaled too; of the updates (..., m, C, d) see `mean`.
     """
     norm = torch.linalg.vector_norm(updates.flatten(-2), dim=-1)
     low, high = (float(end) for end in norm.aminmax())
