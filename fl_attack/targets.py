@@ -26,12 +26,12 @@ TRAINING = {
 }
 
 
-def target(scenario: Scenario) -> Tensor:
-    """The parameters that a targeted attacker of an experiment steers to, shaped as theta, in float64."""
+def target(scenario: Scenario, device: torch.device | str = "cpu") -> Tensor:
+    """The parameters that a targeted attacker of an experiment steers to, shaped as theta, in float64 on a device."""
     if "target" not in scenario.memo:
         scenario.memo["target"] = load_target(scenario)
     found: Tensor = scenario.memo["target"]
-    return found
+    return found.to(device)
 
 
 def load_target(scenario: Scenario, on_round: OnRound = lambda round_: None) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import adversary, scenario, targets
+from fl_attack import adversary, knowledge, scenario, targets
 from fl_attack.config import Settings
 from fl_attack.data import cache
 from fl_attack.errors import InputError
@@ -111,7 +111,7 @@ def test_the_direction_is_the_clean_gradient_of_what_is_known(make: Make, knowle
     samples = np.flatnonzero(np.isin(cell.partition.client, list(clients)))
     theta, X = some_theta(cell), cell.features(samples)
     expected = logistic.gradient(theta, X, torch.tensor(cell.dataset.y_train[samples]))
-    torch.testing.assert_close(adversary.direction(cell, theta, 1), expected)
+    torch.testing.assert_close(knowledge.direction(cell, theta, 1), expected)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -124,7 +124,7 @@ def test_an_untargeted_attack_turns_the_union_gradient_away_and_a_targeted_one_t
         flips = adversary.flips(cell, theta, 1)
         y = cell.dataset.y_train.copy()
         y[flips.samples] = flips.labels
-        X, v = cell.features(np.arange(120)), adversary.direction(cell, theta, 1)
+        X, v = cell.features(np.arange(120)), knowledge.direction(cell, theta, 1)
         honest, attacked = (
             (logistic.gradient(theta, X, torch.tensor(labels)) * v).sum().item() for labels in (cell.dataset.y_train, y)
         )

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import adversary, targets
+from fl_attack import adversary, knowledge, targets
 from fl_attack.engine import choices, ending, groups, kernels, sequential
 from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
@@ -234,7 +234,7 @@ class Stack:
 
         counts = None if batch.counts is None else batch.counts[:n]
         everybodys = batch.samples
-        seen = adversary.Seen(batch.y[:n], counts, everybodys[:n], lambda: everybodys, scores, lambda: here[-1])
+        seen = knowledge.Seen(batch.y[:n], counts, everybodys[:n], lambda: everybodys, scores, lambda: here[-1])
         proposal = adversary.propose(tile.cells[0], round_, seen, (len(tile.cells), n), here[-1].dtype)
         return choices.of_proposal(proposal, batch, access, self.workspace.buffer("sorted", len(tile.cells), n))
 

@@ -14,7 +14,6 @@ from fl_attack.config import AttackSettings
 from fl_attack.data import Partition
 from fl_attack.history import COLUMNS
 from fl_attack.identity import NOT_NUMBERS, key_of
-from fl_attack.models.outputs import class_logits
 from fl_attack.scenario import Scenario
 
 
@@ -94,7 +93,7 @@ def mistakes(scenario: Scenario, theta: Tensor, test_set: tuple[Tensor, Tensor])
         Image i belongs to the part i modulo `PARTS`.
     """
     X, y = test_set
-    found = class_logits(scenario.model.logits(theta.to(X.dtype), X)).argmax(-1) != y
+    found = scenario.model.class_logits(theta.to(X.dtype), X).argmax(-1) != y
     return np.bincount(np.flatnonzero(found.numpy()) % PARTS, minlength=PARTS)
 
 

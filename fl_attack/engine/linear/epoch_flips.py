@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import adversary, attack
+from fl_attack import adversary, attack, knowledge
 from fl_attack.checkpoint import State
 from fl_attack.engine import choices, kernels
 from fl_attack.engine.access import RoundAccess
@@ -112,7 +112,7 @@ class EpochFlips:
     def _proposal(self, v: Tensor, batch: Batch, part: slice, round_: int) -> attack.Proposal:
         """What the attack proposes for a piece of samples, along directions v (M C, d)."""
         M, C, samples = self.planners.M, self.planners.C, self.batches.features.samples
-        seen = adversary.Seen(
+        seen = knowledge.Seen(
             batch.y,
             None,
             samples[part],
