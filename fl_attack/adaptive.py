@@ -80,12 +80,18 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, serv
     plain = adversary.crafted(scenario, theta, round_, honest)
     if scenario.settings.attack.writes != "updates" or plain is honest or server is None or not searches(scenario):
         return plain
-    sent = [plain, *(adversary.crafted(one, theta, round_, honest) for one in _variants(scenario))]
+    sent = [plain, *(adversary.crafted(one, theta, round_, honest) for one in variants(scenario))]
     return sent[_worst(scenario, theta, round_, server, sent)]
 
 
-def _variants(scenario: Scenario) -> list[Scenario]:
-    """The same experiment with each of the values that its attack on updates tries."""
+def variants(scenario: Scenario) -> list[Scenario]:
+    """The same experiment with each of the other values that its attack on updates tries.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, whose attackers adapt.
+    """
     if "variants" not in scenario.memo:
         threat = scenario.settings.attack
         name, values = attack.find(threat.name).tries or ("", ())

@@ -19,7 +19,7 @@ from fl_attack.data.cache import write_whole
 
 State = dict[str, Any]
 FILE = "checkpoint.npz"
-FORMAT = 2  # of what is stored; another number leaves old files aside
+FORMAT = 3  # of what is stored; another number leaves old files aside
 EVERY = 5.0  # seconds between two
 SHARE = 20  # of the time that saving one takes, at least as many pass until the next
 

@@ -64,7 +64,9 @@ class Clients(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _complete(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given  # refused below
         honest, malicious, total = (given.get(key) for key in ("honest", "malicious", "total"))
         if not all(isinstance(number, int | None) for number in (honest, malicious, total)) or malicious is None:
             return given  # the types are refused below
@@ -95,7 +97,7 @@ class DatasetSettings(Strict):
 class PartitionSettings(Strict):
     """How the samples are dealt to the clients; see `data.partition`."""
 
-    name: Literal["iid", "dirichlet", "shards", "given", "hf"]
+    name: Literal["iid", "dirichlet", "shards", "given", "hf", "own"]
     balanced: bool = False
     min_samples: Count = 1
     path: str | None = None
@@ -149,8 +151,10 @@ class AttackSettings(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_name(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _one_name(cls, given: Any) -> Any:
         """The two directions that are goals, by the name of the goal."""
+        if not isinstance(given, dict):
+            return given  # refused below
         goals = {"gradient": "untargeted", "target": "targeted"}
         goal = goals.get(given.get("direction") or "")
         if goal is None:
@@ -274,7 +278,10 @@ class StrategySettings(Strict):
 
         if self.name != "flower" and not is_known(self.name):
             names = ", ".join((*RULES, "byzfl", "flower"))
-            raise ValueError(f"name={self.name} is not a strategy; known: {names}, or the import path of a function")
+            near = did_you_mean(self.name, (*RULES, "byzfl", "flower"))
+            raise ValueError(
+                f"name={self.name} is not a strategy; known: {names}, or the import path of a function{near}"
+            )
 
     @model_validator(mode="after")
     def _has_path(self) -> Self:
@@ -303,7 +310,7 @@ class EngineSettings(Strict):
     client_device: Literal["cpu", "cuda"] = "cpu"
     ray_address: str | None = None
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    memory_gb: Positive = 2.0
+    memory_gb: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 2.0  # a million: a petabyte
 
 
 class EarlyStopSettings(Strict):
@@ -462,6 +469,7 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
     of_sweep, of_knn = "it is of a sweep (-m)", "it is of sanitize=knn"
     checks: list[tuple[bool, str, str]] = [
         (settings.attacked and threat.start > settings.rounds, f"attack.start={threat.start}", few),
+        (settings.attacked and (threat.stop or 0) > settings.rounds, f"attack.stop={threat.stop}", few),
         (not flips and threat.scope != "pooled", f"attack.scope={threat.scope}", no_labels),
         (not flips and threat.rounding != "floor", f"attack.rounding={threat.rounding}", no_labels),
         (not flips and threat.refresh != "step", f"attack.refresh={threat.refresh}", no_labels),
@@ -660,7 +668,43 @@ def check_names(settings: Settings) -> None:
         try:
             getattr(settings, group).check_names()
         except ValueError as error:
-            raise InputError(f"{group}.{error}") from None
+            key = f"{group}.name=" if str(error).startswith(getattr(settings, group).name) else f"{group}."
+            raise InputError(f"{key}{error}") from None
+    if settings.partition.name == "own":
+        _check_own_data(settings)
+
+
+def _check_own_data(settings: Settings) -> None:
+    """InputError where something needs data that nodes with data of their own keep to themselves."""
+    from fl_attack import attack
+
+    threat, patience = settings.attack, settings.early_stop.patience
+    refused = [
+        (settings.engine.name == "batched", "engine=batched", "engine=flower"),
+        (settings.dataset.standardize, "dataset.standardize=true", "dataset.standardize=false"),
+        (patience is not None, f"early_stop.patience={patience}", "early_stop.patience=null"),
+        (settings.strategy.trusted > 0, f"strategy={settings.strategy.name} with a root", "another strategy"),
+    ]
+    if settings.attacked:
+        aimed = "goal" in attack.find(threat.name).uses
+        told = aimed and "knowledge" not in attack.find_direction(threat.aim).uses
+        aim = f"attack.goal={threat.goal}" if threat.direction is None else f"attack.direction={threat.direction}"
+        refused += [
+            (threat.plans or threat.writes != "labels", f"attack={threat.name}", "an attack on labels, such as greedy"),
+            (threat.adapt != "none", f"attack.adapt={threat.adapt}", "attack.adapt=none"),
+            (told, aim, "attack.goal=untargeted attack.knowledge=own"),
+            (aimed and threat.knowledge != "own", f"attack.knowledge={threat.knowledge}", "attack.knowledge=own"),
+            (
+                threat.scope == "pooled" and settings.clients.malicious > 1,
+                "attack.scope=pooled",
+                "attack.scope=per_client, or clients.malicious=1",
+            ),
+        ]
+    for wrong, said, instead in refused:
+        if wrong:
+            raise InputError(
+                f"{said} can't be had with partition=own, in which no node sees another's data; use {instead}"
+            )
 
 
 def _one_line(error: ValidationError) -> str:
@@ -679,17 +723,27 @@ def _one_line(error: ValidationError) -> str:
     for long, short in {"greater than or equal to": "at least", "less than or equal to": "at most"}.items():
         allowed = allowed.replace(long, short)
     near = did_you_mean(str(given), re.findall(r"'(\w+)'", allowed))
-    return f"{key}={given} is not allowed: it must be {allowed}{near}"
+    shown = f"{key}=" if given == "" else written(key, given)
+    return f"{shown} is not allowed: it must be {allowed}{near}"
+
+
+IN_PLAIN_WORDS = {  # what pydantic says
+    "a valid tuple": "a list, as in [0,1]",
+    "a valid dictionary": "keys with values",
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "a text",
+    "String should have at least 1 character": "a text that is not empty",
+}
 
 
 def _in_plain_words(message: str) -> str:
     """What pydantic says of a value, without the names of its types and patterns."""
     if "should match pattern" in message:
         return "cpu, cuda, or cuda: and a number"
-    plain = message.removeprefix("Input should be ").replace("a valid tuple", "a list, as in [0,1]")
-    return plain.replace("String should have at least 1 character", "a text that is not empty").replace(
-        "a valid dictionary", "keys with values"
-    )
+    plain = message.removeprefix("Input should be ").partition(", unable to ")[0].partition(" or instance of ")[0]
+    return IN_PLAIN_WORDS.get(plain, plain)
 
 
 def _key(loc: tuple[int | str, ...]) -> str:

@@ -41,7 +41,11 @@ class Keep(Protocol):
         """
 
 
-def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[str, dict[str, Any]]:
+def run(
+    settings: Settings,
+    runner: "federation.Runner | None" = None,
+    make: Callable[[Settings], Scenario] = scenario.make,
+) -> dict[str, dict[str, Any]]:
     """Run an experiment and leave its results in `settings.out`.
 
     Parameters
@@ -50,6 +54,8 @@ def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[s
         Its checked settings.
     runner : federation.Runner, optional
         What brings clients up for `engine=flower`; by default Ray on this machine.
+    make : callable, optional
+        Gives the scenario of the settings, where they do not say all of it: of nodes with data of their own.
 
     Returns
     -------
@@ -65,7 +71,7 @@ def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[s
     Interrupted
         Where a signal ends it; the message says what is kept and where.
     """
-    attacked = scenario.make(settings)
+    attacked = make(settings)
     check(attacked)
 
     def goes_on(at: Path) -> bool:
@@ -79,7 +85,7 @@ def run(settings: Settings, runner: "federation.Runner | None" = None) -> dict[s
         if settings.attacked and settings.attack.steers:
             with Progress(settings.rounds, "target", "round") as progress:
                 targets.load_target(attacked, progress)
-        if settings.attacked and settings.attack.plans and settings.attack.horizon is None:
+        if plans.is_whole(attacked):
             with Progress(attack.planned_options(settings.attack.args).sweeps, "plan", "sweep") as progress:
                 plans.load_plans([attacked], on_sweep=progress)
             plans.plan(attacked)

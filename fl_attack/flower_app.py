@@ -7,15 +7,17 @@ from fl_attack.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from fl_attack.federation import Runner
+    from fl_attack.federation.apps import Make
 
 __all__ = ["client_app", "server_app"]
 
 client_app = federation.client_app
 
 
-def main(run_config: dict[str, Any], runner: "Runner") -> None:
+def main(run_config: dict[str, Any], runner: "Runner", make: "Make | None" = None) -> None:
     """Run the experiment of a run configuration: `overrides` as for `fl-attack`, and keys of their own."""
-    from fl_attack import experiment, results  # a client, which Flower starts for each message, needs none of these
+    # a client, which Flower starts for each message, needs none of these
+    from fl_attack import experiment, results, scenario
     from fl_attack.config import compose
     from fl_attack.overrides import explain
 
@@ -23,7 +25,7 @@ def main(run_config: dict[str, Any], runner: "Runner") -> None:
     overrides = [*str(given.pop("overrides", "")).split(), *(f"{key}={value}" for key, value in given.items())]
     try:
         settings = compose(*overrides)
-        print(results.table(experiment.run(settings, runner)), flush=True)
+        print(results.table(experiment.run(settings, runner, make or scenario.make)), flush=True)
         print(f"results in {settings.out}", flush=True)
     except (InputError, RunError) as error:
         print(f"fl-attack: {explain(error)}", flush=True)  # Flower adds a traceback and exits with 0 all the same

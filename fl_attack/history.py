@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import detect
+from fl_attack import detect, plans
 from fl_attack.checkpoint import Checkpoint, State
 from fl_attack.config import Restore
 from fl_attack.detect import MEASURES
@@ -278,6 +278,7 @@ class Recorder:
             "theta": history.theta,
             "rows": np.array([[row[name] for name in COLUMNS] for row in history.rows], float),
             **packed_flips(history.flips),
+            "plans": plans.sweeps_of(self.scenario) if self.scenario.settings.attack.horizon else [],
             "early_stop": self._early_stop
             and {"lowest": self._early_stop.lowest, "since": self._early_stop.since, "best": self._best},
         }
@@ -289,6 +290,7 @@ class Recorder:
         history.rows = [row_of(values) for values in state["rows"].tolist()]
         self._row = history.rows[-1]
         history.flips = unpacked_flips(state)
+        plans.restore_sweeps(self.scenario, state["plans"])
         if history.flips and history.flips[-1][0] == self.round:
             self._last = history.flips[-1][1]
         if self._early_stop:
@@ -302,7 +304,7 @@ class Recorder:
         X, y = self._test_set
         quality = self.scenario.model.measure(self.history.theta.to(X.dtype), X, y)
         cosine = math.nan
-        if aggregate is not None:
+        if aggregate is not None and self.scenario.dataset.is_complete:
             clean = self.scenario.gradient(before, self.scenario.schedule.participants(round_), round_)
             if decay := self.scenario.settings.weight_decay:
                 clean = clean + decay * before

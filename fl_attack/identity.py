@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fl_attack import __version__, plugins
+from fl_attack import __version__, adaptive, aggregate, plugins
 from fl_attack.scenario import Scenario
 
 NUMERICS = 6  # to be raised when a change of the code changes the numbers of a run
 OF_RULES = 4  # likewise, of a run whose server sees what each client sends
+WITH_OTHERS = 1  # likewise, of plans, of rules that see more than updates, and of attackers who adapt
 # what changes no number
 NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "report"}
 NOT_NUMBERS |= {"launcher", "workers", "figures", "objective"}
@@ -36,5 +37,8 @@ def key_of(scenarios: Sequence[Scenario]) -> str:
             own += hashlib.sha256(scenario.partition.client.tobytes()).hexdigest()
         if not settings.strategy.averages or settings.attack.writes == "updates" or settings.detectability:
             own += str(OF_RULES)
+        planned = settings.attacked and settings.attack.plans
+        if planned or adaptive.searches(scenario) or aggregate.sees(settings.strategy.name):
+            own += f"/{WITH_OTHERS}"
         parts += [scenario.settings.model_dump_json(exclude=ON_DATA), scenario.dataset.fingerprint, own]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

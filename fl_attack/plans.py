@@ -32,6 +32,7 @@ from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
 OnSweep = Callable[[int], None]  # gets the number of the sweep that is done
 STARTS = ("gradient", "target", "mean_feature", "-mean_feature")  # what plans begin with; others begin at random
+ROWS_AT_ONCE = 4096  # samples turned into features in one piece
 WORTH_THREADS = 2**23  # multiplications of a product
 RESIDENT = 4  # the part of the memory that features may take
 # settings that a plan depends on, besides data, partition and schedule
@@ -60,6 +61,29 @@ class Plan(NamedTuple):
         if not self.allowed[round_ - self.first]:
             return NO_FLIPS
         return Flips(self.samples[here], self.labels[here], int(self.allowed[round_ - self.first]))
+
+
+def is_whole(scenario: Scenario) -> bool:
+    """Whether all rounds of an experiment are planned before the first."""
+    threat = scenario.settings.attack
+    return scenario.settings.attacked and threat.plans and threat.horizon is None
+
+
+def seconds(cells: Sequence[Scenario]) -> float:
+    """Roughly the seconds that the plans of cells take on one processor, made together.
+
+    Parameters
+    ----------
+    cells : sequence of Scenario
+        Cells that share their minibatches, planned or not.
+    """
+    planned = [cell for cell in cells if cell.settings.attacked and cell.settings.attack.plans]
+    if not planned:
+        return 0.0
+    cell, options = planned[0], attack.planned_options(planned[0].settings.attack.args)
+    A, B = cell.theta_shape
+    multiplications = 5 * len(planned) * options.starts * int(cell.schedule.sizes.sum()) * A * B
+    return options.sweeps * cell.settings.rounds * (4e-4 + multiplications / 5e9)
 
 
 def first_round(scenario: Scenario, round_: int) -> int:
@@ -122,13 +146,26 @@ def note_start(scenario: Scenario, round_: int, theta: Tensor) -> None:
 
 
 def plans_made(scenario: Scenario) -> list[Plan]:
-    """The plans that were asked for in this process, or noted and cached here, by the round that they begin with."""
+    """The plans of a run so far, by the round that they begin with; of those before an interruption only the sweeps."""
     held: dict[int, tuple[bytes, Plan]] = scenario.memo.get("plans", {})
-    found = {first: one for first, (_, one) in held.items()}
+    found: dict[int, Plan] = scenario.memo.get("plans before", {}) | {first: one for first, (_, one) in held.items()}
     for first, theta in scenario.memo.get("plan starts", {}).items():
         noted = _read(_file(scenario, first, theta.double()))
         found |= {first: noted} if noted is not None else {}
     return [found[first] for first in sorted(found)]
+
+
+def sweeps_of(scenario: Scenario) -> list[dict[str, Any]]:
+    """What a checkpoint keeps of the plans made, for `restore_sweeps`: how the objective rose, not the flips."""
+    return [{"first": one.first, "harm": one.harm, "part": one.part} for one in plans_made(scenario)]
+
+
+def restore_sweeps(scenario: Scenario, kept: Sequence[dict[str, Any]]) -> None:
+    """Know the plans again that an earlier process has made, where a run looks further ahead now and then."""
+    none = np.empty(0, np.int64)
+    scenario.memo["plans before"] = {
+        one["first"]: Plan(one["first"], none, none, none, none, one["harm"], one["part"]) for one in kept
+    }
 
 
 def load_plans(
@@ -201,8 +238,10 @@ class Maker:
         self.rounds = range(first, min(settings.rounds, first + horizon - 1) + 1)
         self.theta = torch.stack([theta for theta in thetas for _ in range(self.starts)])
         self.memory = settings.engine.memory_gb * 2**30
-        self._batches: dict[tuple[int, bool], Batch] = {}
+        self._last: dict[bool, tuple[int, Batch]] = {}  # the minibatch that was asked for last, and its round
+        self._samples_of: dict[tuple[int, bool], NDArray[np.int64]] = {}
         self._access: dict[tuple[int, bool], Access | None] = {}
+        self._alike: dict[bytes, Access] = {}
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -245,7 +284,7 @@ class Maker:
 
         found = sweeps.run(self.options.sweeps, after)
         on_sweep(self.options.sweeps)
-        labels = self._in_what_comes(problem, found.labels) if simulated else found.labels
+        labels = self._in_what_comes(sweeps.trajectory, found.labels) if simulated else found.labels
         return [self._plan(cell, found, labels) for cell in range(len(self.cells))]
 
     def problem(self, imagined: bool) -> Problem:
@@ -311,24 +350,51 @@ class Maker:
         Returns
         -------
         Batch
+            The one of another round may be overwritten by the next that is asked for.
         """
-        key = round_, imagined
-        if key not in self._batches:
-            samples = self._samples(round_, imagined)
-            same = next(iter(self._batches), None)
-            if same is not None and np.array_equal(samples, self._samples(*same)):
-                return self._batches[same]  # full batches are all the same
-            y = torch.from_numpy(self.template_cell.dataset.y_train[samples])
-            made = Batch(self.template_cell.features(samples).double(), y)
-            if (len(self._batches) + 1) * made.X.nbytes > max(self.memory / RESIDENT, made.X.nbytes):
-                self._batches.pop(next(iter(self._batches)))
-            self._batches[key] = made
-        return self._batches[key]
+        last = self._last.get(imagined)
+        if last is not None and last[0] == round_:
+            return last[1]
+        samples = self._samples(round_, imagined)
+        if last is not None and np.array_equal(samples, self._samples(last[0], imagined)):
+            return last[1]  # full batches are all the same
+        if self._resident is None:
+            X = self.template_cell.features(samples).double()
+        else:  # into the same memory: between ever new pieces what is kept of each round would lie
+            row = torch.from_numpy(self._row[samples])
+            buffer = last[1].X if last is not None and len(last[1].X) == len(row) else None
+            X = torch.index_select(self._resident, 0, row, out=buffer)
+        made = Batch(X, torch.from_numpy(self.template_cell.dataset.y_train[samples]))
+        self._last[imagined] = round_, made
+        return made
+
+    @cached_property
+    def _resident(self) -> Tensor | None:
+        """The features of all samples that the clients hold; None where they take more than their part."""
+        held = np.flatnonzero(self._row >= 0)
+        one = self.template_cell.features(held[:1]).double()
+        if len(held) * one.nbytes > self.memory / RESIDENT:
+            return None
+        whole = one.new_empty(len(held), *one.shape[1:])
+        for part in torch.arange(len(held)).split(ROWS_AT_ONCE):
+            whole[part] = self.template_cell.features(held[part.numpy()]).double()
+        return whole
+
+    @cached_property
+    def _row(self) -> NDArray[np.int64]:
+        """The row of each training sample among those that the clients hold; -1 of the others."""
+        held = self.template_cell.partition.client >= 0
+        return np.where(held, np.cumsum(held) - 1, -1)
 
     def _samples(self, round_: int, imagined: bool) -> NDArray[np.int64]:
         """The samples of the minibatch of a round, ascending."""
-        schedule = self._imagined if imagined else self.template_cell.schedule
-        return schedule.round_samples(round_)[0]
+        key = round_, imagined
+        if key not in self._samples_of:
+            schedule = self._imagined if imagined else self.template_cell.schedule
+            samples, last = schedule.round_samples(round_)[0], self._last.get(imagined)
+            before = samples if last is None else self._samples_of[last[0], imagined]
+            self._samples_of[key] = before if np.array_equal(samples, before) else samples.copy()
+        return self._samples_of[key]
 
     def access(self, round_: int, imagined: bool) -> Access | None:
         """What the attackers of all plans can write in a round.
@@ -363,12 +429,11 @@ class Maker:
         mask = torch.from_numpy(malicious[:, client[columns]]).repeat_interleave(self.starts, 0)
         pooled = self.threat.scope == "pooled"
         group = torch.zeros(len(columns), dtype=torch.int64) if pooled else torch.from_numpy(client[columns])
-        return Access(
-            torch.from_numpy(columns),
-            group,
-            None if bool(mask.all()) else mask,
-            torch.from_numpy(budgets).repeat_interleave(self.starts, 0),
-        )
+        key = b"|".join(part.tobytes() for part in (columns, group.numpy(), mask.numpy(), budgets))
+        if key not in self._alike:  # as most rounds are
+            budget = torch.from_numpy(budgets).repeat_interleave(self.starts, 0)
+            self._alike[key] = Access(torch.from_numpy(columns), group, None if bool(mask.all()) else mask, budget)
+        return self._alike[key]
 
     @cached_property
     def _is_malicious(self) -> NDArray[np.bool_]:
@@ -436,9 +501,8 @@ class Maker:
         rng = np.random.default_rng([self.template_cell.settings.seed, streams.PLAN, self.first, 0, start])
         return torch.from_numpy(rng.standard_normal(self.theta.shape[1:]))
 
-    def _in_what_comes(self, imagined: Problem, labels: planning.Labels) -> planning.Labels:
+    def _in_what_comes(self, trajectory: Trajectory, labels: planning.Labels) -> planning.Labels:
         """The labels that are greedy in the minibatches that come, along the costates of imagined ones."""
-        trajectory = Trajectory(imagined)
         trajectory.run(labels)
         found: planning.Labels = [None] * len(self.rounds)
 
@@ -447,7 +511,7 @@ class Maker:
             access, batch = self.access(round_, False), self.batch(round_, False)
             if access is not None:
                 X, y = batch.X[access.columns], batch.y[access.columns]
-                here = imagined.derivatives.scores(theta, v, X)
+                here = trajectory.problem.derivatives.scores(theta, v, X)
                 found[t] = planning.chosen_labels(here, y, access, self.threat.selection)
 
         trajectory.backwards(choose)
@@ -462,12 +526,11 @@ class Maker:
             access, of_round = self.access(round_, False), labels[t]
             if access is None or of_round is None:
                 continue
-            batch, own = self.batch(round_, False), of_round[best].to(torch.int64)
-            changed = torch.ne(own, batch.y[access.columns]).numpy()
-            at = self._samples(round_, False)[access.columns.numpy()[changed]]
-            rounds.append(np.full(len(at), round_))
-            samples.append(at)
-            written.append(own.numpy()[changed])
+            at, own = self._samples(round_, False)[access.columns.numpy()], of_round[best].numpy()
+            changed = own != self.template_cell.dataset.y_train[at]
+            rounds.append(np.full(changed.sum(), round_))
+            samples.append(at[changed])
+            written.append(own[changed])
         none = np.empty(0, np.int64)
         return Plan(
             self.first,

@@ -6,7 +6,7 @@ memory-mapped and shared.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
@@ -92,8 +92,7 @@ class Scenario:
 
     def features(self, samples: NDArray[np.int64]) -> Tensor:
         """The model's inputs of training samples: features (n, d), or (n, C, H, W) of a network's images."""
-        x = np.asarray(self.dataset.x_train)  # indexing the bare array is quicker than the memory map
-        return self._inputs(x if len(samples) == len(x) and (np.diff(samples) == 1).all() else x[samples])
+        return self._inputs(self.dataset.rows(samples))
 
     def _inputs(self, raw: NDArray[np.float64]) -> Tensor:
         """The model's inputs of raw values (n, p)."""
@@ -255,7 +254,7 @@ class Scenario:
         if key not in _neighbours:
             while len(_neighbours) >= NEIGHBOURS_KEPT:
                 _neighbours.pop(next(iter(_neighbours)), None)
-            raw = np.asarray(self.dataset.x_train)[shard]
+            raw = self.dataset.rows(shard)
             _neighbours[key] = shard[sanitize.nearest(torch.from_numpy(raw.astype(np.float64)), key[2])]
         return _neighbours[key]
 
@@ -307,7 +306,7 @@ def make(settings: Settings, verify: bool = True) -> Scenario:
     return of(settings, data.load(**settings.dataset.model_dump(), verify=verify))
 
 
-def of(settings: Settings, dataset: data.Dataset) -> Scenario:
+def of(settings: Settings, dataset: data.Dataset, partition: data.Partition | None = None) -> Scenario:
     """The scenario of settings whose data set is loaded.
 
     Parameters
@@ -316,6 +315,8 @@ def of(settings: Settings, dataset: data.Dataset) -> Scenario:
         The checked settings of one experiment.
     dataset : data.Dataset
         What `data.load` gives for `settings.dataset`.
+    partition : data.Partition, optional
+        Who holds what, where nobody deals it: with `partition=own`.
 
     Returns
     -------
@@ -328,7 +329,12 @@ def of(settings: Settings, dataset: data.Dataset) -> Scenario:
         Where the data can't be split as the settings ask, or the model or the trusted samples can't be had.
     """
     settings = _spelled_out(settings, dataset.scale)
-    partition = data.partition(
+    if partition is None and settings.partition.name == "own":
+        raise InputError(
+            "partition=own needs a deployed federation, whose nodes bring data of their own (docs/deployment.md); use "
+            "partition=given to deal the same shards here"
+        )
+    partition = partition or data.partition(
         dataset.y_train,
         honest=settings.clients.honest,
         malicious=settings.clients.malicious,
@@ -345,6 +351,24 @@ def of(settings: Settings, dataset: data.Dataset) -> Scenario:
     if "classes" in aggregate.needs(settings.strategy.name):
         scenario.model.by_class(scenario.start())
     return scenario
+
+
+def of_nodes(settings: Settings, dataset: data.Dataset, counts: Sequence[int], malicious: Sequence[int]) -> Scenario:
+    """The scenario of clients with data of their own.
+
+    Parameters
+    ----------
+    settings : Settings
+        With `partition=own`.
+    dataset : Dataset
+        As `data.own.at_server` or `data.own.at_node` gives it.
+    counts : sequence of int, (m,)
+        How many samples each client holds.
+    malicious : sequence of int
+        The malicious clients, ascending; on a node at most itself, since it knows of no other.
+    """
+    holder = np.repeat(np.arange(len(counts)), counts)
+    return of(settings, dataset, data.Partition(holder, np.array(malicious, np.int64)))
 
 
 def _spelled_out(settings: Settings, scale: float) -> Settings:

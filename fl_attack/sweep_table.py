@@ -19,6 +19,7 @@ from fl_attack.data.cache import write_whole
 from fl_attack.detect import MEASURES
 from fl_attack.errors import InputError
 from fl_attack.folder import CURVES, TABLE
+from fl_attack.overrides import did_you_mean
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -239,7 +240,8 @@ class Sweep:
     def column(self, name: str) -> Array:
         """A column by its name, numbers in the unit of their axis; InputError where the sweep has none such."""
         if name not in self.cells.columns:
-            raise InputError(f"the sweep has no column {name}; known: {', '.join(self.cells.columns)}")
+            near = did_you_mean(name, self.cells.columns)
+            raise InputError(f"the sweep has no column {name}; known: {', '.join(self.cells.columns)}{near}")
         return self.cells[name] * LABELS[name][1] if name in LABELS else self.cells[name]
 
     def numbers(self, name: str) -> Floats:

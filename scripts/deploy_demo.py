@@ -1,6 +1,8 @@
 """A deployed federation on this machine: a SuperLink and SuperNodes of Flower on the loopback, over TLS, for one run.
 
 It makes certificates, starts the processes, runs the app of this repository on them, and ends each process by its id.
+With --own-data each node has a file that no other process opens: shards of the run's data set, dealt here as a run
+without nodes would deal them, or the files of --files.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -60,6 +63,21 @@ def certificates(folder: Path) -> dict[str, Path]:
         )
     )
     return files
+
+
+def dealt(folder: Path, overrides: list[str]) -> tuple[list[Path], set[int]]:
+    """A file for each client with the samples that these settings deal to it, and which of them are malicious."""
+    from fl_attack import scenario
+    from fl_attack.config import compose
+
+    cell = scenario.make(compose(*overrides, f"out={folder}/none"))
+    files = [folder / f"client{client}.npz" for client in range(len(cell.schedule.shards))]
+    for file, shard in zip(files, cell.schedule.shards, strict=True):
+        x = np.asarray(cell.dataset.x_train[shard]).reshape(len(shard), *cell.dataset.shape)
+        names = np.array(cell.dataset.classes)[cell.dataset.y_train[shard]]
+        numbers = names.astype(int) if all(map(str.isdigit, cell.dataset.classes)) else cell.dataset.y_train[shard]
+        np.savez(file, x_train=x, y_train=numbers)
+    return files, set(cell.partition.malicious.tolist())
 
 
 def free_ports(count: int) -> list[int]:
@@ -110,11 +128,16 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without TLS")
     parser.add_argument("--out", type=Path, default=Path("outputs/deployed"), help="folder of the results")
     parser.add_argument("--ids", default="", help="partition-id of each node, as in 0,1,2; none for a node without")
+    parser.add_argument("--own-data", action="store_true", help="each node trains on a file of its own")
+    parser.add_argument("--files", default="", help="the files of --own-data, as in a.npz,b.npz; by default dealt here")
+    parser.add_argument("--malicious", default="", help="which of --files attack, counted from 0, as in 0,2")
     parser.add_argument("overrides", nargs="*", help="as for fl-attack")
     given = parser.parse_args()
     ids = given.ids.split(",") if given.ids else [str(node) for node in range(given.nodes)]
     if given.nodes < 1 or len(ids) != given.nodes:
         parser.error(f"--nodes {given.nodes} with --ids {given.ids}: give at least a node, and an id for each")
+    if given.files and (not given.own_data or len(given.files.split(",")) != given.nodes):
+        parser.error(f"--nodes {given.nodes} with --files {given.files}: give --own-data, and a file for each node")
     out = given.out.absolute()
     if (out / "summary.json").exists():
         parser.error(f"--out {given.out} holds a finished run; use another folder")
@@ -127,8 +150,23 @@ def main() -> None:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; else a message waits up to one for its process
         }
         files = {} if given.plain else certificates(place)
+        overrides = [f"clients.total={given.nodes}", *given.overrides]
+        settings: list[str] = [f"partition-id={number}" for number in ids]
+        if given.own_data:
+            names, attack = [Path(name).absolute() for name in given.files.split(",")], given.malicious.split(",")
+            attackers = {int(node) for node in attack if node}
+            if not given.files:
+                names, attackers = dealt(place, overrides)
+            settings = [f"data-path={json.dumps(str(name))}" for name in names]
+            for node in attackers:
+                settings[node] += " malicious=true"
+            if given.ids:
+                settings = [f"{one} partition-id={number}" for one, number in zip(settings, ids, strict=True)]
+            overrides = [one for one in overrides if not one.startswith("partition")] + ["partition=own"]
+        settings = [one.replace("partition-id=none", "") for one in settings]
         port, *node_ports = free_ports(given.nodes + 1)
         link = ["--host", HOST, "--port", port, "--disable-runtime-dependency-installation"]
         secure = (
@@ -139,10 +177,10 @@ def main() -> None:
         log = place / "superlink.log"
         wait_for(port, held.enter_context(process([bin_ / "flower-superlink", *link, *secure], log, environ)), log)
         trust = ["--root-certificates", files["ca"]] if files else ["--insecure"]
-        for node, (node_port, number) in enumerate(zip(node_ports, ids, strict=True)):
-            config = f"num-partitions={given.nodes}" + ("" if number == "none" else f" partition-id={number}")
+        for node, (node_port, config) in enumerate(zip(node_ports, settings, strict=True)):
             call = [bin_ / "flower-supernode", "--superlink", f"{HOST}:{port}", "--port", node_port, *trust]
-            held.enter_context(process([*call, "--node-config", config], place / f"node{node}.log", environ))
+            wanted = ["--node-config", config] if config.strip() else []
+            held.enter_context(process([*call, *wanted], place / f"node{node}.log", environ))
         print(
             f"SuperLink at {HOST}:{port} with {given.nodes} SuperNodes, {'plain' if given.plain else 'TLS'}", flush=True
         )
@@ -152,8 +190,7 @@ def main() -> None:
         (place / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "demo"\n\n[superlink.demo]\naddress = "{HOST}:{port}"\n{how}\n'
         )
-        overrides = " ".join([f"clients.total={given.nodes}", *given.overrides])
-        config = f"out={json.dumps(str(out))} overrides={json.dumps(overrides)}"
+        config = f"out={json.dumps(str(out))} overrides={json.dumps(' '.join(overrides))}"
         app = place / "app"
         shutil.copytree(ROOT / "fl_attack", app / "fl_attack", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "conf", app / "conf")

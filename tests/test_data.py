@@ -819,7 +819,8 @@ def test_what_only_claims_to_be_an_image_starts_no_program(tmp_path):
 def test_folders_named_by_numbers_are_in_their_order(tmp_path):
     two_classes(tmp_path, lambda label: np.full((4, 5), label, np.uint8), names=("1", "2", "10"))
     assert data.load("image_folder", path=tmp_path).classes == ("1", "2", "10")
-    assert data.load("image_folder", path=tmp_path, classes=["2", "10"]).classes == ("2", "10")
+    for classes in (["2", "10"], [2, 10]):
+        assert data.load("image_folder", path=tmp_path, classes=classes).classes == ("2", "10")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import itertools
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -388,13 +389,56 @@ def test_clients_of_flower_go_the_same_way(settings: Compose, small_data: Small,
     check_same(recorder.history, sequential.run(cell))
 
 
-@pytest.mark.slow
-def test_so_they_do_on_ray(settings: Compose, small_data: Small) -> None:
-    cell = made(settings, small_data(3), "engine=flower", "rounds=3", *EVERYWHERE["history"])
-    recorder = Recorder(cell)
-    with federation.ray_session(None, verbose=False), grids.BlockGrid(client_app, 7, actors=2, cpus_each=0.5) as grid:
-        start(grid, recorder)
-    check_same(recorder.history, sequential.run(cell))
+@pytest.mark.parametrize("grid", ["block", "stock"])
+def test_so_they_do_on_ray(shared_ray: None, settings: Compose, small_data: Small, grid: str) -> None:
+    cases = ["history", "sybils"] if grid == "stock" else ["history"]
+    chosen = ["engine=flower", f"engine.grid={grid}", "engine.actors=2", "rounds=3"]
+    cells = [made(settings, small_data(3), *chosen, *EVERYWHERE[case]) for case in cases]
+    recorders = [Recorder(cell) for cell in cells]
+
+    def drive(federate: federation.Federate) -> None:
+        for recorder in recorders:
+            federate(recorder)
+
+    federation.run(drive, cells[0].settings)
+    for recorder, cell in zip(recorders, cells, strict=True):
+        check_same(recorder.history, sequential.run(cell))
+
+
+@pytest.mark.parametrize(
+    ("classes", "how"), [(2, ()), (3, ("local_steps=2", "weight_decay=0.05", "clients.per_round=6"))]
+)
+def test_rules_and_attackers_who_know_them_do_in_a_batch_what_they_do_alone(
+    settings: Compose, small_data: Small, classes: int, how: tuple[str, ...], tmp_path: Path
+) -> None:
+    rules = ("cosine_history", "fltrust", "foolsgold", "class_norms", "spectral", "flame", "krum")
+    attacks = (
+        ["attack=greedy"],
+        ["attack=ipm", "attack.adapt=rule", "attack.every=2"],
+        ["attack=alie", "attack.adapt=rule"],
+    )
+    chosen = [(rule, one) for i, rule in enumerate(rules) for one in (attacks[0], attacks[1 + i % 2])]
+    make = partial(made, settings, small_data(classes), *how, "rounds=3", "strategy.f=1")
+    cells = [make(f"strategy={rule}", *one) for rule, one in chosen]
+    assert all(engine.is_linear(cell) for cell in cells)
+    together = engine.run_cells(cells)
+    for cell, outcome in zip(cells, together, strict=True):
+        alone = sequential.run(cell)
+        torch.testing.assert_close(outcome.theta, alone.theta, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(outcome.table, alone.table, atol=1e-8)
+
+    def kept() -> list[Checkpoint]:
+        return [Checkpoint(tmp_path, "key", every=0.0)] * len(cells)
+
+    def stop(numbers: list[int], so_far: object) -> None:
+        if len(numbers) and next(rounds) == 2:
+            raise KeyboardInterrupt
+
+    rounds = itertools.count(1)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run_cells(cells, checkpoints=kept(), watch=stop)
+    for rest, outcome in zip(engine.run_cells(cells, checkpoints=kept()), together, strict=True):
+        torch.testing.assert_close(rest.theta, outcome.theta, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("strategy", ["cosine_history", "foolsgold"])

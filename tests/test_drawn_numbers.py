@@ -114,6 +114,58 @@ def test_a_matrix_shows_the_mean_of_each_pair_and_frames_the_worst_attack_on_eac
         assert float(row["interval"]) == pytest.approx(12.706 * 0.5, rel=1e-3)  # t of one degree, 1 / 2 point
 
 
+def test_arms_show_each_defence_under_each_attack_with_its_interval_and_frame_the_worst(
+    draw: Draw, tmp_path: Path
+) -> None:
+    attacks, defences = (
+        {"none": 0.9, "greedy": 0.7, "greedy, adapted": 0.6, "ipm": 0.65},
+        ("mean", "median", "nnm, mean"),
+    )
+    names = ("attack.name", "attack.adapt", "strategy.name", "strategy.pre", "sanitize.name", "partition.name")
+    # median is not told from its honest accuracy under greedy flips, and better against attackers who adapt
+    other = {("greedy", "median"): 0.93, ("greedy, adapted", "median"): 0.8}
+
+    def accuracy(attack: str, defence: str, partition: str, seed: int) -> float:
+        first = other.get((attack, defence), attacks[attack] + 0.03 * defences.index(defence))
+        apart = 0.2 if (attack, defence) == ("greedy", "median") else 0.02
+        return first - (0.1 if partition == "dirichlet" else 0.0) + apart * seed * (attack != "none")
+
+    met = list(itertools.product(attacks, defences, ("iid", "dirichlet")))
+    with (tmp_path / "sweep.csv").open("w", newline="") as lines:
+        out = csv.writer(lines)
+        out.writerow(["cell", *names, *RESULTS])
+        for cell, ((attack, defence, partition), seed) in enumerate(itertools.product(met, (0, 1))):
+            name, *adapts = attack.split(", ")
+            pre, rule = ("[nnm]", "mean") if "nnm" in defence else ("[]", defence)
+            final = accuracy(attack, defence, partition, seed)
+            results = dict.fromkeys(RESULTS, 0.5) | {"seed": seed, "final_accuracy": final, "error": ""}
+            results["writes"] = WRITES.get(name, "labels")
+            chosen = [name, "rule" if adapts else "none", rule, pre, "none", partition]
+            out.writerow([cell, *chosen, *results.values()])
+    figure = draw(tmp_path, "arms")
+    table = {(row["setting"], row["defence"], row["attack"]): row for row in read_table(tmp_path / "arms.csv")}
+    rows = [one.get_text() for one in figure.axes[0].get_yticklabels()]  # of both panels
+    for axes, partition in zip(figure.axes, ("dirichlet", "iid"), strict=False):  # as names sort
+        assert axes.get_title("left") == f"partition.name = {partition}"
+        columns = [one.get_text() for one in axes.get_xticklabels()]
+        assert (columns, rows) == (list(attacks), list(defences))
+        shown = {}
+        for text in axes.texts:
+            shown[columns[int(text.get_position()[0])], rows[int(text.get_position()[1])]] = text.get_text()
+        for attack, defence in itertools.product(attacks, defences):
+            two = [100 * accuracy(attack, defence, partition, seed) for seed in (0, 1)]
+            half = 12.706 * abs(two[1] - two[0]) / 2  # Student's t of one degree of freedom
+            loss = 100 * accuracy("none", defence, partition, 0) - np.array(two)
+            unsure = attack != "none" and abs(loss.mean()) <= 12.706 * abs(loss[1] - loss[0]) / 2
+            assert shown[attack, defence] == f"{np.mean(two):.0f} ± {half:.0f}" + "°" * bool(unsure)
+            row = next(one for key, one in table.items() if partition in key[0] and key[1:] == (defence, attack))
+            numbers = [float(row[name]) for name in ("mean", "interval", "harm", "harm_interval")]
+            assert numbers == pytest.approx([np.mean(two), half, loss.mean(), half], rel=1e-3, abs=1e-9)
+        framed = {(int(patch.get_x()), int(patch.get_y())) for patch in axes.patches}
+        worst = {"mean": "greedy, adapted", "median": "ipm", "nnm, mean": "greedy, adapted"}
+        assert framed == {(columns.index(attack), rows.index(defence)) for defence, attack in worst.items()}
+
+
 def test_harm_is_the_worst_flips_drop_over_the_worst_gradients_drop(draw: Draw, tmp_path: Path) -> None:
     folder = write_sweep(tmp_path, of_attack, attack=ATTACKS, malicious=(1, 3), seed=(0, 1))
     figure = draw(folder, "harm")

@@ -277,7 +277,7 @@ def test_a_round_that_misses_a_client_is_not_averaged_over(
 
 def test_a_reply_given_twice_in_a_complete_round_is_not_averaged_over() -> None:
     def reply(client: int) -> Message:
-        return SimpleNamespace(has_error=lambda: False, content=wire.introduction(client))  # type: ignore[return-value]
+        return SimpleNamespace(has_error=lambda: False, content=wire.introduction(wire.Introduction(client)))  # type: ignore[return-value]
 
     assert [wire.client_of(one.content) for one in complete([reply(2), reply(0), reply(1)], 3, 4)] == [0, 1, 2]
     with pytest.raises(RunError, match="round 4 failed: client 1 answered more than once"):

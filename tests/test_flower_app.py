@@ -1,13 +1,17 @@
 """`flwr run .`: the same experiment from Flower's own command."""
 
+import io
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +22,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl_attack import experiment, federation, flower_app
 from fl_attack.config import Settings, compose
+from fl_attack.data import load, own
 from fl_attack.errors import RunError
 from fl_attack.federation import wire
 from fl_attack.federation.apps import wait_for
-from fl_attack.federation.client import number_of
+from fl_attack.federation.client import node_of
 from fl_attack.federation.strategy import introductions
 
 ROOT = Path(__file__).parents[1]
@@ -101,31 +106,86 @@ def flower_home(tmp_path: Path) -> Iterator[dict[str, str]]:
             os.kill(int(line.split()[0]), signal.SIGTERM)
 
 
-def test_flwr_run_ends_in_the_bits_of_the_command(
-    own_ray: None, flower_home: dict[str, str], small_data: Small, tmp_path: Path
+APP = "@fl-attack/fl-attack"
+
+
+@pytest.fixture
+def hub(flower_home: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The same environment, with this app built and laid on a hub of our own, which speaks as Flower's does."""
+    app = tmp_path / "source" / "fl-attack"
+    for name in ("fl_attack", "conf"):
+        shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, app / name)
+    flower(flower_home, tmp_path / "source", "build", "--app", app)
+    (fab,) = (tmp_path / "source").glob("**/*.fab")
+    offered = {"/app.fab": fab.read_bytes(), "/app.zip": zipped(app)}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert asked["app_id"] == APP
+            kind = self.path.removeprefix("/hub/fetch-")
+            link = f"http://127.0.0.1:{self.server.server_address[1]}/app.{kind}"
+            self.answer(json.dumps({f"{kind}_url": link}).encode())
+
+        def do_GET(self) -> None:
+            self.answer(offered[self.path])
+
+        def answer(self, content: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield flower_home | {"FLWR_SUPERGRID_API_URL": f"http://127.0.0.1:{server.server_address[1]}"}
+        server.shutdown()
+
+
+def zipped(folder: Path) -> bytes:
+    """A folder as the one thing in a zip file."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder.parent))
+    return content.getvalue()
+
+
+def flower(environ: dict[str, str], folder: Path, *words: object) -> str:
+    """What a command of Flower's says."""
+    flwr = shutil.which("flwr", path=environ["PATH"]) or "flwr"
+    call = [flwr, *map(str, words)]
+    done = subprocess.run(call, env=environ, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_an_app_from_a_hub_ends_in_the_bits_of_the_command(
+    own_ray: None, hub: dict[str, str], small_data: Small, tmp_path: Path
 ) -> None:
+    flower(hub, tmp_path, "new", APP)
+    made = tmp_path / "fl-attack"
+    assert {"LICENSE", "pyproject.toml", "fl_attack/flower_app.py", "conf/config.yaml"} <= {
+        str(file.relative_to(made)) for file in made.rglob("*")
+    }
     overrides = [*small_data(3), "batch_size=40", "clients.total=4", "clients.malicious=1"]
-    config = f'rounds=3 attack.budget=0.5 out="{tmp_path}/flower" overrides="{" ".join(overrides)}"'
     nodes = "num-supernodes=4 client-resources-num-cpus=1"
-    call = [
-        shutil.which("flwr", path=flower_home["PATH"]) or "flwr",
-        "run",
-        str(ROOT),
-        "--stream",
-        "--federation-config",
-        nodes,
-        "--run-config",
-        config,
-    ]
-    done = subprocess.run(call, env=flower_home, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert (tmp_path / "flower" / "summary.json").exists(), done.stdout + done.stderr
     try:
         experiment.run(compose(*overrides, "rounds=3", "attack.budget=0.5", f"out={tmp_path}/here"), federation.run)
     finally:
         ray.shutdown()
-    for name in ("model.npz", "flips.npz"):
-        assert (tmp_path / "flower" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert len(np.load(tmp_path / "here" / "flips.npz")["round"]) > 0
+    for app, out in ((made, "folder"), (APP, "remote")):
+        config = f'rounds=3 attack.budget=0.5 out="{tmp_path}/{out}" overrides="{" ".join(overrides)}"'
+        said = flower(hub, tmp_path, "run", app, "--stream", "--federation-config", nodes, "--run-config", config)
+        assert (tmp_path / out / "summary.json").exists(), said
+        for name in ("model.npz", "flips.npz"):
+            assert (tmp_path / out / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
 
 
 def test_a_client_app_starts_without_what_only_servers_and_readers_need() -> None:
@@ -143,10 +203,10 @@ def context(**node: str | int) -> Context:
 
 
 def test_a_node_without_a_number_is_told_how_to_get_one() -> None:
-    assert number_of(context(**{"partition-id": 3})) == 3
+    assert node_of(context(**{"partition-id": 3}), own=False).number == 3
     for given in ({}, {"partition-id": "first"}, {"partition-id": -1}):
         with pytest.raises(RuntimeError, match=r"partition-id=(nothing|first|-1); give each flower-supernode one"):
-            number_of(context(**given))
+            node_of(context(**given), own=False)
 
 
 class Answering(Nodes):
@@ -159,7 +219,8 @@ class Answering(Nodes):
     def send_and_receive(self, messages: list[Message]) -> Iterator[Message]:
         for message in messages:
             message.metadata.__dict__["_message_id"] = "1"
-            yield Message(wire.introduction(self.clients[message.metadata.dst_node_id]), reply_to=message)
+            said = wire.Introduction(self.clients[message.metadata.dst_node_id])
+            yield Message(wire.introduction(said), reply_to=message)
 
 
 def test_two_nodes_of_one_number_are_told_before_any_round() -> None:
@@ -186,6 +247,42 @@ def test_a_deployed_federation_ends_in_the_bytes_of_a_run_here(
 
 
 @pytest.mark.slow
+def test_deployed_nodes_with_files_of_their_own_end_in_the_numbers_of_the_same_shards_dealt_here(
+    small_data: Small, tmp_path: Path
+) -> None:
+    overrides = ["rounds=2", "batch_size=30", "clients.malicious=1", "attack.knowledge=own", "attack.budget=0.5"]
+    overrides += [*small_data(3), "baseline=false", "dtype=float64"]
+    data = dict(np.load(tmp_path / "small3-120-0.npz"))
+    users, files = np.arange(120) * 3 // 120, [tmp_path / f"node{node}.npz" for node in range(3)]
+    for node, file in enumerate(files):
+        np.savez(file, x_train=data["x_train"][users == node], y_train=data["y_train"][users == node])
+    layout = own.layout_of(load("npz", path=tmp_path / "small3-120-0.npz"))
+    order = sorted(range(3), key=lambda node: own.held(files[node], layout).fingerprint)
+    moved = np.concatenate([np.flatnonzero(users == node) for node in order])
+    np.savez(tmp_path / "all.npz", **(data | {key: data[key][moved] for key in ("x_train", "y_train")}))
+    np.save(tmp_path / "users.npy", np.repeat(np.arange(3), 40))
+    given = [f"dataset.path={tmp_path}/all.npz", "partition=given", f"partition.path={tmp_path}/users.npy"]
+    experiment.run(compose(*overrides, *given, "clients.total=3", "engine=batched", f"out={tmp_path}/here"))
+    (attacker,) = np.load(tmp_path / "here" / "partition.npz")["malicious"]
+    names = ["--files", ",".join(map(str, files)), "--malicious", str(order[attacker])]
+    call = [sys.executable, ROOT / "scripts" / "deploy_demo.py", "--own-data", *names, "--plain"]
+    done = subprocess.run(
+        [*call, "--out", tmp_path / "there", *overrides],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    there, here = (np.load(tmp_path / name / "model.npz")["theta"] for name in ("there", "here"))
+    np.testing.assert_allclose(there, here, rtol=0, atol=1e-9)
+    written = [np.load(tmp_path / name / "flips.npz") for name in ("there", "here")]
+    assert all(np.array_equal(written[0][key], written[1][key]) for key in ("round", "sample", "label"))
+    assert len(written[0]["round"]) > 0
+
+
+@pytest.mark.slow
 def test_a_deployed_node_without_a_number_is_told_in_one_line(small_data: Small, tmp_path: Path) -> None:
     call = [sys.executable, ROOT / "scripts" / "deploy_demo.py", "--nodes", "2", "--ids", "0,none", "--plain"]
     done = subprocess.run(
@@ -198,21 +295,3 @@ def test_a_deployed_node_without_a_number_is_told_in_one_line(small_data: Small,
     )
     assert done.returncode == 1
     assert "a node was started with partition-id=nothing; give each flower-supernode one" in done.stderr
-
-
-@pytest.mark.slow
-def test_an_app_that_was_built_can_be_made_into_a_folder_again(flower_home: dict[str, str], tmp_path: Path) -> None:
-    app = tmp_path / "app"
-    for name in ("fl_attack", "conf"):
-        shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, app / name)
-    flwr = shutil.which("flwr", path=flower_home["PATH"]) or "flwr"
-    built = subprocess.run(
-        [flwr, "build", "--app", app], env=flower_home, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    (fab,) = tmp_path.glob("**/*.fab") if built.returncode == 0 else [None]
-    assert fab is not None, built.stdout + built.stderr
-    with zipfile.ZipFile(fab) as archive:
-        names = set(archive.namelist())
-    assert {"LICENSE", "fl_attack/flower_app.py", "conf/config.yaml", "pyproject.toml"} <= names

@@ -122,7 +122,9 @@ def test_a_sweep_stopped_as_it_draws_is_not_finished(
     assert command(*grid)[0] == 2
 
 
-@pytest.mark.parametrize("figure", ["[nonsense]", "[columns,attack.budget,nothing]", "[matrix]", "[columns]"])
+@pytest.mark.parametrize(
+    "figure", ["[nonsense]", "[columns,attack.budget,nothing]", "[matrix]", "[columns]", "[heatmap]"]
+)
 def test_a_figure_that_can_not_be_is_refused_before_anything_is_computed(
     command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str
 ) -> None:

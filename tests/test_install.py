@@ -48,7 +48,7 @@ def cpu_wheel() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_small_environment_runs_digits_mnist_and_cifar_on_either_flower(
+def test_a_small_environment_runs_digits_mnist_cifar_and_image_folders_on_either_flower(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, scripts = tmp_path / "small", Path(sys.executable).parent
@@ -61,11 +61,11 @@ def test_a_small_environment_runs_digits_mnist_and_cifar_on_either_flower(
     assert made.returncode == 0, made.stderr
 
     runs, sums = {"digits": ["dataset=digits"]}, {}
-    for loader in ("mnist", "cifar10"):
+    for loader in ("mnist", "cifar10", "image_folder"):
         (tmp_path / loader).mkdir()
         planted = plant(loader, tmp_path / loader, monkeypatch)
-        root = planted.given["root"]
-        runs[loader] = [f"dataset={loader}", f"dataset.root={root}"]
+        ((key, root),) = planted.given.items()
+        runs[loader] = [f"dataset={loader}", f"dataset.{key}={root}"]
         if loader == "cifar10":
             sums = {str(file.relative_to(root)): hashlib.md5(file.read_bytes()).hexdigest() for file in planted.files}
     for name, overrides in runs.items():
@@ -87,7 +87,7 @@ def test_a_small_environment_runs_digits_mnist_and_cifar_on_either_flower(
         for folder in sorted((tmp_path / version).iterdir()):
             with np.load(folder / "model.npz") as model, np.load(folder / "flips.npz") as flips:
                 results[version, folder.name] = model["theta"], flips["sample"], flips["label"]
-    assert len(results) == 14 and all(len(flips) for _, flips, _ in results.values())
+    assert len(results) == 18 and all(len(flips) for _, flips, _ in results.values())
     for (version, name), found in results.items():
         here = results[FLOWERS[0], f"{name.partition('-')[0]}-flower"]
         exact = "flower" in name

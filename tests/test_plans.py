@@ -2,6 +2,10 @@
 
 import csv
 import itertools
+import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import adversary, attack, engine, knowledge, plans, scenario
+from fl_attack import adversary, attack, checkpoint, engine, knowledge, plans, scenario
 from fl_attack.attack import DIRECTIONS
+from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, compose
 from fl_attack.engine import sequential
 from fl_attack.errors import InputError, RunError
@@ -145,6 +150,46 @@ def test_flower_clients_write_the_flips_of_the_batched_engine(make: Make, how: t
     torch.testing.assert_close(theta, outcome.theta, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_planned_cells_of_a_batch_are_those_run_alone(make: Make, classes: int, tmp_path: Path) -> None:
+    part = ("attack.foresight=simulated", "attack.scope=per_client", "attack.every=2", "clients.per_round=3")
+    cells = [
+        make(*PLANNED, *how, "attack.args={sweeps: 2}", classes=classes)
+        for how in ((), ("attack.objective=average", "attack.budget=0.2"), ("strategy=median", "weight_decay=0.1"))
+    ]
+    assert all(engine.is_linear(cell) for cell in cells)
+    others = [make("engine=batched", "dtype=float64", classes=classes)]  # one of another kind between them
+    together = engine.run_cells([cells[0], *others, *cells[1:]])
+    del together[1]
+    drawn = make(*PLANNED, *part, "attack.args={sweeps: 2}", classes=classes)
+    for cell, outcome in zip([*cells, drawn], [*together, *engine.run_cells([drawn])], strict=True):
+        alone = sequential.run(cell)
+        torch.testing.assert_close(outcome.theta, alone.theta, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(outcome.table, alone.table, atol=1e-9)
+        assert [round_ for round_, _ in outcome.flips] == [round_ for round_, _ in alone.flips] != []
+        for (_, one), (_, other) in zip(outcome.flips, alone.flips, strict=True):
+            assert all(map(np.array_equal, one[:3], other[:3]))
+
+
+def test_a_run_that_plans_now_and_then_knows_its_plans_after_an_interruption(make: Make, tmp_path: Path) -> None:
+    whole, short = make(*PLANNED, "attack.horizon=3"), make(*PLANNED, "attack.horizon=3")
+    sequential.run(whole)
+    kept = Checkpoint(tmp_path, "key", every=0.0)
+
+    def stop(so_far: object) -> None:
+        if len(plans.plans_made(short)) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sequential.run(short, checkpoint=kept, watch=stop)
+    rest = make(*PLANNED, "attack.horizon=3")
+    sequential.run(rest, checkpoint=Checkpoint(tmp_path, "key"))
+    made = plans.plans_made(rest)
+    assert [one.first for one in made] == [1, 4, 7]
+    for one, other in zip(made, plans.plans_made(whole), strict=True):
+        np.testing.assert_array_equal(one.harm, other.harm)
+
+
 def test_a_plan_of_the_whole_run_is_better_than_one_of_short_sight(make: Make) -> None:
     whole, short = make(*PLANNED), make(*PLANNED, "attack.horizon=2")
     assert final_harm(whole) > final_harm(short)
@@ -175,6 +220,61 @@ def test_a_run_leaves_its_plan_and_the_figure(
         assert all(later >= earlier for earlier, later in itertools.pairwise(harm))
     assert (out / "plan.png").stat().st_size > 1000
     assert not (out / "baseline" / "plan.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", [("engine=batched",), ("engine=flower",), ("engine=flower", "attack.horizon=20")], ids=" ".join
+)
+def test_a_planned_run_that_is_killed_twice_goes_on_and_ends_in_the_same_bytes(
+    small_data: Callable[..., list[str]],
+    command: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: tuple[str, ...],
+) -> None:
+    chosen = [
+        "attack=planned",
+        "rounds=120",
+        "batch_size=40",
+        "clients.total=4",
+        "clients.malicious=2",
+        "baseline=false",
+    ]
+    run = [*small_data(3), *chosen, "attack.budget=0.4", *how]
+    begin = (  # whatever can be kept is kept at once
+        "import sys; from fl_attack import checkpoint, __main__; checkpoint.Checkpoint.__init__.__defaults__ = (0.0,); "
+        "checkpoint.SHARE = 0; sys.argv[0] = 'fl-attack'; __main__.main()"
+    )
+
+    def killed_when(there: Callable[[], object]) -> None:
+        process = subprocess.Popen([sys.executable, "-c", begin, *run, f"out={out}"], stderr=subprocess.DEVNULL)
+        while not there() and process.poll() is None:
+            time.sleep(0.01)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+
+    def rounds_done() -> int:
+        try:
+            with np.load(out / checkpoint.FILE) as kept:
+                state = json.loads(kept["tree"].tobytes())["state"]["dict"]
+        except FileNotFoundError:
+            return 0
+        chunk = state.get("chunk") or state["recorder"]
+        return int(chunk["dict"]["round"])
+
+    out, cache = tmp_path / "killed", tmp_path / "cache"
+    monkeypatch.setenv("FL_ATTACK_CACHE", str(cache))
+    killed_when(lambda: list(cache.glob(f"plans/*.unfinished/{checkpoint.FILE}")))
+    assert not list(cache.glob("plans/*.npz")) and not rounds_done()
+    killed_when(lambda: rounds_done() > 25)
+    assert 25 < rounds_done() < 120 and not (out / "summary.json").exists()
+    assert command(*run, f"out={out}", "resume=true")[0] == 0
+    monkeypatch.setenv("FL_ATTACK_CACHE", str(tmp_path / "another"))
+    assert command(*run, f"out={tmp_path}/whole")[0] == 0
+    for name in ("rounds.csv", "model.npz", "flips.npz", "partition.npz", "plan.csv", "clients.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(

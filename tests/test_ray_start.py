@@ -1,5 +1,6 @@
 """A Ray that is started here is of no use to anybody else, and can be stopped at any moment of its start."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -99,6 +100,46 @@ def test_an_authentication_that_the_user_has_chosen_stays(chosen_token: str) -> 
     with ray_session(None, verbose=False):
         assert answer(ray.get_runtime_context().gcs_address, chosen_token) == grpc.StatusCode.OK
     assert os.environ["RAY_AUTH_TOKEN"] == chosen_token
+
+
+HANGING = """
+import ctypes, sys, time
+import ray
+from fl_attack import __main__
+from fl_attack.federation import session
+
+def hang(**_):
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    print("hanging", file=sys.stderr, flush=True)
+    lock(mutex), lock(mutex) if {in_c} else time.sleep(1000)
+
+ray.init = hang
+session.PATIENCE, session.AT_ONCE = {patience}, 0.5
+__main__.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("in_c", "patience", "signals"), [(True, 1000, 2), (True, 0.5, 1), (False, 1000, 2)])
+def test_a_start_of_ray_that_hangs_is_ended_by_ctrl_c(
+    small_data: Small, tmp_path: Path, in_c: bool, patience: float, signals: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING.format(in_c=in_c, patience=patience), *small_data(2), "batch_size=full"],
+        cwd=tmp_path,
+        env=os.environ | {"HYDRA_FULL_ERROR": "0"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    told = ""
+    for word in ("hanging", "the same again stops at once")[:signals]:
+        told += "".join(itertools.takewhile(lambda line, word=word: word not in line, process.stderr))
+        process.send_signal(signal.SIGINT)
+    told += process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert told.splitlines()[-1].startswith("fl-attack: interrupted")
+    assert "Traceback" not in told
 
 
 @pytest.mark.ray

@@ -8,7 +8,7 @@ others: no rule but the mean lets it through. Ties go to the client of the lower
 
 import math
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal
 
 import numpy as np
@@ -38,35 +38,34 @@ ORDINARY, WILD = 2.0**16, 2.0**40  # typical norms from 1 / ORDINARY to ORDINARY
 MANY, FEW = 8, 5  # from MANY clients on, FEW iterations of the geometric median are tried without inner products
 
 
-def at_ordinary_scale(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The rule with updates of unusual length scaled to an ordinary one and back, exactly, by powers of two.
+def at_ordinary_scale(rule: Callable[..., Tensor], updates: Tensor, **lengths: float | None) -> Tensor:
+    """The aggregate by a rule, with updates of unusual length scaled to an ordinary one and back, exactly.
 
-    Lengths among the arguments, whose names are `tau` and `c`, are scaled too. Each federation is computed as it would
-    be alone, those with an update that is far longer than the typical one in float64.
+    The scales are powers of two. Each federation is computed as it would be alone, those with an update that is far
+    longer than the typical one in float64. `rule` is called with updates, their norms (..., m) in float64, and the
+    lengths among its arguments, which are scaled too.
     """
-
-    @wraps(rule)
-    def scaled(updates: Tensor, weights: Tensor, f: int, **args: Any) -> Tensor:
-        """The aggregate of the scaled updates, scaled back."""
-        norm = norms(updates)
-        typical = upper_median(norm).squeeze(-1)
-        wild = norm.where(norm.isfinite(), 0.0).amax(-1) > WILD * typical
-        unusual = (typical > 0) & (wild | (typical < 1 / ORDINARY) | (typical > ORDINARY))
-        if not bool(unusual.any()):
-            return rule(updates, weights, f, **args)
-        found = updates.new_empty(*updates.shape[:-3], *updates.shape[-2:])
-        if not bool(unusual.all()):
-            found[~unusual] = rule(updates[~unusual], weights, f, **args)
-        exponent = exponent_of(typical)
-        for at in unusual.nonzero().tolist():  # there are seldom many
-            place = tuple(at)
-            down, up = (float(power_of_two(sign * exponent[place])) for sign in (-1, 1))
-            lengths = {key: args[key] * down for key in ("tau", "c") if args.get(key) is not None}
-            own = (updates[place].double() * down).to(torch.float64 if bool(wild[place]) else updates.dtype)
-            found[place] = (rule(own, weights, f, **args | lengths).double() * up).to(updates)
-        return found
-
-    return scaled
+    norm = torch.linalg.vector_norm(updates.flatten(-2), dim=-1)
+    low, high = (float(end) for end in norm.aminmax())
+    if low >= 1 / ORDINARY and high <= ORDINARY:  # the usual case, known without a median; false where any is NaN
+        return rule(updates, norm.double(), **lengths)
+    norm = norms(updates)
+    typical = upper_median(norm).squeeze(-1)
+    wild = norm.where(norm.isfinite(), 0.0).amax(-1) > WILD * typical
+    unusual = (typical > 0) & (wild | (typical < 1 / ORDINARY) | (typical > ORDINARY))
+    if not bool(unusual.any()):
+        return rule(updates, norm, **lengths)
+    found = updates.new_empty(*updates.shape[:-3], *updates.shape[-2:])
+    if not bool(unusual.all()):
+        found[~unusual] = rule(updates[~unusual], norm[~unusual], **lengths)
+    exponent = exponent_of(typical)
+    for at in unusual.nonzero().tolist():  # there are seldom many
+        place = tuple(at)
+        down, up = (float(power_of_two(sign * exponent[place])) for sign in (-1, 1))
+        scaled = {key: length and length * down for key, length in lengths.items()}
+        own = (updates[place].double() * down).to(torch.float64 if bool(wild[place]) else updates.dtype)
+        found[place] = (rule(own, norms(own), **scaled).double() * up).to(updates)
+    return found
 
 
 def in_range(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -249,7 +248,6 @@ def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     return meamed(selected, weights, 2 * f)
 
 
-@at_ordinary_scale
 def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: float = 1e-6, most: int = 200) -> Tensor:
     """The point of least summed distance to the updates, by Weiszfeld's iteration.
 
@@ -282,11 +280,16 @@ def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: flo
     """
     if not tolerance > 0 or most < 1:
         raise ValueError(f"tolerance={tolerance} must be above 0 and most={most} at least 1")
+    return at_ordinary_scale(partial(_geometric_median, tolerance=tolerance, most=most), updates)
+
+
+def _geometric_median(updates: Tensor, norm: Tensor, tolerance: float, most: int) -> Tensor:
+    """The geometric median (..., C, d) of updates of ordinary length, with their norms (..., m)."""
     m = updates.shape[-3]
     share = updates.new_full(updates.shape[:-2], 1 / m, dtype=torch.float64)
     unfinished = torch.ones(updates.shape[:-3], dtype=torch.bool, device=updates.device)
     if m >= MANY:  # inner products cost as much as a few iterations without them, which may be all that it takes
-        share, unfinished = _few_iterations(updates, tolerance, min(most, FEW))
+        share, unfinished = _few_iterations(updates, norm, tolerance, min(most, FEW))
         if not bool(unfinished.any()):
             return mean_by_shares(updates, share)
     some = updates[unfinished]
@@ -297,10 +300,10 @@ def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: flo
     return mean_by_shares(updates, share)
 
 
-def _few_iterations(updates: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
+def _few_iterations(updates: Tensor, norm: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
     """Shares (..., m) after `most` iterations without inner products, and where they do not suffice, (...)."""
     # in numpy: torch takes several times as long for rows as short as these, and threads would wait for each other
-    square = torch.linalg.vector_norm(updates.flatten(-2), dim=-1).double().cpu().numpy() ** 2
+    square = norm.square().cpu().numpy()
     share, moving = np.full_like(square, 1 / square.shape[-1]), np.ones_like(square[..., 0], dtype=np.bool_)
     exact = (np.isfinite(square) & (square > SMALLEST * square.max(-1, keepdims=True))).all(-1)
     if exact.any():
@@ -428,7 +431,6 @@ def vardi_zhang_step(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) ->
     return here + way * torch.where(pull > 0, 1.0 - stays.clamp(max=1.0), 0.0)
 
 
-@at_ordinary_scale
 def centered_clipping(
     updates: Tensor,
     weights: Tensor,
@@ -470,9 +472,14 @@ def centered_clipping(
         raise ValueError(f"tau={tau} must be above 0 and iterations={iterations} at least 1")
     if start not in ("median", "zero"):
         raise ValueError(f"start={start} is not known; use median or zero")
-    at = median(updates, weights, f) if start == "median" else None
+    return at_ordinary_scale(partial(_centered_clipping, iterations=iterations, start=start), updates, tau=tau)
+
+
+def _centered_clipping(updates: Tensor, norm: Tensor, tau: float | None, iterations: int, start: str) -> Tensor:
+    """The aggregate (..., C, d) by `centered_clipping` of updates of ordinary length, with their norms (..., m)."""
+    at = median(updates, norm, 0) if start == "median" else None  # which asks for no weights
     away = updates if at is None else updates - at.unsqueeze(-3)
-    first = norms(away)
+    first = norm if at is None else norms(away)
     norm, moved = first, None
     for _ in range(iterations):
         if moved is not None:  # |a - u|^2 = |a|^2 - 2 a u + |u|^2, without making a - u

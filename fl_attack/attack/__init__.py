@@ -28,6 +28,7 @@ from fl_attack.choices import Rounding as Rounding
 from fl_attack.choices import Scope as Scope
 from fl_attack.choices import Selection as Selection
 from fl_attack.errors import InputError
+from fl_attack.overrides import did_you_mean
 
 __all__ = [
     "ATTACKS",
@@ -104,8 +105,11 @@ def find(name: str) -> Attack:
     if name in ATTACKS:
         return ATTACKS[name]
     if "." not in name and ":" not in name:
-        known = ", ".join(("none", *ATTACKS))
-        raise InputError(f"name={name} is not an attack; known: {known}, or the import path of a function")
+        known = ("none", *ATTACKS)
+        raise InputError(
+            f"name={name} is not an attack; known: {', '.join(known)}, or the import path of a function"
+            f"{did_you_mean(name, known)}"
+        )
     function = plugins.load(name)
     first = next(iter(signature(function).parameters), "")
     kind = typing.get_type_hints(function).get(first)

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from fl_attack.data import cache
 from fl_attack.data.sources import SOURCES, Raw, reading
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, RunError
 
-CACHE_FORMAT = 5  # of what is stored; another number leaves old entries aside
+CACHE_FORMAT = 6  # of what is stored; another number leaves old entries aside
 NUMBERS_AT_ONCE = 2**15  # features that are made in one go
 CHANNELS = (1, 3, 4)  # of images: grey, colour, colour and transparency
 
@@ -46,6 +46,21 @@ class Dataset:
     fingerprint: str  # hash of all of the above and below
     shape: tuple[int, ...] = ()  # of a sample as it was stored: (H, W), (H, W, C), (C, H, W) or (p,)
     standardize: bool = False  # whether each channel gets mean 0 and deviation 1 over the training samples
+    first: int = 0  # the training sample in the first row of x_train; others are elsewhere, see `data.own`
+
+    def rows(self, samples: NDArray[np.int64]) -> np.ndarray:
+        """Raw values (n, p) of training samples (n,); RunError where one of them is not held here."""
+        x = np.asarray(self.x_train)  # indexing the bare array is quicker than the memory map
+        if not self.is_complete:
+            samples = samples - self.first
+            if len(samples) and not 0 <= samples.min() <= samples.max() < len(x):
+                raise RunError("data that another node holds were asked for")
+        return x if len(samples) == len(x) and (np.diff(samples) == 1).all() else x[samples]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all training samples are here."""
+        return len(self.x_train) == len(self.y_train)
 
     @cached_property
     def image_shape(self) -> tuple[int, ...]:
@@ -143,13 +158,13 @@ def load(
     place = Path(located).expanduser().resolve()
     wanted = None if classes is None else list(classes)
     option = [] if source.option is None else [{"channels": channels, "split": split}[source.option]]
-    key = cache.digest([CACHE_FORMAT, [_stamp(file) for file in source.files(place, *option)], wanted, *option])
+    key = cache.digest([CACHE_FORMAT, [stamp(file) for file in source.files(place, *option)], wanted, *option])
 
     def build() -> tuple[cache.Arrays, cache.Facts]:
         where = str(place) if source.setting else loader
         raw = source.read(place, *option)
         usual = source.scale or (1.0 if raw.x_train.dtype.kind == "f" else 255.0)
-        arrays, names = _picked(_checked(raw, where), wanted, where)
+        arrays, names = _picked(checked(raw, where), wanted, where)
         facts = {
             "largest": float(max(arrays["x_train"].max(), arrays["x_test"].max())),
             "shape": raw.x_train.shape[1:] or (1,),
@@ -161,7 +176,7 @@ def load(
         _refuse_to_guess(loader, place, verify)
     scale = float(scale or entry.facts["scale"])
     return Dataset(
-        **entry.arrays,
+        **entry.arrays,  # type: ignore[arg-type]
         classes=tuple(entry.facts["classes"]),
         scale=scale,
         fingerprint=cache.digest([entry.fingerprint, scale, *(["standardized"] if standardize else [])]),
@@ -243,14 +258,14 @@ class Stored:
         return self._features
 
 
-def _stamp(file: Path) -> tuple[str, int, int]:
+def stamp(file: Path) -> tuple[str, int, int]:
     """What tells one state of a file from another, without reading it."""
     with reading(file):
         state = file.stat()
     return str(file), state.st_size, state.st_mtime_ns
 
 
-def _checked(raw: Raw, where: str) -> Raw:
+def checked(raw: Raw, where: str) -> Raw:
     """The same with flat pixels of one type and int64 labels; InputError says what stands in the way."""
     x_train = _numbers(raw.x_train, f"{where}: x_train")
     x_test = _numbers(raw.x_test, f"{where}: x_test")
@@ -319,8 +334,10 @@ def _picked(raw: Raw, wanted: list[int | str] | None, where: str) -> tuple[cache
 
 
 def _places(wanted: list[int | str], labels: list[int], names: list[str]) -> list[int]:
-    """Where each wanted class stands among the labels or, if it's a word, the names."""
+    """Where each wanted class stands among the labels or, if it's a word, the names; numbers as names are both."""
     places: list[int] = []
+    if all(name.isdecimal() for name in names):  # of folders: the third may be called 10
+        labels = [int(name) for name in names]
     for item in wanted:
         known: list[int] | list[str] = names if isinstance(item, str) else labels
         if item not in known:

@@ -12,7 +12,7 @@ import socket
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,15 +168,60 @@ def _read_cifar(root: Path, name: str, files: list[str]) -> Raw:
     return Raw(train.data, np.array(train.targets), tested.data, np.array(tested.targets), train.classes)
 
 
+def read_training(loader: str, place: Path, *option: object) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
+    """The training samples of a source, their labels and the names of these; test samples need not be there.
+
+    Parameters
+    ----------
+    loader : str
+        A name of `SOURCES`.
+    place : Path
+        The file or the folder.
+    *option : object
+        The value of the setting that the source gets as well, if there is one.
+
+    Returns
+    -------
+    x : (n, ...) array
+    y : (n,) array
+    names : list of str or None
+        Of the labels 0, 1, ..., where the source has some.
+
+    Raises
+    ------
+    InputError
+        Names what is missing or damaged.
+    """
+    if loader == "npz":
+        x, y = _arrays_of(place, Raw._fields[:2])
+        return x, y, None
+    if loader == "image_folder":
+        names = _class_names(place / "train")
+        files = _images(place / "train", names)
+        if not files:
+            raise InputError(f"{place}: there is no image in train")
+        channels = 1 if option == (1,) else 3
+        first = files[0][0]
+        x = _decoded(files, first, _decoded_one(first, channels).shape, channels)
+        return x, np.array([label for _, label in files]), names
+    raw = SOURCES[loader].read(place, *option)
+    return raw.x_train, raw.y_train, raw.names
+
+
 def _read_npz(file: Path) -> Raw:
-    keys = Raw._fields[:4]
+    x_train, y_train, x_test, y_test = _arrays_of(file, Raw._fields[:4])
+    return Raw(x_train, y_train, x_test, y_test)
+
+
+def _arrays_of(file: Path, keys: Sequence[str]) -> list[np.ndarray]:
+    """The arrays of these names in an .npz file."""
     if file.is_file() and not zipfile.is_zipfile(file):
         raise InputError(f"{file} is not an .npz file, or damaged; an .npz dataset holds {', '.join(keys)}")
     with reading(file), file.open("rb") as stream:  # numpy leaves a damaged file that it has opened open
         stored = np.load(stream, allow_pickle=False)
         if missing := [key for key in keys if key not in stored]:
             raise InputError(f"{file} lacks {', '.join(missing)}; an .npz dataset holds {', '.join(keys)}")
-        return Raw(*(stored[key] for key in keys))
+        return [stored[key] for key in keys]
 
 
 def _read_image_folder(folder: Path, channels: int | None) -> Raw:

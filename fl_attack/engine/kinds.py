@@ -19,6 +19,7 @@ class Kind(NamedTuple):
     fraction: float = 0.0
     refresh: str = ""
     args: str = ""
+    adapt: str = "none"
 
     @property
     def exact(self) -> bool:
@@ -48,6 +49,7 @@ def kind_of(cell: Scenario) -> Kind:
         threat.knowledge_fraction,
         threat.refresh,
         json.dumps(threat.args, sort_keys=True),
+        threat.adapt,
     )
 
 

@@ -72,6 +72,8 @@ def run_cells(
         raise InputError("these experiments differ in what cells of one batch share; see fl_attack.engine.group")
     of_linear = [i for i, cell in enumerate(scenarios) if is_linear(cell)]
     found: dict[int, Outcome] = {}
+    if planning := [cell for cell in scenarios if plans.is_whole(cell)]:
+        plans.load_plans(planning)  # together
     if of_linear:
         outcomes = linear.run_cells(
             [scenarios[i] for i in of_linear],
@@ -103,8 +105,6 @@ def run_cells(
     aimed = [scenarios[i] for i in one_by_one if scenarios[i].settings.attacked]
     for cell in (cell for cell in aimed if cell.settings.attack.steers):
         targets.target(cell)  # here, so that no two threads train the same
-    if planning := [cell for cell in aimed if cell.settings.attack.plans and cell.settings.attack.horizon is None]:
-        plans.load_plans(planning)  # together
     lock = threading.Lock()
 
     def report(rounds: int) -> None:
@@ -149,5 +149,8 @@ def cells_at_once(cell: Scenario) -> int:
 def is_linear(cell: Scenario) -> bool:
     """Whether the matrix products of a linear model are all that the rounds of a cell take."""
     settings = cell.settings
-    more = settings.sanitize.name != "none" or adaptive.searches(cell) or aggregate.sees(settings.strategy.name)
-    return cell.model.linear and not (settings.worker_momentum or groups.is_alone(cell) or more)
+    own_rule = aggregate.sees(settings.strategy.name) and not aggregate.is_builtin(settings.strategy.name)
+    tries_labels = adaptive.searches(cell) and settings.attack.writes == "labels"
+    alone = groups.is_alone(cell) and not plans.is_whole(cell)
+    more = settings.sanitize.name != "none" or tries_labels or own_rule
+    return cell.model.linear and not (settings.worker_momentum or alone or more)

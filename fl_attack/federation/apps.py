@@ -13,24 +13,44 @@ from fl_attack.errors import RunError
 
 if TYPE_CHECKING:
     from fl_attack.federation.session import Drive, Runner
+    from fl_attack.scenario import Scenario
+
+    Make = Callable[[Settings], Scenario]
 
 JOINING = 60.0  # seconds that Flower's nodes have to come up
 
 
-def serve(main: "Callable[[dict[str, Any], Runner], None]") -> ServerApp:
-    """A server app for `flwr run`: main gets the run's configuration, and what runs federations on its grid."""
+def serve(main: "Callable[[dict[str, Any], Runner, Make], None]") -> ServerApp:
+    """A server app for `flwr run`: main gets the run's configuration, and what runs federations on its grid.
+
+    It also gets what makes a scenario of settings: of nodes that train on data of their own, they do not say all.
+    """
     server_app = ServerApp()
 
     @server_app.main()
     def on_grid(grid: Grid, context: Context) -> None:
-        from fl_attack.federation.strategy import introductions, start  # not where only the client app is wanted
+        # not where only the client app is wanted
+        from fl_attack import scenario
+        from fl_attack.federation.strategy import introductions, start, with_own_data
+
+        client_of: dict[int, int] = {}
+
+        def make(settings: Settings) -> "Scenario":
+            if settings.partition.name != "own":
+                return scenario.make(settings)
+            wait_for(grid, settings.clients.total)
+            found, numbers = with_own_data(grid, settings)
+            client_of.update(numbers)
+            return found
 
         def runner(drive: "Drive", settings: Settings) -> None:
-            wait_for(grid, settings.clients.total)
-            introductions(grid, settings.clients.total)  # nodes with a wrong partition-id are told before any round
-            drive(partial(start, grid))
+            if not client_of:
+                wait_for(grid, settings.clients.total)
+                # nodes with a wrong partition-id are told before any round
+                client_of.update(introductions(grid, settings.clients.total))
+            drive(partial(start, grid, client_of=client_of))
 
-        main(dict(context.run_config), runner)
+        main(dict(context.run_config), runner, make)
 
     return server_app
 

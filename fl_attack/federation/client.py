@@ -4,9 +4,10 @@ Clients keep nothing between rounds. What they do is a function of the settings,
 parameters they are sent, so that any process can be any client at any time, and a lost one is replaced.
 """
 
+import json
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fl_attack import adaptive, adversary, aggregate, protocol, scenario
-from fl_attack.errors import RunError
+from fl_attack.config import Settings, settings_from
+from fl_attack.data.own import Held, Layout, at_node, held
+from fl_attack.errors import InputError, RunError
 from fl_attack.federation import wire
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
@@ -168,15 +171,115 @@ def _one_thread() -> None:
 client_app = ClientApp()
 
 
-def number_of(context: Context) -> int:
-    """The number of the client that a context stands for; RuntimeError where its node was given none."""
-    number = str(context.node_config.get("partition-id", ""))
-    if not number.isdigit():
+class Node(NamedTuple):
+    """What a node was started with."""
+
+    number: int | None
+    data: str | None = None  # the path of data of its own
+    loader: str | None = None
+    malicious: bool = False
+
+
+def node_of(context: Context, own: bool) -> Node:
+    """What the node of a context was started with.
+
+    Parameters
+    ----------
+    context : Context
+        Flower's facts about the node.
+    own : bool
+        Whether the run's clients train on data of their own.
+
+    Returns
+    -------
+    Node
+        Its number, and where and what its data are.
+
+    Raises
+    ------
+    RuntimeError
+        Where it can't be told which client it is, or what it trains on.
+    """
+    given = context.node_config
+    number, data = str(given.get("partition-id", "")), given.get("data-path")
+    if (number or data is None) and not number.isdigit():
         raise RuntimeError(
             f"a node was started with partition-id={number or 'nothing'}; give each flower-supernode one of its own, "
-            "counted from 0: --node-config 'partition-id=0 num-partitions=3'"
+            "counted from 0: --node-config 'partition-id=0 num-partitions=3', or data: data-path=\"/data/mine.npz\""
         )
-    return int(number)
+    name = f"the node of partition-id={number}" if number else f"the node of data-path={data}"
+    if own != (data is not None):
+        way_out = 'give each flower-supernode its own, as in data-path="/data/mine.npz"' if own else "use partition=own"
+        raise RuntimeError(f"{name} has {'no ' if own else ''}data of its own, and the run asks otherwise; {way_out}")
+    malicious = given.get("malicious", False)
+    if str(malicious).lower() not in ("true", "false"):
+        raise RuntimeError(f"{name} was started with malicious={malicious}; it is true or false")
+    loader = given.get("data-loader")
+    told = str(malicious).lower() == "true"
+    if told and not own:
+        raise RuntimeError(
+            f"{name} was started with malicious=true, but the run draws who is malicious; use clients.malicious, or "
+            "data of its own"
+        )
+    path = None if data is None else str(data)
+    return Node(int(number) if number else None, path, None if loader is None else str(loader), told)
+
+
+def held_by(node: Node, settings: Settings, layout: Layout, verify: bool) -> Held:
+    """The data of a node with its own.
+
+    Parameters
+    ----------
+    node : Node
+        What it was started with.
+    settings : Settings
+        Of the run.
+    layout : Layout
+        What the server says of all nodes' samples.
+    verify : bool
+        Whether to compare checksums of the cache.
+
+    Returns
+    -------
+    Held
+        Its samples and labels.
+
+    Raises
+    ------
+    InputError
+        Where they can't be read, or are not as the server says.
+    """
+    assert node.data is not None
+    chosen = settings.dataset.model_dump(include={"classes", "channels", "split"})
+    return held(node.data, layout, loader=node.loader, verify=verify, **chosen)
+
+
+@lru_cache(maxsize=64)
+def client_of_node(settings_json: str, node: Node, own: wire.Own) -> HonestClient:
+    """The client of a node with data of its own.
+
+    Parameters
+    ----------
+    settings_json : str
+        As `Settings.model_dump_json` gives it.
+    node : Node
+        What the node was started with.
+    own : wire.Own
+        What the server has told it of the others: how many samples they hold.
+
+    Returns
+    -------
+    HonestClient
+        A `MaliciousClient` where the node is one; it then knows of no other attacker.
+    """
+    settings = settings_from(json.loads(settings_json))
+    assert settings.dataset.scale is not None  # spelled out by the server
+    mine = held_by(node, settings, own.layout, verify=False)
+    dataset = at_node(mine, own.layout, settings.dataset.scale, own.counts, own.client)
+    cell = scenario.of_nodes(settings, dataset, own.counts, [own.client] if node.malicious else [])
+    if node.malicious and cell.settings.attacked:
+        return MaliciousClient(cell, own.client, OmniscientHook(cell))
+    return HonestClient(cell, own.client)
 
 
 @client_app.train()
@@ -201,11 +304,16 @@ def train(message: Message, context: Context) -> Message:
         In one line, which travels to the server as the error of the reply.
     """
     _one_thread()
-    number = number_of(context)
+    node, number = node_of(context, own=wire.OWN in message.content), None
     try:
         asked = wire.read_request(message.content)
+        number = asked.own.client if asked.own else node.number
         with torch.inference_mode():  # derivatives are in closed form or by torch.func; torch need not watch
-            here = client(asked.settings, number)
+            if asked.own:
+                here = client_of_node(asked.settings, node, asked.own)
+            else:
+                assert node.number is not None
+                here = client(asked.settings, node.number)
             device = here.scenario.settings.engine.client_device
             answer = here.train(asked if device == "cpu" else _on(asked, device))
     except RunError as error:  # its message says all
@@ -227,18 +335,33 @@ def _on(asked: wire.Request, device: str) -> wire.Request:
 
 @client_app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """Tell which client is behind a node, which Flower leaves to each grid.
+    """Tell which client is behind a node, which Flower leaves to each grid, and what data of its own it has.
 
     Parameters
     ----------
     message : Message
-        The server's question, without content.
+        The server's question; its content is that of `wire.question` where nodes have data of their own.
     context : Context
         Flower's facts about the node.
 
     Returns
     -------
     Message
-        The reply, with the number of the client.
+        The reply, with the content of `wire.introduction`.
+
+    Raises
+    ------
+    RuntimeError
+        Where the node was started with what does not fit the run, or its data can't be read; Flower tells the server.
     """
-    return Message(wire.introduction(number_of(context)), reply_to=message)
+    own = wire.read_own(message.content)
+    node = node_of(context, own=own is not None)
+    if own is None:
+        return Message(wire.introduction(wire.Introduction(node.number)), reply_to=message)
+    try:
+        settings = settings_from(json.loads(str(message.content[wire.CONFIG][wire.SETTINGS])))
+        mine = held_by(node, settings, own.layout, verify=True)
+    except InputError as error:
+        raise RuntimeError(str(error)) from error
+    said = wire.Introduction(node.number, len(mine.y), mine.fingerprint, node.malicious)
+    return Message(wire.introduction(said), reply_to=message)

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -33,6 +33,7 @@ from fl_attack.waiting import waiting
 Federate = Callable[[Recorder], None]
 Drive = Callable[[Federate], None]  # uses what runs one federation, as often as it likes
 Runner = Callable[[Drive, Settings], None]
+PATIENCE, AT_ONCE = 60.0, 5.0  # seconds that Ray's start has after the first Ctrl-C, and Python after the second
 OBJECT_STORE = 200 * 2**20  # bytes; only messages pass through it
 
 
@@ -129,7 +130,7 @@ def _init(address: str | None, verbose: bool) -> None:
 
 @contextmanager
 def _unbroken() -> Iterator[None]:
-    """Within the block the first SIGINT or SIGTERM waits for its end; the second one is obeyed at once."""
+    """Within the block a first SIGINT or SIGTERM waits for its end, a minute at most; a second is obeyed at once."""
     # Ray loses an exception that comes while it calls back into Python, and would leave processes that it was just
     # starting; it also puts a handler of SIGTERM that ends the program without a word
     if threading.current_thread() is not threading.main_thread():
@@ -140,15 +141,14 @@ def _unbroken() -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        if len(came) == 1:
-            print("stopping once Ray has started; the same again stops at once", file=sys.stderr, flush=True)
-        elif callable(handler := before[signal.Signals(number)]):
+        if len(came) > 1 and callable(handler := before[signal.Signals(number)]):
             handler(number, frame)
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield
+        with _ended_where_python_is_not():
+            yield
     except SystemExit:  # of Ray's handler
         came.append(signal.SIGTERM)
     finally:
@@ -156,6 +156,44 @@ def _unbroken() -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
         if came:
             signal.raise_signal(came[0])
+
+
+@contextmanager
+def _ended_where_python_is_not() -> Iterator[None]:
+    """Within the block a SIGINT or SIGTERM ends the process in the end, even while compiled code does not return."""
+    # Python calls its handlers between its own steps only; the byte of a signal is written whatever it does
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        number = 0
+        with suppress(TimeoutError):
+            for again in (False, True):
+                while (byte := reader.recv(1)) and byte[0] not in (signal.SIGINT, signal.SIGTERM):
+                    pass
+                if not byte:  # Ray has started
+                    return
+                number = byte[0]
+                if not again:
+                    print("stopping once Ray has started; the same again stops at once", file=sys.stderr, flush=True)
+                    reader.settimeout(PATIENCE)
+            reader.settimeout(AT_ONCE)  # for Python to obey
+            while reader.recv(1):
+                pass
+            return
+        print("fl-attack: interrupted while Ray was starting", file=sys.stderr, flush=True)
+        os._exit(128 + number)  # Ray's processes end with the one that started them
+
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+        watching.join()
+        reader.close()
 
 
 def _refuse_unreachable(address: str | None) -> None:

@@ -14,12 +14,18 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy import concatenate, int64
 from torch import Tensor
 
-from fl_attack import adaptive, adversary, checkpoint, plans, protocol
+from fl_attack import adaptive, adversary, checkpoint, data, plans, protocol
+from fl_attack import scenario as scenarios
 from fl_attack.checkpoint import State
+from fl_attack.config import Settings
+from fl_attack.data import own
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation import wire
 from fl_attack.history import Recorder
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
+
+ASKED_AGAIN = 2  # times that a node is asked again in a round, where its client app has crashed
+CRASHED = 8  # flwr.common.constant.ErrorCode.CLIENT_APP_CRASHED is not public
 
 
 class RuleStrategy(FedAvg):
@@ -127,6 +133,8 @@ class WatchedStrategy(Strategy):
         self.recorder = recorder
         self.client_of = client_of
         self._asked = 0
+        self._grid: Grid | None = None
+        self._sent: list[Message] = []  # the messages of the round
         self._clock = time.perf_counter()  # when the first round would have begun, had there been no interruption
         self._done = 0  # rounds of an earlier process, which Flower's loop does not count
         self._arrays = wire.pack(recorder.history.theta, raw=isinstance(strategy, RuleStrategy))
@@ -174,7 +182,36 @@ class WatchedStrategy(Strategy):
                 content = RecordDict(dict(message.content))
                 content[wire.MOMENTUM] = self._momentum_for(self.client_of[message.metadata.dst_node_id], server_round)
                 message.content = content
+        if scenario.settings.partition.name == "own":
+            assert self.client_of is not None
+            layout, counts = own.layout_of(scenario.dataset), tuple(map(len, scenario.schedule.shards))
+            for message in messages:
+                told = wire.Own(layout, self.client_of[message.metadata.dst_node_id], counts)
+                message.content = RecordDict(dict(message.content) | {wire.OWN: wire.own_record(told)})
+        self._grid, self._sent = grid, messages
         return messages
+
+    def _asked_again(self, replies: list[Message], round_: int) -> list[Message]:
+        """Replies, those of client apps that crashed replaced by what their nodes say to the same messages again.
+
+        Clients keep nothing, so no number depends on how often they are asked; Flower counts a task as crashed, too,
+        whose process a busy machine leaves no time to say that it is alive.
+        """
+        for _ in range(ASKED_AGAIN):
+            crashed = {one.metadata.src_node_id for one in replies if one.has_error() and one.error.code == CRASHED}
+            if not crashed or self._grid is None:
+                break
+            print(
+                f"round {round_}: the client apps of {len(crashed)} nodes crashed; asking them again", file=sys.stderr
+            )
+            again = [
+                Message(one.content, node, one.metadata.message_type, group_id=one.metadata.group_id)
+                for one in self._sent
+                if (node := one.metadata.dst_node_id) in crashed
+            ]
+            replies = [one for one in replies if one.metadata.src_node_id not in crashed]
+            replies += self._grid.send_and_receive(again)
+        return replies
 
     def _momentum_for(self, client: int, round_: int) -> ConfigRecord:
         """The record of the momentum for a client: its own, or for an attacker on updates those of all of the round."""
@@ -195,7 +232,7 @@ class WatchedStrategy(Strategy):
         parameters.
         """
         server_round += self._done
-        ordered = complete(list(replies), self._asked, server_round)
+        ordered = complete(self._asked_again(list(replies), server_round), self._asked, server_round)
         before, lr = self.recorder.history.theta, self.recorder.scenario.lr(server_round)
         ours = self.strategy if isinstance(self.strategy, RuleStrategy) else None
         if ours is None:  # read first: strategies of Flower's take the arrays out of the replies
@@ -218,7 +255,7 @@ class WatchedStrategy(Strategy):
         momenta = [answer.momentum for answer in answers if answer.momentum is not None]
         if momenta:
             self._momenta.note([answer.client for answer in answers], torch.stack(momenta))
-        flips = all_flips(ordered)
+        flips = all_flips(ordered, apart=self.recorder.scenario.settings.partition.name == "own")
         self._stored = adversary.remembered(self.recorder.scenario, server_round, self._stored, flips)
         self.recorder.record(server_round, theta, aggregate, flips, updates)
         self._arrays = arrays
@@ -332,8 +369,11 @@ def reason_of(reply: Message) -> str:
     return reason.replace("\\'", "'") or "a client gave no reason"
 
 
-def all_flips(replies: Iterable[Message]) -> Flips:
-    """The flips of all clients in a round, by ascending sample; `NO_FLIPS` where none of them flips."""
+def all_flips(replies: Iterable[Message], apart: bool = False) -> Flips:
+    """The flips of all clients in a round, by ascending sample; `NO_FLIPS` where none of them flips.
+
+    Each tells what all of them were allowed together; where they are `apart`, what it was itself.
+    """
     parts = [flips for reply in replies if (flips := wire.flips_of(reply.content)) is not None]
     if not parts:
         return NO_FLIPS
@@ -341,6 +381,8 @@ def all_flips(replies: Iterable[Message]) -> Flips:
     labels = concatenate([part.labels for part in parts]).astype(int64)
     order = samples.argsort(kind="stable")
     new = [part.new for part in parts if part.new is not None]
+    if apart:
+        return Flips(samples[order], labels[order], sum(part.allowed for part in parts), sum(new) if new else None)
     return Flips(samples[order], labels[order], max(part.allowed for part in parts), max(new, default=None))
 
 
@@ -428,22 +470,114 @@ def introductions(grid: Grid, clients: int) -> dict[int, int]:
     RunError
         Unless each client is there once.
     """
-    nodes = sorted(grid.get_node_ids())
-    questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    found = {node: said.client for node, said in asked(grid, RecordDict()).items()}
+    return numbered(found, clients)
+
+
+def asked(grid: Grid, question: RecordDict) -> dict[int, wire.Introduction]:
+    """What each node of a grid says to the question who it is.
+
+    Parameters
+    ----------
+    grid : Grid
+        Its nodes are asked, one message each.
+    question : RecordDict
+        The content of the message.
+
+    Returns
+    -------
+    dict of int to wire.Introduction
+        The answer by node.
+
+    Raises
+    ------
+    RunError
+        Where a node can't be asked.
+    """
+    questions = [Message(question, node, MessageType.QUERY) for node in sorted(grid.get_node_ids())]
     replies = list(grid.send_and_receive(questions))
     for reply in replies:
         if reply.has_error():
             raise RunError(f"a node can't be asked which client it is: {reason_of(reply)}")
-    found = {reply.metadata.src_node_id: wire.client_of(reply.content) for reply in replies}
-    if sorted(found.values()) != list(range(clients)):
+    return {reply.metadata.src_node_id: wire.read_introduction(reply.content) for reply in replies}
+
+
+def numbered(client_of: Mapping[int, int | None], clients: int) -> dict[int, int]:
+    """The client behind each node.
+
+    Parameters
+    ----------
+    client_of : mapping of int to int or None
+        What the nodes say; None where one has no number.
+    clients : int
+        How many clients there should be, numbered from 0.
+
+    Returns
+    -------
+    dict of int to int
+        The client by node.
+
+    Raises
+    ------
+    RunError
+        Unless each client is there once.
+    """
+    known = {node: client for node, client in client_of.items() if client is not None}
+    if sorted(known.values()) != list(range(clients)):
         raise RunError(
-            f"the federation's {len(nodes)} nodes answered as clients {sorted(found.values())}, not as "
+            f"the federation's {len(client_of)} nodes answered as clients {sorted(known.values())}, not as "
             f"each of 0 to {clients - 1} once; give each a partition-id of its own"
         )
-    return found
+    return known
 
 
-def start(grid: Grid, recorder: Recorder) -> None:
+def with_own_data(grid: Grid, settings: Settings) -> tuple[Scenario, dict[int, int]]:
+    """The experiment of nodes that train on data of their own.
+
+    Where no node has a number, they are numbered by the fingerprints of their data: the same data in the same order,
+    whatever ids Flower gives the nodes.
+
+    Parameters
+    ----------
+    grid : Grid
+        Its nodes are the clients; they are asked what they hold.
+    settings : Settings
+        With `partition=own`.
+
+    Returns
+    -------
+    scenario : Scenario
+        What the server knows of it.
+    client_of : dict of int to int
+        The client by node.
+
+    Raises
+    ------
+    InputError
+        Where the server's own data set can't be had.
+    RunError
+        Where a node can't be asked, some have numbers and some have none, or other than `clients.malicious` attack.
+    """
+    dataset = data.load(**settings.dataset.model_dump())
+    said = asked(grid, wire.question(settings.model_dump_json(), wire.Own(own.layout_of(dataset))))
+    if all(one.client is None for one in said.values()):
+        order = sorted(said, key=lambda node: (said[node].fingerprint, said[node].malicious, node))
+        client_of = {node: client for client, node in enumerate(order)}
+    else:
+        client_of = numbered({node: one.client for node, one in said.items()}, settings.clients.total)
+    by_client = [said[node] for node in sorted(client_of, key=client_of.__getitem__)]
+    malicious = [client for client, one in enumerate(by_client) if one.malicious]
+    if len(malicious) != settings.clients.malicious:
+        raise RunError(
+            f"clients.malicious={settings.clients.malicious}, but {len(malicious)} of the {len(said)} nodes were "
+            "started with malicious=true; make both the same"
+        )
+    counts = [one.samples for one in by_client]
+    at_server = own.at_server(dataset, counts, [[one.fingerprint for one in by_client], malicious])
+    return scenarios.of_nodes(settings, at_server, counts, malicious), client_of
+
+
+def start(grid: Grid, recorder: Recorder, client_of: Mapping[int, int] | None = None) -> None:
     """Run all rounds of an experiment over a grid.
 
     Parameters
@@ -452,6 +586,8 @@ def start(grid: Grid, recorder: Recorder) -> None:
         Its nodes are the clients of the experiment.
     recorder : Recorder
         What measures the rounds; it holds the scenario, and what an interrupted run has left.
+    client_of : mapping of int to int, optional
+        The client by node, where it is known; else nodes are asked where it matters.
     """
     strategy = make_strategy(recorder.scenario)
-    WatchedStrategy(strategy, recorder, introduced(grid, recorder.scenario)).run(grid)
+    WatchedStrategy(strategy, recorder, client_of or introduced(grid, recorder.scenario)).run(grid)

@@ -13,15 +13,24 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fl_attack.data.own import Layout
 from fl_attack.scenario import NO_FLIPS, Flips
 
 ARRAYS, CONFIG, METRICS, FLIPS, EPOCH_THETA = "arrays", "config", "metrics", "flips", "epoch_theta"
-MOMENTUM, STORED, RULE = "momentum", "stored", "rule"
+MOMENTUM, STORED, RULE, OWN = "momentum", "stored", "rule", "own"
 SETTINGS, ROUND = "settings", "server-round"  # the round is put in by Flower's strategies themselves
 WEIGHT, CLIENT = "num-examples", "client"
 # The bytes of the array alone: Flower's own format parses a numpy file header in every message, a quarter of a small
 # client's time. Its strategies know only their own, so clients answer in the format they were asked in.
 RAW = "fl_attack.raw"
+
+
+class Own(NamedTuple):
+    """What a node with data of its own is told of the federation's."""
+
+    layout: Layout
+    client: int = -1  # its number, once it has one
+    counts: tuple[int, ...] = ()  # samples of each client
 
 
 class Request(NamedTuple):
@@ -35,6 +44,16 @@ class Request(NamedTuple):
     momentum: Tensor | None  # the client's (1, A, B), or for attackers who use them those of all of the round (m, A, B)
     stored: Flips = NO_FLIPS  # what stands in the attackers' data, of all of them, where flips stay there
     rule: dict[str, Tensor] | None = None  # what the server's rule remembers, for attackers who know it
+    own: Own | None = None  # where nodes train on data of their own
+
+
+class Introduction(NamedTuple):
+    """What a node says of itself."""
+
+    client: int | None  # its number; None where it was given none
+    samples: int = 0  # of data of its own
+    fingerprint: str = ""
+    malicious: bool = False
 
 
 class Answer(NamedTuple):
@@ -96,7 +115,69 @@ def read_request(content: Any) -> Request:
         samples, labels = (np.frombuffer(content[STORED][key], np.int64) for key in ("samples", "labels"))
         stored = Flips(samples, labels, 0)
     rule = _state(content[RULE]) if RULE in content else None
-    return Request(theta, raw, int(config[ROUND]), config[SETTINGS], epoch_theta, momentum, stored, rule)
+    own = read_own(content)
+    return Request(theta, raw, int(config[ROUND]), config[SETTINGS], epoch_theta, momentum, stored, rule, own)
+
+
+def own_record(own: Own) -> ConfigRecord:
+    """What a node with data of its own is told, as a record.
+
+    Parameters
+    ----------
+    own : Own
+        What it is told.
+
+    Returns
+    -------
+    ConfigRecord
+        As `read_own` reads it.
+    """
+    classes, shape, kind = own.layout
+    told: dict[str, Any] = {
+        "classes": list(classes),
+        "shape": list(shape),
+        "kind": kind,
+        "counts": list(own.counts) or [0],
+    }
+    return ConfigRecord(told | {"client": own.client})
+
+
+def read_own(content: Any) -> Own | None:
+    """What a message tells a node with data of its own.
+
+    Parameters
+    ----------
+    content : RecordDict
+        Of a request or of a question.
+
+    Returns
+    -------
+    Own or None
+        None where the run deals its data.
+    """
+    if OWN not in content:
+        return None
+    told = content[OWN]
+    layout = Layout(tuple(told["classes"]), tuple(told["shape"]), told["kind"])
+    return Own(layout, told["client"], tuple(told["counts"]))
+
+
+def question(settings: str, own: Own) -> RecordDict:
+    """The question to a node what data of its own it has.
+
+    Parameters
+    ----------
+    settings : str
+        Those of the run, as JSON.
+    own : Own
+        The layout of the data.
+
+    Returns
+    -------
+    RecordDict
+        The content of the message.
+    """
+    return RecordDict({CONFIG: ConfigRecord({SETTINGS: settings}), OWN: own_record(own)})
 
 
 def stored_record(stored: Flips) -> ConfigRecord:
@@ -164,9 +245,27 @@ def answer(answer: Answer, raw: bool) -> RecordDict:
     return content
 
 
-def introduction(client: int) -> RecordDict:
-    """A client's reply to the question which one it is."""
-    return RecordDict({METRICS: MetricRecord({CLIENT: client})})
+def introduction(said: Introduction) -> RecordDict:
+    """A node's reply to the question which client it is."""
+    numbers = MetricRecord({CLIENT: -1 if said.client is None else said.client})
+    own = ConfigRecord({"samples": said.samples, "fingerprint": said.fingerprint, "malicious": said.malicious})
+    return RecordDict({METRICS: numbers, OWN: own})
+
+
+def read_introduction(content: Any) -> Introduction:
+    """What a node has said of itself.
+
+    Parameters
+    ----------
+    content : RecordDict
+        Of its reply.
+
+    Returns
+    -------
+    Introduction
+    """
+    number, own = client_of(content), content[OWN]
+    return Introduction(None if number < 0 else number, own["samples"], own["fingerprint"], own["malicious"])
 
 
 def client_of(content: Any) -> int:

@@ -10,6 +10,7 @@ from fl_attack.models import logistic, networks, outputs
 from fl_attack.models.base import Model
 from fl_attack.models.networks import Mlp, Network
 from fl_attack.models.outputs import LOSSES, Quality
+from fl_attack.overrides import did_you_mean
 
 __all__ = ["LOSSES", "MODELS", "Mlp", "Model", "Network", "Quality", "check_args", "logistic", "make", "outputs"]
 
@@ -36,11 +37,9 @@ def find(name: str) -> Entry:
     if not plugins.is_path(name):
         raise InputError(
             f"name={name} is not a model; known: {', '.join(MODELS)}, or the import path of a torch.nn.Module"
+            f"{did_you_mean(name, MODELS)}"
         )
-    try:
-        return Entry(plugins.load(name))
-    except InputError as error:
-        raise InputError(f"name={error}") from None
+    return Entry(plugins.load(name))
 
 
 def check_args(name: str, args: Mapping[str, Any]) -> None:

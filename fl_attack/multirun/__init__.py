@@ -8,10 +8,13 @@ import csv
 import itertools
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from fl_attack import engine, experiment, folder, plots, report, workers
 from fl_attack.config import Settings, to_yaml, without_effect
@@ -20,8 +23,9 @@ from fl_attack.errors import InputError, Interrupted, RunError
 from fl_attack.identity import key_of
 from fl_attack.multirun.elsewhere import Launch, compute_file, launched
 from fl_attack.multirun.execute import compute
-from fl_attack.multirun.table import Cell, columns_of, write_tables
-from fl_attack.multirun.units import Numbers, Unit, by_cell, distinct, read, saver, units
+from fl_attack.multirun.table import Cell, write_tables
+from fl_attack.multirun.units import Numbers, Unit, by_cell, by_lot, distinct, read, saver, units
+from fl_attack.overrides import written
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 from fl_attack.waiting import waiting
@@ -70,7 +74,6 @@ def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch 
     Interrupted
         Where a signal ends it; the message says what is kept and where.
     """
-    _check_figures(cells)
     notes = [dict.fromkeys(without_effect(cell.settings, sweep=True)) for cell in cells]
     for note in [note for note in notes[0] if all(note in of_cell for of_cell in notes)]:
         print(f"note: {note}", file=sys.stderr, flush=True)
@@ -173,6 +176,9 @@ def tabulate_together(
     for scenario in scenarios:
         checked = scenario if launch is None else _on_a_processor(scenario)  # jobs may have GPUs that are not here
         experiment.check(checked)
+    of_grids = iter(scenarios)
+    for grid in grids:
+        _check_figures(grid, list(itertools.islice(of_grids, len(grid))))
     kept_scenarios, place = distinct(scenarios)
     work = units(kept_scenarios)
     own = {f"{unit.key}.npz" for unit in work}
@@ -257,18 +263,20 @@ def _explain_interruption(out: Path, kept: Path) -> Iterator[None]:
         raise Interrupted(f"interrupted; {what}", getattr(signalled, "code", 130)) from None
 
 
-def _check_figures(cells: Sequence[Cell]) -> None:
-    """InputError where a figure that is asked for is of no kind, or of columns that the table will not have."""
-    columns = columns_of(cells)
-    for figure in cells[0].settings.figures:
-        if not figure:
-            raise InputError("figures holds an empty list; give a kind of plot and its columns")
-        if unknown := [name for name in plots.columns_of(*figure) if name not in columns]:
-            raise InputError(
-                f"figures={[*figure]}: the sweep has no column {unknown[0]}; known: {', '.join(columns)}".replace(
-                    "'", ""
-                )
-            )
+def _check_figures(cells: Sequence[Cell], scenarios: Sequence[Scenario]) -> None:
+    """InputError where a figure that is asked for can't be drawn: it is, of numbers drawn by lot."""
+    if not cells[0].settings.figures:
+        return
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder, plots.captured():
+        write_tables(Path(folder), cells, scenarios, [by_lot(scenario, rng) for scenario in scenarios])
+        for figure in cells[0].settings.figures:
+            if not figure:
+                raise InputError("figures holds an empty list; give a kind of plot and its columns")
+            try:
+                plots.draw(Path(folder), *figure)
+            except InputError as error:
+                raise InputError(f"{written('figures', [figure])}: {error}") from None
 
 
 def _draw_all(out: Path, settings: Settings) -> None:

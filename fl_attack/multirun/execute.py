@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_attack import engine, workers
+from fl_attack import engine, plans, workers
 from fl_attack.config import Settings, settings_from
 from fl_attack.errors import RunError
 from fl_attack.history import COLUMNS, Recorder
@@ -159,9 +159,11 @@ def _seconds_of(cells: Sequence[Scenario]) -> float:
     cell, settings = cells[0], cells[0].settings
     samples = settings.rounds * settings.local_steps * int(cell.schedule.sizes.sum())
     products = 4 * len(cells) * samples * cell.theta_shape[0] * cell.theta_shape[1] / 3e10
+    planning = plans.seconds(cells)
     if engine.is_linear(cell):
-        return 2e-4 * settings.rounds + products
-    return len(cells) * 2e-3 * settings.rounds + 20 * products  # a weight of a convolution is used many times
+        return 2e-4 * settings.rounds + products + planning
+    # a weight of a convolution is used many times
+    return len(cells) * 2e-3 * settings.rounds + 20 * products + planning
 
 
 @contextmanager

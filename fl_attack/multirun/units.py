@@ -125,6 +125,15 @@ def by_cell(unit: Unit, numbers: Numbers) -> dict[int, Numbers]:
     return {cell: Numbers(*(part[i] for part in numbers)) for i, cell in enumerate(unit.cells)}
 
 
+def by_lot(scenario: Scenario, rng: np.random.Generator) -> Numbers:
+    """Numbers such as a cell may have, which nobody computed: what a table and its figures can be tried with."""
+    table = rng.uniform(0.2, 0.8, (2, len(COLUMNS)))
+    table[:, COLUMNS.index("round")] = 0, scenario.settings.rounds
+    if scenario.settings.early_stop.patience is None:
+        table[:, COLUMNS.index("validation_loss")] = np.nan
+    return Numbers(table, np.array(1), np.array(""), np.zeros(PARTS, np.int64))
+
+
 def saver(numbers: Numbers, key: str) -> Callable[[Any], None]:
     """A function that writes the numbers of a unit to a stream.
 

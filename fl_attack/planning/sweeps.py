@@ -30,6 +30,7 @@ from fl_attack.planning.adjoint import Costate, pull_back_step
 from fl_attack.planning.derivatives import Derivatives
 
 GROW, SHRINK = 1.5, 0.5  # of the part of the rounds that is chosen anew, after labels were kept, or not
+COPIES = {"sgd": 1, "momentum": 2, "adam": 3}  # of the parameters, that a state holds
 PATIENCE = 8  # sweeps over which a plan has to gain the tolerance
 
 
@@ -110,13 +111,13 @@ class Sweeps:
     over: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))  # (P,) which gain no more
 
     def __post_init__(self) -> None:
-        self._trajectory = Trajectory(self.problem)
+        self.trajectory = Trajectory(self.problem)
 
     def start_from(self, direction: Direction) -> None:
         """Begin with the labels of attackers who in each round are greedy along a direction."""
         self.labels = [None] * len(self.problem.rounds)
-        harm = self._trajectory.run(self.labels, direction)
-        self.wanted = self._trajectory.best_labels()
+        harm = self.trajectory.run(self.labels, direction)
+        self.wanted = self.trajectory.best_labels()
         self.harm, self.part = [harm.numpy()], [np.ones(self.problem.plans)]
         self.over = ~np.isfinite(self.harm[0])
         self._next = np.ones(self.problem.plans)
@@ -157,11 +158,11 @@ class Sweeps:
         ]
         for p in np.flatnonzero(stuck).tolist():
             self._move_one(trial, p, int(place[p].argmin()), uniform[p, T:].tolist())
-        harm = self._trajectory.run(trial).numpy()
+        harm = self.trajectory.run(trial).numpy()
         rose = harm > self.harm[-1]  # not where it is NaN
         if rose.any():
             kept = torch.from_numpy(rose).to(device)[:, None]
-            best = self._trajectory.best_labels()
+            best = self.trajectory.best_labels()
             for t, new in enumerate(best):
                 if new is not None:
                     self.labels[t] = torch.where(kept, _there(trial[t]), _there(self.labels[t]))
@@ -227,12 +228,12 @@ class Trajectory:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         T = len(problem.rounds)
-        copies = {"sgd": 1, "momentum": 2, "adam": 3}[problem.optimizer]
-        bytes_each = copies * problem.start.theta.nbytes
+        bytes_each = COPIES[problem.optimizer] * problem.start.theta.nbytes
         self.segment = T if T * bytes_each <= problem.memory else max(1, math.isqrt(T))
         self.labels: Labels = []
         self._checkpoints: list[State] = []
         self._kept: list[State] = []  # before each round of the last segment that was run
+        self._store: list[Tensor] = []  # their parameters and what the optimizer remembers, in one piece each
 
     def run(self, labels: Labels, direction: Direction | None = None) -> Tensor:
         """Train with labels in all rounds of a plan, forward, and keep what going back needs.
@@ -256,7 +257,7 @@ class Trajectory:
             if t % self.segment == 0:
                 self._checkpoints.append(state)
                 self._kept = []
-            self._kept.append(state)
+            self._keep(state)
             if direction is not None:
                 batch, access = problem.batch(problem.rounds[t]), problem.access(problem.rounds[t])
                 if access is not None:
@@ -266,6 +267,19 @@ class Trajectory:
             state = self.step(state, t)
             harm = harm + self._harm(t + 1, state)
         return harm.cpu()
+
+    def _keep(self, state: State) -> None:
+        """Keep the state before a round: in memory taken once, or pieces that last lie between those that do not."""
+        (step, *of_optimizer), place = state.optimizer, len(self._kept)
+        copies = COPIES[self.problem.optimizer]
+        parts = [state.theta, *of_optimizer]
+        if not self._store:
+            length = min(self.segment, len(self.problem.rounds))
+            self._store = [part.new_empty(length, *part.shape) for part in parts[:copies]]
+        for store, part in zip(self._store, parts[:copies], strict=True):
+            store[place] = part
+        theta, first, second = [*(store[place] for store in self._store), *parts[copies:]]
+        self._kept.append(State(theta, protocol.ServerState(step, first, second)))
 
     def step(self, state: State, t: int) -> State:
         """The state after a round.
@@ -313,9 +327,10 @@ class Trajectory:
         for start in reversed(range(0, T, self.segment)):
             end = min(T, start + self.segment)
             if end < T:
-                self._kept = [self._checkpoints[start // self.segment]]
+                self._kept = []
+                self._keep(self._checkpoints[start // self.segment])
                 for t in range(start, end - 1):
-                    self._kept.append(self.step(self._kept[-1], t))
+                    self._keep(self.step(self._kept[-1], t))
             for t in reversed(range(start, end)):
                 state, round_ = self._kept[t - start], problem.rounds[t]
                 batch, y = problem.batch(round_), self._labels(t)

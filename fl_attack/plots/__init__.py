@@ -16,10 +16,12 @@ import yaml
 
 from fl_attack.errors import InputError
 from fl_attack.folder import TABLE
+from fl_attack.overrides import did_you_mean
 from fl_attack.plots.arms import arms
 from fl_attack.plots.by_budget import budget, spread
 from fl_attack.plots.by_column import columns
 from fl_attack.plots.by_round import curves, curves_of, plan, rounds
+from fl_attack.plots.canvas import captured
 from fl_attack.plots.comparisons import harm, matrix
 from fl_attack.plots.equal_budgets import networks
 from fl_attack.plots.maps import difference, heatmap
@@ -33,6 +35,7 @@ __all__ = [
     "arms",
     "asked",
     "budget",
+    "captured",
     "columns",
     "columns_of",
     "curves",
@@ -160,7 +163,7 @@ def columns_of(kind: str, *names: str) -> list[str]:
         Where there is no such kind, or it takes another number of columns.
     """
     if kind not in PLOTS:
-        raise InputError(f"{kind} is not a kind of plot; known: {', '.join(PLOTS)}")
+        raise InputError(f"{kind} is not a kind of plot; known: {', '.join(PLOTS)}{did_you_mean(kind, PLOTS)}")
     takes = list(signature(PLOTS[kind]).parameters.values())[1:]
     if not sum(one.default is Parameter.empty for one in takes) <= len(names) <= len(takes):
         raise InputError(USAGE)

@@ -65,7 +65,9 @@ def _clients(result: Result) -> dict[str, Any]:
 
 
 def _dataset(settings: Settings) -> Dataset | None:
-    """The data of a run, as it loads it; None where it is not there any more."""
+    """The data of a run, as it loads it; None where it is not there any more, or was that of nodes."""
+    if settings.partition.name == "own":
+        return None
     try:
         return data.load(verify=False, **settings.dataset.model_dump())
     except InputError:

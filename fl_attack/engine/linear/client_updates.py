@@ -3,18 +3,20 @@
 The mean of label attacks never does: its gradients of all clients together are one matrix product.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fl_attack import adversary, aggregate, attack, detect, protocol
+from fl_attack import adaptive, adversary, aggregate, attack, detect, protocol, scenario
+from fl_attack.checkpoint import State
 from fl_attack.engine import kernels
 from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
-from fl_attack.engine.batches import Batch
+from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.kinds import NOBODY
 from fl_attack.engine.linear.labels import direction
 from fl_attack.engine.linear.shared import Shared
@@ -71,12 +73,14 @@ def pieces(cells: int, bytes_each: int) -> list[slice]:
 class Server:
     """The server of the cells of a tile: their rule, on the updates of their clients."""
 
-    def __init__(self, cells: Sequence[Scenario], attackers: Attackers, targets: TargetsOf) -> None:
-        self.cell, self.attackers = cells[0], attackers
+    def __init__(self, cells: Sequence[Scenario], attackers: Attackers, targets: TargetsOf, batches: Batches) -> None:
+        self.cell, self.attackers, self.features = cells[0], attackers, batches.features
         self.targets = targets if attackers.kind.goal == "targeted" else None
         self.M, self.C = attackers.M, attackers.C
         self.crafts = attackers.kind != NOBODY and self.cell.settings.attack.writes == "updates"
         self.rule = self.cell.rule()
+        self.remembered: State | None = None  # what the rule keeps between rounds, of all cells
+        self.adapts = self.crafts and adaptive.searches(self.cell)
         strategy, threat = self.cell.settings.strategy, self.cell.settings.attack
         # a function of others may draw from a generator that all threads share
         own_attack = not self.crafts or threat.name in attack.ATTACKS
@@ -123,33 +127,86 @@ class Server:
         client_order = torch.from_numpy(protocol.shuffled(self.cell.settings.seed, round_, m))
         out = torch.empty_like(of.theta)
 
-        def some(cells: slice) -> Tensor | None:
+        def some(cells: slice) -> tuple[Tensor | None, State | None]:
             rows = slice(cells.start * self.C, cells.stop * self.C)
             stacked = out.new_empty(m, rows.stop - rows.start, d)
             for place, update in by_client(of.rows(rows), batch, self.C):
                 stacked[place] = update
             updates = stacked.view(m, -1, self.C, d).movedim(0, 1)
+            before = None if self.remembered is None else {key: x[cells] for key, x in self.remembered.items()}
+            known = weights.to(out.device), client_order.to(out.device), self._seen(of, rows, round_), before
             if self.crafts and access is not None:
-                updates = self._replaced(updates, of, batch, access, cells, round_)
-            out[rows] = self.rule(updates, weights.to(out.device), client_order.to(out.device)).reshape(-1, d)
-            return detect.measures(updates, access.malicious[cells]) if measured and access is not None else None
+                updates = self._replaced(
+                    updates, of, batch, access, cells, round_, lambda sent: self.rule(sent, *known)
+                )
+            combined, after = self.rule.step(updates, *known)
+            out[rows] = combined.reshape(-1, d)
+            measures = detect.measures(updates, access.malicious[cells]) if measured and access is not None else None
+            return measures, after
 
         parts = pieces(self.M, m * self.C * d * out.element_size())
         found = side_by_side(some, parts) if self.is_builtin else [some(cells) for cells in parts]
-        return out, torch.cat([one for one in found if one is not None]) if measured and access is not None else None
+        after = [one for _, one in found if one is not None]
+        if after:
+            self.remembered = {key: torch.cat([one[key] for one in after]) for key in after[0]}
+        return out, torch.cat([one for one, _ in found if one is not None]) if measured and access is not None else None
+
+    def _seen(self, of: Residuals, rows: slice, round_: int) -> aggregate.Seen:
+        """What the server knows of a round besides the updates of the cells in some rows."""
+        if not self.rule.sees:
+            return aggregate.Seen()
+        cell, theta = self.cell, of.theta[rows]
+        lr = of.lr[rows].view(-1, self.C, 1)[:, :1]
+        decay = 0.0 if of.weight_decay is None else of.weight_decay[rows].view(-1, self.C, 1)[:, :1]
+
+        def root() -> Tensor:
+            X, y, _ = cell.batch(cell.trusted, np.ones_like(cell.trusted), theta.device)
+            whole = self.features.restore(theta).to(theta.device).view(-1, self.C, X.shape[-1])
+            update = scenario.server_update(cell, whole, lr, decay, X, y)
+            return self.features.drop(update.flatten(0, 1)).view(-1, self.C, theta.shape[-1])
+
+        return cell.seen(round_, theta.view(-1, self.C, theta.shape[-1]))._replace(lr=lr, root=root)
 
     def _replaced(
-        self, updates: Tensor, of: Residuals, batch: Batch, access: RoundAccess, cells: slice, round_: int
+        self,
+        updates: Tensor,
+        of: Residuals,
+        batch: Batch,
+        access: RoundAccess,
+        cells: slice,
+        round_: int,
+        rule: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The updates (cells, m, C, d) of some cells with those of malicious clients replaced, in attacked rounds."""
+        """The updates (cells, m, C, d) of some cells with those of malicious clients replaced, in attacked rounds.
+
+        Attackers who adapt send what gives the rule's aggregate the smallest inner product with their direction.
+        """
         malicious = access.malicious[cells]
         now = torch.from_numpy(self.attackers.attacked(round_)[cells]).to(updates.device)
         attacking = malicious & now[:, None]
         if not attacking.any():
             return updates
 
+        @cache
         def v() -> Tensor:
             found = direction(of.theta, of.R, batch, access.known, self.C, cells, self.targets)
             return found.view(-1, self.C, of.theta.shape[1])
 
-        return adversary.replace_updates(self.cell, round_, updates, malicious, attacking, v)
+        def sent(way: Scenario) -> Tensor:
+            return adversary.replace_updates(way, round_, updates, malicious, attacking, v)
+
+        best = sent(self.cell)
+        if not self.adapts:
+            return best
+
+        def product(made: Tensor) -> Tensor:
+            found = (rule(made) * v()).flatten(1).sum(1)
+            return found.where(~found.isnan(), torch.inf)
+
+        least = product(best)
+        for way in adaptive.variants(self.cell):
+            made = sent(way)
+            harm = product(made)
+            best = torch.where((harm < least)[:, None, None, None], made, best)
+            least = torch.minimum(harm, least)
+        return best

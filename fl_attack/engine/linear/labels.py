@@ -4,6 +4,7 @@ Each way is one class with one method, `write`: logits go in, and come out as re
 labels that are written. Shapes: M cells, C outputs, n columns of the minibatch, d features.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import adversary, knowledge
+from fl_attack import adversary, knowledge, plans
 from fl_attack.engine import choices, kernels
 from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
@@ -20,6 +21,7 @@ from fl_attack.engine.choices import Change, no_change
 from fl_attack.engine.linear.shared import Shared
 from fl_attack.engine.linear.targets import TargetsOf
 from fl_attack.models import outputs
+from fl_attack.scenario import Scenario
 
 
 class Written(NamedTuple):
@@ -126,6 +128,27 @@ class Greedy:
             else:
                 v = torch.mm(known, batch.X, out=workspace.buffer("gradient", len(known), batch.X.shape[1]))
                 torch.mm(v, batch.X[:n].mT, out=out)
+
+
+class Planned:
+    """Flips that were planned for all rounds before the first."""
+
+    def __init__(self, cells: Sequence[Scenario]) -> None:
+        self.C, self.plans = cells[0].theta_shape[0], [plans.plan(cell) for cell in cells]
+
+    def write(
+        self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
+    ) -> Written | None:
+        """See `Way`."""
+        batch = shared.batch
+        kernels.residuals_(Z, self.C, batch.encoded)
+        flips = [one.flips(shared.round_) for one in self.plans]
+        count = np.array([len(one.samples) for one in flips])
+        order = batch.samples.argsort()
+        columns = order[np.searchsorted(batch.samples[order], np.concatenate([one.samples for one in flips]))]
+        cells, labels = np.repeat(np.arange(len(flips)), count), np.concatenate([one.labels for one in flips])
+        change = Change(*(torch.from_numpy(part).to(Z.device) for part in (cells, columns, labels)))
+        return Written(None, change, count, np.array([one.allowed for one in flips]))
 
 
 class Proposed:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fl_attack import aggregate
 from fl_attack.checkpoint import Checkpoint, State
 from fl_attack.engine import ending
 from fl_attack.engine.batches import Batches
@@ -110,7 +111,8 @@ class Work:
         counts = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
         clients = np.argsort(-np.asarray(counts), kind="stable")
         crafted = any(cell.settings.attacked and cell.settings.attack.writes == "updates" for cell in cells)
-        self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=crafted)
+        noisy = any("noise" in aggregate.needs(cell.settings.strategy.name) for cell in cells)
+        self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=crafted or noisy)
         dataset, split = cells[0].dataset, cells[0].partition.validation
         self.test_set = Samples(self.batches, dataset.x_test, dataset.y_test)
         self.validation = Samples(self.batches, dataset.x_train[split], dataset.y_train[split]) if len(split) else None

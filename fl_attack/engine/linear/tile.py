@@ -13,7 +13,7 @@ from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.choices import no_change
 from fl_attack.engine.linear.client_updates import Residuals, Server
 from fl_attack.engine.linear.epoch_flips import EpochFlips
-from fl_attack.engine.linear.labels import Greedy, Nobody, Proposed, Way
+from fl_attack.engine.linear.labels import Greedy, Nobody, Planned, Proposed, Way
 from fl_attack.engine.linear.shared import Shared
 from fl_attack.engine.linear.targets import TargetsOf
 from fl_attack.engine.log import Report
@@ -46,7 +46,7 @@ class Tile:
             for key in ("lr", "weight_decay")
         )
         self._decay = self.weight_decay if self.weight_decay.any() else None
-        self.server = Server(cells, self.attackers, targets)
+        self.server = Server(cells, self.attackers, targets, batches)
         self.way = self._way(cells, batches, targets)
         # whether the server sees what each client sends, and one product of all residuals is not enough
         self.needs_client_updates = self.server.needed or cells[0].settings.local_steps > 1
@@ -56,6 +56,8 @@ class Tile:
         kind = self.attackers.kind
         if kind.name == "none" or self.server.crafts:
             return Nobody(self.C)
+        if self.cell.settings.attack.plans:
+            return Planned(cells)
         if kind.refresh == "epoch":
             return EpochFlips(cells, self.attackers, batches, targets, self.theta)
         return Greedy(self.attackers, targets) if kind.exact else Proposed(self.attackers, targets, self.theta)
@@ -115,11 +117,13 @@ class Tile:
     def state(self, round_: int) -> State:
         """The state that `restore` needs to go on after a round."""
         way = self.way.state(round_) if isinstance(self.way, EpochFlips) else None
-        return {"attackers": self.attackers.state(round_), "way": way}
+        return {"attackers": self.attackers.state(round_), "way": way, "rule": self.server.remembered}
 
     def restore(self, state: State, round_: int) -> None:
         """Be as the tile was whose `state` after a round this is."""
         self.attackers.restore(state["attackers"], round_)
+        if state["rule"] is not None:
+            self.server.remembered = {key: part.to(self.theta.device) for key, part in state["rule"].items()}
         if isinstance(self.way, EpochFlips):
             self.way.restore(state["way"], round_)
 

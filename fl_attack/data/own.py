@@ -1,0 +1,182 @@
+"""Data of its own on a node of a deployed federation: samples that nobody else sees, in the classes of the server's.
+
+The server's data set, which it tests on, says what all nodes' samples have in common: a `Layout`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fl_attack.data import cache
+from fl_attack.data.dataset import CACHE_FORMAT, Dataset, checked, stamp
+from fl_attack.data.sources import SOURCES, Raw, read_training
+from fl_attack.errors import InputError
+
+
+class Layout(NamedTuple):
+    """What the samples of all nodes have in common."""
+
+    classes: tuple[str, ...]  # name of each label
+    shape: tuple[int, ...]  # of a sample as it is stored
+    kind: str  # of the numbers as they are stored: "u" or "f"
+
+
+class Held(NamedTuple):
+    """What one node holds: n samples of p numbers each."""
+
+    x: np.ndarray  # (n, p) memory-mapped uint8, float32 or float64
+    y: np.ndarray  # (n,) int64, labels of the layout
+    fingerprint: str  # hash of both, wherever they lie
+
+
+def layout_of(dataset: Dataset) -> Layout:
+    """The layout of a data set.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        That of the server.
+
+    Returns
+    -------
+    Layout
+    """
+    return Layout(dataset.classes, tuple(dataset.shape), dataset.x_train.dtype.kind)
+
+
+def held(
+    path: str | Path,
+    layout: Layout,
+    *,
+    loader: str | None = None,
+    classes: object = None,
+    channels: int | None = None,
+    split: str | None = None,
+    verify: bool = True,
+    **_: Any,
+) -> Held:
+    """The training samples at a path, from the cache where they were read before.
+
+    Parameters
+    ----------
+    path : str or Path
+        An .npz file with `x_train` and `y_train`, or a folder `train` with a folder of images for each class; test
+        samples need not be there.
+    layout : Layout
+        What the samples must be like.
+    loader : str, optional
+        Another name of `SOURCES`, for a folder as `dataset.root` or `dataset.path` names it.
+    classes, channels, split, verify
+        As of `load`: where classes are picked, samples of others are left out.
+
+    Returns
+    -------
+    Held
+        In the order of the files. Labels without names count the classes of the layout, or name them where its own
+        are numbers.
+
+    Raises
+    ------
+    InputError
+        Names what is missing, damaged or not as the layout says.
+    """
+    place = Path(path).expanduser().resolve()
+    kind = loader or ("image_folder" if place.is_dir() else "npz")
+    if kind not in SOURCES or SOURCES[kind].setting is None:
+        names = ", ".join(name for name, source in SOURCES.items() if source.setting)
+        raise InputError(f"data-loader={kind} is unknown; use one of {names}")
+    source = SOURCES[kind]
+    option = [] if source.option is None else [{"channels": channels, "split": split}[source.option]]
+    stamps = [stamp(file) for file in source.files(place, *option)]
+
+    def build() -> tuple[cache.Arrays, cache.Facts]:
+        x, y, names = read_training(kind, place, *option)
+        shape = x.shape[1:] or (1,)
+        if shape != layout.shape:
+            raise InputError(f"{place}: a sample is {shape}, of the server's data {layout.shape}")
+        raw = checked(Raw(x, y, x[:1], y[:1], names), str(place))
+        if raw.x_train.dtype.kind != layout.kind:
+            stored = {"u": "bytes", "f": "floats"}
+            raise InputError(
+                f"{place}: numbers are {stored[raw.x_train.dtype.kind]}, of the server's data {stored[layout.kind]}; "
+                "store both alike"
+            )
+        labels = _labels(raw, layout, str(place), picked=classes is not None)
+        kept = labels >= 0
+        if not kept.any():
+            raise InputError(f"{place}: no sample is of the classes {', '.join(layout.classes)}")
+        return {"x": raw.x_train[kept], "y": labels[kept]}, {}
+
+    key = cache.digest([CACHE_FORMAT, stamps, layout, kind, option, classes is not None])
+    entry = cache.entry(f"own-{key}", build, verify=verify)
+    return Held(entry.arrays["x"], entry.arrays["y"], entry.fingerprint)
+
+
+def _labels(raw: Raw, layout: Layout, where: str, picked: bool) -> np.ndarray:
+    """The labels (n,) of the layout; -1 where a sample is of another class, an error unless some are `picked`."""
+    numbers = all(name.isdigit() for name in layout.classes)
+    found = np.full(len(raw.y_train), -1)
+    for label in np.unique(raw.y_train).tolist():
+        if raw.names is None and not numbers:
+            name = layout.classes[label] if 0 <= label < len(layout.classes) else str(label)
+        else:
+            name = str(label) if raw.names is None else raw.names[label]
+        if name in layout.classes:
+            found[raw.y_train == label] = layout.classes.index(name)
+        elif not picked:
+            raise InputError(f"{where}: class {name} is none of the server's: {', '.join(layout.classes)}")
+    return found
+
+
+def at_server(dataset: Dataset, counts: Sequence[int], told: object) -> Dataset:
+    """The training set of all nodes together as the server knows it: no sample, and no label (-1).
+
+    Parameters
+    ----------
+    dataset : Dataset
+        What the server tests on.
+    counts : sequence of int, (m,)
+        How many samples each client holds; the set has them one client after the other.
+    told : object
+        What else its fingerprint is of, as JSON.
+
+    Returns
+    -------
+    Dataset
+    """
+    return replace(
+        dataset,
+        x_train=dataset.x_train[:0],
+        y_train=np.full(sum(counts), -1),
+        fingerprint=cache.digest([dataset.fingerprint, told]),
+    )
+
+
+def at_node(mine: Held, layout: Layout, scale: float, counts: Sequence[int], client: int) -> Dataset:
+    """The same as a client knows it: its own samples in their place, and nothing to test on.
+
+    Parameters
+    ----------
+    mine : Held
+        Its samples.
+    layout : Layout
+        What the server says of all samples.
+    scale : float
+        What raw values are divided by.
+    counts : sequence of int, (m,)
+        How many samples each client holds.
+    client : int
+        Its number.
+
+    Returns
+    -------
+    Dataset
+    """
+    first = sum(counts[:client])
+    y = np.full(sum(counts), -1)
+    y[first : first + len(mine.y)] = mine.y
+    none = np.empty((0, mine.x.shape[1]), mine.x.dtype), np.empty(0, np.int64)
+    return Dataset(mine.x, y, *none, layout.classes, scale, mine.fingerprint, layout.shape, first=first)
