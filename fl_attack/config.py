@@ -401,6 +401,10 @@ class Settings(Strict):
         """Whether it is an unattacked twin: no label is flipped, no update is changed."""
         return not self.attacked or (self.attack.writes == "labels" and self.attack.budget == 0)
 
+    def unattacked(self) -> "Settings":
+        """The unattacked twin: the same experiment with every client honest."""
+        return self.model_copy(update={"attack": AttackSettings(name="none"), "baseline": False})
+
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if self.strategy.name == "flower" and self.server_optimizer != "sgd":

@@ -1,7 +1,7 @@
 """The work of a sweep, cut into units: the key of each, and the numbers that are kept of it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import engine
-from fl_attack.config import AttackSettings
 from fl_attack.data import Partition
 from fl_attack.history import COLUMNS
 from fl_attack.identity import NOT_NUMBERS, key_of
@@ -43,11 +42,11 @@ def plain(scenario: Scenario) -> Scenario:
     if not settings.is_unattacked or settings.detectability:
         return scenario
     partition = scenario.partition
-    update: dict[str, object] = {"attack": AttackSettings(name="none")}
+    update: dict[str, object] = {}
     if settings.strategy.averages and settings.partition.malicious_share is None:  # else they shape rule or shards
         update |= {"clients": settings.clients.model_copy(update={"honest": settings.clients.total, "malicious": 0})}
         partition = Partition(partition.client, partition.malicious[:0])
-    return Scenario(settings.model_copy(update=update), scenario.dataset, partition, scenario.schedule)
+    return replace(scenario, settings=settings.unattacked().model_copy(update=update), partition=partition)
 
 
 def distinct(scenarios: Sequence[Scenario]) -> tuple[list[Scenario], list[int]]:
