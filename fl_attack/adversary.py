@@ -21,7 +21,19 @@ Counts = NDArray[np.int64]
 
 
 def epoch_start(scenario: Scenario, round_: int) -> int:
-    """The first round of the epoch, or of the plan of attackers who plan anew now and then, that a round is in."""
+    """The first round of the epoch that a round is in, or of its plan where attackers plan anew now and then.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    round_ : int
+        The round, from 1.
+
+    Returns
+    -------
+    int
+    """
     if scenario.settings.attack.plans:
         return plans.first_round(scenario, round_)
     per_epoch = scenario.schedule.rounds_per_epoch
@@ -29,7 +41,18 @@ def epoch_start(scenario: Scenario, round_: int) -> int:
 
 
 def rounds_before(scenario: Scenario, round_: int) -> int | None:
-    """The number of rounds that were attacked before a round; None where the round itself is not attacked."""
+    """The number of attacked rounds before a round.
+
+    Parameters
+    ----------
+    scenario, round_
+        Those of `epoch_start`.
+
+    Returns
+    -------
+    int or None
+        None where the round itself is not attacked.
+    """
     threat = scenario.settings.attack
     if not scenario.settings.attacked:
         return None
@@ -37,7 +60,18 @@ def rounds_before(scenario: Scenario, round_: int) -> int | None:
 
 
 def present(scenario: Scenario, round_: int) -> Clients:
-    """The malicious clients that take part in a round, ascending."""
+    """The malicious clients that take part in a round.
+
+    Parameters
+    ----------
+    scenario, round_
+        Those of `epoch_start`.
+
+    Returns
+    -------
+    array of int
+        Ascending; perhaps empty.
+    """
     return np.intersect1d(scenario.partition.malicious, scenario.schedule.participants(round_), assume_unique=True)
 
 

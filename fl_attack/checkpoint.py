@@ -111,7 +111,7 @@ class Checkpoint:
 
 
 def storable(state: State) -> State:
-    """The same state; TypeError where something in it can't be stored."""
+    """The state itself; TypeError where something in it can't be stored."""
     _packed(state, {})
     return state
 

@@ -175,7 +175,7 @@ class AttackSettings(Strict):
 
     @property
     def steers(self) -> bool:
-        """Whether theta_target is needed."""
+        """Whether the attackers need theta_target."""
         from fl_attack import attack
 
         return self.plans or ("goal" in attack.find(self.name).uses and self.aim in ("target", "target_far"))
@@ -269,7 +269,7 @@ class StrategySettings(Strict):
 
     @property
     def averages(self) -> bool:
-        """Whether it is the plain mean."""
+        """Whether the server's rule is the plain mean."""
         return self.name == "mean" and not self.pre
 
     def check_names(self) -> None:
@@ -302,7 +302,7 @@ class SanitizeSettings(Strict):
 
 
 class EngineSettings(Strict):
-    """What the rounds run on."""
+    """The program that runs the rounds, and what it may use of the machine."""
 
     name: Literal["flower", "batched"]
     grid: Literal["block", "stock"] = "block"
@@ -752,6 +752,7 @@ def _in_plain_words(message: str) -> str:
 
 def _key(loc: tuple[int | str, ...]) -> str:
     # pydantic names the alternatives of a union as if they were keys: int, constrained-int, literal['full']
+    """The key of a setting from where pydantic found a mistake."""
     return ".".join(str(part) for part in loc if not re.search(r"^(int|str|float)$|[\[-]", str(part)))
 
 

@@ -109,7 +109,7 @@ def check(which: Scenario) -> None:
 
 
 def _run(attacked: Scenario, work: Path, runner: "federation.Runner | None") -> dict[str, dict[str, Any]]:
-    """All files of an experiment, in a folder that is held."""
+    """Run an experiment and write all its files into a folder that is held."""
     settings = attacked.settings
     runs: dict[str, tuple[Scenario, Path]] = {"attacked" if settings.attacked else "honest": (attacked, work)}
     if settings.baseline and settings.attacked:
@@ -159,7 +159,7 @@ def _told(work: Path) -> Iterator[None]:
 
 
 def _batched(runs: Runs, keep: Keep) -> None:
-    """All runs at once, in this process."""
+    """Run an experiment and its twin side by side in this process."""
     settings = next(iter(runs.values()))[0].settings
     names, done, due = list(runs), 0, time.monotonic() + SAVE_EVERY
 
@@ -219,7 +219,7 @@ def _between_rounds() -> Iterator[Callable[[], int]]:
 
 
 def _federated(runs: Runs, settings: Settings, keep: Keep, runner: "federation.Runner | None") -> None:
-    """All runs one after the other, over the same clients; by default those of Ray."""
+    """Run an experiment and its twin one after the other, over the same clients; by default those of Ray."""
     from fl_attack import federation
 
     unfinished: dict[str, Recorder] = {}

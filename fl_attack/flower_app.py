@@ -15,7 +15,22 @@ client_app = federation.client_app
 
 
 def main(run_config: dict[str, Any], runner: "Runner", make: "Make | None" = None) -> None:
-    """Run the experiment of a run configuration: `overrides` as for `fl-attack`, and keys of their own."""
+    """Run an experiment and print its summary: what Flower calls on the server.
+
+    Parameters
+    ----------
+    run_config : dict
+        Flower's: settings by their keys, of which empty ones count as not given, and `overrides` as for `fl-attack`.
+    runner : federation.Runner
+        What brings the clients up.
+    make : callable, optional
+        Gives the scenario of settings; by default `scenario.make`.
+
+    Raises
+    ------
+    SystemExit
+        Where the settings can't be met or the run can't go on, after a line that says why.
+    """
     # a client, which Flower starts for each message, needs none of these
     from fl_attack import experiment, results, scenario
     from fl_attack.config import compose

@@ -284,7 +284,7 @@ class Recorder:
         }
 
     def restore(self, state: State) -> None:
-        """Be as the recorder was whose `state` this is."""
+        """Go back to a state that `state` gave."""
         history, self.round = self.history, state["round"]
         history.seconds, history.theta = state["seconds"], state["theta"]
         history.rows = [row_of(values) for values in state["rows"].tolist()]

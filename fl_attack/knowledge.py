@@ -131,7 +131,22 @@ def aim(scenario: Scenario, theta: Tensor, round_: int) -> attack.Aim:
 
 
 def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
-    """The clients of `everyone`, ascending, whose clean gradient the attackers know in a round."""
+    """The clients whose clean gradient the attackers know in a round.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, whose `attack.knowledge` decides.
+    everyone : array of int, (m,)
+        The clients of the round, ascending.
+    round_ : int
+        The round, from 1, in which a part of the honest ones is drawn.
+
+    Returns
+    -------
+    array of int
+        Some of `everyone`, ascending.
+    """
     threat, settings = scenario.settings.attack, scenario.settings
     if threat.knowledge == "full":
         return everyone
@@ -146,5 +161,18 @@ def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
 
 
 def part(fraction: float, of: int) -> int:
-    """How many clients a fraction `of` a number of them is: rounded, and at least one if there is any."""
+    """How many clients a fraction of some is.
+
+    Parameters
+    ----------
+    fraction : float
+        From 0 to 1.
+    of : int
+        How many clients there are.
+
+    Returns
+    -------
+    int
+        Rounded, halves up, and at least one if there is any client.
+    """
     return min(of, max(1, math.floor(fraction * of + 0.5)))

@@ -31,7 +31,7 @@ ON_MNIST = ("experiment=networks",)  # grids that take MNIST where dataset.root 
 
 @contextmanager
 def composing() -> Iterator[None]:
-    """One composes at a time, Hydra's state being global, and a program that runs under Hydra finds it as it was."""
+    """A block in which nobody else composes settings, since Hydra's state is global; it leaves that state as it was."""
     from hydra.core.global_hydra import GlobalHydra  # not where only the client app is wanted
 
     with _composing:

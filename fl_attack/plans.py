@@ -161,7 +161,15 @@ def sweeps_of(scenario: Scenario) -> list[dict[str, Any]]:
 
 
 def restore_sweeps(scenario: Scenario, kept: Sequence[dict[str, Any]]) -> None:
-    """Know the plans again that an earlier process has made, where a run looks further ahead now and then."""
+    """Know the plans again that an earlier process has made, where a run looks further ahead now and then.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    kept : sequence of dict
+        What `sweeps_of` gave in that process.
+    """
     none = np.empty(0, np.int64)
     scenario.memo["plans before"] = {
         one["first"]: Plan(one["first"], none, none, none, none, one["harm"], one["part"]) for one in kept
@@ -437,7 +445,7 @@ class Maker:
 
     @cached_property
     def _is_malicious(self) -> NDArray[np.bool_]:
-        """(M, clients) of bool."""
+        """Which clients are malicious in each cell, (M, clients) of bool."""
         clients = np.arange(len(self.template_cell.schedule.shards))
         return np.array([np.isin(clients, cell.partition.malicious) for cell in self.cells])
 

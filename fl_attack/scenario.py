@@ -274,7 +274,7 @@ class Scenario:
         return int((self.participation[:rounds] @ self.schedule.used).sum())
 
     def relabelled(self, y_train: NDArray[np.int64]) -> "Scenario":
-        """The same experiment with other training labels."""
+        """The scenario with other training labels (n,)."""
         return replace(self, dataset=replace(self.dataset, y_train=y_train))
 
 

@@ -62,10 +62,40 @@ def normal_noise(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Standard normal numbers of a shape, of one of the streams above in a round."""
+    """Random numbers for attacks on updates, or for rules that add noise.
+
+    Parameters
+    ----------
+    seed, round_ : int
+        As of `label_noise`.
+    stream : int
+        One of the numbers above.
+    shape : sequence of int
+        Of the result.
+    device, dtype
+        Likewise; drawn in float64.
+
+    Returns
+    -------
+    Tensor
+        Standard normal.
+    """
     return torch.from_numpy(np.random.default_rng([seed, stream, round_]).standard_normal(shape)).to(device, dtype)
 
 
 def known_rank(seed: int, round_: int, clients: int) -> NDArray[np.float64]:
-    """A random number for each client (clients,): attackers who know a part of the honest ones know the lowest."""
+    """A random number for each client: attackers who know a part of the honest ones know those of the lowest.
+
+    Parameters
+    ----------
+    seed, round_ : int
+        As of `label_noise`.
+    clients : int
+        How many there are.
+
+    Returns
+    -------
+    (clients,) array
+        Uniform in [0, 1).
+    """
     return np.random.default_rng([seed, KNOWN_CLIENTS, round_]).random(clients)

@@ -169,17 +169,25 @@ class _Worker:
         there.close()
 
     def begin(self, i: int, jobs: Sequence[Any]) -> None:
-        """Hand over a job; a worker that was killed meanwhile is seen when its answer is waited for."""
+        """Hand over a job; a worker that was killed meanwhile is seen when its answer is waited for.
+
+        Parameters
+        ----------
+        i : int
+            The number of the job.
+        jobs : sequence
+            All jobs; this one is pickled.
+        """
         self.job = i
         with suppress(OSError):
             self.pipe.send(jobs[i])
 
     def dismiss(self) -> None:
-        """Let it end by itself."""
+        """Let the process end by itself."""
         self.pipe.close()
 
     def kill(self) -> None:
-        """End it at once."""
+        """End the process at once."""
         self.process.kill()
 
     def end(self) -> int | None:

@@ -284,7 +284,8 @@ class Reach:
             os.environ["COVERAGE_FILE"] = str(KEPT / "coverage")
             plugin = Durations()
             options = [*QUIET, "-n", str(workers), "--dist", "worksteal", "--cov", "fl_attack", "--cov-context", "test"]
-            code = pytest.main([*options, "--cov-report=", *arguments], [plugin])
+            options += ["--cov-report=", f"--basetemp={KEPT / 'tmp'}"]
+            code = pytest.main([*options, *arguments], [plugin])
             file.write_text(json.dumps(plugin.of_passed()))
             os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

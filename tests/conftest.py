@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -14,6 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 import ray
+from matplotlib.figure import Figure
 
 from fl_attack import __main__
 from fl_attack.config import Settings, compose
@@ -89,6 +91,32 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.pop("FL_ATTACK_CACHE")
     if before is not None:
         os.environ["FL_ATTACK_CACHE"] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_files() -> Iterator[None]:
+    """No disk is waited for, and a PDF holds no figure: to cut its fonts takes longer than to compute most of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(Figure, "savefig", _png_alone)
+        yield
+
+
+SAVE = Figure.savefig
+
+
+def _png_alone(figure: Figure, stream: IO[bytes], *, format: str, **more: Any) -> None:
+    """What takes the place of `savefig`, but in tests that ask for `real_pdf`."""
+    if format == "pdf":
+        stream.write(b"%PDF-1.4\n%%EOF\n")
+    else:
+        SAVE(figure, stream, format=format, **more)
+
+
+@pytest.fixture
+def real_pdf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are written in all formats."""
+    monkeypatch.setattr(Figure, "savefig", SAVE)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The docs: the front page, the site, and every command that is printed in them."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -79,6 +80,37 @@ def _first(word: str) -> str:
 def test_a_wrong_command_would_be_found() -> None:
     with pytest.raises(InputError):
         test_every_command_of_the_docs_is_one("x.md", "fl-attack atack=none")
+
+
+def functions(node: ast.AST, path: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The functions of a module, those inside of functions left out, with where they are."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef):
+            yield f"{path}:{child.lineno} {child.name}", child
+        else:
+            yield from functions(child, path)
+
+
+def test_docstrings_are_sentences_and_describe_several_arguments() -> None:
+    """In a section of its own, or by the name of a function that takes the same."""
+    all_ = [
+        one
+        for file in (ROOT / "fl_attack").rglob("*.py")
+        for one in functions(ast.parse(file.read_text(encoding="utf-8")), file.relative_to(ROOT).as_posix())
+    ]
+    brief: list[str] = []
+    undescribed: list[str] = []
+    for place, function in all_:
+        text, given = ast.get_docstring(function) or "", function.args
+        arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+        count = sum(one is not None and one.arg not in ("self", "cls") for one in arguments)
+        public = not function.name.startswith("_")
+        if (public or text) and len(text.split()) < 4:
+            brief.append(place)
+        if public and count > 1 and not re.search(r"^Parameters\n---|\b[Ss]ee `|\bas of `", text, re.M):
+            undescribed.append(place)
+    assert len(all_) > 1000
+    assert (brief, undescribed) == ([], [])
 
 
 def test_the_front_page_is_one_page() -> None:

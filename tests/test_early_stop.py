@@ -105,8 +105,7 @@ def test_all_engines_stop_in_the_same_round_with_the_same_model(
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize(("classes", "every"), [(2, 4), (3, 1)])
 def test_cells_of_a_batch_end_one_by_one_as_each_does_alone(
     settings: Compose, small_data: Small, classes: int, every: int
 ) -> None:

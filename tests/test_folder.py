@@ -177,7 +177,7 @@ def test_an_old_result_stays_until_the_new_one_is_whole(
     assert names(at) == {file.name for file in before} | ({"baseline"} if kind == "run" else set())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_batched_run_keeps_what_was_measured(
     small_data: Small, tmp_path: Path, number: signal.Signals
 ) -> None:

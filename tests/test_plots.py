@@ -203,7 +203,7 @@ def test_deviations_are_over_seeds_and_not_over_budgets(tmp_path):
 
 
 @pytest.mark.parametrize("kind", OF_SWEEPS)
-def test_a_kind_leaves_a_whole_png_and_pdf_the_same_each_time(kind, tmp_path):
+def test_a_kind_leaves_a_whole_png_and_pdf_the_same_each_time(kind, tmp_path, real_pdf):
     full(tmp_path, broken=(0, 1, 2))
     files = plots.PLOTS[kind](tmp_path)
     assert [file.name for file in files] == [f"{kind}.png", f"{kind}.pdf"]

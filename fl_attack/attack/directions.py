@@ -88,7 +88,7 @@ def mean_feature(aim: Aim) -> Tensor:
 
 
 def minus_mean_feature(aim: Aim) -> Tensor:
-    """The same for the first class: labels to the first class; of two classes the opposite of `mean_feature`."""
+    """Direction along which labels become the first class; of two classes the opposite of `mean_feature`."""
     return aim.pull_back(lambda Z: _of_class(Z, 0, -1.0 if Z.shape[-1] == 1 else 1.0))
 
 

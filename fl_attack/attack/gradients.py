@@ -25,7 +25,7 @@ class Updates:
         self._direction, self._noise = direction, noise
 
     def copied(self) -> "Updates":
-        """The same in memory of its own, so that whoever writes into it changes nothing else."""
+        """A copy of the view in memory of its own, so that whoever writes into it changes nothing else."""
         return Updates(
             self.updates.clone(),
             self.malicious.clone(),

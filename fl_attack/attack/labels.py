@@ -35,7 +35,7 @@ class View:
         self._lazy = scores, logits, noise
 
     def copied(self) -> "View":
-        """The same in memory of its own, so that whoever writes into it changes nothing else."""
+        """A copy of the view in memory of its own, so that whoever writes into it changes nothing else."""
         lazy = (lambda: self.scores.clone()), (lambda: self.logits.clone()), (lambda: self.noise.clone())
         return View(
             self.y.clone(), self.w.clone(), scores=lazy[0], logits=lazy[1], noise=lazy[2], selection=self.selection

@@ -274,7 +274,24 @@ def stamp(file: Path) -> tuple[str, int, int]:
 
 
 def checked(raw: Raw, where: str) -> Raw:
-    """The same with flat pixels of one type and int64 labels; InputError says what stands in the way."""
+    """Raw data with flat pixels of one type and int64 labels.
+
+    Parameters
+    ----------
+    raw : Raw
+        What a reader gave.
+    where : str
+        Where it is from, for the error.
+
+    Returns
+    -------
+    Raw
+
+    Raises
+    ------
+    InputError
+        With what stands in the way.
+    """
     x_train = _numbers(raw.x_train, f"{where}: x_train")
     x_test = _numbers(raw.x_test, f"{where}: x_test")
     if x_train.shape[1:] != x_test.shape[1:]:

@@ -311,7 +311,7 @@ def _decoded_one(file: Path, channels: int) -> np.ndarray:
 
 
 def _under(folder: Path) -> list[Path]:
-    """All files of an image folder."""
+    """All files below a folder of images."""
     return sorted(file for part in ("train", "test") for file in _files(folder / part))
 
 

@@ -102,11 +102,11 @@ class Access:
         return found
 
     def past(self, round_: int) -> NDArray[np.int64]:
-        """See `Allowances.past`."""
+        """How many samples could be written so far, see `Allowances.past`."""
         return self._allowances.past(round_)
 
     def restore(self, round_: int, past: NDArray[np.int64]) -> None:
-        """See `Allowances.restore`."""
+        """Take back how many samples could be written so far, see `Allowances.restore`."""
         self._allowances.restore(round_, past)
 
     def _without_budgets(self, layout: Layout, knowledge_round: int) -> RoundAccess:

@@ -36,7 +36,7 @@ class Attackers:
         self.allowed = self.flips.copy()  # likewise, that the budgets allow
 
     def access(self, round_: int, layout: Layout, knowledge_round: int | None = None) -> RoundAccess | None:
-        """See `Access.at`; None where nobody attacks in any round."""
+        """What the attackers can write in a round, see `Access.at`; None where nobody attacks in any round."""
         return self._access.at(round_, layout, knowledge_round) if self._access is not None else None
 
     def attacked(self, round_: int) -> NDArray[np.bool_]:
@@ -45,7 +45,13 @@ class Attackers:
         return self._access.rounds.attacked(round_)
 
     def note(self, count: NDArray[np.int64] | None, allowed: NDArray[np.int64] | None) -> None:
-        """Note the flips of a round, (M,), and how many were allowed; None where there are none."""
+        """Note what was flipped in a round.
+
+        Parameters
+        ----------
+        count, allowed : array of int, (M,), or None
+            The flips of each cell and those allowed; None where there are none.
+        """
         none = np.zeros(self.M, np.int64)
         self.last = none if count is None else count
         self.allowed = none if allowed is None else allowed
@@ -62,7 +68,15 @@ class Attackers:
         return {"flips": self.flips, "last": self.last, "allowed": self.allowed, "past": past}
 
     def restore(self, state: State, round_: int) -> None:
-        """Be as the attackers were whose `state` after a round this is."""
+        """Go back to the state after a round.
+
+        Parameters
+        ----------
+        state : dict
+            What `state` was then.
+        round_ : int
+            The round, from 1.
+        """
         self.flips, self.last, self.allowed = state["flips"], state["last"], state["allowed"]
         if self._access is not None:
             self._access.restore(round_ + 1, state["past"])

@@ -133,7 +133,19 @@ class Batches:
         return max(resident, minibatch) if self._keep else resident + minibatch
 
     def at(self, round_: int, workspace: Workspace) -> Batch:
-        """The minibatch of a round, counted from 1; its features are in a buffer."""
+        """The minibatch of a round.
+
+        Parameters
+        ----------
+        round_ : int
+            The round, from 1.
+        workspace : Workspace
+            Memory that the features may be put in: they hold until the next call.
+
+        Returns
+        -------
+        Batch
+        """
         if self._kept is not None:
             return self._kept
         layout = self._layout(round_)
@@ -152,7 +164,22 @@ class Batches:
         return Layout(self.all.clients, np.cumsum(sizes))
 
     def pieces(self, n: int, size: int) -> Iterator[tuple[Batch, slice]]:
-        """The first n of `Features.samples` in pieces of `size`: each as a batch, and its place among them."""
+        """The first samples of `Features.samples`, piece after piece.
+
+        Parameters
+        ----------
+        n : int
+            How many samples.
+        size : int
+            How many of them make a piece.
+
+        Yields
+        ------
+        batch : Batch
+            A piece.
+        place : slice
+            Where it is among all.
+        """
         for start in range(0, n, max(1, size)):
             part = slice(start, min(n, start + max(1, size)))
             at = torch.from_numpy(self.features.samples[part])

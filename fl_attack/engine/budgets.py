@@ -51,15 +51,39 @@ class Allowances:
         self.table, self._past = np.empty((0, 0, 0), np.int64), np.zeros((1, 1, 1), np.int64)
 
     def at(self, round_: int, writable: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The flips allowed (M, G) in a round in which `writable` (M, G) samples can be written."""
+        """The flips allowed in a round.
+
+        Parameters
+        ----------
+        round_ : int
+            The round, from 1.
+        writable : array of int, (M, G)
+            How many samples of each cell and group can be written in it.
+
+        Returns
+        -------
+        array of int, (M, G)
+        """
         _, place = self.place(round_, writable)
         allowed: NDArray[np.int64] = self.table[place]
         return allowed
 
     def place(self, round_: int, writable: NDArray[np.int64]) -> tuple[int, int]:
-        """Where the flips allowed in a round are: the first round of `table` (rounds, M, G), and the place in it.
+        """Where in `table` (rounds, M, G) the flips allowed in a round are.
 
         Rounds ahead are worked out with it, as if as many samples could be written again.
+
+        Parameters
+        ----------
+        round_, writable
+            As `at` takes them.
+
+        Returns
+        -------
+        first : int
+            The round of the first row of the table.
+        place : int
+            The row of this one.
         """
         place = 0 if self._steady else round_ - self._first
         same = writable is self._writable or np.array_equal(writable, self._writable)
@@ -74,7 +98,15 @@ class Allowances:
         return past
 
     def restore(self, round_: int, past: NDArray[np.int64]) -> None:
-        """Be as the allowances were whose `past` before a round this is."""
+        """Go back to before a round.
+
+        Parameters
+        ----------
+        round_ : int
+            The round that comes next.
+        past : array of int
+            What `past` gave of it.
+        """
         self._first, self._past = round_, past[None]
         self.table, self._writable = np.empty((0, 0, 0), np.int64), np.empty((0, 0), np.int64)
 

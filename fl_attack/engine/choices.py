@@ -26,7 +26,7 @@ class Change(NamedTuple):
     labels: Tensor
 
     def differing(self, y: Tensor) -> "Change":
-        """Those of the labels that are not the true ones y (n,)."""
+        """The changes that differ from the true labels y (n,)."""
         new = self.labels != y[self.columns]
         return Change(self.cells[new], self.columns[new], self.labels[new])
 
@@ -43,7 +43,19 @@ def no_change(device: torch.device) -> Change:
 
 
 def of_mask(flipped: Tensor, y: Tensor) -> Change:
-    """The change that flips, (M, n) 1 where a label of two classes is flipped, are to the true labels y (n,)."""
+    """The change that flips of a binary task are.
+
+    Parameters
+    ----------
+    flipped : (M, n) tensor
+        1 where a label is flipped, else 0.
+    y : (n,) tensor of int64
+        True labels.
+
+    Returns
+    -------
+    Change
+    """
     cells, columns = flipped.nonzero(as_tuple=True)
     return Change(cells, columns, 1 - y[columns])
 
@@ -124,9 +136,22 @@ def greedy_of_several(
 
 
 def of_proposal(proposal: attack.Proposal, batch: Batch, access: RoundAccess, scratch: Tensor) -> Change:
-    """The labels that an attack changes by its proposal, (M, n) or (n,), within the budgets.
+    """The labels that an attack changes by its proposal, within the budgets.
 
-    `scratch` (M, n) is memory that is overwritten.
+    Parameters
+    ----------
+    proposal : attack.Proposal
+        Labels and priorities, (M, n) or (n,).
+    batch : Batch
+        The minibatch, whose first n samples these are.
+    access : RoundAccess
+        What may be written, and how much of it.
+    scratch : (M, n) tensor
+        Memory that is overwritten.
+
+    Returns
+    -------
+    Change
     """
     priority = proposal.priority.to(scratch.dtype).expand(scratch.shape).clone()
     take_within_(priority, batch.samples, access, scratch)
@@ -137,9 +162,23 @@ def of_proposal(proposal: attack.Proposal, batch: Batch, access: RoundAccess, sc
 def take_within_(
     priority: Tensor, samples: NDArray[np.int64], access: RoundAccess, scratch: Tensor
 ) -> NDArray[np.int64]:
-    """Turn priorities (M, n) of samples (n,) into 1 for those within the budgets, else 0; gives their number (M,).
+    """Turn priorities into the choice of the samples that the budgets allow, in place.
 
-    `scratch` (M, n) is memory that is overwritten.
+    Parameters
+    ----------
+    priority : (M, n) tensor
+        It becomes 1 for samples that are chosen, else 0.
+    samples : array of int, (n,) or longer
+        Their positions in the training set, by which ties are broken.
+    access : RoundAccess
+        What may be written, and how much of it.
+    scratch : (M, n) tensor
+        Memory that is overwritten.
+
+    Returns
+    -------
+    array of int, (M,)
+        How many samples each cell has chosen.
     """
     plans = access.selection_plans
     assert plans is not None

@@ -60,7 +60,19 @@ class Features:
         return whole
 
     def of(self, at: Tensor, workspace: Workspace) -> Tensor:
-        """Features (n, d) of samples (n,): from memory where they are held, else computed."""
+        """Features of samples, from memory where they are held, else computed.
+
+        Parameters
+        ----------
+        at : (n,) tensor of int64
+            Positions in the training set.
+        workspace : Workspace
+            Memory that they may be put in: they hold until the next call.
+
+        Returns
+        -------
+        (n, d) tensor
+        """
         if self.resident is not None:
             rows = self.row[at]
             if len(rows) == len(self.resident) and torch.equal(rows, torch.arange(len(rows))):

@@ -71,7 +71,25 @@ def memory_of(cells: Sequence[Scenario]) -> int:
 
 
 def make_scenarios(all_settings: Iterable[Settings], verify: bool = True) -> list[Scenario]:
-    """The scenarios of settings, in their order; those that have data, partition and schedule in common share them."""
+    """The scenarios of settings; those that have data, partition and schedule in common share them.
+
+    Parameters
+    ----------
+    all_settings : iterable of Settings
+        Those of each cell.
+    verify : bool
+        Whether the files of data sets are compared with their known sums.
+
+    Returns
+    -------
+    list of Scenario
+        In the order of the settings.
+
+    Raises
+    ------
+    InputError
+        Where data can't be had, or can't be split as asked.
+    """
     templates: dict[str, Scenario] = {}
     loaded: dict[str, data.Dataset] = {}  # once: to see that a folder of images has not changed is a matter of seconds
     kept = {"dataset", "partition", "clients", "seed", "batch_size", "local_steps", "early_stop", "model"}

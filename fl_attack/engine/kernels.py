@@ -30,7 +30,20 @@ class Workspace:
         self._views: dict[tuple[str | int, ...], Tensor] = {}
 
     def buffer(self, name: str, *shape: int) -> Tensor:
-        """The buffer of this name in this shape, contiguous, with anything in it."""
+        """Memory under a name, which every caller of that name gets again.
+
+        Parameters
+        ----------
+        name : str
+            What it is used for.
+        *shape : int
+            The shape that is wanted now.
+
+        Returns
+        -------
+        tensor
+            Contiguous, with anything in it.
+        """
         view = self._views.get((name, *shape))
         if view is None:
             size = math.prod(shape)
@@ -42,7 +55,22 @@ class Workspace:
 
 
 def residuals_(Z: Tensor, C: int, encoded: Tensor) -> Tensor:
-    """Turn logits (M C, n) into residuals, given encoded labels (C, n): times the features they are the gradient."""
+    """Turn logits into residuals, in place: times the features they are the gradient.
+
+    Parameters
+    ----------
+    Z : (M C, n) tensor
+        Logits; of binary tasks those for label 1, with the sign of the label.
+    C : int
+        Logits a sample.
+    encoded : (C, n) tensor
+        One-hot labels; not used where C is 1.
+
+    Returns
+    -------
+    (M C, n) tensor
+        Z itself.
+    """
     if C == 1:
         return Z.sigmoid_()
     by_class = Z.view(-1, C, Z.shape[-1])
@@ -167,7 +195,19 @@ class ServerOptimizer:
         self.step = 0
 
     def descend(self, R: Tensor, X: Tensor, workspace: Workspace, factor: float) -> None:
-        """Take the gradient `R X / n`, at `factor` times the learning rate; R is lost."""
+        """Step along the gradient of residuals, `R X / n`.
+
+        Parameters
+        ----------
+        R : (M C, n) tensor
+            Residuals; they are lost.
+        X : (n, d) tensor
+            Features.
+        workspace : Workspace
+            Memory for the gradient.
+        factor : float
+            By which the learning rates are multiplied.
+        """
         n = X.shape[0]
         if self.optimizer == "adam" or self.weight_decay is not None:
             self.take(torch.mm(R, X, out=workspace.buffer("gradient", *self.theta.shape)).div_(n), factor)
@@ -184,7 +224,17 @@ class ServerOptimizer:
             self.step += 1
 
     def take(self, gradient: Tensor, factor: float, decayed: bool = False) -> None:
-        """Take an aggregated gradient (M C, d), which is lost; `decayed` where the clients have decayed it already."""
+        """Step along an aggregated gradient.
+
+        Parameters
+        ----------
+        gradient : (M C, d) tensor
+            It is lost.
+        factor : float
+            By which the learning rates are multiplied.
+        decayed : bool
+            Whether it holds the weight decay already, as where the clients have decayed it.
+        """
         self.step += 1
         if self.weight_decay is not None and not decayed:
             gradient.addcmul_(self.theta, self.weight_decay)
@@ -207,7 +257,7 @@ class ServerOptimizer:
         return {"step": self.step, "first": self.first, "second": self.second}
 
     def restore(self, state: State) -> None:
-        """Be as the optimizer was whose `state` this is."""
+        """Go back to a state that `state` gave."""
         self.step = state["step"]
         for mine, kept in ((self.first, state["first"]), (self.second, state["second"])):
             if mine is not None:

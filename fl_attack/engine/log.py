@@ -39,11 +39,35 @@ class Log:
         self._detection = np.full((M, len(MEASURES)), np.nan)
 
     def table(self, cell: int, last: int) -> NDArray[np.float64]:
-        """The rows (evaluations, columns) of a cell up to a round `last`."""
+        """The measures of a cell.
+
+        Parameters
+        ----------
+        cell : int
+            Its number.
+        last : int
+            The round up to which they are wanted.
+
+        Returns
+        -------
+        (evaluations, columns) array
+            Columns are those of `history.COLUMNS`.
+        """
         return np.stack([rows[cell] for rows in self._rows if rows[cell, 0] <= last])
 
     def flips(self, cell: int, last: int) -> list[tuple[int, Flips]]:
-        """The rounds and flips of a cell up to a round `last`; empty where they are not kept."""
+        """The flips of a cell, with their rounds.
+
+        Parameters
+        ----------
+        cell, last
+            As `table` takes them.
+
+        Returns
+        -------
+        list of (int, Flips)
+            Empty where flips are not kept.
+        """
         return [(round_, flips) for round_, flips in self._flips[cell] if round_ <= last]
 
     def state(self) -> State:
@@ -53,7 +77,7 @@ class Log:
         return {"rows": rows, "flips": [packed_flips(flips) for flips in self._flips], "written": written}
 
     def restore(self, state: State) -> None:
-        """Be as the log was whose `state` this is."""
+        """Go back to a state that `state` gave."""
         self._rows = list(state["rows"])
         self._flips = [unpacked_flips(flips) for flips in state["flips"]]
         self._written.clear()
@@ -61,7 +85,19 @@ class Log:
             self._written[int(round_)] = [written]
 
     def watch(self, round_: int, start: int, batch: Batch, report: Report) -> None:
-        """Note what the cells from `start` on did in a round."""
+        """Note what the cells of a tile did in a round.
+
+        Parameters
+        ----------
+        round_ : int
+            The round, from 1.
+        start : int
+            The number of the first cell.
+        batch : Batch
+            The minibatch of the round.
+        report : Report
+            What was written, and how it looks beside honest updates.
+        """
         cells, columns, labels = (part.cpu().numpy() for part in report.change)
         samples = batch.samples[columns]
         order = np.lexsort((samples, cells))
@@ -87,7 +123,19 @@ class Log:
         validation_loss: NDArray[np.float64] | float,
         attackers: Sequence[Attackers] = (),
     ) -> None:
-        """A row for each cell: quality (M, 3) and loss (M,) after a round, and what its attackers did in it."""
+        """Note a row of measures for each cell.
+
+        Parameters
+        ----------
+        round_ : int
+            The round; 0 is before the first.
+        quality : (M, 3) array
+            Accuracy, F1 and loss on the test set.
+        validation_loss : (M,) array or float
+            NaN without a validation split.
+        attackers : sequence of Attackers
+            What they did in the round; none where it is not attacked.
+        """
         flips, allowed = np.zeros(self.M), np.zeros(self.M)
         repeated, relabelled = np.zeros((2, self.M))
         if attackers:

@@ -22,7 +22,7 @@ class Outcome:
     error: str | None = None  # why the rounds end before the last one
 
     def history(self) -> History:
-        """The same as a run of this experiment alone records it."""
+        """The history that a run of this experiment alone would record."""
         assert self.theta is not None
         rows = [row_of(values) for values in self.table.tolist()]
         return History(self.theta.double(), rows, self.flips, self.seconds)

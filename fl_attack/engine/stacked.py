@@ -53,7 +53,18 @@ def run_cells(
     keep_flips: bool,
     keep_theta: bool,
 ) -> list[Outcome]:
-    """The outcomes of cells, in their order, as `engine.run_cells` gives them without `full_rows`."""
+    """The outcomes of cells of a model whose parameters can be stacked.
+
+    Parameters
+    ----------
+    cells, device, memory_gb, progress, watch, keep_flips, keep_theta
+        As `engine.run_cells` takes them.
+
+    Returns
+    -------
+    list of Outcome
+        In the order of the cells, without what `full_rows` asks for.
+    """
     order = sorted(range(len(cells)), key=lambda i: (_tile_key(cells[i]), i))
     kind = torch.device(device).type
     each = COPIES * cells[0].theta_shape[1] * cells[0].settings.torch_dtype.itemsize
@@ -134,7 +145,19 @@ class Stack:
     def run(
         self, progress: Callable[[int], None], watch: Callable[[Callable[[], list[Outcome]]], None]
     ) -> list[Outcome]:
-        """All rounds; `watch` gets after each what gives the outcomes so far."""
+        """The outcomes of the stack's cells after all rounds.
+
+        Parameters
+        ----------
+        progress : callable
+            Told how many more rounds of a cell are done.
+        watch : callable
+            Gets after each round what gives the outcomes so far.
+
+        Returns
+        -------
+        list of Outcome
+        """
         began, evaluated = time.perf_counter(), ending.evaluated_rounds(self.settings)
         over = self._measure(0)
         for round_ in range(1, self.settings.rounds + 1):
@@ -166,7 +189,7 @@ class Stack:
         return self.stopping.note(round_, np.asarray(losses), self.theta, self._flips())
 
     def step(self, round_: int) -> None:
-        """One round of all cells."""
+        """Run a round of all cells."""
         batch = self.batches.at(round_, self.workspace)
         X, y, n = batch.X, batch.y, len(batch.X)
         accesses = [tile.attackers.access(round_, batch.layout) for tile in self.tiles]

@@ -45,7 +45,7 @@ class Stopping:
         }
 
     def restore(self, state: State) -> None:
-        """Be as it was whose `state` this is."""
+        """Go back to a state that `state` gave."""
         self.rule.lowest, self.rule.since = state["lowest"], state["since"]
         self.given.copy_(state["given"])
         self.rounds, self.flips, self.over = state["rounds"], state["flips"], state["over"]
@@ -55,9 +55,25 @@ class Stopping:
         return self.split.quality(theta)[:, 2]
 
     def note(self, round_: int, losses: NDArray[np.float64], theta: Tensor, flips: NDArray[np.int64]) -> bool:
-        """Note the validation losses (M,), parameters and flips (M,) after a round; gives whether all cells have ended.
+        """Note what a round has led to.
 
         A cell whose parameters are not finite is left to run on: it has diverged, which its outcome says in the end.
+
+        Parameters
+        ----------
+        round_ : int
+            The round, from 1.
+        losses : (M,) array
+            Validation losses after it.
+        theta : (M, ...) tensor
+            Parameters after it.
+        flips : array of int, (M,)
+            Flips so far.
+
+        Returns
+        -------
+        bool
+            Whether all cells have ended.
         """
         M = len(losses)
         better = (self.rule.lower(losses) | self._last) & ~self.over

@@ -16,7 +16,20 @@ Result = TypeVar("Result")
 
 
 def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
-    """The results of `work` on parts, in their order; on as many threads as torch uses, each of which works alone."""
+    """The results of a function on parts, on as many threads as torch uses, each of which works alone.
+
+    Parameters
+    ----------
+    work : callable
+        It must not change what another call of it reads.
+    parts : sequence
+        What it is called with.
+
+    Returns
+    -------
+    list
+        In the order of the parts.
+    """
     threads = torch.get_num_threads()
     if min(threads, len(parts)) < 2:
         return [work(part) for part in parts]

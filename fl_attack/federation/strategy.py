@@ -63,7 +63,7 @@ class RuleStrategy(FedAvg):
         return {"theta": self._theta, "optimizer": tuple(self._state), "rule": self.remembered}
 
     def restore(self, state: State) -> None:
-        """Be as the strategy was whose `state` this is."""
+        """Go back to a state that `state` gave."""
         self._theta, self._state = state["theta"], protocol.ServerState(*state["optimizer"])
         self.remembered = state["rule"]
 
@@ -370,9 +370,19 @@ def reason_of(reply: Message) -> str:
 
 
 def all_flips(replies: Iterable[Message], apart: bool = False) -> Flips:
-    """The flips of all clients in a round, by ascending sample; `NO_FLIPS` where none of them flips.
+    """The flips of all clients in a round, by ascending sample.
 
-    Each tells what all of them were allowed together; where they are `apart`, what it was itself.
+    Parameters
+    ----------
+    replies : iterable of Message
+        Those of the clients.
+    apart : bool
+        Whether each client tells what it was allowed itself; else it tells what all of them were together.
+
+    Returns
+    -------
+    Flips
+        `NO_FLIPS` where no client flips labels.
     """
     parts = [flips for reply in replies if (flips := wire.flips_of(reply.content)) is not None]
     if not parts:

@@ -67,7 +67,20 @@ class Answer(NamedTuple):
 
 
 def pack(theta: Tensor, raw: bool) -> ArrayRecord:
-    """Parameters (A, B) as Flower's record; `raw` ones only our own strategy understands."""
+    """Parameters as Flower's record.
+
+    Parameters
+    ----------
+    theta : (A, B) tensor of float64
+        What is sent.
+    raw : bool
+        Whether they travel as bare bytes, which only our own strategy understands.
+
+    Returns
+    -------
+    ArrayRecord
+        With one array, `theta`.
+    """
     values = theta.numpy()
     arrays = ArrayRecord()
     arrays["theta"] = Array(str(values.dtype), values.shape, RAW, values.tobytes()) if raw else Array(values)
@@ -96,7 +109,7 @@ def to_plain(arrays: ArrayRecord) -> dict[str, dict[str, Any]]:
 
 
 def from_plain(plain: dict[str, dict[str, Any]]) -> ArrayRecord:
-    """The record of which `to_plain` made this."""
+    """The record that `to_plain` was given."""
     arrays = ArrayRecord()
     for name, parts in plain.items():
         arrays[name] = Array(parts["dtype"], parts["shape"], parts["stype"], parts["data"].tobytes())
@@ -181,7 +194,7 @@ def question(settings: str, own: Own) -> RecordDict:
 
 
 def stored_record(stored: Flips) -> ConfigRecord:
-    """What stands in the attackers' data as a record."""
+    """A record of the flips that stay in the attackers' data."""
     return ConfigRecord({"samples": stored.samples.tobytes(), "labels": stored.labels.tobytes()})
 
 
@@ -191,7 +204,7 @@ def momentum_record(momentum: Tensor) -> ConfigRecord:
 
 
 def state_record(state: dict[str, Tensor]) -> ConfigRecord:
-    """What a rule remembers as a record."""
+    """A record of what a rule remembers."""
     parts: dict[str, Any] = {}
     for name, part in state.items():
         parts[f"{name}.shape"] = list(part.shape)

@@ -62,7 +62,22 @@ class Model(ABC):
 
     @abstractmethod
     def theta_of(self, state: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-        """The opposite of `state`; KeyError or ValueError where a parameter is missing or has another shape."""
+        """The parameters from arrays that `state` gave.
+
+        Parameters
+        ----------
+        state : mapping
+            Arrays by name.
+
+        Returns
+        -------
+        (A, B) array of float64
+
+        Raises
+        ------
+        KeyError or ValueError
+            Where a parameter is missing or has another shape.
+        """
 
     def by_class(self, updates: Tensor) -> Tensor:
         """The rows (..., classes, width) of the last layer in updates (..., A, B); one row of a binary model.
@@ -177,7 +192,7 @@ class Model(ABC):
         return outputs.quality(self.logits_in_pieces(theta, X), y, self.loss)
 
     def mean_loss(self, theta: Tensor, X: Tensor, y: Tensor) -> float:
-        """Mean loss on samples, of the parameters, inputs and labels that `measure` takes."""
+        """Mean loss on samples; arguments as of `measure`."""
         return outputs.losses_under(self.loss, self.logits_in_pieces(theta, X), y).double().mean().item()
 
     def logits_in_pieces(self, theta: Tensor, X: Tensor) -> Tensor:

@@ -117,9 +117,9 @@ class Logistic(Model):
         return scores(v, X)
 
     def state(self, theta: Tensor) -> dict[str, NDArray[Any]]:
-        """One array, `theta` (C, d)."""
+        """The parameters (C, d) under the name `theta`."""
         return {"theta": theta.numpy()}
 
     def theta_of(self, state: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-        """The opposite of `state`."""
+        """The parameters (C, d) from arrays that `state` gave, see `Model.theta_of`."""
         return np.asarray(state["theta"], np.float64)

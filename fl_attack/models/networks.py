@@ -81,7 +81,7 @@ class Network(Model):
         return {name: value.numpy() for name, value in module.state_dict().items()}
 
     def theta_of(self, state: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-        """The opposite of `state`; an array `theta` (1, P) is taken as it is."""
+        """The parameters (1, P) from arrays that `state` gave; an array `theta` (1, P) is taken as it is."""
         if "theta" in state and "theta" not in self.sizes:
             return np.asarray(state["theta"], np.float64)
         parts = []

@@ -36,7 +36,7 @@ class Job:
     cells: list[Scenario]
 
     def packed(self, threads: int) -> Packed:
-        """The same for another process, where it is what `numbers_of_job` takes."""
+        """The job as what another process can take, see `numbers_of_job`."""
         return self.threads(threads), [cell.settings.model_dump_json() for cell in self.cells]
 
     def threads(self, free: int) -> int:
@@ -92,7 +92,7 @@ def launcher_of(settings: Settings) -> str:
 
 
 def _local(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
-    """On the processors of this machine."""
+    """Compute jobs on the processors of this machine."""
     count = worker_count([job.cells for job in jobs], settings)
     if count > 1:
         threads = max(1, (settings.workers or workers.processors()) // count)
@@ -113,7 +113,7 @@ def _local(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tupl
 
 
 def _on_ray(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
-    """On the workers of a Ray cluster."""
+    """Compute jobs on the workers of a Ray cluster."""
     from fl_attack import federation
 
     threads, address = torch.get_num_threads(), settings.engine.ray_address

@@ -107,7 +107,7 @@ def stacked(outcomes: Sequence[tuple[NDArray[np.float64], int, str, NDArray[np.i
 
 
 def by_cell(unit: Unit, numbers: Numbers) -> dict[int, Numbers]:
-    """The numbers of a unit, taken apart.
+    """The numbers of each cell of a unit.
 
     Parameters
     ----------

@@ -96,10 +96,7 @@ class Found(NamedTuple):
 
 @dataclass
 class Sweeps:
-    """Plans in the making.
-
-    `uniform` gives random numbers (P, T + 3) in [0, 1) for the number of a sweep.
-    """
+    """Plans that are improved sweep by sweep."""
 
     problem: Problem
     uniform: Callable[[int], Tensor]
@@ -212,7 +209,7 @@ class Sweeps:
         }
 
     def restore(self, state: dict[str, object]) -> None:
-        """Be as the sweeps were whose `state` this is."""
+        """Go back to a state that `state` gave."""
         self.labels, self.wanted = list(state["labels"]), list(state["wanted"])  # type: ignore[call-overload]
         self.harm, self.part = list(state["harm"]), list(state["part"])  # type: ignore[call-overload]
         self.over, self._next = state["over"], state["next"]  # type: ignore[assignment]

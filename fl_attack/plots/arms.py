@@ -25,7 +25,7 @@ class Meeting(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What the interval of the harm says."""
+        """The side of zero that the interval of the harm is on: harm, gain, or neither; empty where nobody attacks."""
         mean, half = mean_interval(self.harm)
         if self.attack == UNATTACKED:
             return ""

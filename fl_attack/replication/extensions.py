@@ -150,7 +150,18 @@ def cause(last: Evidence, late: Evidence) -> str:
 
 
 def answer(results: Sequence[Result], lines: Sequence[Line]) -> list[str]:
-    """In a few sentences, under which protocol 0.1 % of the labels cost as much as the paper says."""
+    """In a few sentences, under which protocol 0.1 % of the labels cost as much as the paper says.
+
+    Parameters
+    ----------
+    results, lines
+        What was run, and the verdicts on claims, as `readings` takes them.
+
+    Returns
+    -------
+    list of str
+        Paragraphs in Markdown; none where nothing of this was run.
+    """
     mine = [line for line in lines if line.claim.preset == "smallest"]
     if not mine:
         return []

@@ -79,7 +79,7 @@ class Plan:
 
 
 def sources(quick: bool, root: Path | None) -> tuple[Source, ...]:
-    """The data sets.
+    """The data sets of a replication.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def sources(quick: bool, root: Path | None) -> tuple[Source, ...]:
 
 
 def make(quick: bool, only: str | None, root: Path | None) -> Plan:
-    """The plan.
+    """The plan of a replication.
 
     Parameters
     ----------

@@ -96,7 +96,7 @@ def accuracy_at(cells: Cells, goal: str, k: float, b: float) -> Floats:
 
 
 def spread(cells: Cells, goal: str) -> Floats:
-    """Absolute deviation of the accuracy from its mean over seeds, over attacked settings.
+    """Absolute deviation of the accuracy from its mean over seeds, over attacked settings; arguments as of `drop_at`.
 
     Scaled so that its mean is the standard deviation of normal values. Differences of such values hold their level
     where those of standard deviations do not.

@@ -42,9 +42,19 @@ class Block:
         watched: bool,
         measured: bool,
     ) -> list[Report | None]:
-        """Step all cells by one round; gives the report of each tile, None where it is not watched.
+        """Step all cells by one round.
 
-        See `Tile.step` for the arguments; `accesses` are those of the tiles.
+        Parameters
+        ----------
+        shared, workspace, watched, measured
+            As `Tile.step` takes them.
+        accesses : sequence of RoundAccess or None
+            That of each tile.
+
+        Returns
+        -------
+        list of Report or None
+            That of each tile; None where it is not watched.
         """
         X = shared.batch.X
         Z = torch.mm(self.theta, X.mT, out=workspace.buffer("Z", len(self.theta), len(X)))
@@ -61,9 +71,22 @@ class Block:
 
 
 def blocks_of(tiles: Sequence[Tile], theta: Tensor, fits: int) -> list[Block]:
-    """The blocks of consecutive tiles with parameters theta (M C, d), as many together as fit.
+    """The blocks of consecutive tiles, as many together as fit.
 
     Tiles share a block under one optimizer, if none of them needs the updates of clients.
+
+    Parameters
+    ----------
+    tiles : sequence of Tile
+        In the order of their cells.
+    theta : (M C, d) tensor
+        The parameters of all cells, which the blocks change in place.
+    fits : int
+        How many cells a block may have.
+
+    Returns
+    -------
+    list of Block
     """
     together: list[list[Tile]] = []
     for tile in tiles:

@@ -44,7 +44,24 @@ class Residuals(NamedTuple):
 
 
 def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor]]:
-    """Each client's place among the clients of the round, and its update (M C, d): the gradient, over its steps."""
+    """The updates of clients, one after the other: gradients, over the local steps.
+
+    Parameters
+    ----------
+    of : Residuals
+        Residuals and parameters of M cells.
+    batch : Batch
+        The minibatch, and whose its columns are.
+    C : int
+        Logits a sample.
+
+    Yields
+    ------
+    place : int
+        That of a client among the clients of the round.
+    update : (M C, d) tensor
+        What it sends.
+    """
     layout = batch.layout
     starts = layout.ends - layout.sizes
     for i, place in enumerate(layout.rank.tolist()):
@@ -65,7 +82,19 @@ def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor
 
 
 def pieces(cells: int, bytes_each: int) -> list[slice]:
-    """The slices of this number of cells whose updates are computed together."""
+    """The cells whose updates are computed together, so that they fit into `BYTES_AT_ONCE`.
+
+    Parameters
+    ----------
+    cells : int
+        How many cells there are.
+    bytes_each : int
+        What the updates of one of them take.
+
+    Returns
+    -------
+    list of slice
+    """
     step = max(1, BYTES_AT_ONCE // bytes_each)
     return [slice(start, min(cells, start + step)) for start in range(0, cells, step)]
 

@@ -46,7 +46,7 @@ class EpochFlips:
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """See `labels.Way`."""
+        """Labels that were chosen for the whole epoch, see `labels.Way.write`."""
         kernels.residuals_(Z, self.attackers.C, shared.batch.encoded)
         if access is None:
             return None
@@ -63,7 +63,15 @@ class EpochFlips:
         return {"written": self.written, "allowed": self.allowed, "planners": planners}
 
     def restore(self, state: State, round_: int) -> None:
-        """Be as the flips were whose `state` after a round this is."""
+        """Go back to the state after a round.
+
+        Parameters
+        ----------
+        state : dict
+            What `state` was then.
+        round_ : int
+            The round, from 1, which says what epoch it is.
+        """
         self.written = None if state["written"] is None else state["written"].to(self.theta.device)
         self.allowed = state["allowed"]
         self.planners.restore(state["planners"], self._epoch(round_))

@@ -33,7 +33,17 @@ class Written(NamedTuple):
     allowed: NDArray[np.int64]  # (M,) those that its budget allows
 
     def put_into(self, R: Tensor, batch: Batch, C: int) -> None:
-        """Give residuals R (M C, n), those with the true labels, the written ones, in place."""
+        """Give residuals the written labels, in place.
+
+        Parameters
+        ----------
+        R : (M C, n) tensor
+            Residuals under the true labels.
+        batch : Batch
+            The minibatch.
+        C : int
+            Logits a sample.
+        """
         if self.flipped is not None:
             R[:, : self.flipped.shape[1]].sub_(self.flipped)
         if self.change is None:
@@ -59,7 +69,24 @@ class Way(Protocol):
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """The labels written, given logits Z (M C, n), which become residuals; None in a round without any."""
+        """The labels that attackers write in a round.
+
+        Parameters
+        ----------
+        Z : (M C, n) tensor
+            Logits, which become residuals under the true labels, in place.
+        shared : Shared
+            The minibatch, and what tiles need of it in common.
+        access : RoundAccess or None
+            What may be written; None where nobody attacks.
+        workspace : Workspace
+            Memory for intermediate values.
+
+        Returns
+        -------
+        Written or None
+            None in a round in which nothing is written.
+        """
 
 
 class Nobody:
@@ -71,7 +98,7 @@ class Nobody:
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """See `Way`."""
+        """No labels, only residuals; see `Way.write`."""
         kernels.residuals_(Z, self.C, shared.batch.encoded)
         return None
 
@@ -85,7 +112,7 @@ class Greedy:
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """See `Way`."""
+        """The labels that lower the inner product most, see `Way.write`."""
         M, C, batch = self.attackers.M, self.attackers.C, shared.batch
         if access is None or access.selection_plans is None:
             kernels.residuals_(Z, C, batch.encoded)
@@ -139,7 +166,7 @@ class Planned:
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """See `Way`."""
+        """The labels of the round's plan, see `Way.write`."""
         batch = shared.batch
         kernels.residuals_(Z, self.C, batch.encoded)
         flips = [one.flips(shared.round_) for one in self.plans]
@@ -161,7 +188,7 @@ class Proposed:
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """See `Way`."""
+        """The labels that an attack proposes, within the budgets; see `Way.write`."""
         M, C, batch = self.attackers.M, self.attackers.C, shared.batch
         writes = access is not None and access.selection_plans is not None
         logits = Z[:, : access.n].clone() if access is not None and writes else None
@@ -232,7 +259,22 @@ def direction(
 
 
 def by_class(signed: Tensor, batch: Batch, C: int) -> Tensor:
-    """Signed logits or scores (M C, n) of the first n columns by class and not signed, (M, n, classes)."""
+    """Logits or scores by class.
+
+    Parameters
+    ----------
+    signed : (M C, n) tensor
+        Of the first n columns; of binary tasks with the sign of the label.
+    batch : Batch
+        It holds the signs.
+    C : int
+        Logits a sample.
+
+    Returns
+    -------
+    (M, n, classes) tensor
+        Without the sign.
+    """
     n = signed.shape[1]
     if C > 1:
         return signed.view(-1, C, n).mT

@@ -41,9 +41,19 @@ def run_cells(
     full_rows: bool,
     checkpoints: Sequence[Checkpoint] = (),
 ) -> list[Outcome]:
-    """The outcomes of cells of a linear model, whose clients have no momentum, as `engine.run_cells` gives them.
+    """The outcomes of cells of a linear model, whose clients have no momentum.
 
     Cells that fit in memory together go on from the last of `checkpoints`, which is that of all of them.
+
+    Parameters
+    ----------
+    scenarios, device, memory_gb, progress, watch, keep_flips, keep_theta, full_rows, checkpoints
+        As `engine.run_cells` takes them.
+
+    Returns
+    -------
+    list of Outcome
+        In the order of the cells.
     """
     with _threads(scenarios):
         work = Work(scenarios, torch.device(device), memory_gb * 2**30, keep_flips, keep_theta, full_rows)
@@ -77,7 +87,7 @@ class Kept:
         self.checkpoint, self.cells = checkpoint, cells
 
     def labelled(self, state: State) -> State:
-        """A state, and whose it is."""
+        """A state with the keys of the cells that it is of."""
         return {"cells": self.cells, "chunk": state}
 
     def save(self, state: State) -> None:
@@ -156,7 +166,22 @@ class Chunk:
         self.began = time.perf_counter()
 
     def run(self, progress: Progress, watch: Watch, kept: Kept | None = None) -> list[Outcome]:
-        """The outcomes of the cells after all rounds, in their order; those that are `kept` are not done again."""
+        """The outcomes of the cells after all rounds.
+
+        Parameters
+        ----------
+        progress : callable
+            Told how many more rounds of a cell are done.
+        watch : callable
+            Gets after each round the numbers of the cells, and what gives their outcomes so far.
+        kept : Kept, optional
+            The checkpoints of the cells: rounds that they hold are not done again.
+
+        Returns
+        -------
+        list of Outcome
+            In the order of the cells.
+        """
         done, ended = 0, False
         if kept is not None and (state := kept.load()) is not None:
             done = self.restore(state)
@@ -193,7 +218,7 @@ class Chunk:
         }
 
     def restore(self, state: State) -> int:
-        """Be as the chunk was whose `state` this is; gives the round after which it was."""
+        """Go back to a state that `state` gave; gives the round after which it was."""
         round_: int = state["round"]
         self.began = time.perf_counter() - state["seconds"]
         self.theta.copy_(state["theta"])
@@ -207,7 +232,7 @@ class Chunk:
         return round_
 
     def step(self, round_: int) -> None:
-        """One round of all cells."""
+        """Run a round of all cells."""
         batch = self.work.batches.at(round_, self.workspace)
         accesses = [tile.attackers.access(round_, batch.layout) for tile in self.tiles]
         asking = [(tile.attackers, access) for tile, access in zip(self.tiles, accesses, strict=True)]

@@ -25,7 +25,26 @@ class Shared(NamedTuple):
 
 
 def shared_by(asking: Asking, round_: int, batch: Batch, targets: Targets, workspace: Workspace) -> Shared:
-    """What attackers and their access ask for in a round with a minibatch."""
+    """What several tiles ask for in a round, computed once.
+
+    Parameters
+    ----------
+    asking : sequence of pairs
+        The attackers of each tile, and what they can write in the round.
+    round_ : int
+        The round, from 1.
+    batch : Batch
+        Its minibatch.
+    targets : Targets
+        Of all cells.
+    workspace : Workspace
+        Memory for the Gram matrix.
+
+    Returns
+    -------
+    Shared
+        Without a Gram matrix where it does not pay.
+    """
     columns, rows = {"untargeted": 0, "targeted": 0}, 0  # of which greedy attackers need scores
     for attackers, access in asking:
         for goal, most in columns.items():

@@ -44,7 +44,19 @@ class Targets:
         return TargetsOf(self, number.to(self.batches.device), one)
 
     def logits(self, batch: Batch, n: int) -> Tensor:
-        """Logits of the targets on the first n columns, (T, C, n)."""
+        """Logits of the targets.
+
+        Parameters
+        ----------
+        batch : Batch
+            The minibatch.
+        n : int
+            How many of its columns are wanted, from the first.
+
+        Returns
+        -------
+        (T, C, n) tensor
+        """
         resident = self.batches.features.resident
         if resident is None or len(self.theta) > TARGETS_KEPT:
             return torch.mm(self.theta, batch.X[:n].mT).view(-1, self.C, n)
@@ -66,5 +78,18 @@ class TargetsOf:
         return theta.view(-1, self._all.C, theta.shape[-1])[self._number[cells]].reshape(-1, theta.shape[-1])
 
     def pick(self, logits: Tensor, cells: slice) -> Tensor:
-        """The logits (cells, C, n) of the targets of some of the cells, of those of all targets (T, C, n)."""
+        """The logits of the targets of some cells.
+
+        Parameters
+        ----------
+        logits : (T, C, n) tensor
+            Those of all targets.
+        cells : slice
+            Of the tile.
+
+        Returns
+        -------
+        (cells, C, n) tensor
+            With one row where all cells have the same target.
+        """
         return logits if self._one else logits[self._number[cells]]

@@ -120,7 +120,7 @@ class Tile:
         return {"attackers": self.attackers.state(round_), "way": way, "rule": self.server.remembered}
 
     def restore(self, state: State, round_: int) -> None:
-        """Be as the tile was whose `state` after a round this is."""
+        """Go back to the state after a round, see `Attackers.restore`."""
         self.attackers.restore(state["attackers"], round_)
         if state["rule"] is not None:
             self.server.remembered = {key: part.to(self.theta.device) for key, part in state["rule"].items()}

@@ -31,7 +31,20 @@ def tile_key(cell: Scenario) -> tuple[tuple[Any, ...], Kind, str, int]:
 
 
 def order(cells: Sequence[Scenario], targets: NDArray[np.int64]) -> list[int]:
-    """The numbers of cells in the order in which they are run, given the number of the target of each, (M,)."""
+    """The order in which cells are run, those that can share work beside each other.
+
+    Parameters
+    ----------
+    cells : sequence of Scenario
+        M of them.
+    targets : array of int, (M,)
+        The number of the target of each.
+
+    Returns
+    -------
+    list of int
+        The numbers of the cells.
+    """
 
     def sort_key(i: int) -> tuple[object, ...]:
         threat, malicious = cells[i].settings.attack, cells[i].partition.malicious
@@ -73,7 +86,19 @@ def chunks(
 
 
 def tiles(cells: Sequence[Scenario], fits: int) -> list[slice]:
-    """The cells of each tile: cut at another key, once there are enough at other attackers, and when `fits` are in."""
+    """The cells of each tile, cut at another key, once there are enough at other attackers, and where no more fit.
+
+    Parameters
+    ----------
+    cells : sequence of Scenario
+        As `order` puts them.
+    fits : int
+        How many cells a tile may have.
+
+    Returns
+    -------
+    list of slice
+    """
     cuts: list[slice] = []
     start = 0
     for end in range(1, len(cells) + 1):
@@ -88,7 +113,21 @@ def tiles(cells: Sequence[Scenario], fits: int) -> list[slice]:
 
 
 def fitting(cells: int, row: int, device: str) -> int:
-    """The number of cells, of this many, that a block may have; `row` is the bytes of the parameters of a cell."""
+    """The number of cells that a block may have.
+
+    Parameters
+    ----------
+    cells : int
+        How many there are.
+    row : int
+        Bytes of the parameters of a cell.
+    device : str
+        Where they are; only a processor has a cache to fit in.
+
+    Returns
+    -------
+    int
+    """
     return cells if device != "cpu" else max(FEWEST, CACHE // row)
 
 
