@@ -691,12 +691,12 @@ def _check_own_data(settings: Settings) -> None:
     ]
     if settings.attacked:
         aimed = "goal" in attack.find(threat.name).uses
-        told = aimed and "knowledge" not in attack.find_direction(threat.aim).uses
+        ignores_knowledge = aimed and "knowledge" not in attack.find_direction(threat.aim).uses
         aim = f"attack.goal={threat.goal}" if threat.direction is None else f"attack.direction={threat.direction}"
         refused += [
             (threat.plans or threat.writes != "labels", f"attack={threat.name}", "an attack on labels, such as greedy"),
             (threat.adapt != "none", f"attack.adapt={threat.adapt}", "attack.adapt=none"),
-            (told, aim, "attack.goal=untargeted attack.knowledge=own"),
+            (ignores_knowledge, aim, "attack.goal=untargeted attack.knowledge=own"),
             (aimed and threat.knowledge != "own", f"attack.knowledge={threat.knowledge}", "attack.knowledge=own"),
             (
                 threat.scope == "pooled" and settings.clients.malicious > 1,

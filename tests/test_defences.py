@@ -365,7 +365,7 @@ class Here(grids.BlockGrid):
     def __init__(self, clients: int) -> None:
         grids.TaskIdentity.run_id, grids.TaskIdentity.node_id, grids.TaskIdentity.task_id = 1, 1, 1
         self._run, self._ids = grids.Run.create_empty(1), itertools.count(1)
-        self.block = grids.Block(client_app, list(range(clients)), clients)
+        self.block = grids.ClientBlock(client_app, list(range(clients)), clients)
         self._actor_of = dict.fromkeys(range(grids.FIRST_NODE, grids.FIRST_NODE + clients))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

@@ -145,7 +145,7 @@ def load(
     Raises
     ------
     InputError
-        Names what is missing, damaged or unknown, or integers whose scale can't be told.
+        Names what is missing, damaged or unknown, or integers whose scale is unclear.
     """
     if loader not in SOURCES:
         raise InputError(f"dataset.loader={loader} is unknown; use one of {', '.join(SOURCES)}")
@@ -201,8 +201,8 @@ def _refuse_to_guess(loader: str, place: Path, verify: bool) -> None:
             "divided, as in dataset.scale=1"
         )
     if verify:
-        told = f"note: {place} holds pixels of at most 1, which are divided by 255; is dataset.scale=1 meant?"
-        print(told, file=sys.stderr, flush=True)
+        note = f"note: {place} holds pixels of at most 1, which are divided by 255; is dataset.scale=1 meant?"
+        print(note, file=sys.stderr, flush=True)
 
 
 def features(raw: np.ndarray, scaling: Scaling, dtype: torch.dtype, constant: bool = True) -> torch.Tensor:

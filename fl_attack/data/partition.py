@@ -263,8 +263,8 @@ def _shared_out(count: int, shares: np.ndarray, rng: np.random.Generator) -> np.
     """
     exact = count * shares
     counts = np.floor(exact).astype(np.int64)
-    lots = rng.permutation(len(shares))
-    order = lots[np.argsort(-(exact - counts)[lots], kind="stable")]
+    client_order = rng.permutation(len(shares))
+    order = client_order[np.argsort(-(exact - counts)[client_order], kind="stable")]
     counts[order[: count - int(counts.sum())]] += 1
     found: np.ndarray = counts
     return found
@@ -280,8 +280,8 @@ def _balanced(labels: np.ndarray, clients: int, rng: np.random.Generator, alpha:
     client = np.empty(len(labels), np.int64)
     turns = np.concatenate([rng.permutation(clients) for _ in range(-(-len(labels) // clients))])[: len(labels)]
     for one, at in zip(turns.tolist(), rng.random(len(labels)).tolist(), strict=True):
-        reach = np.cumsum(wanted[one] * (left > 0))
-        label = min(int(np.searchsorted(reach, at * reach[-1], side="right")), int(np.flatnonzero(left)[-1]))
+        cumulative = np.cumsum(wanted[one] * (left > 0))
+        label = min(int(np.searchsorted(cumulative, at * cumulative[-1], side="right")), int(np.flatnonzero(left)[-1]))
         left[label] -= 1
         client[members[label].pop()] = one
     return client

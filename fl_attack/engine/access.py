@@ -122,7 +122,7 @@ class Access:
         if self._kind.scope != "pooled":
             holders = np.flatnonzero(is_malicious.any(0))
             groups = [slice(int(layout.ends[i] - sizes[i]), int(layout.ends[i])) for i in holders]
-        known = self._known(knowledge_round, clients, is_malicious)
+        known = self._known_clients(knowledge_round, clients, is_malicious)
         columns = None if known is None else torch.from_numpy(known.repeat(sizes, 1)).to(self._device, self._dtype)
         malicious = torch.from_numpy(is_malicious[:, clients.argsort()]).to(self._device)
         return RoundAccess(n, malicious, write_mask, columns, groups, None, np.zeros(len(malicious), np.int64))
@@ -136,7 +136,7 @@ class Access:
         of_all[layout.clients] = layout.sizes
         return np.asarray((self._is_malicious * of_all)[:, self._is_malicious.any(0)])
 
-    def _known(
+    def _known_clients(
         self, round_: int, clients: NDArray[np.int64], is_malicious: NDArray[np.bool_]
     ) -> NDArray[np.bool_] | None:
         """Whose clean gradient each cell knows, (M, m) of bool, see `knowledge.known`; None where it is everyone's."""

@@ -10,14 +10,12 @@ import torch
 from fl_attack import adaptive, aggregate, plans, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.engine import groups, linear, sequential, stacked
-from fl_attack.engine.outcome import Outcome
+from fl_attack.engine.outcome import OnRounds, Outcome, Watch
 from fl_attack.engine.threads import side_by_side
 from fl_attack.errors import InputError
 from fl_attack.scenario import Scenario
 
-Progress = Callable[[int], None]
 LINEAR_CELLS = 512
-Watch = Callable[[list[int], Callable[[], list[Outcome]]], None]
 
 
 def run_cells(
@@ -25,7 +23,7 @@ def run_cells(
     *,
     device: str = "cpu",
     memory_gb: float = 2.0,
-    progress: Progress = lambda rounds: None,
+    progress: OnRounds = lambda rounds: None,
     watch: Watch = lambda cells, so_far: None,
     checkpoints: Sequence[Checkpoint] = (),
     keep_flips: bool = True,
@@ -128,7 +126,7 @@ def _slimmed(outcome: Outcome, keep_flips: bool, keep_theta: bool) -> Outcome:
 def _side_by_side(
     cells: Sequence[Scenario],
     run: Callable[..., Outcome],
-    progress: Progress,
+    progress: OnRounds,
     watch: Watch,
     checkpoints: Sequence[Checkpoint],
     device: str,

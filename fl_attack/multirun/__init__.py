@@ -199,9 +199,9 @@ def tabulate_together(
             write_whole(at.work / "config.yaml", lambda stream, text=text: stream.write(text))  # type: ignore[misc]
         anew = grids[0][0].settings.overwrite
         numbers = _computed(work, kept_scenarios, kept, anew, progress, len(cells), launch)
-        all_of_it = zip(cells, scenarios, (numbers[at] for at in place), strict=True)
+        rows = zip(cells, scenarios, (numbers[at] for at in place), strict=True)
         for grid, at in zip(grids, places, strict=True):
-            write_tables(at.work, *zip(*itertools.islice(all_of_it, len(grid)), strict=True))
+            write_tables(at.work, *zip(*itertools.islice(rows, len(grid)), strict=True))
             finish(at.work)
         shutil.rmtree(kept, ignore_errors=True)
         for at in places:
