@@ -31,6 +31,7 @@ OF_RUN = (
     "target.npz",
     "clients.csv",
     "curves.png",
+    "curves.pdf",
     PLAN,
     "plan.png",
 )

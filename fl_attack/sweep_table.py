@@ -71,6 +71,55 @@ LABELS = NUMBERS | {  # the same for columns that only some sweeps fill
     "cosine_to_median": ("cosine to the median update", 1),
     "distance_rank": ("rank of the distance (share of honest ones below)", 1),
 }
+WORDS = {  # what settings are called in figures and in the report
+    "attack": "attack",
+    "attack.adapt": "adaptation to the rule",
+    "attack.budget": "local budget b",
+    "attack.direction": "direction",
+    "attack.every": "rounds from attack to attack",
+    "attack.foresight": "minibatches ahead",
+    "attack.goal": "goal",
+    "attack.horizon": "planning horizon (rounds)",
+    "attack.knowledge": "knowledge of gradients",
+    "attack.knowledge_fraction": "share of honest samples known",
+    "attack.memory": "flips after their round",
+    "attack.name": "attack",
+    "attack.objective": "planned objective",
+    "attack.refresh": "flips chosen anew each",
+    "attack.rounding": "rounding of the budget",
+    "attack.scope": "scope of the budget",
+    "attack.selection": "selection of flips",
+    "attack.start": "first attacked round",
+    "attack.stop": "last attacked round",
+    "batch_size": "samples a round",
+    "clients.honest": "honest clients",
+    "clients.malicious": "malicious clients",
+    "clients.per_round": "clients in a round",
+    "clients.total": "clients",
+    "dataset": "data set",
+    "dataset.loader": "data set",
+    "dtype": "precision",
+    "early_stop.patience": "patience (evaluations)",
+    "local_steps": "local steps",
+    "lr": "learning rate",
+    "lr_schedule": "learning rate schedule",
+    "model": "model",
+    "model.name": "model",
+    "partition": "partition",
+    "partition.alpha": "Dirichlet \N{GREEK SMALL LETTER ALPHA}",
+    "partition.malicious_share": "malicious share of the samples",
+    "partition.name": "partition",
+    "partition.s": "shards a client",
+    "sanitize": "label sanitization",
+    "sanitize.name": "label sanitization",
+    "server_optimizer": "server optimizer",
+    "strategy": "aggregation rule",
+    "strategy.f": "malicious clients assumed",
+    "strategy.name": "aggregation rule",
+    "strategy.pre": "pre-aggregation",
+    "weight_decay": "weight decay",
+    "worker_momentum": "clients' momentum",
+}
 
 
 class NotDrawableError(InputError):
@@ -274,7 +323,7 @@ class Sweep:
         """(cells,) text that names the values of these columns; cells of equal text are equal in all of them."""
         label = np.full(len(self), "", object)
         for name in names:
-            prefix = (", " if name != names[0] else "") + ("" if name == GOAL else f"{name} = ")
+            prefix = (", " if name != names[0] else "") + ("" if name == GOAL else f"{WORDS.get(name, name)} = ")
             label += np.array([prefix + format_value(value) for value in self.cells[name].tolist()], object)
         return label
 

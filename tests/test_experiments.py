@@ -16,10 +16,10 @@ Command = Callable[..., tuple[int, str, str]]
 LEFT = {
     "defences": ["matrix.png", "matrix.csv"],
     "harm": ["harm.png", "harm.csv"],
-    "noniid": ["columns_partition.alpha_drop_strategy.name.png"],
-    "recovery": ["rounds.png", "columns_attack.name_rounds_to_recover_attack.stop.png"],
-    "knowledge": ["columns_attack.budget_final_accuracy_attack.knowledge.png"],
-    "detectability": ["columns_attack.name_norm_auc.png", "columns_attack.name_cosine_auc.png"],
+    "noniid": ["columns_partition-alpha_drop_strategy-name.png"],
+    "recovery": ["rounds.png", "columns_attack-name_rounds_to_recover_attack-stop.png"],
+    "knowledge": ["columns_attack-budget_final_accuracy_attack-knowledge.png"],
+    "detectability": ["columns_attack-name_norm_auc.png", "columns_attack-name_cosine_auc.png"],
 }
 
 

@@ -114,7 +114,7 @@ def test_a_sweep_stopped_as_it_draws_is_not_finished(
     monkeypatch.setattr(multirun.execute, "batched_numbers", lambda *_: pytest.fail("computed again"))
     assert command(*grid)[0] == 0
     drawn = {file.name for file in (tmp_path / "o").glob("*.png")}
-    assert "columns_attack.budget_flips.png" in drawn
+    assert "columns_attack-budget_flips.png" in drawn
     for file in (tmp_path / "o").glob("*.p*"):
         file.unlink()
     assert plots.main([str(tmp_path / "o")]) == 0  # all that the sweep drew, and nothing less

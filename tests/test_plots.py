@@ -13,9 +13,10 @@ from scipy import stats
 
 from fl_attack import plots, sweep_table
 from fl_attack.errors import InputError
+from fl_attack.overrides import known_keys
 from fl_attack.plots import by_budget, by_round, canvas, maps, marks
 from fl_attack.plots import lines as by_table
-from fl_attack.sweep_table import RESULTS
+from fl_attack.sweep_table import RESULTS, WORDS, mean_interval
 
 GOALS = ("untargeted", "targeted")
 WRITES = {"none": "none", "sign_flip": "updates", "ipm": "updates"}  # all others write labels
@@ -162,7 +163,7 @@ def test_settings_are_the_swept_columns_that_a_figure_does_not_show_and_the_goal
     assert found.varied() == ["attack.goal", "clients.malicious", "lr"]
     assert found.varied("write_access") == found.varied("global_budget") == ["attack.goal", "lr"]
     assert found.varied("budget") == found.varied()
-    assert found.labels(["attack.goal", "lr"])[0] == "untargeted, lr = 0.1"
+    assert found.labels(["attack.goal", "lr"])[0] == "untargeted, learning rate = 0.1"
     assert found.averaging() == "mean over 2 seeds"
     assert sweep_table.read_sweep(sweep(tmp_path, lr=[0.1, 1.0])).averaging() == "one seed"
 
@@ -297,10 +298,10 @@ def test_columns_draw_means_and_intervals_over_seeds_with_a_panel_for_each_setti
     figures = drawn(monkeypatch)
     files = plots.columns(full(tmp_path), "clients.malicious", "minimum_accuracy", "attack.goal")
     assert [file.name for file in files] == [
-        f"columns_clients.malicious_minimum_accuracy_attack.goal.{kind}" for kind in ("png", "pdf")
+        f"columns_clients-malicious_minimum_accuracy_attack-goal.{kind}" for kind in ("png", "pdf")
     ]
     assert all(map(is_whole, files))
-    assert [axes.get_title("left") for axes in figures[0].axes] == [f"attack.budget = {b:g}" for b in (0.25, 0.5, 1)]
+    assert [axes.get_title("left") for axes in figures[0].axes] == [f"local budget b = {b:g}" for b in (0.25, 0.5, 1)]
     for axes, b in zip(figures[0].axes, (0.25, 0.5, 1.0), strict=True):
         for (line, _, (bars,)), goal in zip(axes.containers, sorted(GOALS), strict=True):
             assert line.get_xdata().tolist() == [1, 2, 4]
@@ -310,7 +311,7 @@ def test_columns_draw_means_and_intervals_over_seeds_with_a_panel_for_each_setti
                 assert line.get_ydata()[at] == pytest.approx(mean)
                 assert bars.get_segments()[at][:, 1] == pytest.approx([mean - half, mean + half])
     assert axes.get_ylabel() == "" and figures[0].axes[0].get_ylabel() == "minimum test accuracy (%)"
-    assert axes.get_xlabel() == "clients.malicious"
+    assert axes.get_xlabel() == "malicious clients"
 
 
 def test_a_column_of_results_against_another_is_drawn_as_cells_alone(tmp_path, monkeypatch):
@@ -334,8 +335,8 @@ def test_a_column_of_text_is_an_axis_of_names(tmp_path, monkeypatch):
         ({"malicious": [1, 2], "seed": range(2)}, {"budget", "spread"}),
         ({"malicious": [1, 2], "budget": [0.1, 0.5]}, {"heatmap", "budget"}),
         ({"malicious": [1, 2], "budget": [0.1, 0.5], "goal": GOALS}, {"heatmap", "budget", "difference"}),
-        ({"goal": GOALS}, {"columns_attack.goal_final_accuracy"}),
-        ({"lr": [0.1, 1.0], "goal": GOALS}, {"columns_lr_final_accuracy_attack.goal"}),
+        ({"goal": GOALS}, {"columns_attack-goal_final_accuracy"}),
+        ({"lr": [0.1, 1.0], "goal": GOALS}, {"columns_lr_final_accuracy_attack-goal"}),
     ],
 )
 def test_all_that_a_sweep_allows_is_drawn_and_nothing_else(swept, kinds, tmp_path):
@@ -396,7 +397,7 @@ def test_unattacked_cells_are_a_point_at_budget_zero_and_no_panel_of_a_heat_map(
     folder = sweep(tmp_path, value=value, **swept)
     plots.budget(folder)
     panels = {axes.get_title("left"): axes for axes in figures[0].axes}
-    assert all(set(line.get_xdata()) == {0} for line in panels["attack.name = none"].lines)
+    assert all(set(line.get_xdata()) == {0} for line in panels["attack = none"].lines)
     plots.heatmap(folder)
     assert [axes.get_title("left") for axes in figures[1].axes[:-1]] == [""]
     assert np.isfinite(figures[1].axes[0].collections[0].get_array()).all()
@@ -406,7 +407,7 @@ def test_the_budget_plot_has_a_line_for_each_rule_and_averages_none_of_them(tmp_
     figures = drawn(monkeypatch)
     plots.budget(sweep(tmp_path, value=skewed, budget=[0.5, 1.0], strategy=["mean", "krum"], seed=range(SEEDS)))
     (axes,) = figures[0].axes
-    assert [line.get_label() for line in axes.lines] == ["strategy.name = krum", "strategy.name = mean"]
+    assert [line.get_label() for line in axes.lines] == ["aggregation rule = krum", "aggregation rule = mean"]
     for line, band, rule in zip(axes.lines, axes.collections, ("krum", "mean"), strict=True):
         expected = np.array([mean_of(strategy=rule, budget=b) for b in (0.5, 1.0)])
         np.testing.assert_allclose(line.get_xydata(), np.transpose([[0.15, 0.3], expected]))
@@ -421,8 +422,8 @@ def test_more_settings_than_lines_are_panels_and_more_than_panels_are_refused(tm
     figures = drawn(monkeypatch)
     rules, rates = [f"rule{i}" for i in range(4)], [0.1, 0.2, 0.3]
     plots.budget(sweep(tmp_path, budget=[0.5, 1.0], strategy=rules, lr=rates, seed=[0, 1]))
-    assert [axes.get_title("left") for axes in figures[0].axes] == [f"strategy.name = {rule}" for rule in rules]
-    assert [line.get_label() for line in figures[0].axes[0].lines] == ["lr = 0.1", "lr = 0.2", "lr = 0.3"]
+    assert [axes.get_title("left") for axes in figures[0].axes] == [f"aggregation rule = {rule}" for rule in rules]
+    assert [line.get_label() for line in figures[0].axes[0].lines] == [f"learning rate = 0.{i}" for i in (1, 2, 3)]
     for kind in ("budget", "heatmap"):
         many = {"malicious": [1, 2], "budget": [0.5, 1.0], "strategy": [f"rule{i}" for i in range(13)]}
         with pytest.raises(InputError, match="a figure bears at most 12, the sweep has 13"):
@@ -448,7 +449,14 @@ def test_the_matrix_shows_means_and_frames_the_lowest_attacked_one(tmp_path, mon
     np.testing.assert_allclose(axes.collections[0].get_array(), expected)
     assert [label.get_text() for label in axes.get_yticklabels()] == attacks
     assert [label.get_text() for label in axes.get_xticklabels()] == rules
-    assert [text.get_text() for text in axes.texts] == [f"{one:.0f}" for one in expected.ravel()]
+    halves = [
+        mean_interval(np.array([100 * value(attack=a, strategy=s, seed=i) for i in range(SEEDS)]))[1]
+        for a in attacks
+        for s in rules
+    ]
+    shown = [f"{one:.0f} ± {half:.0f}" for one, half in zip(expected.ravel(), halves, strict=True)]
+    assert [text.get_text() for text in axes.texts] == shown
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("attack", "aggregation rule")
     frames = [(round(patch.get_x()), round(patch.get_y())) for patch in axes.patches]
     assert frames == [(0, 1), (1, 2)]  # greedy is the worst for the mean, sign_flip for Krum
     with files[-1].open() as lines:
@@ -462,12 +470,57 @@ def test_the_matrix_shows_means_and_frames_the_lowest_attacked_one(tmp_path, mon
         assert float(row["mean"]) == pytest.approx(expected[at], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ([80, 82, 85, 90, 95], (80, 95, "neither")),
+        ([10, 80, 82, 85, 90, 95], (80, 95, "min")),  # one cell is farther off than all others from each other
+        ([10, 80, 82, 85, 90, 200, float("nan")], (80, 90, "both")),
+        ([10, 20, 82, 85, 90, 95], (10, 95, "neither")),  # two of six are no exception
+        ([10, 95], (10, 95, "neither")),
+        ([*range(100, 200), 900, 901], (100, 199, "max")),
+    ],
+)
+def test_a_few_cells_do_not_stretch_a_colour_scale(values, wanted):
+    assert canvas.limits(np.array(values, float)) == wanted
+
+
+def test_a_cell_far_off_has_an_arrow_on_the_colour_bar_and_its_number(tmp_path, monkeypatch):
+    figures, grid = drawn(monkeypatch), {"malicious": [1, 2, 4], "budget": [0.25, 0.5, 1.0]}
+    plots.heatmap(
+        sweep(
+            tmp_path, value=lambda malicious, budget, **_: 0.1 if malicious * budget == 4 else 0.8 + budget / 10, **grid
+        )
+    )
+    axes, bar = figures[0].axes
+    assert axes.collections[0].get_clim() == pytest.approx((82.5, 90.0))
+    assert "10.0" in [text.get_text() for text in axes.texts] and bar._colorbar.extend == "min"
+
+
+def test_no_two_lines_of_a_figure_look_alike():
+    looks = [canvas.style(number) for number in range(3 * canvas.ENTRIES)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == len(looks)
+    assert len({look["color"] for look in looks[: canvas.ENTRIES]}) == canvas.ENTRIES
+
+
+def test_without_titles_a_figure_is_left_to_its_caption(tmp_path, monkeypatch):
+    figures, folder = drawn(monkeypatch), full(tmp_path)
+    for option in ([], ["--no-titles"]):
+        assert plots.main([str(folder), "heatmap", *option]) == 0
+    told = [[text.get_text() for text in (figure._suptitle, figure._supxlabel) if text] for figure in figures]
+    assert len(told[0]) == 2 and told[1] == []
+
+
+def test_every_word_is_of_a_setting_that_there_is():
+    assert set(WORDS) <= {*known_keys(), "attack", "dataset", "model", "partition", "sanitize", "strategy"}
+
+
 def test_a_matrix_of_several_budgets_is_several(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     swept = {"attack": ["none", "greedy"], "strategy": ["mean", "krum"], "budget": [0.5, 1.0]}
     files = plots.matrix(sweep(tmp_path, value=skewed, **swept))
     *panels, _ = figures[0].axes
-    assert [axes.get_title("left") for axes in panels] == ["attack.budget = 0.5", "attack.budget = 1"]
+    assert [axes.get_title("left") for axes in panels] == ["local budget b = 0.5", "local budget b = 1"]
     for axes, b in zip(panels, (0.5, 1.0), strict=True):
         assert axes.collections[0].get_array()[1, 0] == pytest.approx(100 * skewed(budget=b))
     with files[-1].open() as lines:
@@ -534,7 +587,10 @@ def test_rounds_draw_the_mean_of_seeds_with_bands_a_panel_for_each_rule(tmp_path
     curves = np.array([[0.1, skewed(**one) / 2, skewed(**one)] for one in settings])
     np.savez(folder / "curves.npz", accuracy=curves, round=np.array([0.0, 5.0, 10.0]))
     plots.rounds(folder)
-    assert [axes.get_title("left") for axes in figures[0].axes] == ["strategy.name = krum", "strategy.name = mean"]
+    assert [axes.get_title("left") for axes in figures[0].axes] == [
+        "aggregation rule = krum",
+        "aggregation rule = mean",
+    ]
     for axes, rule in zip(figures[0].axes, ("krum", "mean"), strict=True):
         assert [line.get_label() for line in axes.lines] == ["none", "greedy"]
         for line, band, attack in zip(axes.lines, axes.collections, ("none", "greedy"), strict=True):
@@ -672,7 +728,8 @@ def test_curves_of_a_run_are_drawn_without_a_kind(tmp_path, capsys):
     (tmp_path / "rounds.csv").write_text("round,test_accuracy,flips\n0,0.1,\n1,0.5,3\n")
     assert by_round.read_rounds(tmp_path)["round"] == [0, 1]
     assert plots.main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "curves.png") and is_whole(tmp_path / "curves.png")
+    files = [tmp_path / f"curves.{kind}" for kind in ("png", "pdf")]
+    assert capsys.readouterr().out.split() == [str(file) for file in files] and all(map(is_whole, files))
 
 
 def test_the_command_draws_all_of_a_sweep_and_names_the_files(tmp_path):

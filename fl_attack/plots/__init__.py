@@ -6,7 +6,7 @@ over seeds alone: every other setting that was swept is an axis, a line or a pan
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from inspect import Parameter, signature
 from itertools import chain
@@ -21,7 +21,7 @@ from fl_attack.plots.arms import arms
 from fl_attack.plots.by_budget import budget, spread
 from fl_attack.plots.by_column import columns
 from fl_attack.plots.by_round import curves, curves_of, plan, rounds
-from fl_attack.plots.canvas import captured
+from fl_attack.plots.canvas import captured, untitled
 from fl_attack.plots.comparisons import harm, matrix
 from fl_attack.plots.equal_budgets import networks
 from fl_attack.plots.maps import difference, heatmap
@@ -51,6 +51,7 @@ __all__ = [
     "planning",
     "rounds",
     "spread",
+    "untitled",
 ]
 
 
@@ -110,9 +111,10 @@ PLOTS: dict[str, Callable[..., list[Path]]] = {
     "planning": planning,
     "all": all_of_sweep,
 }
+BARE = "--no-titles"
 USAGE = (
     "usage: python -m fl_attack.plots FOLDER [KIND | columns X Y [BY] | heatmap [COLUMN] | matrix [ROWS COLUMNS] | "
-    f"rounds [BY] | networks [BY]]; kinds: {', '.join(PLOTS)}"
+    f"rounds [BY] | networks [BY]] [{BARE}]; kinds: {', '.join(PLOTS)}"
 )
 
 
@@ -190,14 +192,16 @@ def asked(folder: Path) -> list[list[str]]:
 def main(arguments: list[str]) -> int:
     """Draw what the command line names and print the files; the exit code is 0, or 2 for bad input."""
     try:
+        titled, arguments = BARE not in arguments, [one for one in arguments if one != BARE]
         if not arguments or arguments[-1] in ("-h", "--help"):
             raise InputError(USAGE)
         folder, *rest = arguments
-        if not rest and (Path(folder) / TABLE).exists():
-            files = all_asked(Path(folder))
-        else:
-            kind, *names = rest or ["curves"]
-            files = draw(Path(folder), kind, *names)
+        with nullcontext() if titled else untitled():
+            if not rest and (Path(folder) / TABLE).exists():
+                files = all_asked(Path(folder))
+            else:
+                kind, *names = rest or ["curves"]
+                files = draw(Path(folder), kind, *names)
         for file in files:
             print(file)
     except InputError as error:

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_attack.plots import canvas
-from fl_attack.plots.marks import caption, ink_on
-from fl_attack.sweep_table import ACCURACY, NAME, NotDrawableError, Sweep, mean_interval, read_sweep, write_csv
+from fl_attack.plots.marks import caption, colour_bar, ink_on
+from fl_attack.sweep_table import ACCURACY, NAME, NUMBERS, NotDrawableError, Sweep, mean_interval, read_sweep, write_csv
 
 ADAPT, PRE, SANITIZE, STRATEGY, UNATTACKED = "attack.adapt", "strategy.pre", "sanitize.name", "strategy.name", "none"
 DIGITS = 4  # significant digits of the table
@@ -63,7 +63,7 @@ def arms(folder: Path) -> list[Path]:
             raise NotDrawableError(f"arms compares {kind}; the sweep has a single one")
     names = canvas.distinct(np.array([one.setting for one in met], object), canvas.PANELS, "panels of arms")
     figure, panels = canvas.panels(names, 2.2 + 0.95 * len(attacks), 1.5 + 0.3 * len(defences), "", "")
-    means = [float(one.accuracy.mean()) for one in met]
+    low, high, beyond = canvas.limits(np.array([float(one.accuracy.mean()) for one in met]))
     for name, axes in panels.items():
         found = {(one.defence, one.attack): one for one in met if one.setting == name}
         grid = np.full((len(defences), len(attacks)), np.nan)
@@ -71,7 +71,7 @@ def arms(folder: Path) -> list[Path]:
             grid[defences.index(defence), attacks.index(attack)] = one.accuracy.mean()
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        image = axes.pcolormesh(grid, cmap="cividis", vmin=min(means), vmax=max(means))
+        image = axes.pcolormesh(grid, cmap="cividis", vmin=low, vmax=high)
         axes.set_xticks(np.arange(len(attacks)) + 0.5, attacks, rotation=35, ha="right")
         axes.set_yticks(np.arange(len(defences)) + 0.5, [canvas.shortened(defence) for defence in defences])
         axes.tick_params(length=0)
@@ -86,9 +86,7 @@ def arms(folder: Path) -> list[Path]:
                 worst = attacks.index(min(own, key=lambda one: float(one.accuracy.mean())).attack)
                 frame = Rectangle((worst + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2)
                 axes.add_patch(frame)
-    bar = figure.colorbar(image, ax=list(panels.values()), pad=0.02)
-    bar.outline.set_visible(False)
-    bar.set_label("Final test accuracy in %", fontsize="small")
+    colour_bar(figure, panels, image, NUMBERS[ACCURACY][0], beyond)
     note = "Framed: the worst attack for each defence. ± half the 95 % interval (Student t). °: the harm may be none."
     caption(figure, f"Defences against attacks, {sweep.averaging()}", sweep.note(note))
     header = ["setting", "defence", "attack", "seeds", "mean", "interval", "harm", "harm_interval", "verdict"]

@@ -25,7 +25,7 @@ def curves(folder: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        `curves.png`.
+        `curves.png` and `.pdf`.
 
     Raises
     ------
@@ -61,11 +61,11 @@ def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
     label = "attacked" if len(axes.lines) else "run"
     axes.plot(attacked["round"], attacked["test_accuracy"], color=canvas.ATTACKED, label=label)
     axes.set(ylim=(0, 1.02), xlim=(0, max(attacked["round"])))
-    if summary["budget"]:
+    if summary["budget"] and canvas.has_titles():
         setting = f"write access k = {summary['write_access']:.3g}, local budget b = {summary['budget']:.3g}"
         axes.set_title(setting, fontsize="medium", loc="left")
     axes.legend(frameon=False, loc="lower right")
-    return canvas.save(figure, folder, "curves", ("png",))
+    return canvas.save(figure, folder, "curves")
 
 
 def plan(folder: Path) -> list[Path]:
@@ -98,7 +98,7 @@ def plan(folder: Path) -> list[Path]:
                 for row, at in zip(rows, first, strict=True)
                 if row["start"] == start and name in ("", at)
             ]
-            style = canvas.style(number, len(starts) if len(starts) > canvas.COLOURS else None) | {"marker": ""}
+            style = canvas.style(number, len(starts) if len(starts) > len(canvas.COLOURS) else None) | {"marker": ""}
             axes.plot(*zip(*mine, strict=True), label=start, **style)
     legend(figure, panels, "start")
     return canvas.save(figure, folder, "plan", ("png",))
@@ -136,12 +136,14 @@ def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
         for number, value in enumerate(values):
             mine = (panel == name) & (line == value)
             if mine.any():
-                style = canvas.style(number, len(values) if len(values) > canvas.COLOURS else None)
+                style = canvas.style(number, len(values) if len(values) > len(canvas.COLOURS) else None)
                 style |= {"marker": "", "linestyle": canvas.DASHES[number % len(canvas.DASHES)]}
                 mean, half = _band(accuracy[mine], sweep.seed_index[mine])
                 axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
                 axes.plot(at, mean, label=format_value(value), **style)
-    legend(figure, panels, by)
+    low, high = axes.get_ylim()  # of all panels; a band may leave what is possible
+    axes.set_ylim(max(low, -2), min(high, 102))
+    legend(figure, panels, canvas.label(by))
     several_seeds = sweep.seed_index.any()
     bands = "Bands: 95 % confidence of the mean over seeds (Student t)." if several_seeds else ""
     caption(figure, f"Test accuracy by round, {sweep.averaging()}", sweep.note(bands))

@@ -8,16 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fl_attack.data.cache import write_whole
-from fl_attack.sweep_table import LABELS, Array, NotDrawableError, format_value
+from fl_attack.sweep_table import LABELS, WORDS, Array, Floats, NotDrawableError, format_value
 
 HONEST, ATTACKED = "#0072B2", "#D55E00"
-OKABE_ITO = (HONEST, ATTACKED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # also for colour-blind readers
-COLOURS = len(OKABE_ITO)
+COLOURS = (  # told apart by the colour-blind too; the first six are Okabe and Ito's
+    *(HONEST, ATTACKED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#000000", "#882255", "#999933", "#332288", "#8C510A", "#7FBC41"),
+)
 MARKERS, DASHES = "osD^vPX*<>hd", ("-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)))  # also for prints in grey
 ENTRIES = len(MARKERS)  # names in a legend, at most
 PANELS = 12  # panels of a figure, at most
 _captured: ContextVar[list[Any] | None] = ContextVar("figures that are kept instead of written", default=None)
+_titled: ContextVar[bool] = ContextVar("whether figures have titles and notes", default=True)
 
 
 def panels(names: Sequence[str], width: float, height: float, x: str, y: str) -> tuple[Any, dict[str, Any]]:
@@ -108,8 +113,37 @@ def shortened(text: str, most: int = 32) -> str:
 
 
 def label(column: str) -> str:
-    """The label of a column's axis, with its unit."""
-    return LABELS[column][0] if column in LABELS else column
+    """The label of a column's axis, with its unit, in the field's words."""
+    return LABELS[column][0] if column in LABELS else WORDS.get(column, column)
+
+
+def limits(values: Floats) -> tuple[float, float, str]:
+    """The ends of a colour scale that a few cells do not stretch.
+
+    Parameters
+    ----------
+    values : array
+        Those of all cells; NaN are left out.
+
+    Returns
+    -------
+    low, high : float
+        The least and the largest value; or, where a fiftieth of the cells, at least one, lie farther off than all
+        others are from each other, those of the others.
+    beyond : str
+        Where cells lie beyond an end: matplotlib's `extend` of a colour bar.
+    """
+    known = np.sort(values[np.isfinite(values)])
+    few = max(1, len(known) // 50)
+    low, high = known[0], known[-1]
+    if len(known) > 2 * few + 2:
+        inner_low, inner_high = known[few], known[-1 - few]
+        low, high = (
+            inner if abs(end - inner) > inner_high - inner_low > 0 else end
+            for end, inner in ((low, inner_low), (high, inner_high))
+        )
+    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    return float(low), float(high), beyond[bool(known[0] < low), bool(known[-1] > high)]
 
 
 def style(number: int, shades: int | None = None) -> dict[str, Any]:
@@ -130,8 +164,25 @@ def style(number: int, shades: int | None = None) -> dict[str, Any]:
     from matplotlib import colormaps
 
     shade = number / max(shades - 1, 1) if shades else 0.0
-    colour = colormaps["cividis"](0.85 * shade) if shades else OKABE_ITO[number]
-    return {"color": colour, "marker": MARKERS[number], "markersize": 4.5, "linewidth": 1.3}
+    again, place = divmod(number, len(COLOURS))
+    colour = colormaps["cividis"](0.85 * shade) if shades else COLOURS[place]
+    marker = MARKERS[(number + again) % len(MARKERS)]  # another one where a colour comes again
+    return {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.3}
+
+
+@contextmanager
+def untitled() -> Iterator[None]:
+    """Figures that are drawn while the block runs have no title and no note, which a paper has in its caption."""
+    token = _titled.set(False)
+    try:
+        yield
+    finally:
+        _titled.reset(token)
+
+
+def has_titles() -> bool:
+    """Whether figures have a title and a note."""
+    return _titled.get()
 
 
 @contextmanager
@@ -155,7 +206,7 @@ def save(figure: Any, folder: Path, name: str, kinds: Sequence[str] = ("png", "p
     folder : Path
         Where to.
     name : str
-        That of the files; characters that not every file system takes become dashes.
+        That of the files; dots, and what not every file system takes, become dashes.
     kinds : sequence of str
         The formats, which end the names.
 
@@ -169,7 +220,7 @@ def save(figure: Any, folder: Path, name: str, kinds: Sequence[str] = ("png", "p
     if (kept := _captured.get()) is not None:
         kept.append(figure)
         return []
-    files = [folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.{kind}" for kind in kinds]
+    files = [folder / f"{re.sub(r'[^A-Za-z0-9_-]', '-', name)}.{kind}" for kind in kinds]
     no_metadata = {"png": {"Software": None}, "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate"))}
     for file, kind in zip(files, kinds, strict=True):
         with rc_context({"pdf.fonttype": 42}):  # text stays text

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fl_attack.plots import canvas, versus
-from fl_attack.plots.marks import caption, ink_on, legend
+from fl_attack.plots.marks import caption, colour_bar, ink_on, legend
 from fl_attack.sweep_table import (
     ACCURACY,
     NAME,
@@ -50,8 +50,9 @@ def matrix(folder: Path, rows: str = NAME, columns: str = "strategy.name") -> li
     names = canvas.distinct(panel, canvas.PANELS, "panels of a matrix")
     grids = {name: versus.grid(sweep, rows, columns, panel == name) for name in names}
     ys, xs = next(iter(grids.values())).rows, next(iter(grids.values())).columns
-    figure, panels = canvas.panels(names, 1.8 + 0.62 * len(xs), 1.4 + 0.3 * len(ys), columns, rows)
-    low, high = (f([f(grid.mean) for grid in grids.values()]) for f in (np.nanmin, np.nanmax))
+    labels = canvas.label(columns), canvas.label(rows)
+    figure, panels = canvas.panels(names, 1.8 + 0.72 * len(xs), 1.4 + 0.3 * len(ys), *labels)
+    low, high, beyond = canvas.limits(np.array([grid.mean for grid in grids.values()]))
     for name, axes in panels.items():
         grid = grids[name]
         axes.grid(visible=False)
@@ -64,16 +65,19 @@ def matrix(folder: Path, rows: str = NAME, columns: str = "strategy.name") -> li
         axes.tick_params(length=0)
         axes.set_ylim(len(ys), 0)
         for (row, column), value in np.ndenumerate(grid.mean):
-            text = "\N{MULTIPLICATION SIGN}" if np.isnan(value) else f"{value:.0f}"
+            half = grid.half[row, column]
+            spread = f" \N{PLUS-MINUS SIGN} {half:.0f}" if np.isfinite(half) else ""
+            text = "\N{MULTIPLICATION SIGN}" if np.isnan(value) else f"{value:.0f}{spread}"
             ink = ink_on(image, value)
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
         for column, row in enumerate(grid.worst):
             frame = Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2)
             axes.add_patch(frame)
-    bar = figure.colorbar(image, ax=list(panels.values()), pad=0.02)
-    bar.outline.set_visible(False)
-    bar.set_label(NUMBERS[ACCURACY][0], fontsize="small")
-    caption(figure, f"Final test accuracy, {sweep.averaging()}", sweep.note("Framed: the worst for each column."))
+    colour_bar(figure, panels, image, NUMBERS[ACCURACY][0], beyond)
+    several_seeds = sweep.seed_index.any()
+    spread = "\N{PLUS-MINUS SIGN} half the 95 % interval over seeds (Student t)." if several_seeds else ""
+    note = sweep.note("Framed: the worst for each column.", spread)
+    caption(figure, f"Final test accuracy, {sweep.averaging()}", note)
     header = [*settings, rows, columns, "mean", "interval", "worst"]
     table = [
         [*_values(sweep, settings, panel == name), *(format_value(one) for one in (y, x)), *numbers]
@@ -118,13 +122,12 @@ def harm(folder: Path) -> list[Path]:
             cells = np.flatnonzero((panel == part) & (attack == name))
             points = split(len(cells), k[cells])
             mean, half = np.transpose([mean_interval(sweep.seed_means(cells[same])) for same in points.values()])
-            style = canvas.style(number % canvas.COLOURS) | {"marker": canvas.MARKERS[number % canvas.ENTRIES]}
-            style |= {"linestyle": "--" if writes[name] == "updates" else "-"}
+            style = canvas.style(number) | {"linestyle": "--" if writes[name] == "updates" else "-"}
             if writes[name] == "none":
                 style |= {"color": "0.4", "linestyle": ":", "marker": ""}
             at = [value for (value,) in points]
             axes.errorbar(at, mean, np.nan_to_num(half), label=name, capsize=2, **style)
-        axes.set_ylim(bottom=0)  # a bar may leave what is possible
+        axes.set_ylim(0, min(102, axes.get_ylim()[1]))  # a bar may leave what is possible
         for ratio in versus.ratios(sweep, panel == part):
             header = [*settings, *ratio]
             table.append([*_values(sweep, settings, panel == part), *ratio.values()])

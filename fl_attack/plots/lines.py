@@ -42,7 +42,7 @@ def lines(file: Path, title: str, note: str, log: bool = False, floor: float | N
             if not points:
                 continue
             at, mean, half = np.array(sorted(points)).T
-            style = canvas.style(number, len(names) if len(names) > canvas.COLOURS else None)
+            style = canvas.style(number, len(names) if len(names) > len(canvas.COLOURS) else None)
             axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
             axes.plot(at, mean, label=name, linestyle=canvas.DASHES[number % len(canvas.DASHES)], **style)
         if log:

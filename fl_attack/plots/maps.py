@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_attack.plots import canvas
-from fl_attack.plots.marks import caption, heat, require_several
+from fl_attack.plots.marks import caption, colour_bar, heat, require_several
 from fl_attack.sweep_table import (
     ACCURACY,
     GOAL,
@@ -134,16 +134,18 @@ def _maps(x: Floats, y: Floats, values: Floats, panel: Array, colours: str, unit
         for name in canvas.distinct(panel, canvas.PANELS, "panels of a heat map")
         for cells in [cells_of[(name,)]]
     }
-    low, high = (f([f(grid) for grid in grids.values()]) for f in (np.nanmin, np.nanmax))
+    every = np.array(list(grids.values()))
+    low, high, beyond = canvas.limits(every)
     if signed := colours != "cividis":
-        high = max(-low, high, 1e-9)
+        _, high, _ = canvas.limits(np.concatenate([every, -every]))
+        high = max(high, 1e-9)
         low = -high
+        beyond = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[
+            int(np.nanmin(every) < low), int(np.nanmax(every) > high)
+        ]
     width = 0.9 + (0.44 if signed else 0.38) * min(max(len(xs), 8), 12)
     figure, panels = canvas.panels(list(grids), width, 3.9, NUMBERS[K][0], NUMBERS[B][0])
     for name, axes in panels.items():
         image = heat(axes, xs, ys, grids[name], signed, cmap=colours, vmin=low, vmax=high)
-    bar = figure.colorbar(image, ax=list(panels.values()), pad=0.02)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize="small")
-    bar.set_label(unit, fontsize="small")
+    colour_bar(figure, panels, image, unit, beyond)
     return figure

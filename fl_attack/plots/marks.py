@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fl_attack.plots.canvas import shortened
+from fl_attack.plots.canvas import has_titles, shortened
 from fl_attack.sweep_table import Floats, NotDrawableError, format_value
 
 PRINTED = 12  # rows or columns of the largest map whose values are printed
@@ -50,9 +50,32 @@ def heat(axes: Any, xs: Floats, ys: Floats, grid: Floats, signed: bool, **scale:
             text = f"{value:+.1f}".replace("-", "\N{MINUS SIGN}") if signed else f"{value:.1f}"
             if large:  # of the values only the sign, which a print in grey does not show
                 text = "\N{MINUS SIGN}" if signed and value < 0 else ""
-        box = {"facecolor": ground, "edgecolor": "none", "pad": 0.6} if not large else None  # keeps lines off figures
+        box = (
+            {"facecolor": ground, "edgecolor": "none", "pad": 2.2} if not large else None
+        )  # ends lines before the figures
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6.5, color=ink, bbox=box)
     return image
+
+
+def colour_bar(figure: Any, panels: dict[str, Any], image: Any, unit: str, beyond: str) -> None:
+    """Draw the colour scale beside all panels.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+    panels : dict
+        The axes of each panel.
+    image : matplotlib.collections.QuadMesh
+        The image of any of them.
+    unit : str
+        The label of the scale.
+    beyond : str
+        The ends of the scale that have an arrow, because cells lie beyond: neither, min, max or both.
+    """
+    bar = figure.colorbar(image, ax=list(panels.values()), pad=0.02, extend=beyond)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize="small")
+    bar.set_label(unit, fontsize="small")
 
 
 def ink_on(image: Any, value: float) -> str:
@@ -186,6 +209,8 @@ def caption(figure: Any, title: str, note: str) -> None:
     note : str
         Sentences, which may take several lines.
     """
+    if not has_titles():
+        return
     width = int(figure.get_figwidth() * 11)
     if title:
         figure.suptitle(textwrap.fill(title, width), x=0.01, ha="left", fontsize="medium", fontweight="bold")

@@ -192,7 +192,7 @@ function runOf(part) {
 
 function sweepOf(part) {
   const {columns, varied, results} = part, count = columns.seed.length, place = el("div"), picked = el("div", {"aria-live": "polite"});
-  const section = el("section", {class: "part wide", "aria-label": part.name}, el("h2", {}, part.name), facts([["cells", show(part.cells)], ["broken off", show(part.broken_off)], ["seeds", show(new Set(columns.seed).size)], ["varied", varied.join(", ") || "the seed"]]));
+  const section = el("section", {class: "part wide", "aria-label": part.name}, el("h2", {}, part.name), facts([["cells", show(part.cells)], ["broken off", show(part.broken_off)], ["seeds", show(new Set(columns.seed).size)], ["varied", varied.map(name => part.labels[name] || name).join(", ") || "the seed"]]));
   const axes = varied.length ? varied : ["seed"], label = name => part.labels[name] || name, factor = name => part.factors[name] || 1;
   const state = {x: axes.find(name => name.includes("budget")) || axes[0], y: null, value: results.includes("final_accuracy") ? "final_accuracy" : results[0], where: {}};
   state.y = axes.find(name => name !== state.x) || null;
@@ -217,12 +217,12 @@ function sweepOf(part) {
     const xs = order(columns[state.x]), ys = state.y ? order(columns[state.y]) : ["all"];
     const values = ys.map(row => xs.map(column => mean(kept.filter(i => columns[state.x][i] === column && (!state.y || columns[state.y][i] === row)))));
     const open = others.filter(name => !known(state.where[name])), controls = el("div", {class: "controls"},
-      choose("across", axes.map(name => [name, name]), state.x, value => { if (value === state.y) state.y = state.x; state.x = value; draw(); }),
-      axes.length > 1 ? choose("down", axes.map(name => [name, name]), state.y, value => { if (value === state.x) state.x = state.y; state.y = value; draw(); }) : "",
+      choose("across", axes.map(name => [name, label(name)]), state.x, value => { if (value === state.y) state.y = state.x; state.x = value; draw(); }),
+      axes.length > 1 ? choose("down", axes.map(name => [name, label(name)]), state.y, value => { if (value === state.x) state.x = state.y; state.y = value; draw(); }) : "",
       choose("value", results.map(name => [name, label(name)]), state.value, value => { state.value = value; draw(); }),
-      others.map(name => choose(name, [["", "all (mean)"], ...order(columns[name]).map(value => [String(value), show(value)])], state.where[name] || "", value => { state.where[name] = value; draw(); })));
-    place.replaceChildren(controls, heat(ys.map(one => show(one)), xs.map(one => show(one)), values, {x: state.x, y: state.y || "", label: `${label(state.value)} by ${state.x} and ${state.y || "nothing else"}`, pick}),
-      el("p", {class: "note"}, `${label(state.value)}; mean over seeds ± half of its 95 % interval.` + (open.length ? ` Averaged over ${open.join(", ")}.` : "") + " Enter or a click on a cell shows its commands."));
+      others.map(name => choose(label(name), [["", "all (mean)"], ...order(columns[name]).map(value => [String(value), show(value)])], state.where[name] || "", value => { state.where[name] = value; draw(); })));
+    place.replaceChildren(controls, heat(ys.map(one => show(one)), xs.map(one => show(one)), values, {x: label(state.x), y: state.y ? label(state.y) : "", label: `${label(state.value)} by ${label(state.x)} and ${state.y ? label(state.y) : "nothing else"}`, pick}),
+      el("p", {class: "note"}, `${label(state.value)}; mean over seeds ± half of its 95 % interval.` + (open.length ? ` Averaged over ${open.map(label).join(", ")}.` : "") + " Enter or a click on a cell shows its commands."));
   }
   draw();
   const names = ["cell", ...varied, "seed", ...results].filter((name, i, all) => columns[name] && all.indexOf(name) === i);

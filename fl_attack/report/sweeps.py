@@ -9,7 +9,7 @@ from fl_attack.config import overrides_of
 from fl_attack.overrides import known_keys, written
 from fl_attack.report.page import Part
 from fl_attack.result import Result
-from fl_attack.sweep_table import LABELS, RESULTS, mean_interval
+from fl_attack.sweep_table import LABELS, RESULTS, WORDS, mean_interval
 
 ROWS = 4000  # of the table that the page holds, at most
 SEEDS = 60  # up to which intervals are exact
@@ -32,7 +32,7 @@ def of_sweep(result: Result) -> Part:
         "columns": {name: columns[name][:count] for name in names},
         "varied": [name for name in overrides if name != "seed" and len(set(columns[name].tolist())) > 1],
         "results": [name for name in names if name in LABELS and _has_numbers(columns[name])],
-        "labels": {name: label for name, (label, _) in LABELS.items()},
+        "labels": WORDS | {name: label for name, (label, _) in LABELS.items()},
         "factors": {name: factor for name, (_, factor) in LABELS.items()},
         "commands": [command_of(first, {key: row[key] for key in (*overrides, "seed") if key in row}) for row in rows],
         # Student's t for means over n seeds, from n = 2 on
