@@ -66,7 +66,18 @@ def of_samples(scenario: Scenario, theta: Tensor, round_: int, malicious: Client
 
 
 def minibatch_round(scenario: Scenario, round_: int) -> int | None:
-    """The round whose minibatches the attackers see; None where they see all that clients hold, for an epoch."""
+    """The round whose minibatches the attackers see.
+
+    Parameters
+    ----------
+    scenario, round_
+        As of `direction`.
+
+    Returns
+    -------
+    int or None
+        None where they see all that clients hold, for an epoch.
+    """
     threat = scenario.settings.attack
     return round_ if threat.refresh == "step" or threat.writes != "labels" else None
 

@@ -179,10 +179,10 @@ def visited(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def mutants(file: Path) -> list[Mutant]:
-    """All changes of a file that still compile, in its order."""
+    """All changes of a file, in its order, with those that may not compile or come to the same; see `alters`."""
     source = file.read_bytes()
-    starts = [0]
-    for line in source.splitlines(keepends=True):
+    starts, lines = [0], source.splitlines(keepends=True)
+    for line in lines:
         starts.append(starts[-1] + len(line))
     whole = ast.parse(source)
     begins: dict[int, int] = {}  # of each line: where the innermost statement around it begins
@@ -198,16 +198,21 @@ def mutants(file: Path) -> list[Mutant]:
                 text = f"({text})"
         start = starts[place.lineno - 1] + place.col_offset
         stop = starts[place.end_lineno - 1] + place.end_col_offset
-        try:
-            changed = ast.parse(source[:start] + text.encode() + source[stop:])
-        except SyntaxError:
-            continue
-        if ast.dump(changed) != ast.dump(whole):
-            name, before = file.relative_to(ROOT).as_posix(), ast.unparse(place)
-            lines = before.split("\n")[0], after.split("\n")[0] if other is not None else "(left out)"
-            line = source.splitlines()[place.lineno - 1].decode().strip()
-            found.append(Mutant(name, place.lineno, begins[place.lineno], (start, stop), text, *lines, line))
+        name, before = file.relative_to(ROOT).as_posix(), ast.unparse(place)
+        parts = before.split("\n")[0], after.split("\n")[0] if other is not None else "(left out)"
+        here = lines[place.lineno - 1].decode().strip()
+        found.append(Mutant(name, place.lineno, begins[place.lineno], (start, stop), text, *parts, here))
     return found
+
+
+def alters(mutant: Mutant) -> bool:
+    """Whether a change compiles, and is one; to know it the whole file is read twice."""
+    source, (start, stop) = (ROOT / mutant.file).read_bytes(), mutant.span
+    try:
+        changed = ast.parse(source[:start] + mutant.replacement.encode() + source[stop:])
+    except SyntaxError:
+        return False
+    return ast.dump(changed) != ast.dump(ast.parse(source))
 
 
 def drawn(found: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
@@ -219,10 +224,11 @@ def drawn(found: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
     for of_line in by_line.values():
         rng.shuffle(of_line)
     chosen: list[Mutant] = []
-    while len(chosen) < min(count, len(found)):
-        lines = [of_line for of_line in by_line.values() if of_line]
+    while len(chosen) < count and (lines := [of_line for of_line in by_line.values() if of_line]):
         rng.shuffle(lines)
-        chosen += [of_line.pop() for of_line in lines[: count - len(chosen)]]
+        for of_line in lines:
+            if len(chosen) < count and alters(mutant := of_line.pop()):
+                chosen.append(mutant)
     return sorted(chosen, key=lambda mutant: (mutant.file, mutant.line, mutant.span))
 
 

@@ -70,13 +70,13 @@ class Browser:
 
     def _note(self, message: dict[str, Any]) -> None:
         """Keep what should not happen in a page that stands by itself."""
-        method, told = message.get("method"), message.get("params", {})
+        method, params = message.get("method"), message.get("params", {})
         if method == "Runtime.exceptionThrown":
-            self.problems.append(str(told["exceptionDetails"]))
+            self.problems.append(str(params["exceptionDetails"]))
         if method == "Network.requestWillBeSent":
-            self.problems.append(told["request"]["url"])
-        if method == "Log.entryAdded" and told["entry"]["level"] == "error":
-            self.problems.append(told["entry"]["text"])
+            self.problems.append(params["request"]["url"])
+        if method == "Log.entryAdded" and params["entry"]["level"] == "error":
+            self.problems.append(params["entry"]["text"])
 
     def open(self, file: Path, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         """Show a file in a window of this size."""

@@ -161,7 +161,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             __main__.main()
         except SystemExit as end:
             code = end.code  # type: ignore[assignment]
-        told = capsys.readouterr()
-        return code, told.out, told.err
+        stderr = capsys.readouterr()
+        return code, stderr.out, stderr.err
 
     return run

@@ -38,8 +38,8 @@ def updates_of(seed: int, cells: int = 3, m: int = M) -> Tensor:
 
 def rule(name: str, f: int | None = None, m: int = M, **more: Any) -> Callable[[Tensor], Tensor]:
     f = min(2, RULES[name].max_f(m)) if f is None and name in RULES else f or 0
-    made = aggregate.make(name, f=f, m=m, **more)
-    return lambda updates: made(updates, torch.ones(m), torch.arange(m), seen(updates))
+    combine = aggregate.make(name, f=f, m=m, **more)
+    return lambda updates: combine(updates, torch.ones(m), torch.arange(m), seen(updates))
 
 
 def seen(updates: Tensor, **more: Any) -> Seen:
@@ -58,9 +58,9 @@ def test_the_order_of_the_clients_does_not_matter(name: str, seed: int) -> None:
 def test_the_order_of_clients_and_their_weights_together_does_not_matter(name: str, seed: int) -> None:
     u, weights = updates_of(seed), torch.arange(1, M + 1)
     order = torch.randperm(M, generator=torch.Generator().manual_seed(seed))
-    made = aggregate.make(name, f=min(2, RULES[name].max_f(M)), m=M)
-    expected = made(u, weights, torch.arange(M), seen(u))
-    found = made(u[:, order], weights[order], torch.arange(M), seen(u))
+    combine = aggregate.make(name, f=min(2, RULES[name].max_f(M)), m=M)
+    expected = combine(u, weights, torch.arange(M), seen(u))
+    found = combine(u[:, order], weights[order], torch.arange(M), seen(u))
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
 
@@ -257,9 +257,9 @@ def test_no_step_from_the_geometric_median_shortens_the_way_to_all_updates() -> 
 
 
 def test_the_mean_is_weighted_by_samples() -> None:
-    made = aggregate.make("mean", f=0, m=2)
+    combine = aggregate.make("mean", f=0, m=2)
     updates = torch.tensor([0.0, 3.0], dtype=torch.float64).view(2, 1, 1)
-    assert made(updates, torch.tensor([9, 1]), torch.arange(2)).item() == pytest.approx(0.3, abs=1e-15)
+    assert combine(updates, torch.tensor([9, 1]), torch.arange(2)).item() == pytest.approx(0.3, abs=1e-15)
 
 
 def test_ties_go_to_the_lower_client() -> None:
@@ -451,20 +451,20 @@ def test_each_of_byzfls_rules_runs_on_many_cells_in_double_precision(name: str) 
     u = updates_of(0)
     u[:, 2] = math.nan
     before, state = u.clone(), torch.get_rng_state()
-    made = aggregate.make("byzfl", rule=name, f=2, m=M)
-    result = made(u, torch.ones(M), torch.arange(M))
+    combine = aggregate.make("byzfl", rule=name, f=2, m=M)
+    result = combine(u, torch.ones(M), torch.arange(M))
     assert result.dtype == torch.float64 and result.shape == (3, C, D) and result.isfinite().all()
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(u.nan_to_num(7), before.nan_to_num(7))
-    torch.testing.assert_close(made(u, torch.ones(M), torch.arange(M)), result)
-    torch.testing.assert_close(made(u[1:2], torch.ones(M), torch.arange(M))[0], result[1])
+    torch.testing.assert_close(combine(u, torch.ones(M), torch.arange(M)), result)
+    torch.testing.assert_close(combine(u[1:2], torch.ones(M), torch.arange(M))[0], result[1])
 
 
 @pytest.mark.parametrize("name", aggregate.byzfl.PRE)
 def test_each_of_byzfls_pre_aggregators_goes_before_a_rule(name: str) -> None:
     pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
-    made = aggregate.make("median", pre=[name], f=2, m=M)
-    assert made(updates_of(0), torch.ones(M), torch.arange(M)).isfinite().all()
+    combine = aggregate.make("median", pre=[name], f=2, m=M)
+    assert combine(updates_of(0), torch.ones(M), torch.arange(M)).isfinite().all()
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 1000.0), (1e-20, 0.0), (1e20, 0.0)])
@@ -495,14 +495,14 @@ def test_the_geometric_median_of_many_clients_is_the_same_by_steps_and_by_produc
     u[3, 7] = math.nan
     u[4, 1:] = u[4, :1]  # the median is one of the updates
     u = u.to(dtype)
-    made = rule("geometric_median", m=m)
-    found = made(u)
+    combine = rule("geometric_median", m=m)
+    found = combine(u)
     left = rules._few_iterations(u, rules.norms(u), 1e-6, rules.FEW)[1].tolist()
     assert left[1:5] == [True] * 4 and left[0] is left[5] is False
     assert found.isfinite().all()
-    torch.testing.assert_close(found, torch.stack([made(one) for one in u]), atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(found, torch.stack([combine(one) for one in u]), atol=1e-4, rtol=1e-6)
     monkeypatch.setattr(rules, "MANY", m + 1)
-    torch.testing.assert_close(found, made(u), atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(found, combine(u), atol=1e-4, rtol=1e-6)
     assert (found[0] - u[0].mean(0)).abs().max() > 1e-3  # the mean is where the iteration begins
 
 

@@ -89,8 +89,8 @@ def test_out_names_the_folder(tmp_path: Path) -> None:
 def test_errors_are_the_line_of_the_command(wrong: str, command: Command, tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         run(wrong)
-    code, _, told = command(wrong, f"out={tmp_path}")
-    assert code == 2 and told.strip() == f"fl-attack: {raised.value}"
+    code, _, stderr = command(wrong, f"out={tmp_path}")
+    assert code == 2 and stderr.strip() == f"fl-attack: {raised.value}"
 
 
 @pytest.mark.parametrize(

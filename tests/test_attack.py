@@ -294,19 +294,19 @@ def test_attacks_on_gradients_follow_the_formulas_of_their_papers() -> None:
     view = updates_of(2, cells=1, m=10, f=3)
     u, malicious = view.updates[0].numpy(), view.malicious[0].numpy()
     honest = u[~malicious]
-    made = {name: ATTACKS[name].function(view).expand(view.updates.shape)[0].numpy() for name in UPDATES}
-    np.testing.assert_allclose(made["sign_flip"], -u)
-    np.testing.assert_allclose(made["ipm"][0], -honest.mean(0))
+    crafted = {name: ATTACKS[name].function(view).expand(view.updates.shape)[0].numpy() for name in UPDATES}
+    np.testing.assert_allclose(crafted["sign_flip"], -u)
+    np.testing.assert_allclose(crafted["ipm"][0], -honest.mean(0))
     # 6 of 10 are a majority, 3 supporters are needed: 4 of 7 honest ones stay away
     z = statistics.NormalDist().inv_cdf((10 - 3 - 3) / (10 - 3))
-    np.testing.assert_allclose(made["alie"][0], honest.mean(0) - z * honest.std(0))
+    np.testing.assert_allclose(crafted["alie"][0], honest.mean(0) - z * honest.std(0))
     np.testing.assert_allclose(ATTACKS["alie"].function(view, z=1.5)[0, 0], honest.mean(0) - 1.5 * honest.std(0))
-    np.testing.assert_allclose(made["mimic"][0], honest[0])
+    np.testing.assert_allclose(crafted["mimic"][0], honest[0])
     np.testing.assert_allclose(ATTACKS["gaussian"].function(view), 200 * view.noise.numpy())
     v = view.direction[0].numpy()
-    inner_products = (made["gradient_max"] * v).sum((1, 2))
+    inner_products = (crafted["gradient_max"] * v).sum((1, 2))
     norms = np.sqrt((u**2).sum((1, 2)))
-    np.testing.assert_allclose(np.sqrt((made["gradient_max"] ** 2).sum((1, 2))), norms)
+    np.testing.assert_allclose(np.sqrt((crafted["gradient_max"] ** 2).sum((1, 2))), norms)
     np.testing.assert_allclose(
         inner_products, -norms * np.sqrt((v**2).sum())
     )  # Cauchy and Schwarz: no less is possible
@@ -317,12 +317,12 @@ def test_attacks_on_gradients_follow_the_formulas_of_their_papers() -> None:
 def test_the_push_is_the_largest_within_the_bound_of_the_paper(name: str, perturbation: str) -> None:
     view = updates_of(4, cells=5, m=9, f=3)
     sent = ATTACKS[name].function(view, perturbation=perturbation)
-    for u, malicious, made in zip(view.updates, view.malicious, sent, strict=True):
+    for u, malicious, crafted in zip(view.updates, view.malicious, sent, strict=True):
         honest = u[~malicious].flatten(1)
         mean = honest.mean(0)
         push = {"std": -honest.std(0, correction=0), "unit": -mean / mean.norm(), "sign": -mean.sign()}[perturbation]
-        gamma = float(((made.flatten() - mean) / push).mean())
-        torch.testing.assert_close(made.flatten(), mean + gamma * push)
+        gamma = float(((crafted.flatten() - mean) / push).mean())
+        torch.testing.assert_close(crafted.flatten(), mean + gamma * push)
         apart = torch.cdist(honest, honest)
 
         def excess(gamma: float, name=name, honest=honest, mean=mean, push=push, apart=apart) -> float:

@@ -1,5 +1,8 @@
 """Flower's own engine and a cluster of several Ray nodes give what one process gives."""
 
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -141,6 +144,59 @@ def test_a_sweep_outlives_the_loss_of_a_node_and_ends_in_the_same_bytes(
         ray.shutdown()
         cluster.shutdown()
     assert (tmp_path / "ray" / "sweep.csv").read_bytes() == (tmp_path / "here" / "sweep.csv").read_bytes()
+
+
+# two machines made of namespaces, with processes, a network address and a folder of Ray's each: `ray symmetric-run`
+# ends with `ray stop`, which then sees no other Ray
+TWO_MACHINES = """
+trap 'ip netns del $A; ip netns del $B' EXIT
+ip netns add $A && ip netns add $B && ip link add eth0 netns $A type veth peer name eth0 netns $B
+for one in $A:1 $B:2; do
+    ip -n ${one%:*} addr add 10.99.0.${one#*:}/24 dev eth0
+    for link in lo eth0; do ip -n ${one%:*} link set $link up; done
+done
+machine() {
+    mkdir -p /tmp/ray $SCRATCH/$1
+    exec ip netns exec $1 unshare --pid --fork --kill-child --mount --mount-proc bash -c "
+        mount --bind $SCRATCH/$1 /tmp/ray
+        ray symmetric-run --address 10.99.0.1:6379 --min-nodes 2 --num-cpus 1 --object-store-memory 100000000 -- $RUN"
+}
+(machine $B) & worker=$!  # it notices the end of the head after a minute
+(machine $A)
+code=$?
+kill $worker
+exit $code
+"""
+
+
+def may_make_namespaces() -> bool:
+    tools = shutil.which("ip") and shutil.which("unshare") and os.geteuid() == 0
+    return bool(tools) and not subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], check=False).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not may_make_namespaces(), reason="needs root and iproute2, to make two machines of namespaces")
+def test_symmetric_run_spreads_a_sweep_over_two_machines(small_data: Small, tmp_path: Path) -> None:
+    run = ["fl-attack", "-m", *small_data(3), "engine=batched", "rounds=30", "batch_size=30", "seed=range(4)"]
+    here = subprocess.run(
+        [sys.executable, "-m", "fl_attack", *run[1:], f"out={tmp_path}/here"], capture_output=True, check=False
+    )
+    assert here.returncode == 0, here.stderr
+    there = shlex.join([*run, "engine.ray_address=auto", f"out={tmp_path}/there"])
+    environ = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT": "180",
+        "RAY_worker_niceness": "0",  # or workers wait for the other tests
+        "A": f"flA{os.getpid()}",
+        "B": f"flB{os.getpid()}",
+        "SCRATCH": str(tmp_path),
+        "RUN": there,
+    }
+    call = ["bash", "-c", TWO_MACHINES]
+    done = subprocess.run(call, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "On worker node" in done.stdout
+    assert (tmp_path / "there" / "sweep.csv").read_bytes() == (tmp_path / "here" / "sweep.csv").read_bytes()
 
 
 def test_an_address_without_a_cluster_is_told_in_one_line(own_ray: None, settings: Compose, small_data: Small) -> None:

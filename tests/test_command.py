@@ -100,19 +100,19 @@ def test_bad_input_is_one_line_and_exit_code_2_before_ray_starts(
     import re
 
     out = [] if "out=" in overrides else [f"out={tmp_path}/out"]
-    code, printed, told = command(*out, *overrides.split())
+    code, printed, stderr = command(*out, *overrides.split())
     assert code == 2
     assert printed == ""
-    assert told.count("\n") == 1
-    assert re.match(f"fl-attack: .*{BAD[overrides]}", told)
+    assert stderr.count("\n") == 1
+    assert re.match(f"fl-attack: .*{BAD[overrides]}", stderr)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_that_can_not_be_written_is_told(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    code, _, told = command(f"out={tmp_path}/file/run")
-    assert (code, told.count("\n")) == (2, 1)
-    assert "can't be written to" in told
+    code, _, stderr = command(f"out={tmp_path}/file/run")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "can't be written to" in stderr
 
 
 def test_help_names_groups_keys_and_examples(command: Command) -> None:
@@ -137,13 +137,13 @@ def test_a_run_can_be_replayed_from_what_it_leaves_by_another_program(
 ) -> None:
     data = small_data(classes)
     out = tmp_path / "out"
-    code, printed, told = command(
+    code, printed, stderr = command(
         *data, f"out={out}", "batch_size=full", "rounds=15", f"attack.goal={goal}", "attack.budget=0.3", "lr=0.5"
     )
     assert code == 0
     assert "attacked" in printed
-    assert "Traceback" not in told
-    assert "attacked: round 15 of 15" in told  # plain lines where there is no terminal
+    assert "Traceback" not in stderr
+    assert "attacked: round 15 of 15" in stderr  # plain lines where there is no terminal
     with np.load(data[1].removeprefix("dataset.path=")) as stored:
         theta, flips = replay.replay(out, stored["x_train"], stored["y_train"])
     with np.load(out / "model.npz") as stored:
@@ -197,12 +197,12 @@ def test_the_batched_engine_leaves_the_same_artefacts_without_ray(
 def test_the_default_shows_harm_plainly_and_the_same_command_gives_the_same_bytes(
     command: Command, shared_ray: None, tmp_path: Path
 ) -> None:
-    made = {}
+    files = {}
     for name, extra in {"first": [], "again": ["engine.actors=3"]}.items():
         code, _, _ = command(f"out={tmp_path}/{name}", *extra)
         assert code == 0
-        made[name] = [(tmp_path / name / file).read_bytes() for file in ("model.npz", "flips.npz", "rounds.csv")]
-    assert made["first"] == made["again"]
+        files[name] = [(tmp_path / name / file).read_bytes() for file in ("model.npz", "flips.npz", "rounds.csv")]
+    assert files["first"] == files["again"]
     attacked, honest = (
         json.loads((tmp_path / "first" / folder / "summary.json").read_text()) for folder in ("", "baseline")
     )
@@ -216,9 +216,9 @@ def test_a_finished_run_is_not_replaced_unless_asked_to(
     run = [*small_data(2), f"out={tmp_path}/out", "rounds=2", "batch_size=full", "baseline=false"]
     assert command(*run)[0] == 0
     before = (tmp_path / "out" / "model.npz").read_bytes()
-    code, _, told = command(*run, "lr=0.2")
+    code, _, stderr = command(*run, "lr=0.2")
     assert code == 2
-    assert "holds a finished run; use another folder or overwrite=true" in told
+    assert "holds a finished run; use another folder or overwrite=true" in stderr
     assert (tmp_path / "out" / "model.npz").read_bytes() == before
     (tmp_path / "out" / "mine.txt").write_text("notes")
     assert command(*run, "lr=0.2", "overwrite=true")[0] == 0
@@ -240,10 +240,10 @@ def test_a_diverging_run_says_so_and_keeps_what_it_has(
     command: Command, small_data: Small, shared_ray: None, tmp_path: Path
 ) -> None:
     run = [*small_data(3), f"out={tmp_path}/out", "rounds=8", "lr=1e308", "batch_size=full", "baseline=false"]
-    code, _, told = command(*run)
+    code, _, stderr = command(*run)
     assert code == 1
-    assert "diverged" in told.splitlines()[-1]
-    assert "Traceback" not in told
+    assert "diverged" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
     kept = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"rounds.csv", "model.npz", "flips.npz", "partition.npz", "config.yaml"} <= kept
     assert "summary.json" not in kept
@@ -254,9 +254,9 @@ def test_a_diverging_batched_run_keeps_what_it_and_its_twin_have(
     command: Command, small_data: Small, tmp_path: Path
 ) -> None:
     run = [*small_data(3), "engine=batched", f"out={tmp_path}/out", "rounds=8", "lr=1e308", "batch_size=full"]
-    code, _, told = command(*run)
+    code, _, stderr = command(*run)
     assert code == 1
-    assert "diverged" in told.splitlines()[-1] and "Traceback" not in told
+    assert "diverged" in stderr.splitlines()[-1] and "Traceback" not in stderr
     for folder in (tmp_path / "out", tmp_path / "out" / "baseline"):
         assert len(rows(folder)) >= 1
         assert not (folder / "summary.json").exists()
@@ -309,10 +309,10 @@ def test_ctrl_c_ends_the_run_in_one_line_and_keeps_its_rounds(small_data: Small,
     while not list(out.glob("rounds.csv")) and time.monotonic() < deadline:
         time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted" in told.splitlines()[-1]
-    assert "Traceback" not in told
+    assert "interrupted" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
     assert len(rows(out)) > 1
 
 
@@ -328,9 +328,9 @@ def test_what_nobody_expected_is_one_line_too(
         raise ZeroDivisionError("a\nb")
 
     monkeypatch.setattr(experiment, "run", broken)
-    code, _, told = command(f"out={tmp_path}/out")
+    code, _, stderr = command(f"out={tmp_path}/out")
     assert code == 1
-    assert told == "fl-attack: ZeroDivisionError: a b (HYDRA_FULL_ERROR=1 shows where)\n"
+    assert stderr == "fl-attack: ZeroDivisionError: a b (HYDRA_FULL_ERROR=1 shows where)\n"
 
 
 def test_a_running_ray_is_left_running(shared_ray: None) -> None:

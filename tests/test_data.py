@@ -841,10 +841,10 @@ def test_whole_numbers_that_are_no_pixels_are_not_scaled_by_a_guess(tmp_path, lo
 
 def test_images_of_pixels_0_and_1_are_pointed_out(tmp_path, capsys):
     two_classes(tmp_path, lambda label: np.full((4, 5), label, np.uint8))
-    for scale, told in ((None, 1), (1.0, 0)):
+    for scale, notes in ((None, 1), (1.0, 0)):
         data.load("image_folder", path=tmp_path, scale=scale)
         said = capsys.readouterr().err
-        assert said.count("is dataset.scale=1 meant?") == said.count("\n") == told
+        assert said.count("is dataset.scale=1 meant?") == said.count("\n") == notes
 
 
 def test_an_unknown_part_of_emnist_is_refused(tmp_path):

@@ -64,7 +64,7 @@ def updates_of(seed: int, rounds: int = 1, m: int = M) -> Tensor:
     return torch.randn(rounds, m, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def made(settings: Compose, data: list[str], *more: str) -> Scenario:
+def scenario_of(settings: Compose, data: list[str], *more: str) -> Scenario:
     return scenario.make(settings(*data, *COMMON, *more))
 
 
@@ -158,7 +158,7 @@ def test_a_rule_of_ones_own_may_see_and_remember(tmp_path: Path, settings: Compo
         "    state = mean if state is None else 0.5 * state + mean\n"
         "    return state + 0 * seen.theta, state\n"
     )
-    cell = made(settings, small_data(2), f"strategy.name={tmp_path}/mine.py:mine", "clients.malicious=0")
+    cell = scenario_of(settings, small_data(2), f"strategy.name={tmp_path}/mine.py:mine", "clients.malicious=0")
     theta, remembered = cell.start(), None
     for round_ in range(1, 7):
         mean = adversary.updates(cell, theta, round_).mean(0)
@@ -170,21 +170,23 @@ def test_a_rule_of_ones_own_may_see_and_remember(tmp_path: Path, settings: Compo
 def test_trusted_samples_are_drawn_by_their_own_stream_and_have_true_labels(
     settings: Compose, small_data: Small
 ) -> None:
-    cells = [made(settings, small_data(3), "strategy=fltrust", "strategy.root=20", f"seed={seed}") for seed in (0, 1)]
+    cells = [
+        scenario_of(settings, small_data(3), "strategy=fltrust", "strategy.root=20", f"seed={seed}") for seed in (0, 1)
+    ]
     first, second = (cell.trusted for cell in cells)
     assert len(set(first.tolist())) == 20 and first.tolist() != second.tolist()
-    other = made(settings, small_data(3), "strategy=median")
+    other = scenario_of(settings, small_data(3), "strategy=median")
     np.testing.assert_array_equal(other.partition.client, cells[0].partition.client)  # nothing is held out
     theta = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     root = cells[0].seen(1, theta).root
     assert root is not None
     torch.testing.assert_close(root(), cells[0].gradient_of(theta, first, np.ones_like(first)))
     with pytest.raises(InputError, match=r"strategy\.root=9999 is more than the"):
-        made(settings, small_data(3), "strategy=fltrust", "strategy.root=9999")
+        scenario_of(settings, small_data(3), "strategy=fltrust", "strategy.root=9999")
 
 
 def test_the_rows_of_classes_are_those_of_a_networks_last_layer(settings: Compose, small_data: Small) -> None:
-    cell = made(settings, small_data(3), "model=mlp", "model.args={widths: [4]}", "strategy=class_norms")
+    cell = scenario_of(settings, small_data(3), "model=mlp", "model.args={widths: [4]}", "strategy=class_norms")
     theta = torch.arange(cell.theta_shape[1], dtype=torch.float64).view(1, -1)
     state = cell.model.state(theta)
     expected = np.concatenate([state["output.weight"], state["output.bias"][:, None]], 1)
@@ -225,7 +227,7 @@ def test_labels_that_the_model_confidently_contradicts_are_left_out() -> None:
 
 @pytest.mark.parametrize("how", ["knn", "confident"])
 def test_a_client_trains_on_the_mean_of_the_labels_that_stay(settings: Compose, small_data: Small, how: str) -> None:
-    cell = made(settings, small_data(3), f"sanitize={how}", "local_steps=2", "batch_size=60")
+    cell = scenario_of(settings, small_data(3), f"sanitize={how}", "local_steps=2", "batch_size=60")
     theta = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     flips, left_out = adversary.flips(cell, theta, 2), 0
     for client in range(7):
@@ -281,7 +283,7 @@ def test_of_equal_harm_the_first_way_is_taken_and_what_is_no_number_never() -> N
 def test_adapting_attackers_do_the_most_harm_of_what_they_try_and_never_less_than_without(
     settings: Compose, small_data: Small, strategy: str, name: str
 ) -> None:
-    cell = made(settings, small_data(3), f"strategy={strategy}", f"attack={name}", "attack.adapt=rule")
+    cell = scenario_of(settings, small_data(3), f"strategy={strategy}", f"attack={name}", "attack.adapt=rule")
     rule, state, theta, better = cell.rule(), None, cell.start(), 0
     for round_ in range(1, 7):
         server, v = adaptive.Server(rule, state), knowledge.direction(cell, theta, round_)
@@ -323,7 +325,7 @@ def test_adapting_attackers_do_the_most_harm_of_what_they_try_and_never_less_tha
 
 def test_under_the_mean_adapting_changes_nothing(settings: Compose, small_data: Small) -> None:
     ends = [
-        engine.run_cells([made(settings, small_data(2), "attack.budget=0.3", *more)])[0].theta
+        engine.run_cells([scenario_of(settings, small_data(2), "attack.budget=0.3", *more)])[0].theta
         for more in ([], ["attack.adapt=rule"])
     ]
     torch.testing.assert_close(*ends)
@@ -383,7 +385,7 @@ def check_same(history: History, alone: engine.Outcome) -> None:
 
 @pytest.mark.parametrize("case", EVERYWHERE)
 def test_clients_of_flower_go_the_same_way(settings: Compose, small_data: Small, case: str) -> None:
-    cell = made(settings, small_data(3), "engine=flower", *EVERYWHERE[case])
+    cell = scenario_of(settings, small_data(3), "engine=flower", *EVERYWHERE[case])
     recorder = Recorder(cell)
     start(Here(7), recorder)
     check_same(recorder.history, sequential.run(cell))
@@ -393,7 +395,7 @@ def test_clients_of_flower_go_the_same_way(settings: Compose, small_data: Small,
 def test_so_they_do_on_ray(shared_ray: None, settings: Compose, small_data: Small, grid: str) -> None:
     cases = ["history", "sybils"] if grid == "stock" else ["history"]
     chosen = ["engine=flower", f"engine.grid={grid}", "engine.actors=2", "rounds=3"]
-    cells = [made(settings, small_data(3), *chosen, *EVERYWHERE[case]) for case in cases]
+    cells = [scenario_of(settings, small_data(3), *chosen, *EVERYWHERE[case]) for case in cases]
     recorders = [Recorder(cell) for cell in cells]
 
     def drive(federate: federation.Federate) -> None:
@@ -418,7 +420,7 @@ def test_rules_and_attackers_who_know_them_do_in_a_batch_what_they_do_alone(
         ["attack=alie", "attack.adapt=rule"],
     )
     chosen = [(rule, one) for i, rule in enumerate(rules) for one in (attacks[0], attacks[1 + i % 2])]
-    make = partial(made, settings, small_data(classes), *how, "rounds=3", "strategy.f=1")
+    make = partial(scenario_of, settings, small_data(classes), *how, "rounds=3", "strategy.f=1")
     cells = [make(f"strategy={rule}", *one) for rule, one in chosen]
     assert all(engine.is_linear(cell) for cell in cells)
     together = engine.run_cells(cells)
@@ -445,7 +447,7 @@ def test_rules_and_attackers_who_know_them_do_in_a_batch_what_they_do_alone(
 def test_an_interrupted_run_goes_on_with_what_the_rule_remembers(
     settings: Compose, small_data: Small, tmp_path: Path, strategy: str
 ) -> None:
-    cell = made(settings, small_data(3), f"strategy={strategy}", "rounds=6")
+    cell = scenario_of(settings, small_data(3), f"strategy={strategy}", "rounds=6")
     kept = Checkpoint(tmp_path, "key", every=0.0)
     kept._due = 0.0
     half = replace(cell, settings=cell.settings.model_copy(update={"rounds": 3}))
@@ -463,7 +465,7 @@ def test_an_interrupted_run_goes_on_with_what_the_rule_remembers(
 def test_an_interrupted_federation_goes_on_with_what_the_server_keeps(
     settings: Compose, small_data: Small, tmp_path: Path, keeps: list[str]
 ) -> None:
-    cell = made(settings, small_data(3), "engine=flower", "rounds=6", *keeps)
+    cell = scenario_of(settings, small_data(3), "engine=flower", "rounds=6", *keeps)
     half = replace(cell, settings=cell.settings.model_copy(update={"rounds": 3}))
     whole, rest = Recorder(cell), Recorder(cell, checkpoint=Checkpoint(tmp_path, "key"))
     start(Here(7), whole)

@@ -149,14 +149,14 @@ def test_the_docker_file_is_linted() -> None:
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     if importlib.util.find_spec("material") is None:
         pytest.skip("needs mkdocs-material (pip install '.[docs]'; ./scripts/docs does)")
-    made = subprocess.run(
+    built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
     )
-    assert made.returncode == 0 and "WARNING" not in made.stderr, made.stderr
+    assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
     keys = (tmp_path / "reference" / "keys.html").read_text(encoding="utf-8")
     assert all(f"<code>{key}</code>" in keys for key in ("attack.budget", "clients.malicious", "report", "strategy.f"))
     columns = (tmp_path / "reference" / "columns.html").read_text(encoding="utf-8")

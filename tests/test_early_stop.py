@@ -137,11 +137,11 @@ def test_cells_of_a_batch_end_one_by_one_as_each_does_alone(
         ends.add(int(outcome.table[-1, 0]))
     assert len(ends) >= 4 and 60 in ends
     early = [cell for cell in cells if cell.settings.early_stop.patience == 1]
-    told: list[int] = []
-    for outcome, cell in zip(engine.run_cells(early, progress=told.append), early, strict=True):
+    reported: list[int] = []
+    for outcome, cell in zip(engine.run_cells(early, progress=reported.append), early, strict=True):
         torch.testing.assert_close(outcome.theta, sequential.run(cell, client_by_client=True).theta, rtol=0, atol=1e-9)
-    assert sum(told) == 60 * len(early)
-    assert len(told) < 60  # the rounds end with the last of the cells
+    assert sum(reported) == 60 * len(early)
+    assert len(reported) < 60  # the rounds end with the last of the cells
 
 
 def test_a_run_gives_the_model_of_the_lowest_validation_loss_or_of_the_round_it_stopped_in(
@@ -216,9 +216,9 @@ def test_without_patience_nothing_is_held_out(settings: Compose, small_data: Sma
 def test_a_split_that_can_not_be_is_told_in_one_line(
     settings: Compose, small_data: Small, overrides: list[str], message: str
 ) -> None:
-    with pytest.raises(InputError, match=message) as told:
+    with pytest.raises(InputError, match=message) as raised:
         scenario.make(settings(*small_data(2), *COMMON, "batch_size=40", *overrides))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_sweep_gives_the_accuracy_of_the_model_kept(

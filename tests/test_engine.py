@@ -289,10 +289,10 @@ def test_memory_and_tiles_change_no_result(
     monkeypatch.setattr(tiling, "FEWEST", 2)
     monkeypatch.setattr(features, "ROWS_AT_ONCE", 7)
     monkeypatch.setattr(batches, "SAMPLES_AT_ONCE", 120)
-    told: list[int] = []
-    parts = engine.run_cells(cells, memory_gb=2e-5, progress=told.append, device=device)
-    assert len(told) > 3 * 7
-    assert sum(told) == 7 * len(cells)
+    reported: list[int] = []
+    parts = engine.run_cells(cells, memory_gb=2e-5, progress=reported.append, device=device)
+    assert len(reported) > 3 * 7
+    assert sum(reported) == 7 * len(cells)
     for part, one in zip(parts, whole, strict=True):
         check_same(part, one.history(), 1e-10)
 
@@ -425,8 +425,8 @@ def test_features_that_are_zero_everywhere_are_left_out_and_put_back(
     arrays["x_train"][:, [0, 4, 5]] = 0
     np.savez(file, **arrays)  # the test set keeps its numbers there
     cells = cells_of(settings, data, shared, [[], ["attack.goal=targeted"]])
-    made = batches.Batches(cells[0], np.arange(7), torch.device("cpu"), 1e9)
-    assert made.features.seen.sum() == 7 and made.features.d == features.padded(7) == 16
+    minibatches = batches.Batches(cells[0], np.arange(7), torch.device("cpu"), 1e9)
+    assert minibatches.features.seen.sum() == 7 and minibatches.features.d == features.padded(7) == 16
     check_together(cells)
     for outcome in engine.run_cells(cells):
         assert outcome.theta is not None
@@ -509,15 +509,15 @@ def test_columns_hold_what_the_schedule_gives_each_client(
     (cell,) = cells_of(settings, small_data(2), shared, [[]])
     monkeypatch.setattr(batches, "SAMPLES_AT_ONCE", 500)
     order, cpu = np.array([3, 1, 0, 2, 6, 5, 4]), torch.device("cpu")
-    made, workspace = batches.Batches(cell, order, cpu, 1e9), kernels.Workspace(cpu, torch.double)
+    minibatches, workspace = batches.Batches(cell, order, cpu, 1e9), kernels.Workspace(cpu, torch.double)
     for round_ in (*range(1, 41), 7):
-        batch = made.at(round_, workspace)
+        batch = minibatches.at(round_, workspace)
         for client in order:
             columns = batch.layout.columns(client)
             samples = batch.samples[columns]
             assert samples.tolist() == cell.schedule.steps(int(client), round_)[0].tolist()
             sign = torch.from_numpy(1 - 2 * cell.dataset.y_train[samples])[:, None]
-            X = cell.features(samples)[:, made.features.seen] * sign
+            X = cell.features(samples)[:, minibatches.features.seen] * sign
             assert torch.equal(batch.X[columns, : X.shape[1]], X)
             assert not batch.X[:, X.shape[1] :].any()
 

@@ -43,8 +43,8 @@ def test_an_experiment_leaves_its_figures_and_tables(
     small = [*small_data(3, train=300), *run]
     if name == "recovery":
         small += ["attack.start=3", "attack.stop=3,4"]
-    code, _, told = command(f"experiment={name}", *small)
-    assert code == 0, told
+    code, _, stderr = command(f"experiment={name}", *small)
+    assert code == 0, stderr
     assert {"sweep.csv", *LEFT[name]} <= {file.name for file in (tmp_path / "out").iterdir()}
     with (tmp_path / "out" / "sweep.csv").open() as lines:
         rows = list(csv.DictReader(lines))
@@ -77,8 +77,8 @@ def test_rules_and_attacks_of_ones_own_appear_in_the_comparison(
     monkeypatch.chdir(tmp_path)
     small = [*small_data(3, train=300), "rounds=3", "batch_size=90", "seed=0", f"out={tmp_path}/out"]
     names = ["attack.name=none,greedy,mine.zeros", "strategy.name=mean,median,mine:first"]
-    code, _, told = command("experiment=defences", *small, *names)
-    assert code == 0, told
+    code, _, stderr = command("experiment=defences", *small, *names)
+    assert code == 0, stderr
     with (tmp_path / "out" / "matrix.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     assert {row["attack.name"] for row in rows} == {"none", "greedy", "mine.zeros"}

@@ -169,9 +169,9 @@ def test_an_app_from_a_hub_ends_in_the_bits_of_the_command(
     own_ray: None, hub: dict[str, str], small_data: Small, tmp_path: Path
 ) -> None:
     flower(hub, tmp_path, "new", APP)
-    made = tmp_path / "fl-attack"
+    app_folder = tmp_path / "fl-attack"
     assert {"LICENSE", "pyproject.toml", "fl_attack/flower_app.py", "conf/config.yaml"} <= {
-        str(file.relative_to(made)) for file in made.rglob("*")
+        str(file.relative_to(app_folder)) for file in app_folder.rglob("*")
     }
     overrides = [*small_data(3), "batch_size=40", "clients.total=4", "clients.malicious=1"]
     nodes = "num-supernodes=4 client-resources-num-cpus=1"
@@ -180,7 +180,7 @@ def test_an_app_from_a_hub_ends_in_the_bits_of_the_command(
     finally:
         ray.shutdown()
     assert len(np.load(tmp_path / "here" / "flips.npz")["round"]) > 0
-    for app, out in ((made, "folder"), (APP, "remote")):
+    for app, out in ((app_folder, "folder"), (APP, "remote")):
         config = f'rounds=3 attack.budget=0.5 out="{tmp_path}/{out}" overrides="{" ".join(overrides)}"'
         said = flower(hub, tmp_path, "run", app, "--stream", "--federation-config", nodes, "--run-config", config)
         assert (tmp_path / out / "summary.json").exists(), said

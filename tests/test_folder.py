@@ -37,9 +37,9 @@ def test_a_folder_is_of_one_run_or_one_sweep(command: Command, small_data: Small
     one, other = (run, grid) if first == "run" else (grid, run)
     assert command(*one)[0] == 0
     before = {file: file.read_bytes() for file in (tmp_path / "o").rglob("*") if file.is_file()}
-    code, _, told = command(*other)
-    assert (code, told.count("\n")) == (2, 1)
-    assert f"holds a finished {first}, not a " in told
+    code, _, stderr = command(*other)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert f"holds a finished {first}, not a " in stderr
     assert {file: file.read_bytes() for file in (tmp_path / "o").rglob("*") if file.is_file()} == before
     assert command(*other, "overwrite=true")[0] == 0
     fresh = [one.replace("/o", "/fresh") if one.startswith("out=") else one for one in other]
@@ -50,9 +50,9 @@ def test_a_folder_is_of_one_run_or_one_sweep(command: Command, small_data: Small
 def test_a_folder_in_use_is_refused_to_others(command: Command, small_data: Small, tmp_path: Path) -> None:
     with folder.taken(tmp_path / "o", "run", False, lambda at: False):
         for more in ([], ["overwrite=true"]):
-            code, _, told = command(*short(small_data, tmp_path / "o", *more))
+            code, _, stderr = command(*short(small_data, tmp_path / "o", *more))
             assert code == 2
-            assert "is in use by another process" in told
+            assert "is in use by another process" in stderr
         assert command("-m", *short(small_data, tmp_path / "o", "seed=1,2"))[0] == 2
     assert command(*short(small_data, tmp_path / "o"))[0] == 0
     assert not (tmp_path / "o" / folder.LOCK).exists()
@@ -75,23 +75,23 @@ def test_a_sweep_without_out_has_one_folder(
 
 def test_a_sweep_over_folders_is_refused(command: Command, small_data: Small, tmp_path: Path) -> None:
     run = [one for one in short(small_data, tmp_path) if not one.startswith("out=")]
-    code, _, told = command("-m", *run, f"out={tmp_path}/a,{tmp_path}/b")
-    assert (code, told.count("\n")) == (2, 1)
-    assert "give each folder a sweep of its own" in told
+    code, _, stderr = command("-m", *run, f"out={tmp_path}/a,{tmp_path}/b")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "give each folder a sweep of its own" in stderr
     assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir"])
 def test_folders_of_hydra_are_refused(command: Command, tmp_path: Path, key: str) -> None:
-    code, _, told = command(f"{key}={tmp_path}/h", f"out={tmp_path}/o")
-    assert (code, told.count("\n")) == (2, 1)
-    assert f"{key} has no effect here" in told and "out=" in told
+    code, _, stderr = command(f"{key}={tmp_path}/h", f"out={tmp_path}/o")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert f"{key} has no effect here" in stderr and "out=" in stderr
 
 
 def test_several_experiments_at_once_are_refused(command: Command, tmp_path: Path) -> None:
-    code, _, told = command("experiment=harm,recovery", f"out={tmp_path}/o")
-    assert (code, told.count("\n")) == (2, 1)
-    assert "names several" in told
+    code, _, stderr = command("experiment=harm,recovery", f"out={tmp_path}/o")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "names several" in stderr
 
 
 def test_a_sweep_stopped_as_it_draws_is_not_finished(
@@ -107,9 +107,9 @@ def test_a_sweep_stopped_as_it_draws_is_not_finished(
 
     with monkeypatch.context() as patch:
         patch.setattr(plots, "all_of_sweep", stops)
-        code, _, told = command(*grid)
+        code, _, stderr = command(*grid)
         assert code == 130
-        assert f"what is done is in {tmp_path}/o" in told
+        assert f"what is done is in {tmp_path}/o" in stderr
     assert not list((tmp_path / "o").glob("*.png"))
     monkeypatch.setattr(multirun.execute, "batched_numbers", lambda *_: pytest.fail("computed again"))
     assert command(*grid)[0] == 0
@@ -129,8 +129,8 @@ def test_a_figure_that_can_not_be_is_refused_before_anything_is_computed(
     command: Command, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str
 ) -> None:
     monkeypatch.setattr(multirun.execute, "batched_numbers", lambda *_: pytest.fail("computed"))
-    code, _, told = command("-m", *short(small_data, tmp_path / "o", "attack.budget=0.1,0.5", f"figures=[{figure}]"))
-    assert (code, told.count("\n")) == (2, 1)
+    code, _, stderr = command("-m", *short(small_data, tmp_path / "o", "attack.budget=0.1,0.5", f"figures=[{figure}]"))
+    assert (code, stderr.count("\n")) == (2, 1)
     assert not (tmp_path / "o").exists()
 
 
@@ -146,9 +146,9 @@ def test_an_unfinished_result_of_other_settings_is_not_replaced_unless_asked_to(
     else:
         (tmp_path / "o" / "units").mkdir()
         (tmp_path / "o" / "units" / "1234.npz").touch()
-    code, _, told = command(*run, "lr=0.3")
-    assert (code, told.count("\n")) == (2, 1)
-    assert f"holds an unfinished {kind} of other settings" in told
+    code, _, stderr = command(*run, "lr=0.3")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert f"holds an unfinished {kind} of other settings" in stderr
     assert command(*run, "lr=0.3", "overwrite=true")[0] == 0
 
 
@@ -189,9 +189,9 @@ def test_an_interrupted_batched_run_keeps_what_was_measured(
         time.sleep(0.2)
     time.sleep(1.5)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert told.splitlines()[-1] == f"fl-attack: interrupted; what was measured is in {out}; the same command goes on"
+    assert stderr.splitlines()[-1] == f"fl-attack: interrupted; what was measured is in {out}; the same command goes on"
     for at in (out, out / "baseline"):
         assert len((at / "rounds.csv").read_text().splitlines()) > 3
         assert np.isfinite(np.load(at / "model.npz")["theta"]).all()
@@ -297,8 +297,8 @@ def test_a_foreign_or_damaged_state_is_left_aside_in_one_line(
     for damage in (whole[:-30], whole[:200] + b"?" + whole[201:], b"", b"PK nonsense"):
         file.write_bytes(damage)
         assert checkpoint.load(tmp_path, "key") is None
-        told = capsys.readouterr().err
-        assert told.count("\n") == 1 and "is damaged" in told
+        stderr = capsys.readouterr().err
+        assert stderr.count("\n") == 1 and "is damaged" in stderr
 
 
 RESUMED = {
@@ -332,9 +332,9 @@ def test_a_run_that_is_killed_goes_on_and_ends_in_the_same_bytes(
     (tmp_path / "killed" / ".rounds.csv.0123abcd").touch()  # what a killed process was writing
     done = json.loads(state["tree"].tobytes())["state"]["dict"]["recorder"]["dict"]["round"]
     assert 0 < done < 300
-    code, _, told = command(*run("killed"), "resume=true")
+    code, _, stderr = command(*run("killed"), "resume=true")
     assert code == 0
-    assert f"going on after round {done} of 300" in told
+    assert f"going on after round {done} of 300" in stderr
     assert command(*run("whole"))[0] == 0
     for at in ("", "baseline") if "baseline=false" not in more else ("",):
         for name in BYTES[:-1]:

@@ -36,7 +36,7 @@ print("\\n" + json.dumps(seen))
 """
 
 
-def imported(*arguments: str, when: str = "told") -> dict[str, object]:
+def imported(*arguments: str, when: str = "message") -> dict[str, object]:
     """The packages that a run of the program has imported, at its end and as it begins to compute."""
     program, plain = [sys.executable, "-c", PROGRAM, when, *arguments], os.environ | {"HYDRA_FULL_ERROR": "0"}
     done = subprocess.run(program, capture_output=True, text=True, check=True, env=plain)

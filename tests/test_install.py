@@ -53,12 +53,12 @@ def test_a_small_environment_runs_digits_mnist_cifar_and_image_folders_on_either
 ) -> None:
     place, scripts = tmp_path / "small", Path(sys.executable).parent
     environ = os.environ | cpu_wheel() | {"PYTHON": sys.executable}
-    made = subprocess.run(
+    built = subprocess.run(
         [ROOT / "scripts" / "cpu_environment", place], env=environ, capture_output=True, text=True, check=False
     )
-    if made.returncode and "TORCH" not in environ:
-        pytest.skip(f"no wheel of torch for processors is to be had: {made.stderr.strip()[-200:]}")
-    assert made.returncode == 0, made.stderr
+    if built.returncode and "TORCH" not in environ:
+        pytest.skip(f"no wheel of torch for processors is to be had: {built.stderr.strip()[-200:]}")
+    assert built.returncode == 0, built.stderr
 
     runs, sums = {"digits": ["dataset=digits"]}, {}
     for loader in ("mnist", "cifar10", "image_folder"):

@@ -157,7 +157,7 @@ def overrides_of(places: dict[str, str], *overrides: str) -> tuple[str, ...]:
     return (*data, "dtype=float64", *BASE, *overrides)
 
 
-def made(places: dict[str, str], *overrides: str) -> Scenario:
+def scenario_of(places: dict[str, str], *overrides: str) -> Scenario:
     """The experiment of these overrides."""
     return engine.make_scenarios([compose(*overrides_of(places, *overrides))])[0]
 
@@ -185,7 +185,7 @@ def test_a_setting_changes_keys_and_groups_exactly_where_it_changes_numbers(
     places: dict[str, str], setting: str
 ) -> None:
     change = CHANGES[setting]
-    cells = [made(places, *change.where), made(places, *change.where, change.to)]
+    cells = [scenario_of(places, *change.where), scenario_of(places, *change.where, change.to)]
     alone = [sequential.run(cell, client_by_client=True) for cell in cells]
     was, now = alone
     same = was.table.shape == now.table.shape and np.array_equal(was.table, now.table, equal_nan=True)
@@ -202,7 +202,7 @@ def test_a_setting_changes_keys_and_groups_exactly_where_it_changes_numbers(
 
 def test_the_same_data_moved_are_the_same_work(places: dict[str, str]) -> None:
     moved = places | {"data": f"{places['moved']}/data.npz"}
-    assert work_key(made(places)) == work_key(made(moved))
+    assert work_key(scenario_of(places)) == work_key(scenario_of(moved))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_function_of_the_users_that_has_changed_is_new_work(
     keys = []
     for factor in (1, 2, 1):
         (tmp_path / "mine.py").write_text(text.format(factor=factor))
-        keys.append(work_key(made(places, f"{name}={tmp_path}/mine.py:mine")))
+        keys.append(work_key(scenario_of(places, f"{name}={tmp_path}/mine.py:mine")))
     assert keys[0] == keys[2] != keys[1]
 
 
@@ -229,7 +229,7 @@ def test_a_target_file_that_has_changed_is_new_work(places: dict[str, str]) -> N
     keys = []
     for value in (1.0, 2.0, 1.0):
         np.savez(places["target"], theta=np.full((3, 7), value))
-        keys.append(work_key(made(places, "attack.goal=targeted", f"attack.target_path={places['target']}")))
+        keys.append(work_key(scenario_of(places, "attack.goal=targeted", f"attack.target_path={places['target']}")))
     assert keys[0] == keys[2] != keys[1]
 
 
@@ -237,7 +237,7 @@ def test_a_deal_in_a_file_that_has_changed_is_new_work(places: dict[str, str], t
     keys = []
     for client in (np.arange(90) % 5, np.arange(90) // 18, np.arange(90) % 5):
         np.savez(tmp_path / "users.npz", client=client)
-        keys.append(work_key(made(places, "partition=given", f"partition.path={tmp_path}/users.npz")))
+        keys.append(work_key(scenario_of(places, "partition=given", f"partition.path={tmp_path}/users.npz")))
     assert keys[0] == keys[2] != keys[1]
 
 

@@ -151,5 +151,5 @@ def test_three_trials_of_optuna_return_the_objective(tmp_path: Path) -> None:
 
 
 def test_an_unknown_objective_is_told_before_any_work(command: Callable[..., tuple[int, str, str]]) -> None:
-    code, _, told = command("-m", "objective=speed", "seed=0,1", "engine=batched")
-    assert code == 2 and told.startswith("fl-attack: objective=speed is not allowed") and "final_accuracy" in told
+    code, _, stderr = command("-m", "objective=speed", "seed=0,1", "engine=batched")
+    assert code == 2 and stderr.startswith("fl-attack: objective=speed is not allowed") and "final_accuracy" in stderr

@@ -101,9 +101,9 @@ def test_a_cell_of_a_stack_that_diverges_ends_alone(settings: Compose) -> None:
 
 def test_a_run_that_diverges_counts_every_round_once(settings: Compose) -> None:
     cell = scenario.make(settings(*SMALL, *MLP, "rounds=7", "eval_every=3", "lr=1e60", "server_optimizer=momentum"))
-    told: list[int] = []
-    assert sequential.run(cell, progress=told.append).error is not None
-    assert sum(told) == 7
+    reported: list[int] = []
+    assert sequential.run(cell, progress=reported.append).error is not None
+    assert sum(reported) == 7
 
 
 ALONE = {
@@ -316,9 +316,9 @@ def test_a_run_of_a_network_goes_on_where_it_stopped(settings: Compose, tmp_path
 
     with pytest.raises(StoppedError):
         sequential.run(cell, progress=cut_off, checkpoint=kept)
-    told: list[int] = []
-    resumed = sequential.run(cell, progress=told.append, checkpoint=Checkpoint(tmp_path, "key"))
-    assert told[0] >= 1 and sum(told) == 8
+    reported: list[int] = []
+    resumed = sequential.run(cell, progress=reported.append, checkpoint=Checkpoint(tmp_path, "key"))
+    assert reported[0] >= 1 and sum(reported) == 8
     assert resumed.theta is not None and whole.theta is not None and torch.equal(resumed.theta, whole.theta)
     assert np.array_equal(resumed.table, whole.table, equal_nan=True)
     assert_same(resumed.history(), whole.history(), rtol=0)

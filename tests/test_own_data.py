@@ -139,7 +139,7 @@ def test_data_of_their_own_end_in_the_numbers_of_the_same_shards_dealt_here(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["attack.knowledge=full"], "attack.knowledge=full can't be had with partition=own, in which no node sees"),
         (["attack.knowledge=full", "attack.goal=targeted"], "attack.goal=targeted can't be had with partition=own"),
@@ -154,8 +154,8 @@ def test_data_of_their_own_end_in_the_numbers_of_the_same_shards_dealt_here(
         (["engine=batched"], "engine=batched can't be had"),
     ],
 )
-def test_what_needs_the_data_of_others_is_refused(overrides: list[str], told: str) -> None:
-    with pytest.raises(InputError, match=f"^{told}"):
+def test_what_needs_the_data_of_others_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
         compose(*OWN, *overrides, "out=unused")
 
 
@@ -168,7 +168,7 @@ def test_a_run_without_nodes_is_told_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("changes", "overrides", "told"),
+    ("changes", "overrides", "message"),
     [
         ({0: {"data-path": None}}, [], "a node was started with partition-id=nothing; give each flower-supernode one"),
         ({0: {"data-path": None, "partition-id": 0}}, [], "the node of partition-id=0 has no data of its own"),
@@ -186,7 +186,7 @@ def test_a_node_that_can_not_take_part_is_told_before_any_round(
     capsys: pytest.CaptureFixture[str],
     changes: dict[int, Given],
     overrides: list[str],
-    told: str,
+    message: str,
 ) -> None:
     configs = [
         {"data-path": str(file), "malicious": i == 1} | changes.get(i, {}) for i, file in enumerate(shards.files)
@@ -197,7 +197,7 @@ def test_a_node_that_can_not_take_part_is_told_before_any_round(
     with pytest.raises(SystemExit):
         serve(nodes, *COMMON, *of_server(shards), *OWN, *overrides, f"out={tmp_path}/out")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fl-attack: ")]
-    assert len(lines) == 1 and re.search(told, lines[0])
+    assert len(lines) == 1 and re.search(message, lines[0])
     assert not (tmp_path / "out" / "rounds.csv").exists()
 
 

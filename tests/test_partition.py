@@ -304,13 +304,13 @@ def test_partitioners_of_flower_datasets_deal_each_sample_once_and_what_they_pro
 
 
 @pytest.mark.parametrize(
-    ("partitioner", "args", "told"),
+    ("partitioner", "args", "message"),
     [
         ("MinePartitioner", {}, "partitioner=MinePartitioner is unknown; use one of .*DirichletPartitioner"),
         ("IidPartitioner", {"size": 3}, "args={'size': 3}: .*size"),
         ("SizePartitioner", {"partition_sizes": [10, 10]}, "makes 2 partitions, but clients.total=4|partition_sizes"),
     ],
 )
-def test_a_partitioner_that_is_none_is_told_with_the_way_out(partitioner: str, args: dict, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_a_partitioner_that_is_none_is_told_with_the_way_out(partitioner: str, args: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         partition(np.arange(40) % 4, honest=3, malicious=1, seed=0, name="hf", partitioner=partitioner, args=args)

@@ -196,10 +196,10 @@ def uniform(seed: int, of: Problem) -> Callable[[int], torch.Tensor]:
 
 
 def planned(of: Problem, seed: int, sweeps: int = 30, tolerance: float = 0.0) -> Sweeps:
-    made = Sweeps(of, uniform(seed, of), tolerance)
-    made.start_from(starts(of))
-    made.run(sweeps)
-    return made
+    improved = Sweeps(of, uniform(seed, of), tolerance)
+    improved.start_from(starts(of))
+    improved.run(sweeps)
+    return improved
 
 
 def best_of_all(seed: int, **how: Any) -> float:
@@ -231,12 +231,12 @@ def test_plans_are_the_best_of_all_flip_sequences_in_nine_of_ten_seeds_and_never
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_harm_never_falls_and_is_that_of_the_labels(optimizer: protocol.Optimizer) -> None:
     of = problem(5, 4, rounds=12, optimizer=optimizer, lr=0.3, budget=2, average=True)
-    made = planned(of, 5)
-    harm = np.array(made.harm)
+    improved = planned(of, 5)
+    harm = np.array(improved.harm)
     assert (np.diff(harm, axis=0) >= 0).all()
     assert (harm[-1] > harm[0]).all()
-    np.testing.assert_allclose(Trajectory(of).run(made.labels).numpy(), harm[-1], rtol=1e-12)
-    for round_, labels in zip(of.rounds, made.labels, strict=True):
+    np.testing.assert_allclose(Trajectory(of).run(improved.labels).numpy(), harm[-1], rtol=1e-12)
+    for round_, labels in zip(of.rounds, improved.labels, strict=True):
         assert labels is not None
         assert ((labels != of.batch(round_).y).sum(1) <= 2).all()
 
@@ -248,11 +248,11 @@ def test_labels_that_are_not_a_plans_own_stay_true() -> None:
     columns, group = torch.tensor([0, 1, 3, 4, 5]), torch.tensor([0, 1, 1, 1, 1])
     access = Access(columns, group, mask, torch.tensor([[1, 0], [0, 2], [3, 3], [0, 0]]))
     of = dataclasses.replace(of, access=lambda round_: access if round_ != 2 else None)
-    made = planned(of, 6)
-    assert made.labels[1] is None
+    improved = planned(of, 6)
+    assert improved.labels[1] is None
     total = torch.zeros(4, 5, dtype=torch.int64)
     for round_ in (1, 3, 4):
-        labels = made.labels[round_ - 1]
+        labels = improved.labels[round_ - 1]
         assert labels is not None
         total += labels != of.batch(round_).y[columns]
     assert not total[~mask].any()
@@ -273,9 +273,9 @@ def test_sweeps_go_on_where_their_state_was_kept() -> None:
 
 
 def test_plans_that_gain_no_more_end() -> None:
-    made = planned(problem(0, 4), 0, sweeps=100, tolerance=1e-9)
-    assert made.over.all()
-    assert len(made.harm) < 60
+    improved = planned(problem(0, 4), 0, sweeps=100, tolerance=1e-9)
+    assert improved.over.all()
+    assert len(improved.harm) < 60
 
 
 def test_the_smoothed_error_nears_the_error_as_it_cools() -> None:

@@ -33,10 +33,10 @@ Make = Callable[..., Scenario]
 def make(small_data: Callable[..., list[str]]) -> Make:
     data = {classes: small_data(classes) for classes in (2, 3)}
 
-    def made(*overrides: str, classes: int = 2) -> Scenario:
+    def scenario_of(*overrides: str, classes: int = 2) -> Scenario:
         return scenario.make(compose(*data[classes], *SMALL, *overrides))
 
-    return made
+    return scenario_of
 
 
 def final_harm(cell: Scenario) -> float:
@@ -63,11 +63,11 @@ def test_plans_keep_the_budgets_of_greedy_flips(make: Make, classes: int, how: t
     keys = [one for one in how if one.split("=")[0] not in ("attack.foresight", "attack.horizon", "attack.objective")]
     greedy = make("dtype=float64", "engine=batched", *keys, classes=classes)
     outcome = engine.run_cells([cell])[0]
-    made = dict(outcome.flips)
+    flips_by_round = dict(outcome.flips)
     theta = greedy.start()
     for round_ in range(1, 9):
         allowed = adversary.flips(greedy, theta, round_)
-        flips = made.get(round_, scenario.NO_FLIPS)
+        flips = flips_by_round.get(round_, scenario.NO_FLIPS)
         assert len(flips.samples) <= allowed.allowed
         if len(flips.samples):
             assert flips.allowed == allowed.allowed
@@ -78,7 +78,7 @@ def test_plans_keep_the_budgets_of_greedy_flips(make: Make, classes: int, how: t
             used = cell.schedule.used[0]
             counts = np.bincount(cell.partition.client[flips.samples], minlength=4)
             assert (counts <= np.ceil(cell.settings.attack.budget * used)).all()
-    assert any(len(flips.samples) for flips in made.values())
+    assert any(len(flips.samples) for flips in flips_by_round.values())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
@@ -184,9 +184,9 @@ def test_a_run_that_plans_now_and_then_knows_its_plans_after_an_interruption(mak
         sequential.run(short, checkpoint=kept, watch=stop)
     rest = make(*PLANNED, "attack.horizon=3")
     sequential.run(rest, checkpoint=Checkpoint(tmp_path, "key"))
-    made = plans.plans_made(rest)
-    assert [one.first for one in made] == [1, 4, 7]
-    for one, other in zip(made, plans.plans_made(whole), strict=True):
+    found = plans.plans_made(rest)
+    assert [one.first for one in found] == [1, 4, 7]
+    for one, other in zip(found, plans.plans_made(whole), strict=True):
         np.testing.assert_array_equal(one.harm, other.harm)
 
 
@@ -199,10 +199,10 @@ def test_a_plan_of_the_whole_run_is_better_than_one_of_short_sight(make: Make) -
 def test_networks_are_planned_too(small_data: Callable[..., list[str]]) -> None:
     data = [*small_data(3), *SMALL, "rounds=4", "model=mlp", "model.args={widths: [4]}"]
     cell = scenario.make(compose(*data, *PLANNED, "attack.args={sweeps: 3, starts: 2, sample: 50}"))
-    made = plans.plan(cell)
-    assert (np.diff(made.harm, axis=0) >= 0).all()
-    assert made.harm[-1].max() > made.harm[0].max()
-    assert engine.run_cells([cell])[0].flip_count == len(made.samples) > 0
+    one_plan = plans.plan(cell)
+    assert (np.diff(one_plan.harm, axis=0) >= 0).all()
+    assert one_plan.harm[-1].max() > one_plan.harm[0].max()
+    assert engine.run_cells([cell])[0].flip_count == len(one_plan.samples) > 0
 
 
 def test_a_run_leaves_its_plan_and_the_figure(

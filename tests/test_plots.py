@@ -223,8 +223,8 @@ def test_a_heat_map_shows_the_means_on_one_scale(tmp_path, monkeypatch):
         image = axes.collections[0]
         expected = [[100 * accuracy(m, b, goal, seed=1) for m in (1, 2, 4)] for b in (0.25, 0.5, 1.0)]
         np.testing.assert_allclose(image.get_array(), expected)
-        told = [text.get_text() for text in axes.texts if not text.get_text().startswith("k·b")]
-        assert told == [f"{value:.1f}" for row in expected for value in row]
+        texts = [text.get_text() for text in axes.texts if not text.get_text().startswith("k·b")]
+        assert texts == [f"{value:.1f}" for row in expected for value in row]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "0.2", "0.4"]
     assert panels[0].collections[0].get_clim() == panels[1].collections[0].get_clim()
     assert bar.get_ylabel() == "final test accuracy (%)"
@@ -235,9 +235,9 @@ def test_lines_of_equal_product_pass_through_cells_of_that_product(tmp_path, mon
     figures = drawn(monkeypatch)
     plots.heatmap(sweep(tmp_path, malicious=[1, 2, 4, 8], budget=bs.tolist()))
     axes = figures[0].axes[0]
-    told = [text.get_text() for text in axes.texts if text.get_text().startswith("k·b")]
+    texts = [text.get_text() for text in axes.texts if text.get_text().startswith("k·b")]
     chosen = marks.products(ks, bs)
-    assert told == [f"k·b = {product:.3g}" for product in chosen]
+    assert texts == [f"k·b = {product:.3g}" for product in chosen]
     for product, line in zip(chosen, axes.lines[1::2], strict=True):
         for (row, column), value in np.ndenumerate(np.outer(bs, ks)):
             if value == pytest.approx(product):  # the line goes through its centre
@@ -676,7 +676,7 @@ def test_gradients_are_drawn_where_the_table_has_them(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["heat"], "heat is not a kind of plot; known: curves, heatmap,"),
         (["heatmap", "budget", "flips"], "usage:"),
@@ -692,11 +692,11 @@ def test_gradients_are_drawn_where_the_table_has_them(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_cannot_be_drawn_is_told_in_one_line(arguments, told, tmp_path, capsys):
+def test_what_cannot_be_drawn_is_told_in_one_line(arguments, message, tmp_path, capsys):
     sweep(tmp_path, strategy=["mean", "median"], budget=[i / 7 for i in range(7)])
     assert plots.main([str(tmp_path), *arguments]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and told in err
+    assert out == "" and err.count("\n") == 1 and message in err
     assert [file.name for file in tmp_path.iterdir()] == ["sweep.csv"]
 
 

@@ -132,14 +132,14 @@ def test_a_start_of_ray_that_hangs_is_ended_by_ctrl_c(
         text=True,
     )
     assert process.stderr is not None
-    told = ""
+    stderr = ""
     for word in ("hanging", "the same again stops at once")[:signals]:
-        told += "".join(itertools.takewhile(lambda line, word=word: word not in line, process.stderr))
+        stderr += "".join(itertools.takewhile(lambda line, word=word: word not in line, process.stderr))
         process.send_signal(signal.SIGINT)
-    told += process.communicate(timeout=20)[1]
+    stderr += process.communicate(timeout=20)[1]
     assert process.returncode == 130
-    assert told.splitlines()[-1].startswith("fl-attack: interrupted")
-    assert "Traceback" not in told
+    assert stderr.splitlines()[-1].startswith("fl-attack: interrupted")
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.ray
@@ -164,9 +164,9 @@ def test_ctrl_c_ends_the_start_of_ray_at_any_moment(
     time.sleep(after)  # seconds
     os.killpg(process.pid, number)  # as a terminal does
     assert process.wait(timeout=60) == 128 + number, said.read_text()
-    told = said.read_text()
-    assert told.splitlines()[-1].startswith("fl-attack: ")
-    assert "Traceback" not in told
+    message = said.read_text()
+    assert message.splitlines()[-1].startswith("fl-attack: ")
+    assert "Traceback" not in message
     deadline = time.monotonic() + 20
     while (left := with_mark(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -231,14 +231,14 @@ def test_ten_classes() -> None:
     "run", RUNS, ids=lambda run: f"{run.preset}-{run.source.name}-{run.protocol}-{len(run.overrides)}"
 )
 def test_every_run_composes_with_its_unattacked_twins(run: plan.Run) -> None:
-    made = plan.cells(run if run.batch == "full" else replace(run, batch=32), 3, 0.01)
-    assert len({cell.settings.model_dump_json() for cell in made}) == len(made)
+    swept = plan.cells(run if run.batch == "full" else replace(run, batch=32), 3, 0.01)
+    assert len({cell.settings.model_dump_json() for cell in swept}) == len(swept)
     full = run.protocol in (plan.FULL, plan.PERSIST) and run.preset == "smallest"  # has no randomness
-    assert len({cell.settings.seed for cell in made}) >= (2 if full else 5)
-    budgets = {cell.settings.attack.budget for cell in made}
+    assert len({cell.settings.seed for cell in swept}) >= (2 if full else 5)
+    budgets = {cell.settings.attack.budget for cell in swept}
     if run.preset not in ("honest", "noise", "fig6", "fig7", "fig8", "fig11"):
         assert 0.0 in budgets and len(budgets) > 1
-    assert {cell.settings.attack.rounding for cell in made} <= {"carry", "floor", "ceil"}
+    assert {cell.settings.attack.rounding for cell in swept} <= {"carry", "floor", "ceil"}
 
 
 def test_attacks_now_and_then_are_compared_at_equal_flips_in_all() -> None:
@@ -268,12 +268,12 @@ def test_the_question_of_a_tenth_of_a_percent_gets_twenty_seeds_and_adam_as_many
     assert {cell.settings.seed for cell in plan.cells(asked, 2, 0.3)} == set(range(20))
     (adam,) = [run for run in runs if run.preset == "fig14"]
     tried: dict[str, set[float]] = {}
-    made = plan.cells(replace(adam, overrides=(*adam.overrides, "seed=0")), 2, 0.3)
-    for cell in made:
+    swept = plan.cells(replace(adam, overrides=(*adam.overrides, "seed=0")), 2, 0.3)
+    for cell in swept:
         tried.setdefault(cell.settings.server_optimizer, set()).add(cell.settings.lr)
         assert cell.settings.early_stop.held_out > 0
     assert tried["adam"] == tried["sgd"] and len(tried["sgd"]) >= 5
-    assert max(cell.settings.attack.budget for cell in made) == 1
+    assert max(cell.settings.attack.budget for cell in swept) == 1
 
 
 def test_full_batches_of_pictures_are_at_a_rate_at_which_they_do_not_diverge() -> None:
@@ -341,9 +341,9 @@ def test_the_pipeline_leaves_figures_tables_and_a_report(
     monkeypatch.setattr(gradients, "RANDOM_SETS", 20)
     arguments = ["--quick", "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]
     assert replicate.main(arguments) == 0
-    told = capsys.readouterr()
-    assert "replicate: 100 % of" in told.err
-    assert "Under which protocol?" in told.out and "What holds and what does not" in told.out
+    stderr = capsys.readouterr()
+    assert "replicate: 100 % of" in stderr.err
+    assert "Under which protocol?" in stderr.out and "What holds and what does not" in stderr.out
     out = tmp_path / "out"
     for name in (*figures.FIGURES, "fig1"):
         stem = f"{name}-digits" if name == "fig9" else f"{name}-digits_01"
@@ -397,16 +397,16 @@ def test_sweeps_computed_together_are_those_computed_alone(tmp_path: Path) -> No
     grids = {}
     for preset in ("fig5", "rounding", "selection"):
         run = plan.Run(preset, source, overrides=("attack.budget=0,0.05", "seed=0,1"), batch=32)
-        made = plan.cells(run, 2, 0.1)
-        grids[plan.folder_of(tmp_path, made)] = made
+        swept = plan.cells(run, 2, 0.1)
+        grids[plan.folder_of(tmp_path, swept)] = swept
     with multirun.Progress(sum(map(len, grids.values()))) as progress:
         plan.compute(tmp_path, grids, progress)
         assert progress.done == pytest.approx(progress.total)
     assert not plan.lacking(grids)
     assert not list(tmp_path.glob("runs/*.units"))
-    for place, made in grids.items():
+    for place, swept in grids.items():
         alone = multirun.tabulate(
-            [multirun.Cell(one.overrides, one.settings.model_copy(update={"out": f"{place}-alone"})) for one in made]
+            [multirun.Cell(one.overrides, one.settings.model_copy(update={"out": f"{place}-alone"})) for one in swept]
         )
         together, apart = read(place), read(alone)
         for name in ("k", "b", "goal", "seed", "accuracy", "late", "f1", "drop"):
@@ -460,29 +460,33 @@ def test_an_interrupted_replication_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--only", "fig99"], "--only fig99 is not a figure; known: fig1, "),
         (["--data", "nowhere"], "nowhere/MNIST"),
     ],
 )
 def test_bad_input_is_one_line(
-    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert replicate.main(arguments) == 2
     line = capsys.readouterr().err
-    assert line.startswith("replicate: ") and told in line and line.count("\n") == 1
+    assert line.startswith("replicate: ") and message in line and line.count("\n") == 1
 
 
 def test_greedy_flips_are_the_farthest_of_those_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     (source, _) = plan.sources(True, None)
     settings = [gradients._settings((*source.overrides, "lr=0.1"), 5, 0.5, goal) for goal in statistics.GOALS]
-    made = dict(zip(statistics.GOALS, engine.make_scenarios(settings), strict=True))
+    swept = dict(zip(statistics.GOALS, engine.make_scenarios(settings), strict=True))
     import torch
 
-    theta = made["untargeted"].start() + 0.01 * torch.arange(65)
-    found = gradients.points(made, theta, 3, draws=200)
+    theta = swept["untargeted"].start() + 0.01 * torch.arange(65)
+    found = gradients.points(swept, theta, 3, draws=200)
     along = {kind: [x for name, x, _ in found if name == kind] for kind, _, _ in found}
     assert along["clean"] == pytest.approx([1.0])
     assert along["greedy, untargeted"][0] <= min(along["random flips"]) + 1e-12
@@ -490,7 +494,7 @@ def test_greedy_flips_are_the_farthest_of_those_within_reach(monkeypatch: pytest
     assert across["greedy, targeted"] > 0
     # the principal direction among the samples is that among all features
     monkeypatch.setattr(torch.linalg, "qr", lambda a: SimpleNamespace(Q=torch.eye(len(a), dtype=a.dtype)))
-    whole = gradients.points(made, theta, 3, draws=200)
+    whole = gradients.points(swept, theta, 3, draws=200)
     assert [y for _, _, y in found] == pytest.approx([y for _, _, y in whole], abs=1e-9)
 
 
@@ -503,11 +507,11 @@ def test_a_grid_from_python_is_that_of_the_command_line() -> None:
 
 
 def test_cells_of_a_sweep_have_late_averages(tmp_path: Path) -> None:
-    made = grid(
+    swept = grid(
         "experiment=fig8", "clients.malicious=5", "attack.budget=0,0.5", "seed=0,1", "rounds=30", "eval_every=1",
         "batch_size=32", f"out={tmp_path}/out",
     )  # fmt: skip
-    cells = read(multirun.tabulate(made))
+    cells = read(multirun.tabulate(swept))
     with np.load(tmp_path / "out" / "curves.npz") as stored:
         curves = 100 * stored["accuracy"]
     assert cells["late"] == pytest.approx(curves[:, -20:].mean(1))

@@ -114,11 +114,11 @@ def test_each_cell_has_the_command_that_runs_it(folders: list[Path]) -> None:
 
 def test_the_command_joins_folders_and_refuses_what_is_no_result(folders: list[Path], command: Command) -> None:
     at = folders[0].parent
-    code, told, _ = command("report", *map(str, folders), "--out", str(at / "all.html"))
-    assert code == 0 and told.strip() == str(at / "all.html")
+    code, stderr, _ = command("report", *map(str, folders), "--out", str(at / "all.html"))
+    assert code == 0 and stderr.strip() == str(at / "all.html")
     assert [part["kind"] for part in content(at / "all.html")] == ["run", "run", "sweep"]
-    code, _, told = command("report", str(at))
-    assert code == 2 and told.count("\n") == 1 and "holds no result" in told
+    code, _, stderr = command("report", str(at))
+    assert code == 2 and stderr.count("\n") == 1 and "holds no result" in stderr
 
 
 def test_what_users_name_is_text_and_no_script(folders: list[Path], tmp_path: Path) -> None:
@@ -170,13 +170,13 @@ def test_a_browser_shows_and_clicks_it(folders: list[Path], window: browser.Brow
     window.press("Enter")
     shown = window.do(f"{sweep_}.querySelector('.command').textContent")
     assert shown in content(file)[2]["commands"] and "attack.budget=1" in shown
-    told = window.do("document.activeElement.getAttribute('aria-label')")
+    focused = window.do("document.activeElement.getAttribute('aria-label')")
     table = load(folders[2]).table
     first = table[
         (table["attack.budget"] == 1.0) & (table["strategy"] == "mean") & (table["attack.goal"] == "targeted")
     ]
     mean = 100 * first["final_accuracy"].mean()
-    assert f"{rounded(mean)} ±" in told
+    assert f"{rounded(mean)} ±" in focused
     # a filter changes what is shown
     window.do(choosing(sweep_, "[...{}.querySelectorAll('select')].at(-1)", "untargeted"))
     other = table[(table["attack.budget"] == 1.0) & (table["strategy"] == "mean")]

@@ -103,11 +103,11 @@ def test_only_attacked_rounds_are_written_to(make: Make) -> None:
     assert written == [2, 5, 8]
 
 
-@pytest.mark.parametrize(("knowledge", "who"), [("full", range(7)), ("honest", None), ("own", None)])
-def test_the_direction_is_the_clean_gradient_of_what_is_known(make: Make, knowledge: str, who: range | None) -> None:
-    cell = make(f"attack.knowledge={knowledge}")
+@pytest.mark.parametrize(("known", "who"), [("full", range(7)), ("honest", None), ("own", None)])
+def test_the_direction_is_the_clean_gradient_of_what_is_known(make: Make, known: str, who: range | None) -> None:
+    cell = make(f"attack.knowledge={known}")
     malicious = set(cell.partition.malicious.tolist())
-    clients = {"honest": set(range(7)) - malicious, "own": malicious}.get(knowledge, set(range(7)))
+    clients = {"honest": set(range(7)) - malicious, "own": malicious}.get(known, set(range(7)))
     samples = np.flatnonzero(np.isin(cell.partition.client, list(clients)))
     theta, X = some_theta(cell), cell.features(samples)
     expected = logistic.gradient(theta, X, torch.tensor(cell.dataset.y_train[samples]))

@@ -31,8 +31,8 @@ def command(command: Callable[..., tuple[int, str, str]]) -> Command:
     """Runs `fl-attack` in this process: exit code and all that it said."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        code, printed, told = command(*arguments)
-        return code, printed + told
+        code, printed, stderr = command(*arguments)
+        return code, printed + stderr
 
     return run
 
@@ -48,9 +48,9 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_a_sweep_is_its_cells_run_alone(command: Command, small_data: Small, tmp_path: Path) -> None:
-    code, told = command(*small_sweep(small_data, tmp_path / "sweep"))
+    code, stderr = command(*small_sweep(small_data, tmp_path / "sweep"))
     assert code == 0
-    assert "sweep: 100 % of 8 cells" in told
+    assert "sweep: 100 % of 8 cells" in stderr
     table = rows(tmp_path / "sweep")
     assert {file.name for file in (tmp_path / "sweep").iterdir()} >= {"sweep.csv", "curves.npz", "config.yaml"}
     assert not [file for file in (tmp_path / "sweep").iterdir() if file.is_dir()]
@@ -110,9 +110,9 @@ def test_what_is_done_is_kept_and_not_done_again(
         return original(cells)  # type: ignore[arg-type]
 
     monkeypatch.setattr(execute, "batched_numbers", counting)
-    code, told = command(*small_sweep(small_data, tmp_path / "parts"))
+    code, stderr = command(*small_sweep(small_data, tmp_path / "parts"))
     assert code == 1
-    assert "StoppedError" in told
+    assert "StoppedError" in stderr
     kept = list((tmp_path / "parts" / "units").iterdir())
     assert len(kept) == 1
     assert not (tmp_path / "parts" / "sweep.csv").exists()
@@ -156,7 +156,7 @@ def test_the_same_data_in_another_place_are_the_same_work(small_data: Small, tmp
 
 
 def test_the_cells_of_a_grid_load_their_dataset_once(small_data: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = grid(*small_data(3), "engine=batched", "batch_size=30", "out=a", "seed=range(3)", "clients.malicious=1,2")
+    swept = grid(*small_data(3), "engine=batched", "batch_size=30", "out=a", "seed=range(3)", "clients.malicious=1,2")
     loaded: list[str] = []
     original = data.load
 
@@ -165,7 +165,7 @@ def test_the_cells_of_a_grid_load_their_dataset_once(small_data: Small, monkeypa
         return original(loader, **more)
 
     monkeypatch.setattr(data, "load", counting)
-    scenarios = engine.make_scenarios([cell.settings for cell in made])
+    scenarios = engine.make_scenarios([cell.settings for cell in swept])
     assert len(scenarios) == 6
     assert loaded == ["npz"]
 
@@ -185,11 +185,11 @@ def test_the_cells_of_a_grid_load_their_dataset_once(small_data: Small, monkeypa
 )
 def test_what_gives_the_same_numbers_is_computed_once(small_data: Small, more: list[str], cells: int) -> None:
     goals = "attack.goal=untargeted" if "attack=ipm" in more else "attack.goal=untargeted,targeted"
-    made = grid(
+    swept = grid(
         *small_data(3), "engine=batched", "clients.total=6", "clients.malicious=1,2", "attack.budget=0,0.5",
         goals, "batch_size=30", "out=unused", *more,
     )  # fmt: skip
-    scenarios = engine.make_scenarios([cell.settings for cell in made])
+    scenarios = engine.make_scenarios([cell.settings for cell in swept])
     kept, place = distinct(scenarios)
     assert len(kept) == cells
     for asked, at in zip(scenarios, place, strict=True):
@@ -204,9 +204,9 @@ def test_an_unattacked_cell_is_its_run_alone(
     command: Command, small_data: Small, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = [*small_data(3), f"engine={name}", "rounds=6", "batch_size=30", "lr=0.5", "clients.total=6"]
-    made = ["clients.malicious=1,2", "attack.budget=0,0.5", "attack.goal=untargeted,targeted"]
-    code, told = command("-m", *data, *made, f"out={tmp_path}/sweep")
-    assert code == 0 and "sweep: 100 % of 8 cells" in told
+    swept = ["clients.malicious=1,2", "attack.budget=0,0.5", "attack.goal=untargeted,targeted"]
+    code, stderr = command("-m", *data, *swept, f"out={tmp_path}/sweep")
+    assert code == 0 and "sweep: 100 % of 8 cells" in stderr
     table = rows(tmp_path / "sweep")
     for row in table:
         (twin,) = {
@@ -217,7 +217,7 @@ def test_an_unattacked_cell_is_its_run_alone(
         lost = twin - float(row["final_accuracy"])
         assert row["drop"] == "" if row["attack.budget"] == "0" else float(row["drop"]) == pytest.approx(lost)
     monkeypatch.setattr(sys.modules["fl_attack.multirun.units"], "plain", lambda scenario: scenario)
-    assert command("-m", *data, *made, f"out={tmp_path}/each")[0] == 0
+    assert command("-m", *data, *swept, f"out={tmp_path}/each")[0] == 0
     for one, other in zip(rows(tmp_path / "sweep"), rows(tmp_path / "each"), strict=True):
         for column, value in one.items():
             try:
@@ -260,10 +260,10 @@ def test_a_bad_cell_is_told_before_any_is_run(
 ) -> None:
     import re
 
-    code, told = command("-m", "engine=batched", *small_data(3), "batch_size=30", f"out={tmp_path}/out", *overrides)
+    code, stderr = command("-m", "engine=batched", *small_data(3), "batch_size=30", f"out={tmp_path}/out", *overrides)
     assert code == 2
-    assert told.count("\n") == 1
-    assert re.search(message, told)
+    assert stderr.count("\n") == 1
+    assert re.search(message, stderr)
     assert not (tmp_path / "out").exists()
 
 
@@ -294,8 +294,8 @@ def test_the_table_says_what_each_attack_writes(command: Command, small_data: Sm
     data = [*small_data(3), "engine=batched", "rounds=3", "batch_size=30", "clients.total=6", f"out={tmp_path}/out"]
     expected = {"none": "none", "greedy": "labels", "sign_flip": "updates"}
     expected |= {f"{tmp_path}/mine.py:zeros": "labels", f"{tmp_path}/mine.py:nothing": "updates"}
-    code, told = command("-m", *data, f"attack.name={','.join(expected)}", "clients.malicious=0,2")
-    assert code == 0, told
+    code, stderr = command("-m", *data, f"attack.name={','.join(expected)}", "clients.malicious=0,2")
+    assert code == 0, stderr
     for row in rows(tmp_path / "out"):
         assert row["writes"] == (expected[row["attack.name"]] if row["clients.malicious"] == "2" else "none")
 
@@ -309,8 +309,8 @@ def test_a_sweep_can_stand_in_a_file(
     )
     monkeypatch.chdir(tmp_path)
     data = [*small_data(3), "engine=batched", "rounds=3", "batch_size=30", f"out={tmp_path}/out"]
-    code, told = command("-m", "--config-dir", f"{tmp_path}/conf", "experiment=mine", *data)
-    assert code == 0, told
+    code, stderr = command("-m", "--config-dir", f"{tmp_path}/conf", "experiment=mine", *data)
+    assert code == 0, stderr
     assert [(row["attack.budget"], row["seed"]) for row in rows(tmp_path / "out")] == [
         (b, s) for b in ("0.1", "0.5") for s in ("0", "1")
     ]
@@ -334,16 +334,16 @@ def test_workers_tell_how_far_they_are(shared_ray: None, tmp_path: Path) -> None
                 break
         return job * job
 
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
 
     def on_progress(i: int, steps: int) -> None:
-        told.append((i, steps))
-        if len({steps for job, steps in told if job == 1}) >= 2:
+        reported.append((i, steps))
+        if len({steps for job, steps in reported if job == 1}) >= 2:
             heard.touch()
 
     found = dict(federation.scatter(work, [1, 9], 1, None, False, on_progress))
     assert found == {0: 1, 1: 81}
-    second = [steps for i, steps in told if i == 1]
+    second = [steps for i, steps in reported if i == 1]
     assert second == sorted(second) and 0 < second[0] < second[-1] < 400
 
 

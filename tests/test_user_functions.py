@@ -142,9 +142,9 @@ def test_what_a_function_gives_is_checked_alike_in_both_engines(
     line = MINE[: MINE.index(f"def {name}(")].count("\n") + 1
     said = rf"mine\.py:{name} \(.*mine\.py:{line}\) {WRONG[given]}"
     for more in ([], ["-m", "seed=0,1"]):
-        code, _, told = command(*more[:1], *run, "engine=batched", f"out={tmp_path}/o", *more[1:], "overwrite=true")
+        code, _, stderr = command(*more[:1], *run, "engine=batched", f"out={tmp_path}/o", *more[1:], "overwrite=true")
         assert code == 1
-        assert re.search(f"fl-attack: {said}", told.splitlines()[-1])
+        assert re.search(f"fl-attack: {said}", stderr.splitlines()[-1])
         assert not (tmp_path / "o" / "summary.json").exists() and not (tmp_path / "o" / "sweep.csv").exists()
     error = run_alone(scenario.make(compose(*run))).error  # as the clients and the server of engine=flower do it
     assert error is not None and re.search(said, error)
@@ -157,16 +157,16 @@ def test_a_wrong_function_ends_a_federation_in_one_line(
 ) -> None:
     key, name = given.split("=")
     run = [*small_data(3), "rounds=3", "batch_size=30", "attack.budget=0.5", f"{key}={mine}:{name}", "baseline=false"]
-    code, _, told = command(*run, f"out={tmp_path}/o")
+    code, _, stderr = command(*run, f"out={tmp_path}/o")
     assert code == 1
-    assert re.search(rf"fl-attack: .*mine\.py:{name} \(.*{WRONG[given]}", told.splitlines()[-1])
+    assert re.search(rf"fl-attack: .*mine\.py:{name} \(.*{WRONG[given]}", stderr.splitlines()[-1])
 
 
 def test_a_file_that_leaves_as_it_is_imported_is_refused(command: Command, tmp_path: Path) -> None:
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
-    code, _, told = command(f"attack.name={tmp_path}/leaves.py:attack", f"out={tmp_path}/o")
-    assert (code, told.count("\n")) == (2, 1)
-    assert "can't be imported: SystemExit" in told
+    code, _, stderr = command(f"attack.name={tmp_path}/leaves.py:attack", f"out={tmp_path}/o")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "can't be imported: SystemExit" in stderr
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_a_file_that_leaves_as_it_is_imported_is_refused(command: Command, tmp_p
 def test_arguments_are_checked_before_anything_starts(
     command: Command, tmp_path: Path, mine: str, given: str, message: str, engine: str
 ) -> None:
-    code, _, told = command(f"engine={engine}", *given.replace("MINE", mine).split(), f"out={tmp_path}/o")
-    assert (code, told.count("\n")) == (2, 1)
-    assert re.search(message, told)
+    code, _, stderr = command(f"engine={engine}", *given.replace("MINE", mine).split(), f"out={tmp_path}/o")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert re.search(message, stderr)
     assert not (tmp_path / "o").exists()
 
 

@@ -34,7 +34,7 @@ Settings = list[tuple[float, float, str]]  # k, b, goal
 GRID: Settings = [(k, b, goal) for k in (0.5, 1.0) for b in (0.0, 0.05, 0.1, 0.5) for goal in GOALS]
 
 
-def made(
+def simulated(
     settings: Settings,
     truth: Callable[[float, float, str], float],
     seeds: int,
@@ -77,12 +77,12 @@ def pictured(wrong: np.ndarray, b: np.ndarray, seed: np.ndarray) -> Cells:
 
 
 def test_a_dead_attack_bears_nothing_out() -> None:
-    cells = made(GRID, lambda k, b, goal: 90.0, 10, np.random.default_rng(0), lambda goal: 0.05)
+    cells = simulated(GRID, lambda k, b, goal: 90.0, 10, np.random.default_rng(0), lambda goal: 0.05)
     assert verdicts("monotonically", cells) == {NOT}  # what never falls does not fall monotonically
     for text in ("larger k does more harm", "large budgets the untargeted", "untargeted varies more"):
         assert verdicts(text, cells) == {NOT}
     assert verdicts("little", cells) == {REPLICATED}
-    exact = made(GRID, lambda k, b, goal: 90.0, 10, np.random.default_rng(0), lambda goal: 0.0)
+    exact = simulated(GRID, lambda k, b, goal: 90.0, 10, np.random.default_rng(0), lambda goal: 0.0)
     assert verdicts("monotonically", exact) == {NOT}
 
 
@@ -100,7 +100,7 @@ def test_two_images_are_no_effect() -> None:
 
 
 def test_noise_alone_is_no_effect() -> None:
-    cells = made(GRID, lambda k, b, goal: 80.0, 10, np.random.default_rng(1), lambda goal: 8.0)
+    cells = simulated(GRID, lambda k, b, goal: 80.0, 10, np.random.default_rng(1), lambda goal: 8.0)
     for claim in CLAIMS:
         if claim.text.startswith(("25 %", "F1", "Adam goes")):
             continue
@@ -111,12 +111,14 @@ def test_a_true_effect_is_found() -> None:
     def truth(k: float, b: float, goal: str) -> float:
         return 90 - 60 * k**1.5 * b - 20 * (goal == "untargeted") * k * b
 
-    cells = made(GRID, truth, 10, np.random.default_rng(2), lambda goal: 0.2)
+    cells = simulated(GRID, truth, 10, np.random.default_rng(2), lambda goal: 0.2)
     for text in ("monotonically", "larger k does more harm", "large budgets the untargeted"):
         assert verdicts(text, cells) == {REPLICATED}
     tenth: Settings = [(1.0, b, goal) for b in (0.0, 0.001) for goal in GOALS]
     for cost, expected in ((6.0, REPLICATED), (1.5, PARTLY), (0.3, NOT), (12.0, PARTLY)):
-        cells = made(tenth, lambda k, b, goal, c=cost: 90 - c * (b > 0), 10, np.random.default_rng(3), lambda goal: 0.1)  # type: ignore[misc]
+        cells = simulated(
+            tenth, lambda k, b, goal, c=cost: 90 - c * (b > 0), 10, np.random.default_rng(3), lambda goal: 0.1
+        )  # type: ignore[misc]
         assert verdicts("0.1 %", cells) == {expected}
 
 
@@ -220,7 +222,7 @@ def test_intervals_over_seeds_hold_their_level(name: str, seeds: int) -> None:
     statistic, settings, truth, value = COVERED[name]
     rng, inside = np.random.default_rng(seeds), []
     for _ in range(120):
-        found = evidence(statistic(made(settings, truth, seeds, rng)))
+        found = evidence(statistic(simulated(settings, truth, seeds, rng)))
         inside.append(found.low - 1e-9 <= value <= found.high + 1e-9)
     assert np.mean(inside) >= 0.89  # 0.95 less three standard errors of 120 tries
 

@@ -48,7 +48,7 @@ def test_a_killed_worker_is_replaced_and_its_job_alone_done_again(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("job", "error", "told"),
+    ("job", "error", "message"),
     [
         ((signal.raise_signal, signal.SIGKILL), RunError, "killed by SIGKILL, twice at the same unit.*memory_gb"),
         ((os._exit, 3), RunError, "ended with code 3, twice"),
@@ -59,12 +59,12 @@ def test_a_killed_worker_is_replaced_and_its_job_alone_done_again(tmp_path: Path
     ],
 )
 def test_what_goes_wrong_in_a_worker_is_raised_and_ends_the_others(
-    job: tuple[object, object], error: type[Exception], told: str
+    job: tuple[object, object], error: type[Exception], message: str
 ) -> None:
     began = time.monotonic()
     with pytest.raises(error) as raised:
         list(workers.side_by_side(JOB, [(time.sleep, 60), job], 2))
-    assert re.search(told, str(raised.value))
+    assert re.search(message, str(raised.value))
     assert time.monotonic() - began < 50
 
 
@@ -99,18 +99,18 @@ def test_a_sweep_leaves_the_same_bytes_whatever_the_number_of_workers(
     command: Command, small_data: Small, tmp_path: Path
 ) -> None:
     for count in ("1", "2", "3"):
-        code, _, told = command(*sweep(small_data, tmp_path / count, "seed=0,1,2", f"workers={count}"))
-        assert code == 0 and told.endswith("sweep: 100 % of 12 cells\n")
+        code, _, stderr = command(*sweep(small_data, tmp_path / count, "seed=0,1,2", f"workers={count}"))
+        assert code == 0 and stderr.endswith("sweep: 100 % of 12 cells\n")
     for name in ("sweep.csv", "curves.npz"):
         assert len({(tmp_path / count / name).read_bytes() for count in ("1", "2", "3")}) == 1
 
 
 def test_workers_hold_no_more_than_all_may_together(small_data: Small) -> None:
     def count(*more: str) -> int:
-        made = grid(*sweep(small_data, Path("unused"), "seed=range(8)", *more)[1:])
-        scenarios = engine.make_scenarios([cell.settings for cell in made])
+        swept = grid(*sweep(small_data, Path("unused"), "seed=range(8)", *more)[1:])
+        scenarios = engine.make_scenarios([cell.settings for cell in swept])
         return execute.worker_count(
-            [[scenarios[i] for i in group] for group in engine.group(scenarios)], made[0].settings
+            [[scenarios[i] for i in group] for group in engine.group(scenarios)], swept[0].settings
         )
 
     one = 180 * 7 * 4 / 2**30  # the samples of a unit, in the unit of the setting
@@ -123,8 +123,8 @@ def test_workers_hold_no_more_than_all_may_together(small_data: Small) -> None:
 
 @pytest.mark.parametrize("given", ["workers=0", "workers=all"])
 def test_a_wrong_number_of_workers_is_told(command: Command, small_data: Small, tmp_path: Path, given: str) -> None:
-    code, _, told = command(*sweep(small_data, tmp_path / "o", given))
-    assert (code, told.count("\n")) == (2, 1) and given in told
+    code, _, stderr = command(*sweep(small_data, tmp_path / "o", given))
+    assert (code, stderr.count("\n")) == (2, 1) and given in stderr
     assert not (tmp_path / "o").exists()
 
 
@@ -132,12 +132,12 @@ def test_a_wrong_number_of_workers_is_told(command: Command, small_data: Small, 
 def test_ctrl_c_ends_a_sweep_and_its_workers_at_once_and_another_number_of_them_goes_on(
     command: Command, small_data: Small, tmp_path: Path
 ) -> None:
-    def made(out: str, *more: str) -> list[str]:
+    def run_into(out: str, *more: str) -> list[str]:
         lengthy = ["rounds=1500", "seed=range(8)", *more]
         return [one for one in sweep(small_data, tmp_path / out, *lengthy) if one != "rounds=12"]
 
     process = subprocess.Popen(
-        [sys.executable, "-m", "fl_attack", *made("ended", "workers=2")],
+        [sys.executable, "-m", "fl_attack", *run_into("ended", "workers=2")],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -148,19 +148,19 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_at_once_and_another_number_of_them_
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     began = time.monotonic()
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert time.monotonic() - began < 10
     assert process.returncode == 130
-    assert told.splitlines()[-1].startswith("fl-attack: interrupted; what is done is in ")
-    assert "Traceback" not in told
+    assert stderr.splitlines()[-1].startswith("fl-attack: interrupted; what is done is in ")
+    assert "Traceback" not in stderr
     before = {file.name: file.stat().st_mtime_ns for file in kept.glob("*.npz")}
     assert 1 <= len(before) < 8
     computed: list[int] = []
     original = execute.batched_numbers
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execute, "batched_numbers", lambda *given: [computed.append(1), original(*given)][1])
-        assert command(*made("ended", "workers=1"))[0] == 0
+        assert command(*run_into("ended", "workers=1"))[0] == 0
     assert len(computed) == 8 - len(before)
-    assert command(*made("whole", "workers=3"))[0] == 0
+    assert command(*run_into("whole", "workers=3"))[0] == 0
     assert (tmp_path / "ended" / "sweep.csv").read_bytes() == (tmp_path / "whole" / "sweep.csv").read_bytes()
     assert np.load(tmp_path / "ended" / "curves.npz")["accuracy"].shape[0] == 32

@@ -121,9 +121,21 @@ class Training:
         self.stored = NO_FLIPS  # what stands in the attackers' data
 
     def step(self, round_: int, measured: bool) -> tuple[Tensor, Flips, Tensor | None]:
-        """Take a round; gives its aggregate (A, B), its flips, and the updates (m, A, B) if they were computed.
+        """Take a round.
 
-        They are in a round that is `measured` where someone attacks.
+        Parameters
+        ----------
+        round_ : int
+            The round, counted from 1.
+        measured : bool
+            Whether the updates of clients are wanted where someone attacks.
+
+        Returns
+        -------
+        aggregate : (A, B) tensor
+        flips : Flips
+        updates : (m, A, B) tensor or None
+            None where they were not computed.
         """
         cell, settings = self.cell, self.cell.settings
         if adversary.epoch_start(cell, round_) == round_:
@@ -172,7 +184,15 @@ class Training:
         }
 
     def restore(self, state: State, device: torch.device | str) -> None:
-        """Be as the training was whose `state` this is, on a device."""
+        """Go back to a state.
+
+        Parameters
+        ----------
+        state : dict
+            What `state` was then.
+        device : torch.device or str
+            Where the run goes on.
+        """
         self.theta, self.epoch_theta, self.momenta.table = (
             state[name].to(device) for name in ("theta", "epoch_theta", "momenta")
         )

@@ -53,7 +53,7 @@ class Model(ABC):
         """
 
     def class_logits(self, theta: Tensor, X: Tensor) -> Tensor:
-        """Logits of samples by class, (n, classes): one output z becomes 0 and z."""
+        """Logits of samples by class, (n, classes): one output z becomes 0 and z. See `logits` for the arguments."""
         return outputs.class_logits(self.logits(theta, X))
 
     @abstractmethod

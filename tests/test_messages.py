@@ -51,9 +51,9 @@ ONE_LINE = {
 def test_slips_are_told_in_our_words(command: Command, tmp_path: Path, given: str) -> None:
     (tmp_path / "text.npz").write_text("no archive")
     out = [] if "out=" in given else [f"out={tmp_path}/o"]
-    code, printed, told = command(*given.replace("FILE", f"{tmp_path}/text.npz").split(), *out)
-    assert (code, printed, told.count("\n")) == (2, "", 1)
-    assert ONE_LINE[given] in told
+    code, printed, stderr = command(*given.replace("FILE", f"{tmp_path}/text.npz").split(), *out)
+    assert (code, printed, stderr.count("\n")) == (2, "", 1)
+    assert ONE_LINE[given] in stderr
     assert not (tmp_path / "o").exists()
 
 
@@ -88,19 +88,19 @@ def test_closed_streams_do_no_harm(small_data: Small, tmp_path: Path, monkeypatc
     ],
 )
 def test_what_has_no_effect_is_noted(command: Command, small_data: Small, tmp_path: Path, given: str) -> None:
-    code, _, told = command(*short(small_data, tmp_path / "o"), *given.split())
+    code, _, stderr = command(*short(small_data, tmp_path / "o"), *given.split())
     if "attack.scope" in given:  # no key of this choice
-        assert code == 2 and "attack.scope is not a known key" in told
+        assert code == 2 and "attack.scope is not a known key" in stderr
         return
     assert code == 0
-    (line,) = [line for line in told.splitlines() if line.startswith("note: ")]
+    (line,) = [line for line in stderr.splitlines() if line.startswith("note: ")]
     assert f"{given.split()[-1].split('=')[0]}" in line and "has no effect: " in line
 
 
 def test_what_has_an_effect_is_not_noted(command: Command, small_data: Small, tmp_path: Path) -> None:
-    code, _, told = command("-m", *short(small_data, tmp_path / "o", "detectability=true", "attack.start=3,500"))
+    code, _, stderr = command("-m", *short(small_data, tmp_path / "o", "detectability=true", "attack.start=3,500"))
     assert code == 0
-    assert "note: " not in told
+    assert "note: " not in stderr
 
 
 def test_cells_that_diverge_have_no_results_and_are_counted(
@@ -116,9 +116,9 @@ def test_cells_that_diverge_have_no_results_and_are_counted(
     for column in ("final_accuracy", "minimum_accuracy", "early_stop_accuracy", "final_f1", "final_loss", "drop"):
         assert broken[column] == ""
     assert "diverged" in broken["error"]
-    code, _, told = command("-m", *run, "lr=1e307,1e308", "overwrite=true")
+    code, _, stderr = command("-m", *run, "lr=1e307,1e308", "overwrite=true")
     assert code == 1
-    assert "all 2 cells broke off, the first because the run diverged" in told.splitlines()[-1]
+    assert "all 2 cells broke off, the first because the run diverged" in stderr.splitlines()[-1]
     assert (tmp_path / "o" / "sweep.csv").exists()
 
 
@@ -126,9 +126,9 @@ def test_cells_that_diverge_have_no_results_and_are_counted(
 def test_rounds_are_counted_to_the_last_whatever_fits_in_memory(
     command: Command, small_data: Small, tmp_path: Path, memory: str
 ) -> None:
-    code, _, told = command(*short(small_data, tmp_path / "o", f"engine.memory_gb={memory}"))
+    code, _, stderr = command(*short(small_data, tmp_path / "o", f"engine.memory_gb={memory}"))
     assert code == 0
-    lines = [line for line in told.splitlines() if line.startswith("batched: round")]
+    lines = [line for line in stderr.splitlines() if line.startswith("batched: round")]
     assert lines[-1] == "batched: round 6 of 6"
     assert len(lines) == len(set(lines)) == 6
 
@@ -139,8 +139,8 @@ def test_the_bar_of_a_sweep_shows_no_noise(monkeypatch: pytest.MonkeyPatch, caps
         for _ in range(986):
             progress.rounds(125, 1)
         progress.bar.refresh()
-    assert "7.888" not in (told := capsys.readouterr().err)
-    assert "7.9/160" in told
+    assert "7.888" not in (stderr := capsys.readouterr().err)
+    assert "7.9/160" in stderr
 
 
 def test_a_full_disk_is_no_fault_of_the_input(
@@ -155,9 +155,9 @@ def test_a_full_disk_is_no_fault_of_the_input(
     monkeypatch.undo()
     run = short(small_data, tmp_path / "o")
     monkeypatch.setattr(experiment.results, "write_rounds", full)
-    code, _, told = command(*run)
+    code, _, stderr = command(*run)
     assert code == 1
-    assert "No space left" in told.splitlines()[-1]
+    assert "No space left" in stderr.splitlines()[-1]
 
 
 def test_who_waits_on_a_terminal_sees_seconds(
@@ -172,5 +172,5 @@ def test_who_waits_on_a_terminal_sees_seconds(
     monkeypatch.setattr(waiting, "SHOWN_EVERY", 0.01)
     with waiting.waiting("starting"):
         time.sleep(0.1)
-    told = capsys.readouterr().err
-    assert told.startswith("starting\rstarting 0 s") and told.endswith("\rstarting: 0 s\n")
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("starting\rstarting 0 s") and stderr.endswith("\rstarting: 0 s\n")
