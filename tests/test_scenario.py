@@ -1,7 +1,9 @@
 """What the attacker does over the rounds of an experiment: budgets, knowledge, targets."""
 
 import math
+import sys
 from collections.abc import Callable
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from fl_attack import adversary, knowledge, scenario, targets
 from fl_attack.config import Settings
 from fl_attack.data import cache
 from fl_attack.errors import InputError
+from fl_attack.federation import client as clients
+from fl_attack.federation import wire
 from fl_attack.models import logistic, outputs
 from fl_attack.scenario import Scenario
 
@@ -215,3 +219,26 @@ def test_a_target_of_ones_own_is_taken_or_refused(make: Make, tmp_path: object) 
         targets.target(make(*overrides))
     np.savez(file, theta=np.ones((3, 7)))
     assert (targets.target(make(*overrides)) == 1).all()
+
+
+@pytest.mark.parametrize("refresh", ["step", "epoch"])
+@pytest.mark.parametrize("attack", ["greedy", "random_flip", "confidence_flip"])
+def test_theta_visits_what_attackers_do_once_on_its_way_through_a_client(make: Make, attack: str, refresh: str) -> None:
+    cell = make(f"attack.name={attack}", f"attack.refresh={refresh}", "attack.budget=0.5")
+    theta, visits = some_theta(cell), []
+    malicious = clients.MaliciousClient(cell, int(cell.partition.malicious[0]), clients.OmniscientHook(cell))
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        caller, here = frame.f_back, frame.f_code
+        while caller is not None and "fl_attack" not in caller.f_code.co_filename:
+            caller = caller.f_back  # through functions of others, such as a partial
+        if event == "call" and here.co_filename == adversary.__file__ != (caller and caller.f_code.co_filename):
+            visits.append(here.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        answer = malicious.train(wire.Request(theta, False, 1, "", theta, None))
+    finally:
+        sys.setprofile(before)
+    assert answer.flips is not None and len(answer.flips.samples) and visits == ["flips"]
