@@ -54,7 +54,7 @@ def run(*overrides: str, **keys: Any) -> Result:
         raise InputError("an experiment is a grid: use sweep(...), not run(...)")
     with _place(given) as (out, in_memory):
         settings = compose(*given, *out)
-        with _kept_in_memory(in_memory):
+        with _kept_in_memory(in_memory, settings):
             execute(settings)
         return _of(Path(settings.out), in_memory)
 
@@ -89,7 +89,7 @@ def sweep(*overrides: str, grid: Mapping[str, Iterable[Any]] | None = None, **ke
     as_multirun(given)
     with _place(given) as (out, in_memory):
         cells = launcher.grid(*given, *out)
-        with _kept_in_memory(in_memory), _no_exit("sweep"):
+        with _kept_in_memory(in_memory, cells[0].settings), _no_exit("sweep"):
             folder = multirun.run(cells)
         return _of(folder, in_memory)
 
@@ -166,12 +166,17 @@ def _place(given: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
 
 
 @contextmanager
-def _kept_in_memory(in_memory: bool) -> Iterator[None]:
-    """Figures are not rendered for nobody, and an interruption names no folder that is gone."""
+def _kept_in_memory(in_memory: bool, settings: "Settings") -> Iterator[None]:
+    """Figures are not rendered for nobody, and an interruption names no folder that is gone.
+
+    InputError where a tracker would keep its files in a folder that goes with the block.
+    """
     from fl_attack.plots import canvas
 
+    if in_memory and "tensorboard" in settings.tracker:
+        raise InputError("tracker=tensorboard leaves its files in out; give out=, a folder")
     try:
-        with canvas.captured() if in_memory else nullcontext():
+        with canvas.captured() if in_memory and not settings.tracker else nullcontext():
             yield
     except Interrupted as signalled:
         if not in_memory:

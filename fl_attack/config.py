@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fl_attack import __version__
 from fl_attack.choices import (
@@ -361,7 +361,14 @@ class Settings(Strict):
     overwrite: bool
     resume: bool = True
     report: bool = True
+    tracker: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     verbose: bool
+
+    @field_validator("tracker", mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        """One name as a list of it."""
+        return [given] if isinstance(given, str) else given
 
     @property
     def torch_dtype(self) -> "torch.dtype":
@@ -575,7 +582,7 @@ def overrides_of(settings: Settings) -> list[str]:
 
 
 GROUPS = ("dataset", "partition", "model", "attack", "strategy", "engine")
-NOT_TOLD = {"out", "overwrite", "resume", "verbose", "report"}  # where results go, and how
+NOT_TOLD = {"out", "overwrite", "resume", "verbose", "report", "tracker"}  # where results go, and how
 
 
 @cache

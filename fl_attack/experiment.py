@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fl_attack import attack, engine, folder, identity, plans, plots, report, results, scenario, targets
+from fl_attack import attack, engine, folder, identity, plans, plots, report, results, scenario, targets, trackers
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, without_effect
 from fl_attack.errors import Interrupted, RunError
-from fl_attack.history import History, OnRound, Recorder, Row
+from fl_attack.history import History, OnRound, Recorder, Row, row_of
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 
@@ -72,6 +72,7 @@ def run(
     Interrupted
         Where a signal ends it; the message says what is kept and where.
     """
+    trackers.check(settings.tracker)
     attacked = make(settings)
     check(attacked)
 
@@ -83,18 +84,21 @@ def run(
     with folder.taken(Path(settings.out), "run", settings.overwrite, goes_on) as place, _told(place.work):
         if not settings.resume or not goes_on(place.work):
             folder.clear(place.work)
-        if settings.attacked and settings.attack.steers:
-            with Progress(settings.rounds, "target", "round") as progress:
-                targets.load_target(attacked, progress)
-        if plans.is_whole(attacked):
-            with Progress(attack.planned_options(settings.attack.args).sweeps, "plan", "sweep") as progress:
-                plans.load_plans([attacked], on_sweep=progress)
-            plans.plan(attacked)
-        results.write_config(place.work, attacked.settings)
-        summaries = _run(attacked, place.work, runner)
-        folder.settle(place)
-        if settings.report:
-            report.offer([place.out])
+        with trackers.of_run(attacked.settings, place.work) as tracked:
+            if settings.attacked and settings.attack.steers:
+                with Progress(settings.rounds, "target", "round") as progress:
+                    targets.load_target(attacked, progress)
+            if plans.is_whole(attacked):
+                with Progress(attack.planned_options(settings.attack.args).sweeps, "plan", "sweep") as progress:
+                    plans.load_plans([attacked], on_sweep=progress)
+                plans.plan(attacked)
+            results.write_config(place.work, attacked.settings)
+            summaries = _run(attacked, place.work, runner, tracked)
+            tracked.leave()
+            folder.settle(place)
+            if settings.report:
+                report.offer([place.out])
+            tracked.files(place.out)
     return summaries
 
 
@@ -108,7 +112,9 @@ def check(which: Scenario) -> None:
         federation.check(which)
 
 
-def _run(attacked: Scenario, work: Path, runner: "federation.Runner | None") -> dict[str, dict[str, Any]]:
+def _run(
+    attacked: Scenario, work: Path, runner: "federation.Runner | None", tracked: trackers.Tracked
+) -> dict[str, dict[str, Any]]:
     """Run an experiment and write all its files into a folder that is held."""
     settings = attacked.settings
     runs: dict[str, tuple[Scenario, Path]] = {"attacked" if settings.attacked else "honest": (attacked, work)}
@@ -122,6 +128,7 @@ def _run(attacked: Scenario, work: Path, runner: "federation.Runner | None") -> 
         nonlocal twin
         which, where = runs[name]
         results.write(where, which, history)
+        tracked.rows(history.rows, part_of(name, settings))
         if finished:
             summaries[name] = results.summary(which, history, twin)
             results.write_clients(where, which, history)
@@ -129,15 +136,16 @@ def _run(attacked: Scenario, work: Path, runner: "federation.Runner | None") -> 
             twin = history
 
     if settings.engine.name == "batched":
-        _batched(runs, keep)
+        _batched(runs, keep, tracked)
     else:
-        _federated(runs, settings, keep, runner)
+        _federated(runs, settings, keep, runner, tracked)
     last = summaries["attacked" if settings.attacked else "honest"]
     plots.curves_of(work, last)
     if (work / folder.PLAN).exists():
         plots.plan(work)
     for name, facts in summaries.items():  # the twin first: the summary in the folder itself says that all is there
         results.write_summary(runs[name][1], facts)
+        tracked.summary(facts, part_of(name, settings))
     for _, where in runs.values():
         Checkpoint(where, "").remove()
     return summaries
@@ -158,9 +166,14 @@ def _told(work: Path) -> Iterator[None]:
         raise Interrupted(f"interrupted; {what}", code) from None
 
 
-def _batched(runs: Runs, keep: Keep) -> None:
+def part_of(name: str, settings: Settings) -> str:
+    """The part that a run is for trackers, see `trackers.Store`."""
+    return results.BASELINE if settings.attacked and name == "honest" else ""
+
+
+def _batched(runs: Runs, keep: Keep, tracked: trackers.Tracked) -> None:
     """Run an experiment and its twin side by side in this process."""
-    settings = next(iter(runs.values()))[0].settings
+    settings = list(runs.values())[-1][0].settings
     names, done, due = list(runs), 0, time.monotonic() + SAVE_EVERY
 
     def step(rounds: int) -> None:
@@ -173,6 +186,11 @@ def _batched(runs: Runs, keep: Keep) -> None:
     def watch(cells: list[int], so_far: Callable[[], list[engine.Outcome]]) -> None:
         """Write the rounds so far now and then, and before an interruption."""
         nonlocal due
+        parts = [part_of(names[cell], settings) for cell in cells]
+        if any(map(tracked.is_due, parts)):
+            for part, outcome in zip(parts, so_far(), strict=True):
+                later = outcome.table[outcome.table[:, 0] > tracked.last(part)]
+                tracked.rows([row_of(values) for values in later.tolist()], part)
         if not signalled() and time.monotonic() < due:
             return
         for cell, outcome in zip(cells, so_far(), strict=True):
@@ -218,7 +236,9 @@ def _between_rounds() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def _federated(runs: Runs, settings: Settings, keep: Keep, runner: "federation.Runner | None") -> None:
+def _federated(
+    runs: Runs, settings: Settings, keep: Keep, runner: "federation.Runner | None", tracked: trackers.Tracked
+) -> None:
     """Run an experiment and its twin one after the other, over the same clients; by default those of Ray."""
     from fl_attack import federation
 
@@ -228,7 +248,8 @@ def _federated(runs: Runs, settings: Settings, keep: Keep, runner: "federation.R
         for name, (which, where) in runs.items():
             with Progress(settings.rounds, name, "round") as progress:
                 recorder = Recorder(which, checkpoint=Checkpoint(where, identity.key_of([which])))
-                recorder.on_round = both(progress, saver(where, recorder.history))
+                logged = tracked.observer(recorder.history, part_of(name, settings))
+                recorder.on_round = both(both(progress, saver(where, recorder.history)), logged)
                 unfinished[name] = recorder
                 federate(recorder)
             keep(name, unfinished.pop(name).history)

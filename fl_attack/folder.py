@@ -37,6 +37,7 @@ OF_RUN = (
 )
 STATE = "checkpoint.npz"
 FIGURES = ("*.png", "*.pdf")  # of a sweep
+TRACKERS, TENSORBOARD = "trackers.json", "tensorboard"  # what trackers know of the result, and the files of one
 LOCK, UNFINISHED = ".lock", "unfinished"
 
 
@@ -175,6 +176,9 @@ def clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for file in [file for pattern in patterns for file in folder.glob(pattern)]:
         file.unlink()
+    if (folder / TRACKERS).exists():
+        (folder / TRACKERS).unlink()
+        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
     if holds(folder / BASELINE) or (folder / BASELINE / "config.yaml").exists():
         shutil.rmtree(folder / BASELINE)
     shutil.rmtree(folder / UNITS, ignore_errors=True)

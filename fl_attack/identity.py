@@ -15,7 +15,7 @@ NUMERICS = 6  # to be raised when a change of the code changes the numbers of a 
 OF_RULES = 4  # likewise, of a run whose server sees what each client sends
 WITH_OTHERS = 1  # likewise, of plans, of rules that see more than updates, and of attackers who adapt
 # what changes no number
-NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "report"}
+NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "report", "tracker"}
 NOT_NUMBERS |= {"launcher", "workers", "figures", "objective"}
 # nor, where the fingerprint of the data is known, does the place of these
 ON_DATA: Mapping[str, bool | set[str]] = {

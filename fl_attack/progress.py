@@ -1,5 +1,6 @@
 """How far something is that counts its rounds or its cells."""
 
+import importlib.util
 import sys
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ class Progress:
 
     def __init__(self, total: int, name: str = "sweep", unit: str = "cell") -> None:
         self.total, self.name, self.unit, self.done, self.printed = total, name, unit, 0.0, 0
-        self.bar = tqdm(total=total, unit=unit, desc=name, disable=not sys.stderr.isatty())
+        self.bar = _bar(total=total, unit=unit, desc=name)
 
     def __enter__(self) -> Self:
         return self
@@ -80,3 +81,18 @@ class Progress:
     def __call__(self, round_: int, row: dict[str, Any] | None = None) -> None:
         """Show that a run has done this round, and the accuracy last measured; the observer of a recorder."""
         self.add(round_ - self.done, f"accuracy {row['test_accuracy']:.4f}" if row else "")
+
+
+def _bar(**told: Any) -> Any:
+    """The bar of a terminal, or of a notebook that has ipywidgets; elsewhere one that shows nothing."""
+    if not _is_notebook():
+        return tqdm(**told, disable=not sys.stderr.isatty())
+    from tqdm.auto import tqdm as of_notebooks  # which warns where there are no widgets
+
+    return of_notebooks(**told)
+
+
+def _is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook that can show widgets."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", ()) and importlib.util.find_spec("ipywidgets") is not None

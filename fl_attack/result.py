@@ -158,7 +158,9 @@ class Result:
             plots.draw(folder, kind or ("curves" if self.kind == "run" else "all"), *columns)
         if not figures:
             raise InputError("the sweep allows no figure: nothing but the seed was varied")
-        return figures[0]
+        figure = figures[0]
+        figure._repr_png_ = lambda: _png(figure)  # pyplot, which is not used, would tell a notebook how
+        return figure
 
     def save(self, folder: str | Path) -> Path:
         """Write the files of a result that is in memory to a folder, as a command leaves them; gives the folder."""
@@ -234,6 +236,13 @@ class Result:
         rows = list(csv.reader(io.StringIO(self._content(name).decode(), newline="")))
         header, cells = rows[0], list(zip(*rows[1:], strict=True)) or [()] * len(rows[0])
         return {column: column_of(values) for column, values in zip(header, cells, strict=True)}
+
+
+def _png(figure: Any) -> bytes:
+    """A figure of matplotlib's as a notebook shows it."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
 def _kind_of(folder: Path) -> places.Kind:

@@ -3,9 +3,11 @@
 A hook of mkdocs (mkdocs.yml). Pages of the navigation that are not there are left out of it.
 """
 
+import json
 import re
 import tokenize
 from collections.abc import Callable, Iterator
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,28 @@ def _text(comment: str) -> str:
     return comment.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*")
 
 
+def notebook(file: Path) -> str:
+    """A notebook as a page: its cells with what they gave, and a link to itself."""
+    parts = [f"*This page is a notebook: [{file.name}]({file.name}).*"]
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text.replace(".ipynb)", ".md)") if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        parts += [_shown(output) for output in cell.get("outputs", ())]
+    heading = next(i for i, part in enumerate(parts) if part.startswith("# "))
+    title, _, rest = parts.pop(heading).partition("\n")
+    return "\n\n".join([title, *parts[:heading], rest, *parts[heading:]])
+
+
+def _shown(output: dict[str, Any]) -> str:
+    """An output of a cell: a picture, a table, or text."""
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    if "image/png" in data:
+        return f"![](data:image/png;base64,{''.join(data['image/png']).strip()})"
+    if "text/html" in data:
+        return re.sub(r"<style.*?</style>|\n *", "", "".join(data["text/html"]), flags=re.S)
+    return f"```text\n{''.join(data['text/plain']).rstrip()}\n```"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "reference/keys.md": keys,
     "reference/attacks.md": attacks,
@@ -196,4 +220,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/pieces.md": pieces,
     "contributing.md": _of_root("CONTRIBUTING.md"),
     "changelog.md": _of_root("CHANGELOG.md"),
+}
+PAGES |= {
+    f"notebooks/{file.stem}.md": partial(notebook, file) for file in sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 }

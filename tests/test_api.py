@@ -138,6 +138,7 @@ def test_figures_show_the_numbers(small: Result, grid: Result) -> None:
     assert attacked.get_ydata() == pytest.approx(small.rounds["test_accuracy"])
     assert small.baseline is not None and honest.get_ydata() == pytest.approx(small.baseline.rounds["test_accuracy"])
     assert grid.plot().axes and grid.plot("rounds", "attack.budget").axes
+    assert grid.plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
     with pytest.raises(InputError, match="is not a kind of plot"):
         grid.plot("nothing")
     with pytest.raises(InputError, match="of a sweep"):

@@ -116,6 +116,7 @@ CHANGES: dict[str, Change] = {
     "launcher": Change("launcher=ray", numbers=False),
     "workers": Change("workers=3", numbers=False),
     "report": Change("report=false", numbers=False),
+    "tracker": Change("tracker=tensorboard", numbers=False),
     "out": Change("out=elsewhere", numbers=False),
     "overwrite": Change("overwrite=true", numbers=False),
     "resume": Change("resume=false", numbers=False),

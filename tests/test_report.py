@@ -112,6 +112,16 @@ def test_each_cell_has_the_command_that_runs_it(folders: list[Path]) -> None:
     )
 
 
+def test_a_sweep_has_what_the_page_s_filters_and_intervals_are_made_of(folders: list[Path]) -> None:
+    (part,) = content(folders[2] / "report.html")
+    table = load(folders[2]).table
+    for name in part["varied"]:  # each is an axis or a filter, of these values
+        assert part["columns"][name] == table[name].tolist()
+    assert (part["factors"]["final_accuracy"], part["factors"]["final_loss"]) == (100, 1)  # per cent, nats
+    assert part["t"][:2] == pytest.approx([12.7062, 4.30265], rel=1e-5)  # Student's, 95 %, of 2 and 3 seeds
+    assert {"final_accuracy", "final_loss", "flips"} <= {*part["results"]} and "error" not in part["results"]
+
+
 def test_the_command_joins_folders_and_refuses_what_is_no_result(folders: list[Path], command: Command) -> None:
     at = folders[0].parent
     code, stderr, _ = command("report", *map(str, folders), "--out", str(at / "all.html"))

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fl_attack import engine, experiment, folder, plots, report, workers
+from fl_attack import engine, experiment, folder, plots, report, trackers, workers
 from fl_attack.config import Settings, to_yaml, without_effect
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError, Interrupted, RunError
 from fl_attack.identity import key_of
+from fl_attack.multirun.children import Children
 from fl_attack.multirun.elsewhere import Launch, compute_file, launched
 from fl_attack.multirun.execute import compute
 from fl_attack.multirun.table import Cell, write_tables
@@ -74,17 +75,21 @@ def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch 
     Interrupted
         Where a signal ends it; the message says what is kept and where.
     """
+    trackers.check(cells[0].settings.tracker)
     notes = [dict.fromkeys(without_effect(cell.settings, sweep=True)) for cell in cells]
     for note in [note for note in notes[0] if all(note in of_cell for of_cell in notes)]:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    out = tabulate(cells, progress, launch=launch, finish=partial(_draw_all, settings=cells[0].settings))
-    if cells[0].settings.report:
-        report.offer([out])
-    total, lost = broken_off(out)
-    if lost == total:
-        with (out / folder.TABLE).open() as lines:
-            error = next(csv.DictReader(lines))["error"]
-        raise RunError(f"all {total} cells broke off, the first because {error}; see the column error of {out}")
+    with trackers.of_sweep(cells) as tracked:
+        finish = partial(_draw_all, settings=cells[0].settings)
+        out = tabulate(cells, progress, finish, launch, tracked)
+        if cells[0].settings.report:
+            report.offer([out])
+        total, lost = broken_off(out)
+        tracked.files(out, {"cells": total, "broken_off": lost})
+        if lost == total:
+            with (out / folder.TABLE).open() as lines:
+                error = next(csv.DictReader(lines))["error"]
+            raise RunError(f"all {total} cells broke off, the first because {error}; see the column error of {out}")
     return out
 
 
@@ -119,6 +124,7 @@ def tabulate(
     progress: Progress | None = None,
     finish: Drawn = lambda folder: None,
     launch: Launch | None = None,
+    tracked: trackers.Sweep | None = None,
 ) -> Path:
     """Compute a grid and leave its tables, without figures, in the `out` that all cells name.
 
@@ -130,6 +136,8 @@ def tabulate(
         As `run` takes them.
     finish : callable, optional
         Gets the folder of the tables: the sweep counts as finished only after that.
+    tracked : trackers.Sweep, optional
+        Is told of the cells as they are done.
 
     Returns
     -------
@@ -142,7 +150,7 @@ def tabulate(
         Before any work starts, where a cell can't be run or `out` holds what would be lost.
     """
     out = Path(cells[0].settings.out)
-    tabulate_together([cells], None, progress, finish, launch)
+    tabulate_together([cells], None, progress, finish, launch, tracked)
     return out
 
 
@@ -152,6 +160,7 @@ def tabulate_together(
     progress: Progress | None = None,
     finish: Drawn = lambda folder: None,
     launch: Launch | None = None,
+    tracked: trackers.Sweep | None = None,
 ) -> None:
     """Compute grids that have an `out` each, and what they have in common once.
 
@@ -163,8 +172,8 @@ def tabulate_together(
         The folder of what an interrupted call leaves for the next one; None is one in the `out` of a single grid.
     progress : Progress, optional
         It reckons with all cells.
-    finish, launch
-        As `tabulate` takes them.
+    finish, launch, tracked
+        As `tabulate` takes them; `tracked` is for a single grid.
 
     Raises
     ------
@@ -198,11 +207,16 @@ def tabulate_together(
             text = to_yaml(grid[0].settings).encode()
             write_whole(at.work / "config.yaml", lambda stream, text=text: stream.write(text))  # type: ignore[misc]
         anew = grids[0][0].settings.overwrite
-        numbers = _computed(work, kept_scenarios, kept, anew, progress, len(cells), launch)
+        if tracked:
+            tracked.begin(places[0].work, anew)
+        children = Children(tracked, scenarios, place)
+        numbers = _computed(work, kept_scenarios, kept, anew, progress, len(cells), launch, children)
         rows = zip(cells, scenarios, (numbers[at] for at in place), strict=True)
         for grid, at in zip(grids, places, strict=True):
             write_tables(at.work, *zip(*itertools.islice(rows, len(grid)), strict=True))
             finish(at.work)
+        if tracked:
+            tracked.leave()
         shutil.rmtree(kept, ignore_errors=True)
         for at in places:
             folder.settle(at)
@@ -223,6 +237,7 @@ def _computed(
     progress: Progress | None,
     cells: int,
     launch: Launch | None,
+    children: Children,
 ) -> dict[int, Numbers]:
     """The numbers of all scenarios: what is kept, unless all is done `anew`, and the others computed."""
     done: dict[int, Numbers] = {}
@@ -235,18 +250,21 @@ def _computed(
                 todo.append(unit)
             else:
                 done |= by_cell(unit, numbers)
+                children.done(unit, numbers)
                 progress.skip(len(unit.cells))
 
         def keep(unit: Unit, numbers: Numbers) -> None:
             write_whole(kept / f"{unit.key}.npz", saver(numbers, unit.key))
             done.update(by_cell(unit, numbers))
+            children.done(unit, numbers)
 
         def note(unit: Unit, numbers: Numbers) -> None:
             done.update(by_cell(unit, numbers))
+            children.done(unit, numbers)
             progress.skip(len(unit.cells))
 
         if launch is None:
-            compute(todo, scenarios, progress, keep)
+            compute(todo, scenarios, progress, keep, children.observer)
         else:
             launched(todo, scenarios, kept, launch, note)
     return done

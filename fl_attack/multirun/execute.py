@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_attack import engine, plans, workers
+from fl_attack import engine, experiment, plans, workers
 from fl_attack.config import Settings, settings_from
 from fl_attack.errors import RunError
-from fl_attack.history import COLUMNS, Recorder
+from fl_attack.history import COLUMNS, History, OnRound, Recorder
 from fl_attack.multirun.units import Numbers, Unit, mistakes, stacked
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 
 Keep = Callable[[Unit, Numbers], None]
+Observe = Callable[[int, History], OnRound | None]  # of a cell, what looks on while it runs
 Tell = Callable[[int, int], None]  # gets the position of a job and how many rounds of its cells are done
 Packed = tuple[int, list[str]]  # the threads to use, and the settings of cells in JSON
 WORTH_WORKERS = 4.0  # seconds of computing below which workers would take longer to start
@@ -47,7 +48,13 @@ class Job:
 Launcher = Callable[[Sequence[Job], Settings, Tell], Iterator[tuple[int, Numbers]]]
 
 
-def compute(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
+def compute(
+    todo: Sequence[Unit],
+    scenarios: Sequence[Scenario],
+    progress: Progress,
+    keep: Keep,
+    observe: Observe = lambda cell, history: None,
+) -> None:
     """Compute units, and hand on the numbers of each as it is done.
 
     Parameters
@@ -60,11 +67,13 @@ def compute(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progr
         It counts cells.
     keep : callable
         Gets a unit and its numbers, in this process.
+    observe : callable
+        Gives what looks on while a cell runs on Flower, of the cell and its history; None for nobody.
     """
     batched = [unit for unit in todo if scenarios[unit.cells[0]].settings.engine.name == "batched"]
     if batched:
         _spread(batched, scenarios, progress, keep)
-    _one_by_one([unit for unit in todo if unit not in batched], scenarios, progress, keep)
+    _one_by_one([unit for unit in todo if unit not in batched], scenarios, progress, keep, observe)
 
 
 def _spread(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
@@ -177,7 +186,9 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
+def _one_by_one(
+    todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep, observe: Observe
+) -> None:
     """Run cells of the Flower engine one after the other, over the same clients where they have as many."""
     by_grid: dict[str, list[Unit]] = {}
     for unit in todo:
@@ -191,6 +202,8 @@ def _one_by_one(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: P
         for unit in units_of_grid:
             scenario, error = scenarios[unit.cells[0]], ""
             recorder = Recorder(scenario, partial(progress.round, scenario.settings.rounds))
+            if logged := observe(unit.cells[0], recorder.history):
+                recorder.on_round = experiment.both(recorder.on_round, logged)
             try:
                 federate(recorder)
             except RunError as failure:

@@ -125,20 +125,7 @@ def by_cell(unit: Unit, numbers: Numbers) -> dict[int, Numbers]:
 
 
 def by_lot(scenario: Scenario, rng: np.random.Generator) -> Numbers:
-    """Numbers such as a cell may have, which nobody computed: what a table and its figures can be tried with.
-
-    Parameters
-    ----------
-    scenario : Scenario
-        The cell.
-    rng : numpy.random.Generator
-        What draws.
-
-    Returns
-    -------
-    Numbers
-        Of two evaluations.
-    """
+    """Numbers such as a cell may have, which nobody computed, to try figures with; see `stacked`."""
     table = rng.uniform(0.2, 0.8, (2, len(COLUMNS)))
     table[:, COLUMNS.index("round")] = 0, scenario.settings.rounds
     if scenario.settings.early_stop.patience is None:

@@ -1,0 +1,49 @@
+"""The cells of a sweep in its trackers: one child for each, whichever unit its numbers come from."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from fl_attack import trackers
+from fl_attack.history import History, OnRound, row_of
+from fl_attack.multirun.table import row_of as results_of
+from fl_attack.multirun.units import Numbers, Unit, by_cell
+from fl_attack.scenario import Scenario
+
+OF_SEVERAL = ("drop", "rounds_to_recover")  # results that need the cell of the unattacked twin: in the table alone
+
+
+class Children:
+    """What a sweep's trackers are told of its cells; nothing without trackers."""
+
+    def __init__(self, tracked: trackers.Sweep | None, scenarios: Sequence[Scenario], place: Sequence[int]) -> None:
+        """`place` tells of each cell which of the experiments that are computed gives its numbers."""
+        self.tracked, self.scenarios = tracked, scenarios
+        self._cells: defaultdict[int, list[int]] = defaultdict(list)
+        for cell, at in enumerate(place):
+            self._cells[at].append(cell)
+
+    def observer(self, at: int, history: History) -> OnRound | None:
+        """What logs the first cell of an experiment while it runs, others when it is done; see `trackers.Sweep`."""
+        return self.tracked.observer(self._cells[at][0], history) if self.tracked else None
+
+    def done(self, unit: Unit, numbers: Numbers) -> None:
+        """Log the cells of a unit; of both see `by_cell`."""
+        if self.tracked is None or not self.tracked.names:
+            return
+        for at, one in by_cell(unit, numbers).items():
+            rows = [row_of(values) for values in one.table[~np.isnan(one.table[:, 0])].tolist()]
+            for cell in self._cells[at]:
+                found = results_of(self.scenarios[cell], one)
+                facts = {name: number(value) for name, value in found.items() if name not in OF_SEVERAL}
+                self.tracked.done(cell, rows, facts, str(one.error))
+        self.tracked.save()
+
+
+def number(value: str | int | float) -> str | int | float:
+    """A value of a table as a number, where it is one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

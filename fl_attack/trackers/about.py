@@ -1,0 +1,77 @@
+"""What a tracker is told of a run, and what it does with it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from fl_attack.history import Row
+
+How = Literal["finished", "failed", "killed"]
+Value = str | int | float | bool | None
+PROJECT = "fl-attack"  # where the user's own settings name no other
+
+
+@dataclass(frozen=True)
+class About:
+    """What a tracker is told of a run as it begins."""
+
+    kind: Literal["run", "sweep", "cell"]
+    name: str
+    settings: Mapping[str, Value]  # by key; what differs between the cells of a sweep is left out of the sweep's
+    command: str  # that runs it again
+    folder: Path  # of the run or the sweep
+    parent: str | None = None  # of a cell: the id that the tracker gave the sweep
+
+
+class Store(Protocol):
+    """One run in the store of a tracker. Methods raise whatever the tracker's library raises.
+
+    `part` is the empty text for the run itself, or the name of a run that belongs to it, such as the unattacked twin.
+    """
+
+    id: str
+
+    def rows(self, part: str, rows: Sequence[Row]) -> None:
+        """Log rows of measures; what is not finite is left out.
+
+        Parameters
+        ----------
+        part : str
+            Whose they are.
+        rows : sequence of Row
+            In the order of their rounds.
+        """
+
+    def summary(self, part: str, facts: Mapping[str, Value]) -> None:
+        """Log the figures of a whole run.
+
+        Parameters
+        ----------
+        part : str
+            Whose they are.
+        facts : mapping
+            The figures by their names.
+        """
+
+    def leave(self) -> None:
+        """Close what is open in the folder of the run, which is about to be moved."""
+
+    def files(self, folder: Path, files: Sequence[Path]) -> None:
+        """Keep figures and files.
+
+        Parameters
+        ----------
+        folder : Path
+            Where the result is now.
+        files : sequence of Path
+            Those in it that are kept.
+        """
+
+    def end(self, how: How) -> None:
+        """Say how the run ended."""
+
+
+def tagged(part: str, name: str) -> str:
+    """The name of a measure of a part; see `Store`."""
+    return f"{part}/{name}" if part else name
