@@ -12,7 +12,7 @@ import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -221,8 +221,7 @@ def _make_and_keep(cells: Sequence[Scenario], first: int, thetas: Sequence[Tenso
     files = [_file(cell, first, theta) for cell, theta in zip(cells, thetas, strict=True)]
     name = hashlib.sha256("".join(file.name for file in files).encode()).hexdigest()[:24]
     work = files[0].parent / f"{name}.unfinished"
-    work.mkdir(parents=True, exist_ok=True)
-    with FileLock(work / ".lock"):
+    with _held(work):
         if any(_read(file) is None for file in files):
             maker = Maker(cells, first, thetas)
             with torch.inference_mode(), maker.threads():
@@ -230,6 +229,20 @@ def _make_and_keep(cells: Sequence[Scenario], first: int, thetas: Sequence[Tenso
             for file, one in zip(files, made, strict=True):
                 cache.write_whole(file, partial(np.savez_compressed, **one._asdict()))
         shutil.rmtree(work, ignore_errors=True)  # whoever waits for the lock finds the plans made
+
+
+@contextmanager
+def _held(work: Path) -> Iterator[None]:
+    """Hold a folder that whoever held it before may have removed."""
+    lock = FileLock(work / ".lock")
+    while not lock.is_locked:
+        work.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # removed while this one waited
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Maker:

@@ -420,6 +420,7 @@ def test_rules_and_attackers_who_know_them_do_in_a_batch_what_they_do_alone(
         ["attack=alie", "attack.adapt=rule"],
     )
     chosen = [(rule, one) for i, rule in enumerate(rules) for one in (attacks[0], attacks[1 + i % 2])]
+    chosen.append(("fltrust", ["lr=0.3"]))  # in one tile with others
     make = partial(scenario_of, settings, small_data(classes), *how, "rounds=3", "strategy.f=1")
     cells = [make(f"strategy={rule}", *one) for rule, one in chosen]
     assert all(engine.is_linear(cell) for cell in cells)

@@ -42,8 +42,20 @@ def at_ordinary_scale(rule: Callable[..., Tensor], updates: Tensor, **lengths: f
     """The aggregate by a rule, with updates of unusual length scaled to an ordinary one and back, exactly.
 
     The scales are powers of two. Each federation is computed as it would be alone, those with an update that is far
-    longer than the typical one in float64. `rule` is called with updates, their norms (..., m) in float64, and the
-    lengths among its arguments, which are scaled too; of the updates (..., m, C, d) see `mean`.
+    longer than the typical one in float64.
+
+    Parameters
+    ----------
+    rule : callable
+        Takes updates, their norms (..., m) in float64, and the lengths by name.
+    updates : (..., m, C, d) tensor
+        Those of all clients.
+    **lengths : float or None
+        Arguments of the rule that are lengths: they are scaled too.
+
+    Returns
+    -------
+    (..., C, d) tensor
     """
     norm = torch.linalg.vector_norm(updates.flatten(-2), dim=-1)
     low, high = (float(end) for end in norm.aminmax())
