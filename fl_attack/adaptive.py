@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fl_attack import adversary, aggregate, attack, protocol
+from fl_attack import adversary, aggregate, attack, knowledge, protocol
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
 
@@ -107,7 +107,7 @@ def _worst(scenario: Scenario, theta: Tensor, round_: int, server: Server, sent:
     clients = scenario.schedule.participants(round_)
     weights = torch.from_numpy(scenario.schedule.sizes[clients]).to(theta.device)
     order = torch.from_numpy(protocol.shuffled(scenario.settings.seed, round_, len(clients))).to(theta.device)
-    v, seen = adversary.direction(scenario, theta, round_), scenario.seen(round_, theta)
+    v, seen = knowledge.direction(scenario, theta, round_), scenario.seen(round_, theta)
     products: list[Tensor] = []
     for i, updates in enumerate(sent):
         same = next((j for j in range(i) if torch.equal(sent[j], updates)), None)  # small budgets round alike

@@ -6,22 +6,18 @@ process works out the same, and again.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import attack, plans, protocol, targets
-from fl_attack.models import outputs
+from fl_attack import attack, knowledge, plans, protocol
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario, client_update
 
-LABEL_NOISE, UPDATE_NOISE, KNOWN_CLIENTS = 3, 4, 5  # names of random streams, beside those of `protocol`
-SAMPLE = 1000  # training samples that directions measure harm on
 Clients = NDArray[np.int64]
 Counts = NDArray[np.int64]
-Samples = NDArray[np.int64]
 
 
 def epoch_start(scenario: Scenario, round_: int) -> int:
@@ -217,7 +213,12 @@ def _chosen(
     budgets = _allowances(scenario, before, writable)
     if not any(budgets):
         return NO_FLIPS
-    samples, y, proposal = _proposal(scenario, theta, round_, malicious)
+    seen = knowledge.of_samples(scenario, theta, round_, malicious)
+    samples, y, proposal = (
+        seen.samples,
+        seen.y,
+        propose(scenario, round_, seen, seen.y.shape, scenario.settings.torch_dtype),
+    )
     pooled, used = scenario.settings.attack.scope == "pooled", budgets
     if percent < 100:
         part = np.array(budgets) * percent // 100
@@ -261,7 +262,8 @@ def _added(
         budgets = [max(0, total - int(n)) for total, n in zip(whole, taken, strict=True)]
     if not any(budgets) and not (threat.unflip and flipped.any()):
         return standing
-    _, y, proposal = _proposal(scenario, theta, round_, malicious)
+    seen = knowledge.of_samples(scenario, theta, round_, malicious)
+    y, proposal = seen.y, propose(scenario, round_, seen, seen.y.shape, scenario.settings.torch_dtype)
     now = torch.from_numpy(flipped).to(y.device)
     old = y.clone()
     old[now] = torch.from_numpy(standing.labels).to(y.device)
@@ -304,47 +306,9 @@ def _within(
     return attack.select(priority, torch.from_numpy(group).to(device), torch.tensor(budgets, device=device))
 
 
-def _proposal(
-    scenario: Scenario, theta: Tensor, round_: int, malicious: Clients
-) -> tuple[NDArray[np.int64], Tensor, attack.Proposal]:
-    """The samples (n,) that clients can write, their true labels, and what the attack proposes for them."""
-    threat, schedule = scenario.settings.attack, scenario.schedule
-    if threat.refresh == "step":
-        samples, counts = schedule.samples(malicious, round_)
-    else:
-        samples = np.sort(np.concatenate([schedule.shards[client] for client in malicious]))
-        counts = np.ones_like(samples)
-
-    def everybodys() -> Samples:
-        if threat.refresh == "step":
-            return schedule.samples(schedule.participants(round_), round_)[0]
-        return np.concatenate(schedule.shards)
-
-    X, y, _ = scenario.batch(samples, counts, theta.device)
-    at = theta.to(X.dtype)
-    seen = Seen(
-        y,
-        torch.from_numpy(counts).to(theta.device),
-        samples,
-        everybodys,
-        scores=lambda: scenario.model.scores(at, direction(scenario, theta, round_).to(X.dtype), X),
-        logits=lambda: outputs.class_logits(scenario.model.logits(at, X)),
-    )
-    return samples, y, propose(scenario, round_, seen, (len(samples),), X.dtype)
-
-
-class Seen(NamedTuple):
-    """What attackers on labels can see of a round; what takes work is worked out when it is asked for."""
-
-    y: Tensor  # (n,) true labels of the samples that they can write
-    counts: Tensor | None  # (n,) how often each of them is used; None: once
-    samples: Samples  # (n,) which samples of the training set they are
-    everybodys: Callable[[], Samples]  # those of all clients in this round, among which they have their noise
-    scores: Callable[[], Tensor]  # (..., n, classes), see `attack.View`
-    logits: Callable[[], Tensor]  # (..., n, classes)
-
-
-def propose(scenario: Scenario, round_: int, seen: Seen, shape: Sequence[int], dtype: torch.dtype) -> attack.Proposal:
+def propose(
+    scenario: Scenario, round_: int, seen: knowledge.Seen, shape: Sequence[int], dtype: torch.dtype
+) -> attack.Proposal:
     """What the attack on labels of an experiment, or of several with this attack, proposes in a round.
 
     Parameters
@@ -353,7 +317,7 @@ def propose(scenario: Scenario, round_: int, seen: Seen, shape: Sequence[int], d
         The experiment, or one of several that have their attack and their data in common.
     round_ : int
         The round, counted from 1, whose noise the attack may use.
-    seen : Seen
+    seen : knowledge.Seen
         What the attackers can see.
     shape : sequence of int
         (..., n), the shape of the proposal.
@@ -370,21 +334,8 @@ def propose(scenario: Scenario, round_: int, seen: Seen, shape: Sequence[int], d
     RunError
         Where a user's function gives something else.
     """
-    threat, device = scenario.settings.attack, seen.y.device
-
-    def noise() -> Tensor:
-        everybodys = np.sort(seen.everybodys())
-        uniform = label_noise(scenario, round_, len(everybodys))[np.searchsorted(everybodys, seen.samples)]
-        return torch.from_numpy(uniform).to(device, dtype)
-
-    view = attack.View(
-        seen.y,
-        torch.ones_like(seen.y) if seen.counts is None else seen.counts,
-        scores=seen.scores,
-        logits=seen.logits,
-        noise=noise,
-        selection=threat.selection,
-    )
+    threat = scenario.settings.attack
+    view = knowledge.view(scenario, round_, seen, dtype)
     return attack.propose(threat.name, view, threat.args, shape, scenario.classes)
 
 
@@ -392,166 +343,6 @@ def keeps_theta(scenario: Scenario) -> bool:
     """Whether flips depend on the parameters that were broadcast in the round `epoch_start`."""
     threat = scenario.settings.attack
     return scenario.settings.attacked and (threat.refresh == "epoch" or threat.horizon is not None)
-
-
-def label_noise(scenario: Scenario, round_: int, samples: int) -> NDArray[np.float64]:
-    """Random numbers by which attacks on labels choose.
-
-    Parameters
-    ----------
-    scenario, round_
-        Those of `epoch_start`; each seed and round has numbers of its own.
-    samples : int
-        How many samples there are, in ascending order.
-
-    Returns
-    -------
-    (samples, 2) array
-        Uniform in [0, 1).
-    """
-    return np.random.default_rng([scenario.settings.seed, LABEL_NOISE, round_]).random((samples, 2))
-
-
-def update_noise(scenario: Scenario, round_: int) -> Tensor:
-    """Random numbers for attacks on updates.
-
-    Parameters
-    ----------
-    scenario, round_
-        Those of `epoch_start`; each seed and round has numbers of its own.
-
-    Returns
-    -------
-    (m, A, B) tensor of float64
-        Standard normal, for the clients of the round in ascending order.
-    """
-    clients = scenario.schedule.per_round or scenario.settings.clients.total
-    rng = np.random.default_rng([scenario.settings.seed, UPDATE_NOISE, round_])
-    return torch.from_numpy(rng.standard_normal((clients, *scenario.theta_shape)))
-
-
-def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
-    """The direction v that the attackers push the gradient against, worked out from what they know.
-
-    Parameters
-    ----------
-    scenario : Scenario
-        The experiment.
-    theta : (A, B) tensor of float64
-        The parameters that the server has broadcast.
-    round_ : int
-        The round, counted from 1; with `attack.refresh=epoch` the first of an epoch.
-
-    Returns
-    -------
-    (A, B) tensor
-        That of `attack.direction` or `attack.goal`, see `attack.DIRECTIONS`.
-    """
-    threat = scenario.settings.attack
-
-    def target() -> Tensor:
-        return targets.target(scenario).to(theta.device)
-
-    def sample() -> tuple[Tensor, Tensor]:
-        X, y = sample_of(scenario)
-        return X.to(theta.device), y.to(theta.device)
-
-    aim = attack.Aim(
-        theta,
-        round_,
-        scenario.model,
-        gradient=lambda: _known_gradient(scenario, theta, round_),
-        target=target,
-        sample=sample,
-    )
-    return attack.direction_of(threat.aim, aim)
-
-
-def sample_of(scenario: Scenario) -> tuple[Tensor, Tensor]:
-    """Inputs and true labels of the training samples that attackers measure harm on, the same in every round."""
-    if "sample" not in scenario.memo:
-        scenario.memo["sample"] = plans.sample_of(scenario, SAMPLE)
-    found: tuple[Tensor, Tensor] = scenario.memo["sample"]
-    return found
-
-
-def _known_gradient(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
-    """The clean gradient (A, B) of the clients of `known`, zero without any."""
-    threat, schedule = scenario.settings.attack, scenario.schedule
-    step = threat.refresh == "step" or threat.writes != "labels"
-    everyone = schedule.participants(round_) if step else np.arange(len(schedule.shards))
-    clients = known(scenario, everyone, round_)
-    if not len(clients):
-        return torch.zeros_like(theta)
-    if step:
-        return scenario.gradient(theta, clients, round_)
-    held = np.sort(np.concatenate([schedule.shards[client] for client in clients]))
-    return scenario.gradient_of(theta, held, np.ones_like(held))
-
-
-def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
-    """The clients whose clean gradient the attackers know in a round.
-
-    Parameters
-    ----------
-    scenario : Scenario
-        The experiment, whose `attack.knowledge` decides.
-    everyone : array of int, (m,)
-        The clients of the round, ascending.
-    round_ : int
-        The round, from 1, in which a part of the honest ones is drawn.
-
-    Returns
-    -------
-    array of int
-        Some of `everyone`, ascending.
-    """
-    threat = scenario.settings.attack
-    is_malicious = np.isin(everyone, scenario.partition.malicious)
-    if threat.knowledge == "full":
-        return everyone
-    if threat.knowledge == "own":
-        return everyone[is_malicious]
-    honest = everyone[~is_malicious]
-    if threat.knowledge == "honest":
-        return honest
-    rank = known_rank(scenario, round_)[honest]
-    return np.sort(honest[rank.argsort()[: part(threat.knowledge_fraction, len(honest))]])
-
-
-def known_rank(scenario: Scenario, round_: int) -> NDArray[np.float64]:
-    """A random number for each client: attackers who know a part of the honest ones know those of the lowest.
-
-    Parameters
-    ----------
-    scenario, round_
-        Those of `epoch_start`; each seed and round has numbers of its own.
-
-    Returns
-    -------
-    (clients,) array
-        Uniform in [0, 1).
-    """
-    settings = scenario.settings
-    return np.random.default_rng([settings.seed, KNOWN_CLIENTS, round_]).random(settings.clients.total)
-
-
-def part(fraction: float, of: int) -> int:
-    """How many clients a fraction of some is.
-
-    Parameters
-    ----------
-    fraction : float
-        From 0 to 1.
-    of : int
-        How many clients there are.
-
-    Returns
-    -------
-    int
-        Rounded, halves up, and at least one if there is any client.
-    """
-    return min(of, max(1, math.floor(fraction * of + 0.5)))
 
 
 def updates(
@@ -609,7 +400,9 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
     malicious = malicious.to(theta.device)
     if not malicious.any():
         return honest
-    return replace_updates(scenario, round_, honest, malicious, malicious, lambda: direction(scenario, theta, round_))
+    aim = knowledge.aim(scenario, theta, round_)
+    direction = partial(attack.direction_of, threat.aim, aim)
+    return replace_updates(scenario, round_, honest, malicious, malicious, direction)
 
 
 def replace_updates(
@@ -647,7 +440,5 @@ def replace_updates(
         Where a user's function gives something else than an update for each client.
     """
     threat = scenario.settings.attack
-    view = attack.Updates(
-        updates, malicious, direction=direction, noise=lambda: update_noise(scenario, round_).to(updates)
-    )
+    view = knowledge.view_of_updates(scenario, round_, updates, malicious, direction)
     return torch.where(attacking[..., None, None], attack.craft(threat.name, view, threat.args), updates)

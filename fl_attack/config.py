@@ -408,6 +408,10 @@ class Settings(Strict):
         """Whether it is an unattacked twin: no label is flipped, no update is changed."""
         return not self.attacked or (self.attack.writes == "labels" and self.attack.budget == 0)
 
+    def unattacked(self) -> "Settings":
+        """The unattacked twin: the same experiment with every client honest."""
+        return self.model_copy(update={"attack": AttackSettings(name="none"), "baseline": False})
+
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if self.strategy.name == "flower" and self.server_optimizer != "sgd":
@@ -694,12 +698,12 @@ def _check_own_data(settings: Settings) -> None:
     ]
     if settings.attacked:
         aimed = "goal" in attack.find(threat.name).uses
-        told = aimed and "knowledge" not in attack.find_direction(threat.aim).uses
+        ignores_knowledge = aimed and "knowledge" not in attack.find_direction(threat.aim).uses
         aim = f"attack.goal={threat.goal}" if threat.direction is None else f"attack.direction={threat.direction}"
         refused += [
             (threat.plans or threat.writes != "labels", f"attack={threat.name}", "an attack on labels, such as greedy"),
             (threat.adapt != "none", f"attack.adapt={threat.adapt}", "attack.adapt=none"),
-            (told, aim, "attack.goal=untargeted attack.knowledge=own"),
+            (ignores_knowledge, aim, "attack.goal=untargeted attack.knowledge=own"),
             (aimed and threat.knowledge != "own", f"attack.knowledge={threat.knowledge}", "attack.knowledge=own"),
             (
                 threat.scope == "pooled" and settings.clients.malicious > 1,

@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fl_attack import attack, engine, folder, identity, plans, plots, report, results, scenario, targets, trackers
 from fl_attack.checkpoint import Checkpoint
-from fl_attack.config import AttackSettings, Settings, without_effect
+from fl_attack.config import Settings, without_effect
 from fl_attack.errors import Interrupted, RunError
 from fl_attack.history import History, OnRound, Recorder, Row, row_of
 from fl_attack.progress import Progress
@@ -118,7 +119,7 @@ def _run(
     settings = attacked.settings
     runs: dict[str, tuple[Scenario, Path]] = {"attacked" if settings.attacked else "honest": (attacked, work)}
     if settings.baseline and settings.attacked:
-        honest = Scenario(unattacked(settings), attacked.dataset, attacked.partition, attacked.schedule)
+        honest = replace(attacked, settings=settings.unattacked())
         runs = {"honest": (honest, work / results.BASELINE)} | runs
     summaries: dict[str, dict[str, Any]] = {}
     twin: History | None = None
@@ -260,11 +261,6 @@ def _federated(
             if recorder.history.rows:
                 keep(name, recorder.history, finished=False)
         raise
-
-
-def unattacked(settings: Settings) -> Settings:
-    """The settings of the same experiment with every client honest."""
-    return settings.model_copy(update={"attack": AttackSettings(name="none"), "baseline": False})
 
 
 def saver(folder: Path, history: History) -> OnRound:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fl_attack import __version__, adaptive, aggregate, plugins
+from fl_attack.config import Settings
 from fl_attack.scenario import Scenario
 
 NUMERICS = 6  # to be raised when a change of the code changes the numbers of a run
@@ -22,6 +23,11 @@ ON_DATA: Mapping[str, bool | set[str]] = {
     "dataset": {"root", "path"},
     "partition": {"path"},
 }
+
+
+def twin_key(settings: Settings) -> str:
+    """The settings that an experiment and its unattacked twin have in common, in JSON."""
+    return settings.model_dump_json(exclude={"attack", *NOT_NUMBERS})
 
 
 def key_of(scenarios: Sequence[Scenario]) -> str:

@@ -24,14 +24,13 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import __version__, attack, planning, plugins, protocol, targets
+from fl_attack import __version__, attack, planning, plugins, protocol, streams, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.data import cache
 from fl_attack.planning import Access, Batch, Problem, State, Sweeps, Trajectory
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
 OnSweep = Callable[[int], None]  # gets the number of the sweep that is done
-PLAN, SAMPLE, IMAGINED = 7, 8, 9  # names of random streams, beside those of `protocol` and `adversary`
 STARTS = ("gradient", "target", "mean_feature", "-mean_feature")  # what plans begin with; others begin at random
 ROWS_AT_ONCE = 4096  # samples turned into features in one piece
 WORTH_THREADS = 2**23  # multiplications of a product
@@ -356,7 +355,7 @@ class Maker:
     def _imagined(self) -> protocol.Schedule:
         """A schedule as the attackers imagine it: the same shards, in an order of their own."""
         schedule = self.template_cell.schedule
-        seed = int(np.random.default_rng([schedule.seed, IMAGINED, self.first]).integers(2**62))
+        seed = int(np.random.default_rng([schedule.seed, streams.IMAGINED, self.first]).integers(2**62))
         return replace(schedule, seed=seed)
 
     def batch(self, round_: int, imagined: bool) -> Batch:
@@ -470,7 +469,7 @@ class Maker:
 
     def _uniform(self, sweep: int) -> Tensor:
         """Random numbers (P, T + 3) for a sweep: the same for every cell, another row for each start."""
-        rng = np.random.default_rng([self.template_cell.settings.seed, PLAN, self.first, sweep])
+        rng = np.random.default_rng([self.template_cell.settings.seed, streams.PLAN, self.first, sweep])
         numbers = rng.random((self.starts, len(self.rounds) + 3))
         return torch.from_numpy(np.tile(numbers, (len(self.cells), 1)))
 
@@ -520,7 +519,7 @@ class Maker:
 
     def _at_random(self, start: int) -> Tensor:
         """A random direction (A, B), the same in all rounds."""
-        rng = np.random.default_rng([self.template_cell.settings.seed, PLAN, self.first, 0, start])
+        rng = np.random.default_rng([self.template_cell.settings.seed, streams.PLAN, self.first, 0, start])
         return torch.from_numpy(rng.standard_normal(self.theta.shape[1:]))
 
     def _in_what_comes(self, trajectory: Trajectory, labels: planning.Labels) -> planning.Labels:
@@ -599,7 +598,7 @@ def allowances(cell: Scenario, rounds: range) -> NDArray[np.int64]:
     return found
 
 
-def sample_of(cell: Scenario, size: int) -> tuple[Tensor, Tensor]:
+def sample_of(cell: Scenario, size: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Training samples of clients, drawn once: what attackers measure harm on.
 
     Parameters
@@ -608,6 +607,8 @@ def sample_of(cell: Scenario, size: int) -> tuple[Tensor, Tensor]:
         The experiment, whose seed they are drawn from.
     size : int
         How many there are at most.
+    device : torch.device or str
+        Where they go.
 
     Returns
     -------
@@ -615,10 +616,14 @@ def sample_of(cell: Scenario, size: int) -> tuple[Tensor, Tensor]:
     y : (n,) tensor of int64
         True labels.
     """
-    held = np.flatnonzero(cell.partition.client >= 0)
-    rng = np.random.default_rng([cell.settings.seed, SAMPLE])
-    chosen = np.sort(rng.choice(held, min(size, len(held)), replace=False))
-    return cell.features(chosen).double(), torch.from_numpy(cell.dataset.y_train[chosen])
+    key = f"sample of {size}"
+    if key not in cell.memo:
+        held = np.flatnonzero(cell.partition.client >= 0)
+        rng = np.random.default_rng([cell.settings.seed, streams.SAMPLE])
+        chosen = np.sort(rng.choice(held, min(size, len(held)), replace=False))
+        cell.memo[key] = cell.features(chosen).double(), torch.from_numpy(cell.dataset.y_train[chosen])
+    X, y = cell.memo[key]
+    return X.to(device), y.to(device)
 
 
 def _together(cell: Scenario) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_attack import streams
 from fl_attack.choices import LrSchedule as LrSchedule
 from fl_attack.choices import Optimizer as Optimizer
 from fl_attack.errors import InputError
@@ -26,9 +27,6 @@ FEW = 8  # clients, whose samples are as soon gathered one by one
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
-# Names of random streams among those of one seed: the minibatches, who takes part in a round, and the order of its
-# clients, by which rules draw lots.
-BATCHES, PARTICIPANTS, CLIENT_ORDER = 1, 2, 6
 
 
 def batch_sizes(shard_sizes: NDArray[np.int64], batch_size: int | None) -> NDArray[np.int64]:
@@ -89,7 +87,7 @@ class Schedule:
         """The clients that take part in a round, ascending."""
         if self.per_round is None:
             return np.arange(len(self.shards))
-        rng = np.random.default_rng([self.seed, PARTICIPANTS, round_])
+        rng = np.random.default_rng([self.seed, streams.PARTICIPANTS, round_])
         return np.sort(rng.choice(len(self.shards), self.per_round, replace=False))
 
     @property
@@ -161,15 +159,15 @@ class Schedule:
         skipped = start - passes[0] * per_pass
         return rows[skipped : skipped + rounds]
 
-    def samples(self, clients: Iterable[int], round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The samples that some clients use in a round.
+    def samples(self, clients: Iterable[int], round_: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The samples that some clients use in a round, or all that they hold.
 
         Parameters
         ----------
         clients : iterable of int
             Their numbers.
-        round_ : int
-            The round, from 1.
+        round_ : int or None
+            The round, from 1; None: whatever the round, all that they hold.
 
         Returns
         -------
@@ -179,6 +177,9 @@ class Schedule:
             How often each is used.
         """
         clients = np.fromiter(clients, np.int64)
+        if round_ is None:
+            held = np.sort(np.concatenate([np.empty(0, np.int64), *(self.shards[client] for client in clients)]))
+            return held, np.ones_like(held)
         if self.local_steps == 1 and self.per_round is None and len(clients) > FEW:
             taken = np.zeros(len(self.shards), bool)
             taken[clients] = True
@@ -186,6 +187,11 @@ class Schedule:
             return found, np.ones_like(found)
         parts = [np.empty(0, np.int64), *(self.steps(client, round_).ravel() for client in clients)]
         return np.unique(np.concatenate(parts), return_counts=True)
+
+    def samples_of_all(self, round_: int | None) -> NDArray[np.int64]:
+        """The samples, ascending, that all participants use in a round; None: all that any client holds."""
+        clients = np.arange(len(self.shards)) if round_ is None else self.participants(round_)
+        return self.samples(clients, round_)[0]
 
     def round_samples(self, round_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The samples that all participants use in a round of one local step, ascending, and how often each.
@@ -222,7 +228,7 @@ class Schedule:
         key = client, *again
         kept = self._orders.get(key)
         if kept is None or kept[0] != pass_:
-            rng = np.random.default_rng([self.seed, BATCHES, client, pass_, *again])
+            rng = np.random.default_rng([self.seed, streams.BATCHES, client, pass_, *again])
             self._orders[key] = kept = pass_, rng.permutation(size)
         return kept[1]  # not looked up anew: threads may share it
 
@@ -249,7 +255,7 @@ def shuffled(seed: int, round_: int, clients: int) -> NDArray[np.int64]:
     array of int, (clients,)
         A permutation: a function of seed and round.
     """
-    return np.random.default_rng([seed, CLIENT_ORDER, round_]).permutation(clients)
+    return np.random.default_rng([seed, streams.CLIENT_ORDER, round_]).permutation(clients)
 
 
 def lr_factor(schedule: LrSchedule, round_: int, rounds: int, every: int | None = None, decay: float = 0.1) -> float:

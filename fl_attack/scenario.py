@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import aggregate, data, models, plugins, protocol, sanitize
+from fl_attack import aggregate, data, models, plugins, protocol, sanitize, streams
 from fl_attack.config import Settings, settings_from
 from fl_attack.errors import InputError
-from fl_attack.models import outputs
 
 
 class Flips(NamedTuple):
@@ -48,7 +47,6 @@ class CleanGradient(NamedTuple):
 WORTH_ADDING = (
     0.6  # share of flipped samples up to which a pass over them alone is less work than one backwards over all
 )
-TRUSTED, SERVER_NOISE = 9, 10  # names of random streams, beside those of `protocol` and `adversary`
 NO_FLIPS = Flips(np.empty(0, np.int64), np.empty(0, np.int64), 0)
 
 
@@ -110,8 +108,8 @@ class Scenario:
         samples = self.partition.validation
         return self.features(samples), torch.from_numpy(self.dataset.y_train[samples])
 
-    def gradient(self, theta: Tensor, clients: Iterable[int], round_: int) -> Tensor:
-        """Clean gradient of the samples that clients use in a round.
+    def gradient(self, theta: Tensor, clients: Iterable[int], round_: int | None) -> Tensor:
+        """Clean gradient of the samples that clients use in a round, or of all that they hold.
 
         Parameters
         ----------
@@ -119,15 +117,16 @@ class Scenario:
             The parameters.
         clients : iterable of int
             Numbers of the clients whose samples are taken together.
-        round_ : int
-            The round, from 1.
+        round_ : int or None
+            The round, from 1; None: whatever the round, all that they hold.
 
         Returns
         -------
         (A, B) tensor
-            The mean over samples, a sample as often as it is used; in the precision of theta.
+            The mean over samples, a sample as often as it is used; in the precision of theta; zero without clients.
         """
-        return self.gradient_of(theta, *self.schedule.samples(clients, round_))
+        samples, counts = self.schedule.samples(clients, round_)
+        return self.gradient_of(theta, samples, counts) if len(samples) else torch.zeros_like(theta)
 
     def gradient_of(self, theta: Tensor, samples: NDArray[np.int64], counts: NDArray[np.int64]) -> Tensor:
         """Clean gradient of samples: that of their mean loss under the true labels.
@@ -216,7 +215,7 @@ class Scenario:
         count = self.settings.strategy.trusted
         if count > len(held):
             raise InputError(f"strategy.root={count} is more than the {len(held)} samples that clients hold")
-        return np.sort(np.random.default_rng([self.settings.seed, TRUSTED]).choice(held, count, replace=False))
+        return np.sort(np.random.default_rng([self.settings.seed, streams.TRUSTED]).choice(held, count, replace=False))
 
     def seen(self, round_: int, theta: Tensor) -> aggregate.Seen:
         """What the server knows of a round besides the updates.
@@ -244,7 +243,7 @@ class Scenario:
             theta=theta,
             lr=self.lr(round_),
             root=root,
-            noise=lambda: server_noise(self, round_),
+            noise=partial(streams.normal_noise, self.settings.seed, streams.SERVER_NOISE, round_, self.theta_shape),
             by_class=self.model.by_class,
         )
 
@@ -480,7 +479,7 @@ def kept_samples(scenario: Scenario, client: int, theta: Tensor, round_: int, fl
         bad = sanitize.contradicted_by_neighbours(labels, near_labels, scenario.classes, chosen.share)
     else:
         X = scenario.features(samples).to(theta.device)
-        logits = outputs.class_logits(scenario.model.logits(theta.to(X.dtype), X))
+        logits = scenario.model.class_logits(theta.to(X.dtype), X)
         bad = sanitize.contradicted_by_model(labels.to(X.device), logits.softmax(-1))
     return ~bad[torch.from_numpy(np.searchsorted(samples, steps)).to(bad.device)]
 
@@ -503,25 +502,6 @@ def server_update(
     steps = scenario.settings.local_steps
     X, y = X.expand(steps, *X.shape), y.expand(steps, *y.shape)
     return (theta - protocol.local_update(scenario.model.gradient, theta, X, y, lr, weight_decay)) / lr
-
-
-def server_noise(scenario: Scenario, round_: int) -> Tensor:
-    """Noise for a rule of the server's that adds some.
-
-    Parameters
-    ----------
-    scenario : Scenario
-        The experiment, whose seed it is drawn from.
-    round_ : int
-        The round, from 1; each has its own noise.
-
-    Returns
-    -------
-    (A, B) tensor of float64
-        Standard normal numbers, shaped as the parameters.
-    """
-    rng = np.random.default_rng([scenario.settings.seed, SERVER_NOISE, round_])
-    return torch.from_numpy(rng.standard_normal(scenario.theta_shape))
 
 
 def relabelled(y_train: NDArray[np.int64], samples: NDArray[np.int64], flips: Flips) -> NDArray[np.int64]:

@@ -26,12 +26,25 @@ TRAINING = {
 }
 
 
-def target(scenario: Scenario) -> Tensor:
-    """The parameters that a targeted attacker of an experiment steers to, shaped as theta, in float64."""
+def target(scenario: Scenario, device: torch.device | str = "cpu") -> Tensor:
+    """The parameters that a targeted attacker steers to, kept for the next time they are asked for.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment.
+    device : torch.device or str
+        Where they go.
+
+    Returns
+    -------
+    Tensor
+        Shaped as theta, in float64.
+    """
     if "target" not in scenario.memo:
         scenario.memo["target"] = load_target(scenario)
     found: Tensor = scenario.memo["target"]
-    return found
+    return found.to(device)
 
 
 def load_target(scenario: Scenario, on_round: OnRound = lambda round_: None) -> Tensor:

@@ -14,7 +14,18 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fl_attack import adaptive, adversary, aggregate, attack, engine, federation, protocol, sanitize, scenario
+from fl_attack import (
+    adaptive,
+    adversary,
+    aggregate,
+    attack,
+    engine,
+    federation,
+    knowledge,
+    protocol,
+    sanitize,
+    scenario,
+)
 from fl_attack.aggregate import Seen
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings
@@ -275,7 +286,7 @@ def test_adapting_attackers_do_the_most_harm_of_what_they_try_and_never_less_tha
     cell = scenario_of(settings, small_data(3), f"strategy={strategy}", f"attack={name}", "attack.adapt=rule")
     rule, state, theta, better = cell.rule(), None, cell.start(), 0
     for round_ in range(1, 7):
-        server, v = adaptive.Server(rule, state), adversary.direction(cell, theta, round_)
+        server, v = adaptive.Server(rule, state), knowledge.direction(cell, theta, round_)
         seen, clients = cell.seen(round_, theta), cell.schedule.participants(round_)
         weights = torch.from_numpy(cell.schedule.sizes[clients])
         order = torch.from_numpy(protocol.shuffled(cell.settings.seed, round_, len(clients)))
@@ -356,7 +367,7 @@ class Here(grids.BlockGrid):
     def __init__(self, clients: int) -> None:
         grids.TaskIdentity.run_id, grids.TaskIdentity.node_id, grids.TaskIdentity.task_id = 1, 1, 1
         self._run, self._ids = grids.Run.create_empty(1), itertools.count(1)
-        self.block = grids.Block(client_app, list(range(clients)), clients)
+        self.block = grids.ClientBlock(client_app, list(range(clients)), clients)
         self._actor_of = dict.fromkeys(range(grids.FIRST_NODE, grids.FIRST_NODE + clients))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

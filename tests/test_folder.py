@@ -238,7 +238,7 @@ def test_linear_runs_go_on_where_they_were_cut_and_end_in_the_same_bytes(
     small_data: Small, tmp_path: Path, more: list[str]
 ) -> None:
     chosen = compose(*small_data(3), "engine=batched", "rounds=12", "batch_size=30", "lr=0.5", "out=unused", *more)
-    cells = engine.make_scenarios([experiment.unattacked(chosen), chosen])
+    cells = engine.make_scenarios([chosen.unattacked(), chosen])
     whole = engine.run_cells(cells)
     place = tmp_path / "honest", tmp_path / "attacked"
     for cut in (3, 8):  # the second time from where the first one ended

@@ -11,7 +11,7 @@ import pytest
 import replay
 import torch
 
-from fl_attack import adversary, engine, experiment, scenario
+from fl_attack import adversary, engine, experiment, knowledge, scenario
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, compose
 from fl_attack.engine import sequential
@@ -86,7 +86,7 @@ def test_what_is_written_is_the_best_of_all_label_sets_that_may_be_left(
             outside = np.array([(holder[away] == client).sum() for client in malicious])
         b = budget if memory == "persist" or scope == "per_client" else budget * 12 / 9  # of 12 held, by 6 + 3 above
         sets = allowed_labels(y_all[samples], before, owner, memory, unflip, outside, b, classes)
-        v = adversary.direction(cell, theta, round_)
+        v = knowledge.direction(cell, theta, round_)
         scores = cell.model.scores(theta, v, cell.features(samples)).numpy()
         harm = [scores[np.arange(6), labels].sum() for labels in sets]
         assert scores[np.arange(6), after].sum() == pytest.approx(max(harm), abs=1e-12)

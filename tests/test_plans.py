@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import adversary, attack, checkpoint, engine, plans, scenario
+from fl_attack import adversary, attack, checkpoint, engine, knowledge, plans, scenario
 from fl_attack.attack import DIRECTIONS
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, compose
@@ -331,7 +331,7 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
 def test_flips_lower_the_inner_product_with_their_direction(make: Make, name: str, classes: int) -> None:
     cell = make(f"attack.direction={name}", "engine=batched", "dtype=float64", "attack.budget=1", classes=classes)
     theta = 0.1 * torch.randn(cell.theta_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    v = adversary.direction(cell, theta, 1)
+    v = knowledge.direction(cell, theta, 1)
     assert v.shape == theta.shape and v.isfinite().all() and v.any()
     flips = adversary.flips(cell, theta, 1)
     clean, written = (scenario.mean_gradient(cell, theta, 1, one) for one in (scenario.NO_FLIPS, flips))
@@ -350,33 +350,33 @@ def test_directions_raise_what_they_are_named_for(make: Make) -> None:
     def slope(name: str, of: Callable[[Scenario, torch.Tensor], float]) -> tuple[float, float]:
         cell = make(f"attack.direction={name}", "engine=batched", "dtype=float64", classes=3)
         theta = 0.1 * torch.randn(cell.theta_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        v = adversary.direction(cell, theta, 1)
+        v = knowledge.direction(cell, theta, 1)
         return (of(cell, theta + step * v) - of(cell, theta - step * v)) / (2 * step), (v**2).sum().item()
 
     def loss(cell: Scenario, theta: torch.Tensor) -> float:
-        return cell.model.mean_loss(theta, *adversary.sample_of(cell))
+        return cell.model.mean_loss(theta, *plans.sample_of(cell, 1000))
 
     def error(cell: Scenario, theta: torch.Tensor) -> float:
-        X, y = adversary.sample_of(cell)
+        X, y = plans.sample_of(cell, 1000)
         return attack.smoothed_error(cell.model.logits(theta, X), y, attack.directions.TEMPERATURE).item()
 
     for name, of in {"validation_loss": loss, "smoothed_error": error}.items():
         found, expected = slope(name, of)
         assert found == pytest.approx(expected, rel=1e-5), name  # its slope along itself: it is the gradient
     cell = make("attack.direction=mean_feature", "engine=batched", classes=3)
-    X, _ = adversary.sample_of(cell)
+    X, _ = plans.sample_of(cell, 1000)
     for name, row in {"mean_feature": 2, "-mean_feature": 0}.items():
-        v = adversary.direction(make(f"attack.direction={name}", classes=3), cell.start(), 1)
+        v = knowledge.direction(make(f"attack.direction={name}", classes=3), cell.start(), 1)
         torch.testing.assert_close(v[row], X.mean(0))
         assert not v[[i for i in range(3) if i != row]].any()
-    plus, minus = (adversary.direction(make(f"attack.direction={n}mean_feature"), make().start(), 1) for n in ("", "-"))
+    plus, minus = (knowledge.direction(make(f"attack.direction={n}mean_feature"), make().start(), 1) for n in ("", "-"))
     torch.testing.assert_close(plus, -minus)
 
 
 def test_far_targets_are_the_targets(make: Make) -> None:
     cell, near = make("attack.direction=target_far"), make("attack.goal=targeted")
     theta = torch.ones(cell.theta_shape, dtype=torch.float64)
-    far, way = adversary.direction(cell, theta, 1), adversary.direction(near, theta, 1)
+    far, way = knowledge.direction(cell, theta, 1), knowledge.direction(near, theta, 1)
     torch.testing.assert_close(far - theta, way)
 
 
@@ -406,7 +406,7 @@ def test_a_users_direction_is_called_and_checked(make: Make, tmp_path: Path, mon
     assert one.theta is not None and other.theta is not None and torch.equal(one.theta, other.theta)
     for name, says in {"short": "gave shape", "endless": "not finite"}.items():
         with pytest.raises(RunError, match=says):
-            adversary.direction(make(f"attack.direction=mine.py:{name}"), make().start(), 1)
+            knowledge.direction(make(f"attack.direction=mine.py:{name}"), make().start(), 1)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """What the attacker does over the rounds of an experiment: budgets, knowledge, targets."""
 
 import math
+import sys
 from collections.abc import Callable
+from types import FrameType
 
 import numpy as np
 import pytest
 import torch
 
-from fl_attack import adversary, scenario, targets
+from fl_attack import adversary, knowledge, scenario, targets
 from fl_attack.config import Settings
 from fl_attack.data import cache
 from fl_attack.errors import InputError
+from fl_attack.federation import client as clients
+from fl_attack.federation import wire
 from fl_attack.models import logistic, outputs
 from fl_attack.scenario import Scenario
 
@@ -103,15 +107,15 @@ def test_only_attacked_rounds_are_written_to(make: Make) -> None:
     assert written == [2, 5, 8]
 
 
-@pytest.mark.parametrize(("knowledge", "who"), [("full", range(7)), ("honest", None), ("own", None)])
-def test_the_direction_is_the_clean_gradient_of_what_is_known(make: Make, knowledge: str, who: range | None) -> None:
-    cell = make(f"attack.knowledge={knowledge}")
+@pytest.mark.parametrize(("known", "who"), [("full", range(7)), ("honest", None), ("own", None)])
+def test_the_direction_is_the_clean_gradient_of_what_is_known(make: Make, known: str, who: range | None) -> None:
+    cell = make(f"attack.knowledge={known}")
     malicious = set(cell.partition.malicious.tolist())
-    clients = {"honest": set(range(7)) - malicious, "own": malicious}.get(knowledge, set(range(7)))
+    clients = {"honest": set(range(7)) - malicious, "own": malicious}.get(known, set(range(7)))
     samples = np.flatnonzero(np.isin(cell.partition.client, list(clients)))
     theta, X = some_theta(cell), cell.features(samples)
     expected = logistic.gradient(theta, X, torch.tensor(cell.dataset.y_train[samples]))
-    torch.testing.assert_close(adversary.direction(cell, theta, 1), expected)
+    torch.testing.assert_close(knowledge.direction(cell, theta, 1), expected)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -124,7 +128,7 @@ def test_an_untargeted_attack_turns_the_union_gradient_away_and_a_targeted_one_t
         flips = adversary.flips(cell, theta, 1)
         y = cell.dataset.y_train.copy()
         y[flips.samples] = flips.labels
-        X, v = cell.features(np.arange(120)), adversary.direction(cell, theta, 1)
+        X, v = cell.features(np.arange(120)), knowledge.direction(cell, theta, 1)
         honest, attacked = (
             (logistic.gradient(theta, X, torch.tensor(labels)) * v).sum().item() for labels in (cell.dataset.y_train, y)
         )
@@ -215,3 +219,26 @@ def test_a_target_of_ones_own_is_taken_or_refused(make: Make, tmp_path: object) 
         targets.target(make(*overrides))
     np.savez(file, theta=np.ones((3, 7)))
     assert (targets.target(make(*overrides)) == 1).all()
+
+
+@pytest.mark.parametrize("refresh", ["step", "epoch"])
+@pytest.mark.parametrize("attack", ["greedy", "random_flip", "confidence_flip"])
+def test_theta_visits_what_attackers_do_once_on_its_way_through_a_client(make: Make, attack: str, refresh: str) -> None:
+    cell = make(f"attack.name={attack}", f"attack.refresh={refresh}", "attack.budget=0.5")
+    theta, visits = some_theta(cell), []
+    malicious = clients.MaliciousClient(cell, int(cell.partition.malicious[0]), clients.OmniscientHook(cell))
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        caller, here = frame.f_back, frame.f_code
+        while caller is not None and "fl_attack" not in caller.f_code.co_filename:
+            caller = caller.f_back  # through functions of others, such as a partial
+        if event == "call" and here.co_filename == adversary.__file__ != (caller and caller.f_code.co_filename):
+            visits.append(here.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        answer = malicious.train(wire.Request(theta, False, 1, "", theta, None))
+    finally:
+        sys.setprofile(before)
+    assert answer.flips is not None and len(answer.flips.samples) and visits == ["flips"]

@@ -13,7 +13,7 @@ from fl_attack import plugins
 from fl_attack.attack import gradients, labels
 from fl_attack.attack.adapt import PERCENTS, spread, worst
 from fl_attack.attack.budget import attacked_before, flip_allowance, select
-from fl_attack.attack.directions import DIRECTIONS, Aim, direction_of, find_direction
+from fl_attack.attack.directions import DIRECTIONS, Aim, direction_of, find_direction, scores_along
 from fl_attack.attack.gradients import Updates
 from fl_attack.attack.harm import smoothed_error, smoothed_error_residuals
 from fl_attack.attack.labels import Proposal, View, planned_options
@@ -59,6 +59,7 @@ __all__ = [
     "flipped_target",
     "planned_options",
     "propose",
+    "scores_along",
     "select",
     "smoothed_error",
     "smoothed_error_residuals",

@@ -131,6 +131,11 @@ def find_direction(name: str) -> Direction:
         raise InputError(f"direction={error}") from None
 
 
+def scores_along(name: str, aim: Aim, X: Tensor) -> Tensor:
+    """The scores (n, classes) of samples X (n, ...) along the direction of a name, see `Model.scores`."""
+    return aim.model.scores(aim.theta.to(X.dtype), direction_of(name, aim).to(X.dtype), X)
+
+
 def direction_of(name: str, aim: Aim) -> Tensor:
     """The direction that the gradient is pushed against.
 

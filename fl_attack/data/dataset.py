@@ -8,9 +8,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -145,33 +145,17 @@ def load(
     Raises
     ------
     InputError
-        Names what is missing, damaged or unknown, or integers whose scale can't be told.
+        Names what is missing, damaged or unknown, or integers whose scale is unclear.
     """
     if loader not in SOURCES:
         raise InputError(f"dataset.loader={loader} is unknown; use one of {', '.join(SOURCES)}")
     if scale is not None and not 0 < scale < math.inf:
         raise InputError(f"dataset.scale={scale} must be above 0")
-    source = SOURCES[loader]
-    located = {"root": root, "path": path, None: "."}[source.setting]
-    if located is None:
-        raise InputError(f"dataset={loader} needs dataset.path, the place of its data")
-    place = Path(located).expanduser().resolve()
+    source, place = SOURCES[loader], _place(loader, root, path)
     wanted = None if classes is None else list(classes)
     option = [] if source.option is None else [{"channels": channels, "split": split}[source.option]]
     key = cache.digest([CACHE_FORMAT, [stamp(file) for file in source.files(place, *option)], wanted, *option])
-
-    def build() -> tuple[cache.Arrays, cache.Facts]:
-        where = str(place) if source.setting else loader
-        raw = source.read(place, *option)
-        usual = source.scale or (1.0 if raw.x_train.dtype.kind == "f" else 255.0)
-        arrays, names = _picked(checked(raw, where), wanted, where)
-        facts = {
-            "largest": float(max(arrays["x_train"].max(), arrays["x_test"].max())),
-            "shape": raw.x_train.shape[1:] or (1,),
-        }
-        return arrays, {"classes": names, "scale": usual, **facts}
-
-    entry = cache.entry(f"{loader}-{key}", build, verify=verify)
+    entry = cache.entry(f"{loader}-{key}", partial(_read, loader, place, option, wanted), verify=verify)
     if scale is None and entry.facts["scale"] == 255 and entry.facts["largest"] <= 1:
         _refuse_to_guess(loader, place, verify)
     scale = float(scale or entry.facts["scale"])
@@ -185,6 +169,30 @@ def load(
     )
 
 
+def _place(loader: str, root: str | Path, path: str | Path | None) -> Path:
+    """The file or folder that holds the data of a loader; InputError where the setting that names it is missing."""
+    located = {"root": root, "path": path, None: "."}[SOURCES[loader].setting]
+    if located is None:
+        raise InputError(f"dataset={loader} needs dataset.path, the place of its data")
+    return Path(located).expanduser().resolve()
+
+
+def _read(
+    loader: str, place: Path, option: Sequence[Any], wanted: list[int | str] | None
+) -> tuple[cache.Arrays, cache.Facts]:
+    """The arrays of a source with the wanted classes alone, and what the cache is to know of them."""
+    source = SOURCES[loader]
+    where = str(place) if source.setting else loader
+    raw = source.read(place, *option)
+    arrays, names = _picked(checked(raw, where), wanted, where)
+    return arrays, {
+        "classes": names,
+        "scale": source.scale or (1.0 if raw.x_train.dtype.kind == "f" else 255.0),
+        "largest": float(max(arrays["x_train"].max(), arrays["x_test"].max())),
+        "shape": raw.x_train.shape[1:] or (1,),
+    }
+
+
 def _refuse_to_guess(loader: str, place: Path, verify: bool) -> None:
     """InputError for whole numbers of at most 1, which are hardly pixels of 0 to 255; images are only spoken of."""
     if loader == "npz":
@@ -193,8 +201,8 @@ def _refuse_to_guess(loader: str, place: Path, verify: bool) -> None:
             "divided, as in dataset.scale=1"
         )
     if verify:
-        told = f"note: {place} holds pixels of at most 1, which are divided by 255; is dataset.scale=1 meant?"
-        print(told, file=sys.stderr, flush=True)
+        note = f"note: {place} holds pixels of at most 1, which are divided by 255; is dataset.scale=1 meant?"
+        print(note, file=sys.stderr, flush=True)
 
 
 def features(raw: np.ndarray, scaling: Scaling, dtype: torch.dtype, constant: bool = True) -> torch.Tensor:

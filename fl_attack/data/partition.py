@@ -3,10 +3,10 @@
 A partitioner deals n samples to clients 0 .. m-1: it maps labels (n,) to clients (n,).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -93,64 +93,72 @@ def partition(
         raise InputError(f"clients.honest={honest}, clients.malicious={malicious}; use 0 or more, 1 in all")
     if name not in PARTITIONERS:
         raise InputError(f"partition.name={name} is unknown; use one of {', '.join(PARTITIONERS)}")
-
-    if held_out:
-        count = round(held_out * len(labels))
-        if not count:
-            raise InputError(f"early_stop.share={held_out} holds out none of {len(labels)} samples; raise it")
-        rest = np.sort(np.random.default_rng([seed, HELD_OUT]).permutation(len(labels))[count:])
-        holder = np.full(len(labels), -1)
-        if name == "given":
-            deal = Partition(_given(path, clients, len(labels))[rest], _chosen(seed, clients, malicious))
-            _check_least(deal.client, clients, min_samples)
-        else:
-            deal = partition(
-                labels[rest],
-                honest=honest,
-                malicious=malicious,
-                seed=seed,
-                name=name,
-                alpha=alpha,
-                s=s,
-                malicious_share=malicious_share,
-                balanced=balanced,
-                min_samples=min_samples,
-                partitioner=partitioner,
-                args=args,
-            )
-        holder[rest] = deal.client
-        return Partition(holder, deal.malicious)
-
-    def dealt(labels: np.ndarray, clients: int, stream: int, kind: str = "") -> np.ndarray:
-        if clients > len(labels):
-            raise InputError(f"{len(labels)} samples are too few for {clients} {kind}clients; each needs one")
-        rng = np.random.default_rng([seed, stream])
-        more = {"least": min_samples, "balanced": balanced, "partitioner": partitioner, "args": args}
-        found = PARTITIONERS[name](labels, clients, rng, alpha=alpha, s=s, path=path, **more)
-        _check_least(found, clients, min_samples)
-        return found
-
-    if name == "given" and malicious_share is not None:
-        raise InputError(
-            f"partition.malicious_share={malicious_share} has no meaning with partition=given; leave it out"
-        )
+    if malicious_share is not None:
+        _check_share(name, malicious_share, honest, malicious)
+    options = {"alpha": alpha, "s": s, "balanced": balanced, "partitioner": partitioner, "args": args}
+    deal = Deal(name, options, seed, min_samples)
     chosen = _chosen(seed, clients, malicious)
-    if malicious_share is None:
-        return Partition(dealt(labels, clients, SHARDS), chosen)
+    client = np.full(len(labels), -1)
+    kept = _kept(len(labels), held_out, seed)
+    if name == "given":
+        client[kept] = _given(path, clients, len(labels))[kept]
+        _check_least(client[kept], clients, min_samples)
+    elif malicious_share is None:
+        client[kept] = deal(labels[kept], clients, SHARDS)
+    else:
+        client[kept] = _dealt_by_share(labels[kept], deal, chosen, clients, malicious_share)
+    return Partition(client, chosen)
 
-    if not 0 < malicious_share < 1 or not malicious or not honest:
+
+def _check_share(name: str, share: float, honest: int, malicious: int) -> None:
+    """InputError where the malicious clients can't hold this share of the samples."""
+    if name == "given":
+        raise InputError(f"partition.malicious_share={share} has no meaning with partition=given; leave it out")
+    if not 0 < share < 1 or not malicious or not honest:
         raise InputError(
-            f"partition.malicious_share={malicious_share} with {malicious} malicious and {honest} honest "
+            f"partition.malicious_share={share} with {malicious} malicious and {honest} honest "
             "clients; it lies between 0 and 1, and needs clients of both kinds"
         )
-    order = np.random.default_rng([seed, SPLIT]).permutation(len(labels))
-    cut = round(malicious_share * len(labels))
+
+
+def _kept(samples: int, held_out: float, seed: int) -> np.ndarray:
+    """The samples, ascending, that clients get: all but the share that the server holds out."""
+    if not held_out:
+        return np.arange(samples)
+    count = round(held_out * samples)
+    if not count:
+        raise InputError(f"early_stop.share={held_out} holds out none of {samples} samples; raise it")
+    return np.sort(np.random.default_rng([seed, HELD_OUT]).permutation(samples)[count:])
+
+
+class Deal(NamedTuple):
+    """A way to deal samples to clients."""
+
+    name: str  # of `PARTITIONERS`
+    options: Mapping[str, object]  # of its function
+    seed: int
+    least: int  # samples that each client gets
+
+    def __call__(self, labels: np.ndarray, clients: int, stream: int, kind: str = "") -> np.ndarray:
+        """The client, from 0, of each sample with labels (n,), drawn from a stream; `kind` is of them, for messages."""
+        if clients > len(labels):
+            raise InputError(f"{len(labels)} samples are too few for {clients} {kind}clients; each needs one")
+        rng = np.random.default_rng([self.seed, stream])
+        found = PARTITIONERS[self.name](labels, clients, rng, least=self.least, **self.options)
+        _check_least(found, clients, self.least)
+        return found
+
+
+def _dealt_by_share(labels: np.ndarray, deal: Deal, chosen: np.ndarray, clients: int, share: float) -> np.ndarray:
+    """The client of each sample, of which malicious clients `chosen` get exactly a share and the honest the rest."""
+    order = np.random.default_rng([deal.seed, SPLIT]).permutation(len(labels))
+    cut = round(share * len(labels))
     theirs, others = np.sort(order[:cut]), np.sort(order[cut:])
-    kept = np.setdiff1d(np.arange(clients), chosen)
+    honest = np.setdiff1d(np.arange(clients), chosen)
     client = np.empty(len(labels), np.int64)
-    client[theirs] = chosen[dealt(labels[theirs], malicious, MALICIOUS_SHARDS, "malicious ")]
-    client[others] = kept[dealt(labels[others], honest, SHARDS, "honest ")]
-    return Partition(client, chosen)
+    client[theirs] = chosen[deal(labels[theirs], len(chosen), MALICIOUS_SHARDS, "malicious ")]
+    client[others] = honest[deal(labels[others], len(honest), SHARDS, "honest ")]
+    return client
 
 
 def _chosen(seed: int, clients: int, malicious: int) -> np.ndarray:
@@ -255,8 +263,8 @@ def _shared_out(count: int, shares: np.ndarray, rng: np.random.Generator) -> np.
     """
     exact = count * shares
     counts = np.floor(exact).astype(np.int64)
-    lots = rng.permutation(len(shares))
-    order = lots[np.argsort(-(exact - counts)[lots], kind="stable")]
+    client_order = rng.permutation(len(shares))
+    order = client_order[np.argsort(-(exact - counts)[client_order], kind="stable")]
     counts[order[: count - int(counts.sum())]] += 1
     found: np.ndarray = counts
     return found
@@ -272,8 +280,8 @@ def _balanced(labels: np.ndarray, clients: int, rng: np.random.Generator, alpha:
     client = np.empty(len(labels), np.int64)
     turns = np.concatenate([rng.permutation(clients) for _ in range(-(-len(labels) // clients))])[: len(labels)]
     for one, at in zip(turns.tolist(), rng.random(len(labels)).tolist(), strict=True):
-        reach = np.cumsum(wanted[one] * (left > 0))
-        label = min(int(np.searchsorted(reach, at * reach[-1], side="right")), int(np.flatnonzero(left)[-1]))
+        cumulative = np.cumsum(wanted[one] * (left > 0))
+        label = min(int(np.searchsorted(cumulative, at * cumulative[-1], side="right")), int(np.flatnonzero(left)[-1]))
         left[label] -= 1
         client[members[label].pop()] = one
     return client

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fl_attack import adversary
+from fl_attack import knowledge, streams
 from fl_attack.engine import kernels
 from fl_attack.engine.batches import Layout
 from fl_attack.engine.budgets import Allowances, Rounds
@@ -82,10 +82,10 @@ class Access:
         -------
         RoundAccess
         """
-        knowledge = (knowledge_round or round_) if self._kind.knowledge == "noisy" else 0
-        key = layout.key, knowledge
+        known_in = (knowledge_round or round_) if self._kind.knowledge == "noisy" else 0
+        key = layout.key, known_in
         if key != self._of_layout.key:
-            self._of_layout = _Last(key, (self._without_budgets(layout, knowledge), self._writable(layout)))
+            self._of_layout = _Last(key, (self._without_budgets(layout, known_in), self._writable(layout)))
         access, writable = self._of_layout.found
         first, place = self._allowances.place(round_, writable)
         of_table = layout.key, first
@@ -122,7 +122,7 @@ class Access:
         if self._kind.scope != "pooled":
             holders = np.flatnonzero(is_malicious.any(0))
             groups = [slice(int(layout.ends[i] - sizes[i]), int(layout.ends[i])) for i in holders]
-        known = self._known(knowledge_round, clients, is_malicious)
+        known = self._known_clients(knowledge_round, clients, is_malicious)
         columns = None if known is None else torch.from_numpy(known.repeat(sizes, 1)).to(self._device, self._dtype)
         malicious = torch.from_numpy(is_malicious[:, clients.argsort()]).to(self._device)
         return RoundAccess(n, malicious, write_mask, columns, groups, None, np.zeros(len(malicious), np.int64))
@@ -136,18 +136,18 @@ class Access:
         of_all[layout.clients] = layout.sizes
         return np.asarray((self._is_malicious * of_all)[:, self._is_malicious.any(0)])
 
-    def _known(
+    def _known_clients(
         self, round_: int, clients: NDArray[np.int64], is_malicious: NDArray[np.bool_]
     ) -> NDArray[np.bool_] | None:
-        """Whose clean gradient each cell knows, (M, m) of bool, see `adversary.known`; None where it is everyone's."""
-        knowledge = self._kind.knowledge
-        if knowledge == "full":
+        """Whose clean gradient each cell knows, (M, m) of bool, see `knowledge.known`; None where it is everyone's."""
+        if self._kind.knowledge == "full":
             return None
-        if knowledge != "noisy":
-            return is_malicious if knowledge == "own" else ~is_malicious
-        by_rank = adversary.known_rank(self._cell, round_)[clients].argsort()
+        if self._kind.knowledge != "noisy":
+            return is_malicious if self._kind.knowledge == "own" else ~is_malicious
+        settings = self._cell.settings
+        by_rank = streams.known_rank(settings.seed, round_, settings.clients.total)[clients].argsort()
         honest = ~is_malicious[:, by_rank]
-        quota = np.array([adversary.part(self._kind.fraction, int(count)) for count in honest.sum(1)])
+        quota = np.array([knowledge.part(self._kind.fraction, int(count)) for count in honest.sum(1)])
         known = np.zeros_like(is_malicious)
         known[:, by_rank] = honest & (honest.cumsum(1) <= quota[:, None])
         return known

@@ -190,10 +190,12 @@ class Batches:
         schedule, whole = self.cell.schedule, self.all
         if schedule.per_round is None:
             return whole
-        takes_part = np.isin(whole.clients, schedule.participants(round_))
+        participation = np.isin(whole.clients, schedule.participants(round_))
         sizes = whole.sizes
         return Layout(
-            whole.clients[takes_part], np.cumsum(sizes[takes_part]), np.flatnonzero(np.repeat(takes_part, sizes))
+            whole.clients[participation],
+            np.cumsum(sizes[participation]),
+            np.flatnonzero(np.repeat(participation, sizes)),
         )
 
     def _batch(self, samples: NDArray[np.int64], layout: Layout, workspace: Workspace) -> Batch:

@@ -1,5 +1,6 @@
 """What a cell leaves: its history as a table, and why it ended early."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,3 +27,7 @@ class Outcome:
         assert self.theta is not None
         rows = [row_of(values) for values in self.table.tolist()]
         return History(self.theta.double(), rows, self.flips, self.seconds)
+
+
+OnRounds = Callable[[int], None]  # gets the number of rounds of one cell that were done since the last call
+Watch = Callable[[list[int], Callable[[], list[Outcome]]], None]  # gets numbers of cells, and what gives their outcomes

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,14 +10,12 @@ import torch
 from fl_attack import adaptive, aggregate, plans, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.engine import groups, linear, sequential, stacked
-from fl_attack.engine.outcome import Outcome
+from fl_attack.engine.outcome import OnRounds, Outcome, Watch
 from fl_attack.engine.threads import side_by_side
 from fl_attack.errors import InputError
 from fl_attack.scenario import Scenario
 
-Progress = Callable[[int], None]
 LINEAR_CELLS = 512
-Watch = Callable[[list[int], Callable[[], list[Outcome]]], None]
 
 
 def run_cells(
@@ -24,7 +23,7 @@ def run_cells(
     *,
     device: str = "cpu",
     memory_gb: float = 2.0,
-    progress: Progress = lambda rounds: None,
+    progress: OnRounds = lambda rounds: None,
     watch: Watch = lambda cells, so_far: None,
     checkpoints: Sequence[Checkpoint] = (),
     keep_flips: bool = True,
@@ -72,6 +71,7 @@ def run_cells(
         raise InputError("these experiments differ in what cells of one batch share; see fl_attack.engine.group")
     of_linear = [i for i, cell in enumerate(scenarios) if is_linear(cell)]
     found: dict[int, Outcome] = {}
+    kept = {"keep_flips": keep_flips, "keep_theta": keep_theta}
     if planning := [cell for cell in scenarios if plans.is_whole(cell)]:
         plans.load_plans(planning)  # together
     if of_linear:
@@ -80,9 +80,8 @@ def run_cells(
             device=device,
             memory_gb=memory_gb,
             progress=progress,
-            watch=lambda cells, so_far: watch([of_linear[i] for i in cells], so_far),
-            keep_flips=keep_flips,
-            keep_theta=keep_theta,
+            watch=partial(_numbered, watch, of_linear),
+            **kept,
             full_rows=full_rows,
             checkpoints=[checkpoints[i] for i in of_linear] if checkpoints else (),
         )
@@ -97,14 +96,45 @@ def run_cells(
                 device=device,
                 memory_gb=memory_gb,
                 progress=progress,
-                watch=lambda cells, so_far: watch([together[i] for i in cells], so_far),
-                keep_flips=keep_flips,
-                keep_theta=keep_theta,
+                watch=partial(_numbered, watch, together),
+                **kept,
             )
             found |= zip(together, outcomes, strict=True)
-    aimed = [scenarios[i] for i in one_by_one if scenarios[i].settings.attacked]
-    for cell in (cell for cell in aimed if cell.settings.attack.steers):
-        targets.target(cell)  # here, so that no two threads train the same
+    run = partial(sequential.run, device=device, full_rows=full_rows)
+    outcomes = _side_by_side(
+        [scenarios[i] for i in one_by_one],
+        run,
+        progress,
+        partial(_numbered, watch, one_by_one),
+        [checkpoints[i] for i in one_by_one] if checkpoints else (),
+        device,
+    )
+    found |= zip(one_by_one, (_slimmed(outcome, **kept) for outcome in outcomes), strict=True)
+    return [found[i] for i in range(len(scenarios))]
+
+
+def _numbered(watch: Watch, numbers: Sequence[int], cells: Sequence[int], so_far: Callable[[], list[Outcome]]) -> None:
+    """Call `watch` for cells of a part of the experiments, whose numbers among all are `numbers`."""
+    watch([numbers[i] for i in cells], so_far)
+
+
+def _slimmed(outcome: Outcome, keep_flips: bool, keep_theta: bool) -> Outcome:
+    """An outcome without what is not to be kept."""
+    return replace(outcome, theta=outcome.theta if keep_theta else None, flips=outcome.flips if keep_flips else [])
+
+
+def _side_by_side(
+    cells: Sequence[Scenario],
+    run: Callable[..., Outcome],
+    progress: OnRounds,
+    watch: Watch,
+    checkpoints: Sequence[Checkpoint],
+    device: str,
+) -> list[Outcome]:
+    """The outcomes of cells that are run each by itself, on a CPU as many at a time as there are threads."""
+    for cell in cells:
+        if cell.settings.attacked and cell.settings.attack.steers:
+            targets.target(cell)  # here, so that no two threads train the same
     lock = threading.Lock()
 
     def report(rounds: int) -> None:
@@ -117,23 +147,12 @@ def run_cells(
 
     def one(i: int) -> Outcome:
         with torch.inference_mode():
-            outcome = sequential.run(
-                scenarios[i],
-                device=device,
-                progress=report,
-                watch=partial(look, i),
-                checkpoint=checkpoints[i] if checkpoints else None,
-                full_rows=full_rows,
-            )
-        if not keep_theta:
-            outcome.theta = None
-        if not keep_flips:
-            outcome.flips = []
-        return outcome
+            kept = checkpoints[i] if checkpoints else None
+            return run(cells[i], progress=report, watch=partial(look, i), checkpoint=kept)
 
     on_cpu = torch.device(device).type == "cpu"
-    found |= zip(one_by_one, side_by_side(one, one_by_one) if on_cpu else map(one, one_by_one), strict=True)
-    return [found[i] for i in range(len(scenarios))]
+    numbers = range(len(cells))
+    return side_by_side(one, numbers) if on_cpu else [one(i) for i in numbers]
 
 
 def cells_at_once(cell: Scenario) -> int:

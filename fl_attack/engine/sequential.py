@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fl_attack import adaptive, adversary, protocol
 from fl_attack.checkpoint import Checkpoint, State
@@ -55,29 +56,20 @@ def run(
     """
     recorder, settings = Recorder(cell), cell.settings
     recorder.measure_on(torch.device(device))
-    theta = epoch_theta = recorder.history.theta
-    state, momenta, rule = protocol.initial_state(theta), cell.momenta(theta), cell.rule()
-    together = not client_by_client and mean_is_enough(cell)
-    remembered = None  # what the server's rule keeps between rounds
-    stored, error = NO_FLIPS, None
+    training = Training(cell, recorder.history.theta, together=not client_by_client and mean_is_enough(cell))
+    error = None
     kept = checkpoint.load() if checkpoint else None
     if kept:
         recorder.restore(kept["recorder"])
         recorder.measure_on(torch.device(device))
-        theta, epoch_theta, momenta.table = (kept[name].to(device) for name in ("theta", "epoch_theta", "momenta"))
-        first, second = (part.to(device) for part in kept["optimizer"][1:])
-        state = protocol.ServerState(kept["optimizer"][0], first, second)
-        remembered = aggregate_state(kept["rule"], device)
-        stored = Flips(kept["stored"]["samples"], kept["stored"]["labels"], 0)
+        training.restore(kept, device)
         progress(recorder.round)
     started = time.perf_counter() - recorder.history.seconds
 
     def reached() -> State:
         """The state of the run after the last round, as `checkpoint.load` gives it back."""
         recorder.history.seconds = time.perf_counter() - started
-        standing = {"samples": stored.samples, "labels": stored.labels}
-        parts = {"theta": theta, "epoch_theta": epoch_theta, "momenta": momenta.table, "optimizer": tuple(state)}
-        return {"recorder": recorder.state(), "stored": standing, "rule": remembered, **parts}
+        return {"recorder": recorder.state(), **training.state()}
 
     def outcome() -> Outcome:
         history = recorder.history
@@ -87,32 +79,13 @@ def run(
 
     try:
         if not kept:
-            recorder.record(0, theta)
+            recorder.record(0, training.theta)
         for round_ in range(recorder.round + 1, settings.rounds + 1) if not recorder.stopped else ():
-            if adversary.epoch_start(cell, round_) == round_:
-                epoch_theta = theta
             measured = full_rows and (round_ % settings.eval_every == 0 or round_ == settings.rounds)
-            clients = cell.schedule.participants(round_)
-            before = momenta.of(clients)
-            server = adaptive.Server(rule, remembered, before)
-            flips = adaptive.flips(cell, theta, round_, server, epoch_theta, stored)
-            stored = adversary.remembered(cell, round_, stored, flips)
-            updates = None
-            if together and not (measured and settings.attacked):
-                aggregate = mean_gradient(cell, theta, round_, flips)
-            else:
-                honest = adversary.updates(cell, theta, round_, flips, before)
-                momenta.note(clients, honest)
-                updates = adaptive.crafted(cell, theta, round_, honest, server)
-                order = torch.from_numpy(protocol.shuffled(settings.seed, round_, len(clients)))
-                weights = torch.from_numpy(cell.schedule.sizes[clients])
-                seen = cell.seen(round_, theta)
-                aggregate, remembered = rule.step(
-                    updates, weights.to(theta.device), order.to(theta.device), seen, remembered
-                )
-            lr = cell.lr(round_)
-            theta, state = protocol.server_step(settings.server_optimizer, theta, aggregate, lr, state)
-            recorder.record(round_, theta, aggregate if full_rows else None, flips, updates if full_rows else None)
+            aggregate, flips, updates = training.step(round_, measured)
+            recorder.record(
+                round_, training.theta, aggregate if full_rows else None, flips, updates if full_rows else None
+            )
             progress(settings.rounds - round_ + 1 if recorder.stopped else 1)
             watch(outcome)
             if recorder.stopped:
@@ -125,6 +98,108 @@ def run(
     if checkpoint and error is None:
         checkpoint.save(reached())  # for the twin, should its run be cut off
     return outcome()
+
+
+class Training:
+    """An experiment between two of its rounds: the parameters, and what server, attackers and clients keep.
+
+    Parameters
+    ----------
+    cell : Scenario
+        The experiment.
+    theta : (A, B) tensor of float64
+        The parameters before the first round, on the device of the run.
+    together : bool
+        Whether the gradient of the union of the minibatches stands for the mean of what clients send.
+    """
+
+    def __init__(self, cell: Scenario, theta: Tensor, together: bool) -> None:
+        self.cell, self.together = cell, together
+        self.theta = self.epoch_theta = theta
+        self.optimizer, self.momenta = protocol.initial_state(theta), cell.momenta(theta)
+        self.rule, self.rule_state = cell.rule(), None  # what the server's rule keeps between rounds
+        self.stored = NO_FLIPS  # what stands in the attackers' data
+
+    def step(self, round_: int, measured: bool) -> tuple[Tensor, Flips, Tensor | None]:
+        """Take a round.
+
+        Parameters
+        ----------
+        round_ : int
+            The round, counted from 1.
+        measured : bool
+            Whether the updates of clients are wanted where someone attacks.
+
+        Returns
+        -------
+        aggregate : (A, B) tensor
+        flips : Flips
+        updates : (m, A, B) tensor or None
+            None where they were not computed.
+        """
+        cell, settings = self.cell, self.cell.settings
+        if adversary.epoch_start(cell, round_) == round_:
+            self.epoch_theta = self.theta
+        before = self.momenta.of(cell.schedule.participants(round_))
+        server = adaptive.Server(self.rule, self.rule_state, before)
+        flips = adaptive.flips(cell, self.theta, round_, server, self.epoch_theta, self.stored)
+        self.stored = adversary.remembered(cell, round_, self.stored, flips)
+        updates = None
+        if self.together and not (measured and settings.attacked):
+            aggregate = mean_gradient(cell, self.theta, round_, flips)
+        else:
+            updates = self._sent(round_, flips, server)
+            aggregate = self._combined(round_, updates)
+        lr = cell.lr(round_)
+        self.theta, self.optimizer = protocol.server_step(
+            settings.server_optimizer, self.theta, aggregate, lr, self.optimizer
+        )
+        return aggregate, flips, updates
+
+    def _sent(self, round_: int, flips: Flips, server: adaptive.Server) -> Tensor:
+        """The updates (m, A, B) that the clients of a round send."""
+        honest = adversary.updates(self.cell, self.theta, round_, flips, server.momenta)
+        self.momenta.note(self.cell.schedule.participants(round_), honest)
+        return adaptive.crafted(self.cell, self.theta, round_, honest, server)
+
+    def _combined(self, round_: int, updates: Tensor) -> Tensor:
+        """The aggregate (A, B) of updates (m, A, B) by the server's rule."""
+        cell, device = self.cell, self.theta.device
+        clients = cell.schedule.participants(round_)
+        order = torch.from_numpy(protocol.shuffled(cell.settings.seed, round_, len(clients))).to(device)
+        weights = torch.from_numpy(cell.schedule.sizes[clients]).to(device)
+        seen = cell.seen(round_, self.theta)
+        aggregate, self.rule_state = self.rule.step(updates, weights, order, seen, self.rule_state)
+        return aggregate
+
+    def state(self) -> State:
+        """The state that `restore` needs to go on after the last round."""
+        return {
+            "theta": self.theta,
+            "epoch_theta": self.epoch_theta,
+            "momenta": self.momenta.table,
+            "optimizer": tuple(self.optimizer),
+            "rule": self.rule_state,
+            "stored": {"samples": self.stored.samples, "labels": self.stored.labels},
+        }
+
+    def restore(self, state: State, device: torch.device | str) -> None:
+        """Go back to a state.
+
+        Parameters
+        ----------
+        state : dict
+            What `state` was then.
+        device : torch.device or str
+            Where the run goes on.
+        """
+        self.theta, self.epoch_theta, self.momenta.table = (
+            state[name].to(device) for name in ("theta", "epoch_theta", "momenta")
+        )
+        first, second = (part.to(device) for part in state["optimizer"][1:])
+        self.optimizer = protocol.ServerState(state["optimizer"][0], first, second)
+        self.rule_state = aggregate_state(state["rule"], device)
+        self.stored = Flips(state["stored"]["samples"], state["stored"]["labels"], 0)
 
 
 def mean_is_enough(cell: Scenario) -> bool:

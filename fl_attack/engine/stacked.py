@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import adversary, targets
+from fl_attack import adversary, knowledge, targets
 from fl_attack.engine import choices, ending, groups, kernels, sequential
 from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
@@ -26,7 +26,7 @@ from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.choices import Change, no_change
 from fl_attack.engine.kinds import kind_of
 from fl_attack.engine.log import Log, Report
-from fl_attack.engine.outcome import Outcome
+from fl_attack.engine.outcome import OnRounds, Outcome, Watch
 from fl_attack.engine.stopping import Stopping
 from fl_attack.models import Mlp
 from fl_attack.models.networks import shared_product
@@ -48,8 +48,8 @@ def run_cells(
     *,
     device: str,
     memory_gb: float,
-    progress: Callable[[int], None],
-    watch: Callable[[list[int], Callable[[], list[Outcome]]], None],
+    progress: OnRounds,
+    watch: Watch,
     keep_flips: bool,
     keep_theta: bool,
 ) -> list[Outcome]:
@@ -142,9 +142,7 @@ class Stack:
         whole = torch.cat(found) if found else torch.empty(0, self.theta.shape[1])
         return whole.to(device, self.batches.dtype), place
 
-    def run(
-        self, progress: Callable[[int], None], watch: Callable[[Callable[[], list[Outcome]]], None]
-    ) -> list[Outcome]:
+    def run(self, progress: OnRounds, watch: Callable[[Callable[[], list[Outcome]]], None]) -> list[Outcome]:
         """The outcomes of the stack's cells after all rounds.
 
         Parameters
@@ -257,7 +255,7 @@ class Stack:
 
         counts = None if batch.counts is None else batch.counts[:n]
         everybodys = batch.samples
-        seen = adversary.Seen(batch.y[:n], counts, everybodys[:n], lambda: everybodys, scores, lambda: here[-1])
+        seen = knowledge.Seen(batch.y[:n], counts, everybodys[:n], lambda: everybodys, scores, lambda: here[-1])
         proposal = adversary.propose(tile.cells[0], round_, seen, (len(tile.cells), n), here[-1].dtype)
         return choices.of_proposal(proposal, batch, access, self.workspace.buffer("sorted", len(tile.cells), n))
 

@@ -34,7 +34,7 @@ class OmniscientHook:
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self._rule: aggregate.Combine | None = None
-        self._known: dict[str, tuple[tuple[int, bytes], Any]] = {}
+        self._last: dict[str, tuple[tuple[int, bytes], Any]] = {}
 
     def flips(self, asked: wire.Request) -> Flips:
         """The labels that all malicious clients together write in a round."""
@@ -58,20 +58,20 @@ class OmniscientHook:
         """The updates that all clients of a round would send honestly, and those that they send, (m, A, B) each."""
         scenario, theta, round_ = self.scenario, asked.theta, asked.round_
 
-        def crafted() -> tuple[Tensor, Tensor]:
+        def honest_and_sent() -> tuple[Tensor, Tensor]:
             honest = adversary.updates(scenario, theta, round_, momenta=asked.momentum)
             return honest, adaptive.crafted(scenario, theta, round_, honest, self._server(asked))
 
-        return self._once("updates", round_, theta, crafted)
+        return self._once("updates", round_, theta, honest_and_sent)
 
     def _once(
         self, what: str, round_: int, theta: Tensor, work_out: Callable[[], Found], stored: Flips = NO_FLIPS
     ) -> Found:
         """The result of `work_out` for a round and its parameters, remembered until others are asked for."""
         key = round_, b"".join([theta.cpu().numpy().tobytes(), stored.samples.tobytes(), stored.labels.tobytes()])
-        if what not in self._known or self._known[what][0] != key:
-            self._known[what] = key, work_out()
-        found: Found = self._known[what][1]
+        if what not in self._last or self._last[what][0] != key:
+            self._last[what] = key, work_out()
+        found: Found = self._last[what][1]
         return found
 
 

@@ -24,7 +24,7 @@ PICKLE = 5  # Ray's own pickling, made for functions and classes of scripts, tak
 CLIENT_APP_RAISED = 1  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION is not public
 
 
-class Block:
+class ClientBlock:
     """The process of a block of clients."""
 
     def __init__(self, app: ClientApp, clients: Sequence[int], total: int) -> None:
@@ -74,7 +74,7 @@ class BlockGrid(Grid):
             num_cpus=cpus_each,
             num_gpus=gpus_each,
             scheduling_strategy="SPREAD",
-        )(Block)
+        )(ClientBlock)
         blocks = [block for block in np.array_split(np.arange(clients), actors) if len(block)]
         self.actors: list[Any] = [block_actor.remote(app, block.tolist(), clients) for block in blocks]
         self._actor_of = {

@@ -52,6 +52,10 @@ class Model(ABC):
         (n, C) tensor
         """
 
+    def class_logits(self, theta: Tensor, X: Tensor) -> Tensor:
+        """Logits of samples by class, (n, classes): one output z becomes 0 and z. See `logits` for the arguments."""
+        return outputs.class_logits(self.logits(theta, X))
+
     @abstractmethod
     def state(self, theta: Tensor) -> dict[str, NDArray[Any]]:
         """Parameters by their names, as a run leaves them in `model.npz`."""

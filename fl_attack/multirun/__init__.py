@@ -211,9 +211,9 @@ def tabulate_together(
             tracked.begin(places[0].work, anew)
         children = Children(tracked, scenarios, place)
         numbers = _computed(work, kept_scenarios, kept, anew, progress, len(cells), launch, children)
-        all_of_it = zip(cells, scenarios, (numbers[at] for at in place), strict=True)
+        rows = zip(cells, scenarios, (numbers[at] for at in place), strict=True)
         for grid, at in zip(grids, places, strict=True):
-            write_tables(at.work, *zip(*itertools.islice(all_of_it, len(grid)), strict=True))
+            write_tables(at.work, *zip(*itertools.islice(rows, len(grid)), strict=True))
             finish(at.work)
         if tracked:
             tracked.leave()

@@ -13,7 +13,7 @@ from fl_attack.data.cache import write_whole
 from fl_attack.detect import MEASURES
 from fl_attack.folder import CURVES, TABLE
 from fl_attack.history import COLUMNS, given_row, rounds_to_recover
-from fl_attack.identity import NOT_NUMBERS
+from fl_attack.identity import twin_key
 from fl_attack.multirun.units import PARTS, Numbers
 from fl_attack.scenario import Scenario
 from fl_attack.sweep_table import RESULTS, write_csv
@@ -55,13 +55,13 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
     )
     columns = columns_of(cells)
     honest = {
-        _twin_key(scenario.settings): one
+        twin_key(scenario.settings): one
         for scenario, one in zip(scenarios, numbers, strict=True)
         if scenario.settings.is_unattacked and not one.error
     }
     rows = []
     for i, (cell, scenario, one) in enumerate(zip(cells, scenarios, numbers, strict=True)):
-        results = row_of(scenario, one, honest.get(_twin_key(scenario.settings)))
+        results = row_of(scenario, one, honest.get(twin_key(scenario.settings)))
         row = {"cell": i} | {key: value for key, value in cell.overrides.items() if key not in RESULTS} | results
         rows.append([row.get(name, "") for name in columns])
     write_csv(out / TABLE, columns, rows)
@@ -71,11 +71,6 @@ def columns_of(cells: Sequence[Cell]) -> list[str]:
     """The columns of the table of these cells."""
     swept = dict.fromkeys(key for cell in cells for key in cell.overrides if key not in RESULTS)
     return ["cell", *swept, *RESULTS]
-
-
-def _twin_key(settings: Settings) -> str:
-    """The settings that an experiment and its unattacked twin have in common, in JSON."""
-    return settings.model_dump_json(exclude={"attack", *NOT_NUMBERS})
 
 
 def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The work of a sweep, cut into units: the key of each, and the numbers that are kept of it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import engine
-from fl_attack.config import AttackSettings
 from fl_attack.data import Partition
 from fl_attack.history import COLUMNS
 from fl_attack.identity import NOT_NUMBERS, key_of
-from fl_attack.models.outputs import class_logits
 from fl_attack.scenario import Scenario
 
 
@@ -44,11 +42,11 @@ def plain(scenario: Scenario) -> Scenario:
     if not settings.is_unattacked or settings.detectability:
         return scenario
     partition = scenario.partition
-    update: dict[str, object] = {"attack": AttackSettings(name="none")}
+    update: dict[str, object] = {}
     if settings.strategy.averages and settings.partition.malicious_share is None:  # else they shape rule or shards
         update |= {"clients": settings.clients.model_copy(update={"honest": settings.clients.total, "malicious": 0})}
         partition = Partition(partition.client, partition.malicious[:0])
-    return Scenario(settings.model_copy(update=update), scenario.dataset, partition, scenario.schedule)
+    return replace(scenario, settings=settings.unattacked().model_copy(update=update), partition=partition)
 
 
 def distinct(scenarios: Sequence[Scenario]) -> tuple[list[Scenario], list[int]]:
@@ -94,7 +92,7 @@ def mistakes(scenario: Scenario, theta: Tensor, test_set: tuple[Tensor, Tensor])
         Image i belongs to the part i modulo `PARTS`.
     """
     X, y = test_set
-    found = class_logits(scenario.model.logits(theta.to(X.dtype), X)).argmax(-1) != y
+    found = scenario.model.class_logits(theta.to(X.dtype), X).argmax(-1) != y
     return np.bincount(np.flatnonzero(found.numpy()) % PARTS, minlength=PARTS)
 
 

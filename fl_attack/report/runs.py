@@ -112,12 +112,12 @@ def _most_flipped(
     order = np.lexsort((found, -times))[:SAMPLES]
     shown = []
     for sample, count in zip(found[order].tolist(), times[order].tolist(), strict=True):
-        written, often = np.unique(labels[samples == sample], return_counts=True)
+        written, counts = np.unique(labels[samples == sample], return_counts=True)
         shown.append(
             {
                 "sample": sample,
                 "times": count,
-                "to": {classes[label]: n for label, n in zip(written.tolist(), often.tolist(), strict=True)},
+                "to": {classes[label]: n for label, n in zip(written.tolist(), counts.tolist(), strict=True)},
                 "label": classes[dataset.y_train[sample]] if dataset else None,
                 "picture": picture(dataset, sample) if dataset else None,
             }

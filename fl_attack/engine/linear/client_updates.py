@@ -99,7 +99,7 @@ def pieces(cells: int, bytes_each: int) -> list[slice]:
     return [slice(start, min(cells, start + step)) for start in range(0, cells, step)]
 
 
-class Server:
+class Aggregator:
     """The server of the cells of a tile: their rule, on the updates of their clients."""
 
     def __init__(self, cells: Sequence[Scenario], attackers: Attackers, targets: TargetsOf, batches: Batches) -> None:

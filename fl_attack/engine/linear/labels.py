@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import adversary, plans
+from fl_attack import adversary, knowledge, plans
 from fl_attack.engine import choices, kernels
 from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
@@ -197,7 +197,7 @@ class Proposed:
             return None
         n = access.n
         targeted, everyone = self.attackers.kind.goal == "targeted", slice(0, M)
-        seen = adversary.Seen(
+        seen = knowledge.Seen(
             batch.y[:n],
             None if batch.counts is None else batch.counts[:n],
             batch.samples[:n],
@@ -239,7 +239,7 @@ def known_residuals(R: Tensor, batch: Batch, known: Tensor | None, C: int, cells
 def direction(
     theta: Tensor, R: Tensor, batch: Batch, known: Tensor | None, C: int, cells: slice, targets: TargetsOf | None
 ) -> Tensor:
-    """The direction (cells C, d) of some cells, up to a positive factor, see `adversary.direction`.
+    """The direction (cells C, d) of some cells, up to a positive factor, see `knowledge.direction`.
 
     Parameters
     ----------

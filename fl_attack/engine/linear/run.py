@@ -1,7 +1,7 @@
 """Many experiments of a linear model at once: chunks of cells that fit in memory, in blocks that fit in the cache."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,12 +20,10 @@ from fl_attack.engine.linear.shared import shared_by
 from fl_attack.engine.linear.targets import Targets
 from fl_attack.engine.linear.tile import Tile
 from fl_attack.engine.log import Log
-from fl_attack.engine.outcome import Outcome
+from fl_attack.engine.outcome import OnRounds, Outcome, Watch
 from fl_attack.engine.stopping import Stopping
 from fl_attack.scenario import Scenario
 
-Progress = Callable[[int], None]
-Watch = Callable[[list[int], Callable[[], list[Outcome]]], None]
 WORTH_THREADS = 2e7  # multiplications of a product
 
 
@@ -34,7 +32,7 @@ def run_cells(
     *,
     device: str,
     memory_gb: float,
-    progress: Progress,
+    progress: OnRounds,
     watch: Watch,
     keep_flips: bool,
     keep_theta: bool,
@@ -165,7 +163,7 @@ class Chunk:
         self.evaluated = ending.evaluated_rounds(self.settings)
         self.began = time.perf_counter()
 
-    def run(self, progress: Progress, watch: Watch, kept: Kept | None = None) -> list[Outcome]:
+    def run(self, progress: OnRounds, watch: Watch, kept: Kept | None = None) -> list[Outcome]:
         """The outcomes of the cells after all rounds.
 
         Parameters

@@ -11,7 +11,7 @@ from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.choices import no_change
-from fl_attack.engine.linear.client_updates import Residuals, Server
+from fl_attack.engine.linear.client_updates import Aggregator, Residuals
 from fl_attack.engine.linear.epoch_flips import EpochFlips
 from fl_attack.engine.linear.labels import Greedy, Nobody, Planned, Proposed, Way
 from fl_attack.engine.linear.shared import Shared
@@ -46,15 +46,15 @@ class Tile:
             for key in ("lr", "weight_decay")
         )
         self._decay = self.weight_decay if self.weight_decay.any() else None
-        self.server = Server(cells, self.attackers, targets, batches)
+        self.aggregator = Aggregator(cells, self.attackers, targets, batches)
         self.way = self._way(cells, batches, targets)
         # whether the server sees what each client sends, and one product of all residuals is not enough
-        self.needs_client_updates = self.server.needed or cells[0].settings.local_steps > 1
+        self.needs_client_updates = self.aggregator.needed or cells[0].settings.local_steps > 1
 
     def _way(self, cells: Sequence[Scenario], batches: Batches, targets: TargetsOf) -> Way:
         """The way in which the cells' attackers come to the labels that they write."""
         kind = self.attackers.kind
-        if kind.name == "none" or self.server.crafts:
+        if kind.name == "none" or self.aggregator.crafts:
             return Nobody(self.C)
         if self.cell.settings.attack.plans:
             return Planned(cells)
@@ -103,7 +103,7 @@ class Tile:
             self.attackers.note(written.flips, written.allowed)
         aggregate = detection = None
         if self.needs_client_updates or (measured and access is not None):
-            aggregate, detection = self.server.take(self._residuals(Z, shared), shared, access, measured)
+            aggregate, detection = self.aggregator.take(self._residuals(Z, shared), shared, access, measured)
         if not watched:
             return None, aggregate if self.needs_client_updates else None
         cosine = None
@@ -117,13 +117,13 @@ class Tile:
     def state(self, round_: int) -> State:
         """The state that `restore` needs to go on after a round."""
         way = self.way.state(round_) if isinstance(self.way, EpochFlips) else None
-        return {"attackers": self.attackers.state(round_), "way": way, "rule": self.server.remembered}
+        return {"attackers": self.attackers.state(round_), "way": way, "rule": self.aggregator.remembered}
 
     def restore(self, state: State, round_: int) -> None:
         """Go back to the state after a round, see `Attackers.restore`."""
         self.attackers.restore(state["attackers"], round_)
         if state["rule"] is not None:
-            self.server.remembered = {key: part.to(self.theta.device) for key, part in state["rule"].items()}
+            self.aggregator.remembered = {key: part.to(self.theta.device) for key, part in state["rule"].items()}
         if isinstance(self.way, EpochFlips):
             self.way.restore(state["way"], round_)
 

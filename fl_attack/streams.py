@@ -1,0 +1,101 @@
+"""The random streams of one seed: each purpose has a number of its own, so that no setting shifts what another draws.
+
+A partition is drawn before all that, from streams of its own in `data.partition`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+BATCHES = 1  # the order in which a client visits its samples
+PARTICIPANTS = 2  # who takes part in a round
+LABEL_NOISE = 3  # of attacks on labels
+UPDATE_NOISE = 4  # of attacks on updates
+KNOWN_CLIENTS = 5  # whose gradients attackers know
+CLIENT_ORDER = 6  # the order of a round's clients, by which rules draw lots
+PLAN = 7  # the first flips of a plan, and its tries
+SAMPLE = 8  # the training samples that attackers measure harm on
+TRUSTED = 9  # the training samples whose true labels the server has
+IMAGINED = 9  # the minibatches that planners imagine; drawn with a round, which tells them from TRUSTED
+SERVER_NOISE = 10  # of rules that add noise
+
+
+def label_noise(
+    seed: int,
+    round_: int,
+    samples: NDArray[np.int64],
+    everybodys: Callable[[], NDArray[np.int64]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The random numbers of some samples in a round, whoever else asks for which others.
+
+    Parameters
+    ----------
+    seed, round_ : int
+        That of the experiment; the round, counted from 1.
+    samples : array of int, (n,)
+        The samples of the training set.
+    everybodys : callable
+        Gives those of all clients in the round, in any order, among which these are.
+    device, dtype
+        Of the result.
+
+    Returns
+    -------
+    Tensor, (n, 2)
+        Uniform in [0, 1).
+    """
+    everyone = np.sort(everybodys())
+    uniform = np.random.default_rng([seed, LABEL_NOISE, round_]).random((len(everyone), 2))
+    return torch.from_numpy(uniform[np.searchsorted(everyone, samples)]).to(device, dtype)
+
+
+def normal_noise(
+    seed: int,
+    stream: int,
+    round_: int,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Random numbers for attacks on updates, or for rules that add noise.
+
+    Parameters
+    ----------
+    seed, round_ : int
+        As of `label_noise`.
+    stream : int
+        One of the numbers above.
+    shape : sequence of int
+        Of the result.
+    device, dtype
+        Likewise; drawn in float64.
+
+    Returns
+    -------
+    Tensor
+        Standard normal.
+    """
+    return torch.from_numpy(np.random.default_rng([seed, stream, round_]).standard_normal(shape)).to(device, dtype)
+
+
+def known_rank(seed: int, round_: int, clients: int) -> NDArray[np.float64]:
+    """A random number for each client: attackers who know a part of the honest ones know those of the lowest.
+
+    Parameters
+    ----------
+    seed, round_ : int
+        As of `label_noise`.
+    clients : int
+        How many there are.
+
+    Returns
+    -------
+    (clients,) array
+        Uniform in [0, 1).
+    """
+    return np.random.default_rng([seed, KNOWN_CLIENTS, round_]).random(clients)
