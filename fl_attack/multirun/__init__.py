@@ -80,8 +80,8 @@ def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch 
     for note in [note for note in notes[0] if all(note in of_cell for of_cell in notes)]:
         print(f"note: {note}", file=sys.stderr, flush=True)
     with trackers.of_sweep(cells) as tracked:
-        finish = partial(_draw_all, settings=cells[0].settings)
-        out = tabulate(cells, progress, finish, launch, tracked)
+        draw = partial(_draw_all, settings=cells[0].settings)
+        out = tabulate(cells, progress, draw, launch, tracked)
         if cells[0].settings.report:
             report.offer([out])
         total, lost = broken_off(out)
@@ -122,7 +122,7 @@ def column(out: Path, name: str) -> list[float]:
 def tabulate(
     cells: Sequence[Cell],
     progress: Progress | None = None,
-    finish: Drawn = lambda folder: None,
+    draw: Drawn | None = None,
     launch: Launch | None = None,
     tracked: trackers.Sweep | None = None,
 ) -> Path:
@@ -134,8 +134,9 @@ def tabulate(
     ----------
     cells, progress, launch
         As `run` takes them.
-    finish : callable, optional
-        Gets the folder of the tables: the sweep counts as finished only after that.
+    draw : callable, optional
+        Draws the figures of the settings, which are checked before any work: it gets the folder of the tables, and the
+        sweep counts as finished only after that.
     tracked : trackers.Sweep, optional
         Is told of the cells as they are done.
 
@@ -150,7 +151,7 @@ def tabulate(
         Before any work starts, where a cell can't be run or `out` holds what would be lost.
     """
     out = Path(cells[0].settings.out)
-    tabulate_together([cells], None, progress, finish, launch, tracked)
+    tabulate_together([cells], None, progress, draw, launch, tracked)
     return out
 
 
@@ -158,7 +159,7 @@ def tabulate_together(
     grids: Sequence[Sequence[Cell]],
     kept: Path | None,
     progress: Progress | None = None,
-    finish: Drawn = lambda folder: None,
+    draw: Drawn | None = None,
     launch: Launch | None = None,
     tracked: trackers.Sweep | None = None,
 ) -> None:
@@ -172,7 +173,7 @@ def tabulate_together(
         The folder of what an interrupted call leaves for the next one; None is one in the `out` of a single grid.
     progress : Progress, optional
         It reckons with all cells.
-    finish, launch, tracked
+    draw, launch, tracked
         As `tabulate` takes them; `tracked` is for a single grid.
 
     Raises
@@ -186,7 +187,7 @@ def tabulate_together(
         checked = scenario if launch is None else _on_a_processor(scenario)  # jobs may have GPUs that are not here
         experiment.check(checked)
     of_grids = iter(scenarios)
-    for grid in grids:
+    for grid in grids if draw else ():
         _check_figures(grid, list(itertools.islice(of_grids, len(grid))))
     kept_scenarios, place = distinct(scenarios)
     work = units(kept_scenarios)
@@ -214,7 +215,8 @@ def tabulate_together(
         rows = zip(cells, scenarios, (numbers[at] for at in place), strict=True)
         for grid, at in zip(grids, places, strict=True):
             write_tables(at.work, *zip(*itertools.islice(rows, len(grid)), strict=True))
-            finish(at.work)
+            if draw:
+                draw(at.work)
         if tracked:
             tracked.leave()
         shutil.rmtree(kept, ignore_errors=True)
