@@ -9,11 +9,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
 import ray
 
+from fl_attack.federation import session
 from fl_attack.federation.private_ray import read_anew
 from fl_attack.federation.session import ray_session
 
@@ -171,3 +173,14 @@ def test_ctrl_c_ends_the_start_of_ray_at_any_moment(
     while (left := with_mark(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left
+
+
+@pytest.mark.parametrize(("free", "store"), [(64 * 2**20, 200 * 2**20), (2**30, 2**29), (2**40, 2 * 2**30)])
+def test_the_object_store_is_as_large_as_a_rounds_messages_need_where_memory_is_shared(
+    free: int, store: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(session.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    assert session._object_store() == store
+    monkeypatch.setattr(session, "SHARED_MEMORY", tmp_path / "absent")
+    assert session._object_store() == 200 * 2**20

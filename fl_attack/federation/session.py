@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -34,7 +36,15 @@ Federate = Callable[[Recorder], None]
 Drive = Callable[[Federate], None]  # uses what runs one federation, as often as it likes
 Runner = Callable[[Drive, Settings], None]
 PATIENCE, AT_ONCE = 60.0, 5.0  # seconds that Ray's start has after the first Ctrl-C, and Python after the second
-OBJECT_STORE = 200 * 2**20  # bytes; only messages pass through it
+LEAST_STORE, MOST_STORE = 200 * 2**20, 2 * 2**30  # bytes of the object store, through which only messages pass
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def _object_store() -> int:
+    """The bytes of shared memory that Ray's object store may use; what a round's messages have beyond goes to disk."""
+    # five thousand clients of ten classes send 300 MB a round, which take eight times as long by way of the disk
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+    return max(LEAST_STORE, min(MOST_STORE, free // 2))
 
 
 def check(scenario: Scenario) -> None:
@@ -118,7 +128,7 @@ def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
 def _init(address: str | None, verbose: bool) -> None:
     """Start Ray, or join it at `address`; RunError where that fails."""
     # without "local", Ray would join whatever cluster was last started on this machine
-    local = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    local = {"address": "local", "include_dashboard": False, "object_store_memory": _object_store()}
     level = logging.INFO if verbose else logging.CRITICAL
     try:
         with waiting(f"joining Ray at {address}" if address else "starting Ray"), _unbroken():
