@@ -38,12 +38,8 @@ def of_samples(scenario: Scenario, theta: Tensor, round_: int, malicious: Client
 
     Parameters
     ----------
-    scenario : Scenario
-        The experiment.
-    theta : (A, B) tensor of float64
-        The parameters that the server has broadcast.
-    round_ : int
-        The round, counted from 1; with `attack.refresh=epoch` the first of an epoch.
+    scenario, theta, round_
+        As of `direction`.
     malicious : array of int, (m,)
         The clients.
 

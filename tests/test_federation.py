@@ -13,6 +13,7 @@ import ray
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fl_attack import engine, federation, scenario, targets
@@ -20,9 +21,9 @@ from fl_attack.config import Settings, StrategySettings
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation import wire
 from fl_attack.federation.client import HonestClient, MaliciousClient, OmniscientHook, client_app
-from fl_attack.federation.grid import BlockGrid
+from fl_attack.federation.grid import CLIENT_APP_RAISED, BlockGrid
 from fl_attack.federation.session import ray_session
-from fl_attack.federation.strategy import complete, start
+from fl_attack.federation.strategy import CRASHED, complete, start
 from fl_attack.federation.wire import Request
 from fl_attack.history import History, Recorder
 
@@ -362,3 +363,7 @@ def test_the_flips_of_all_clients_together_are_those_agreed_on(settings: Compose
     assert len(parts) == 3
     assert sorted(np.concatenate([part.samples for part in parts]).tolist()) == agreed.samples.tolist()
     assert HonestClient(cell, 0).train(asked).flips is None
+
+
+def test_codes_of_errors_are_those_of_flower() -> None:
+    assert (CLIENT_APP_RAISED, CRASHED) == (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.CLIENT_APP_CRASHED)

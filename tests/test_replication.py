@@ -231,7 +231,11 @@ def test_ten_classes() -> None:
     "run", RUNS, ids=lambda run: f"{run.preset}-{run.source.name}-{run.protocol}-{len(run.overrides)}"
 )
 def test_every_run_composes_with_its_unattacked_twins(run: plan.Run) -> None:
-    swept = plan.cells(run if run.batch == "full" else replace(run, batch=32), 3, 0.01)
+    run = run if run.batch == "full" else replace(run, batch=32)
+    swept = plan.cells(run, 3, 0.01)
+    batches = 1 if run.batch == "full" else -(-plan.samples(run.source) // 32)
+    epochs = {plan.MLP: 20, plan.CNN: 2}.get(run.protocol, 3)
+    assert {cell.settings.rounds for cell in swept} == {epochs * batches}
     assert len({cell.settings.model_dump_json() for cell in swept}) == len(swept)
     full = run.protocol in (plan.FULL, plan.PERSIST) and run.preset == "smallest"  # has no randomness
     assert len({cell.settings.seed for cell in swept}) >= (2 if full else 5)

@@ -13,6 +13,7 @@ from fl_attack.replication.claims import CLAIMS
 from fl_attack.replication.extensions import answer, lost_by_chance
 from fl_attack.replication.findings import Line, Result, decided
 from fl_attack.replication.plan import CEIL, PERSIST, SMALL, STEP, Run, Source
+from fl_attack.replication.report import _by_verdict
 from fl_attack.replication.statistics import GOALS, Statistic
 from fl_attack.replication.verdicts import (
     NOISY,
@@ -272,3 +273,5 @@ def test_the_first_page_says_under_which_protocol_the_papers_size_comes_out() ->
     assert other.endswith(f"3 to 9):** {PERSIST}, MNIST 0/1 (untargeted 21.8).")
     assert chance.endswith("MNIST 0/1 in 33 % (lr 0.1, batches of 64).")
     assert answer([], lines[:1])[1].endswith("come out:** under no protocol.") and answer([], []) == []
+    # the verdict is that of the paper's protocol, whatever others bear out
+    assert _by_verdict(lines) == [f"*Not replicated*: {claim.text} (figure 5: not replicated in 2 of 2 measurements)."]

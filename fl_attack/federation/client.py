@@ -215,14 +215,14 @@ def node_of(context: Context, own: bool) -> Node:
     if str(malicious).lower() not in ("true", "false"):
         raise RuntimeError(f"{name} was started with malicious={malicious}; it is true or false")
     loader = given.get("data-loader")
-    told = str(malicious).lower() == "true"
-    if told and not own:
+    is_malicious = str(malicious).lower() == "true"
+    if is_malicious and not own:
         raise RuntimeError(
             f"{name} was started with malicious=true, but the run draws who is malicious; use clients.malicious, or "
             "data of its own"
         )
     path = None if data is None else str(data)
-    return Node(int(number) if number else None, path, None if loader is None else str(loader), told)
+    return Node(int(number) if number else None, path, None if loader is None else str(loader), is_malicious)
 
 
 def held_by(node: Node, settings: Settings, layout: Layout, verify: bool) -> Held:

@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity  # undocumented
 RUN_ID, SERVER_NODE, TASK_ID = 1, 1, 1
 FIRST_NODE = 2  # node ids of clients count on from here
 PICKLE = 5  # Ray's own pickling, made for functions and classes of scripts, takes twice as long for messages
-CLIENT_APP_RAISED = 1  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION is not public
+CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION is not public
 
 
 class ClientBlock:

@@ -461,7 +461,7 @@ def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
 
 
 def introductions(grid: Grid, clients: int) -> dict[int, int]:
-    """The client behind each node of a grid, as the nodes say.
+    """The client behind each node of a grid, as the nodes say: `numbered` of what was `asked`, with their errors.
 
     Parameters
     ----------
@@ -469,16 +469,6 @@ def introductions(grid: Grid, clients: int) -> dict[int, int]:
         Its nodes are asked, one message each.
     clients : int
         How many clients there should be, numbered from 0.
-
-    Returns
-    -------
-    dict of int to int
-        The client by node.
-
-    Raises
-    ------
-    RunError
-        Unless each client is there once.
     """
     found = {node: said.client for node, said in asked(grid, RecordDict()).items()}
     return numbered(found, clients)
