@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from fl_attack import experiment, scenario
+from fl_attack import experiment, results, scenario
 from fl_attack.config import compose
 from fl_attack.engine import Outcome, sequential
 
@@ -65,7 +65,10 @@ def test_the_numbers_are_scikit_learns(small_data: Small, tmp_path: Path, classe
     assert float(row["test_f1"]) == pytest.approx(f1_score(y, predicted, average=average), abs=1e-12)
 
 
-def test_each_clients_accuracy_on_its_own_data_is_told(small_data: Small, tmp_path: Path) -> None:
+def test_each_clients_accuracy_on_its_own_data_is_told(
+    small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "SAMPLES_AT_ONCE", 50)  # of 120: the last piece is a smaller one
     run = ["rounds=8", "engine=batched", "partition=dirichlet", "batch_size=30", f"out={tmp_path}/o"]
     settings = compose(*small_data(3), *run)
     experiment.run(settings)
