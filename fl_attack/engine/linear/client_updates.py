@@ -221,21 +221,9 @@ class Aggregator:
             found = direction(of.theta, of.R, batch, access.known, self.C, cells, self.targets)
             return found.view(-1, self.C, of.theta.shape[1])
 
-        def sent(way: Scenario) -> Tensor:
-            return adversary.replace_updates(way, round_, updates, malicious, attacking, v)
-
-        best = sent(self.cell)
-        if not self.adapts:
-            return best
-
-        def product(made: Tensor) -> Tensor:
-            found = (rule(made) * v()).flatten(1).sum(1)
-            return found.where(~found.isnan(), torch.inf)
-
-        least = product(best)
-        for way in adaptive.variants(self.cell):
-            made = sent(way)
-            harm = product(made)
-            best = torch.where((harm < least)[:, None, None, None], made, best)
-            least = torch.minimum(harm, least)
-        return best
+        ways = [self.cell, *(adaptive.variants(self.cell) if self.adapts else ())]
+        sent = [adversary.replace_updates(way, round_, updates, malicious, attacking, v) for way in ways]
+        if len(sent) == 1:
+            return sent[0]
+        worst = attack.worst([(rule(one) * v()).flatten(1).sum(1) for one in sent])
+        return torch.stack(sent)[worst, torch.arange(len(worst), device=worst.device)]
