@@ -16,6 +16,7 @@ import pytest
 
 from fl_attack import data, engine, experiment, federation, identity, multirun
 from fl_attack.config import compose
+from fl_attack.errors import InputError
 from fl_attack.identity import key_of
 from fl_attack.launcher import grid
 from fl_attack.multirun import execute
@@ -368,3 +369,11 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_bytes(
     assert not (tmp_path / "killed" / "sweep.csv").exists()
     assert command(*grid("killed"))[0] == 0
     assert (tmp_path / "killed" / "sweep.csv").read_bytes() == (tmp_path / "whole" / "sweep.csv").read_bytes()
+
+
+def test_a_figure_that_cannot_be_drawn_is_refused_before_the_computing_but_tables_need_none(tmp_path: Path) -> None:
+    cells = grid("engine=batched", "rounds=2", "seed=0,1", "figures=[[heatmap]]", f"out={tmp_path}/o")
+    with pytest.raises(InputError, match=r"^figures=\[\[heatmap\]\]: a heat map needs several values of k"):
+        multirun.run(cells)
+    assert not (tmp_path / "o").exists()
+    assert (multirun.tabulate(cells) / "sweep.csv").exists()
