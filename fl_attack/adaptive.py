@@ -14,7 +14,7 @@ from fl_attack import adversary, aggregate, attack, knowledge, protocol
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
 
-class Server(NamedTuple):
+class KnownServer(NamedTuple):
     """What is known of the server in a round."""
 
     rule: aggregate.Combine
@@ -34,7 +34,7 @@ def flips(
     scenario: Scenario,
     theta: Tensor,
     round_: int,
-    server: Server | None,
+    server: KnownServer | None,
     epoch_theta: Tensor | None = None,
     stored: Flips = NO_FLIPS,
 ) -> Flips:
@@ -61,7 +61,7 @@ def flips(
     return tries[_worst(scenario, theta, round_, server, sent)]
 
 
-def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, server: Server | None) -> Tensor:
+def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, server: KnownServer | None) -> Tensor:
     """The updates that the clients of a round send under an attack on updates, where attackers try several values.
 
     Of the values that the attack's row names, and the one that is set, the one that does most harm.
@@ -102,7 +102,7 @@ def variants(scenario: Scenario) -> list[Scenario]:
     return found
 
 
-def _worst(scenario: Scenario, theta: Tensor, round_: int, server: Server, sent: list[Tensor]) -> int:
+def _worst(scenario: Scenario, theta: Tensor, round_: int, server: KnownServer, sent: list[Tensor]) -> int:
     """Which of some updates (m, A, B) that could be sent does most harm; of equal ones the first."""
     clients = scenario.schedule.participants(round_)
     weights = torch.from_numpy(scenario.schedule.sizes[clients]).to(theta.device)

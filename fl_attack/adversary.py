@@ -16,7 +16,7 @@ from torch import Tensor
 from fl_attack import attack, knowledge, plans, protocol
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario, client_update
 
-Clients = NDArray[np.int64]
+ClientIds = NDArray[np.int64]
 Counts = NDArray[np.int64]
 
 
@@ -59,7 +59,7 @@ def rounds_before(scenario: Scenario, round_: int) -> int | None:
     return attack.attacked_before(round_, threat.every, threat.start, threat.stop)
 
 
-def present(scenario: Scenario, round_: int) -> Clients:
+def present(scenario: Scenario, round_: int) -> ClientIds:
     """The malicious clients that take part in a round.
 
     Parameters
@@ -185,7 +185,7 @@ def _chosen_for_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Fl
     return _chosen(scenario, theta, first_round, malicious, epochs * writable, writable)
 
 
-def _writable_before(scenario: Scenario, round_: int, attacked: int, malicious: Clients) -> NDArray[np.int64]:
+def _writable_before(scenario: Scenario, round_: int, attacked: int, malicious: ClientIds) -> NDArray[np.int64]:
     """The samples (m,) that clients could write in the rounds `attacked` so far, for budgets that carry over."""
     schedule, threat = scenario.schedule, scenario.settings.attack
     if schedule.per_round is None or threat.rounding != "carry":
@@ -201,7 +201,7 @@ def _chosen(
     scenario: Scenario,
     theta: Tensor,
     round_: int,
-    malicious: Clients,
+    malicious: ClientIds,
     before: Counts,
     writable: Counts,
     percent: int = 100,
@@ -232,7 +232,7 @@ def _added(
     scenario: Scenario,
     theta: Tensor,
     round_: int,
-    malicious: Clients,
+    malicious: ClientIds,
     before: Counts,
     writable: Counts,
     stored: Flips,
@@ -292,7 +292,7 @@ def _allowances(scenario: Scenario, before: Counts, writable: Counts) -> list[in
 
 def _within(
     scenario: Scenario,
-    malicious: Clients,
+    malicious: ClientIds,
     samples: NDArray[np.int64],
     priority: Tensor,
     budgets: list[int],
@@ -307,7 +307,7 @@ def _within(
 
 
 def propose(
-    scenario: Scenario, round_: int, seen: knowledge.Seen, shape: Sequence[int], dtype: torch.dtype
+    scenario: Scenario, round_: int, seen: knowledge.VisibleSamples, shape: Sequence[int], dtype: torch.dtype
 ) -> attack.Proposal:
     """What the attack on labels of an experiment, or of several with this attack, proposes in a round.
 
@@ -317,7 +317,7 @@ def propose(
         The experiment, or one of several that have their attack and their data in common.
     round_ : int
         The round, counted from 1, whose noise the attack may use.
-    seen : knowledge.Seen
+    seen : knowledge.VisibleSamples
         What the attackers can see.
     shape : sequence of int
         (..., n), the shape of the proposal.

@@ -48,7 +48,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Clients(Strict):
+class ClientSettings(Strict):
     """How many clients there are, and how many of them attack."""
 
     honest: Annotated[int, Field(ge=0)]
@@ -336,7 +336,7 @@ class Settings(Strict):
     strategy: StrategySettings
     sanitize: SanitizeSettings = SanitizeSettings()
     engine: EngineSettings
-    clients: Clients
+    clients: ClientSettings
     rounds: Count
     eval_every: Count
     baseline: bool

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from fl_attack.errors import InputError
 
-Kind = Literal["run", "sweep"]
+ResultKind = Literal["run", "sweep"]
 PLAN = "plan.csv"  # of a run whose flips are planned
 SUMMARY, BASELINE, ROUNDS = "summary.json", "baseline", "rounds.csv"  # a run that has a summary is finished
 REPORT = "report.html"
@@ -48,7 +48,7 @@ class Place(NamedTuple):
     work: Path  # what is written to: `out`, or a folder in it while a finished result stands there
 
 
-def is_finished(folder: Path, kind: Kind) -> bool:
+def is_finished(folder: Path, kind: ResultKind) -> bool:
     """Whether a folder holds a whole run or sweep.
 
     Parameters
@@ -68,7 +68,7 @@ def is_finished(folder: Path, kind: Kind) -> bool:
     return (folder / TABLE).exists() and not (folder / UNITS).exists()
 
 
-def holds(folder: Path) -> Kind | None:
+def holds(folder: Path) -> ResultKind | None:
     """What a folder holds, finished or not; None where nothing would be lost."""
     if (folder / TABLE).exists() or any((folder / UNITS).glob("*")):
         return "sweep"
@@ -78,7 +78,7 @@ def holds(folder: Path) -> Kind | None:
 
 
 @contextmanager
-def taken(out: Path, kind: Kind, overwrite: bool, goes_on: Callable[[Path], bool]) -> Iterator[Place]:
+def taken(out: Path, kind: ResultKind, overwrite: bool, goes_on: Callable[[Path], bool]) -> Iterator[Place]:
     """Hold a folder for a new result while the block runs.
 
     Parameters
@@ -124,7 +124,7 @@ def taken(out: Path, kind: Kind, overwrite: bool, goes_on: Callable[[Path], bool
         lock.release()
 
 
-def _checked(out: Path, kind: Kind, overwrite: bool, goes_on: Callable[[Path], bool]) -> Path:
+def _checked(out: Path, kind: ResultKind, overwrite: bool, goes_on: Callable[[Path], bool]) -> Path:
     """The folder to write to; InputError where something would be lost without `overwrite`."""
     held = holds(out)
     finished = held is not None and is_finished(out, held)

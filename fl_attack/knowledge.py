@@ -18,22 +18,22 @@ from fl_attack import attack, plans, streams, targets
 from fl_attack.scenario import Scenario
 
 HARM_SAMPLES = 1000  # training samples that directions measure harm on
-Clients = NDArray[np.int64]
-Samples = NDArray[np.int64]
+ClientIds = NDArray[np.int64]
+SampleIds = NDArray[np.int64]
 
 
-class Seen(NamedTuple):
+class VisibleSamples(NamedTuple):
     """What attackers on labels can see of a round; what takes work is worked out when it is asked for."""
 
     y: Tensor  # (n,) true labels of the samples that they can write
     counts: Tensor | None  # (n,) how often each of them is used; None: once
-    samples: Samples  # (n,) which samples of the training set they are
-    everybodys: Callable[[], Samples]  # those of all clients in this round, among which they have their noise
+    samples: SampleIds  # (n,) which samples of the training set they are
+    everybodys: Callable[[], SampleIds]  # those of all clients in this round, among which they have their noise
     scores: Callable[[], Tensor]  # (..., n, classes), see `attack.View`
     logits: Callable[[], Tensor]  # (..., n, classes)
 
 
-def of_samples(scenario: Scenario, theta: Tensor, round_: int, malicious: Clients) -> Seen:
+def of_samples(scenario: Scenario, theta: Tensor, round_: int, malicious: ClientIds) -> VisibleSamples:
     """What attackers see of the samples that the clients `malicious` (m,) can write.
 
     Parameters
@@ -45,13 +45,13 @@ def of_samples(scenario: Scenario, theta: Tensor, round_: int, malicious: Client
 
     Returns
     -------
-    Seen
+    VisibleSamples
         Of the samples that they use in the round or, by epoch, hold; samples ascending.
     """
     at = minibatch_round(scenario, round_)
     samples, counts = scenario.schedule.samples(malicious, at)
     X, y, _ = scenario.batch(samples, counts, theta.device)
-    return Seen(
+    return VisibleSamples(
         y,
         torch.from_numpy(counts).to(theta.device),
         samples,
@@ -78,7 +78,7 @@ def minibatch_round(scenario: Scenario, round_: int) -> int | None:
     return round_ if threat.refresh == "step" or threat.writes != "labels" else None
 
 
-def view(scenario: Scenario, round_: int, seen: Seen, dtype: torch.dtype) -> attack.View:
+def view(scenario: Scenario, round_: int, seen: VisibleSamples, dtype: torch.dtype) -> attack.View:
     """The view of an attack on labels, with its noise in a precision; see `adversary.propose`."""
     device = seen.y.device
     return attack.View(
@@ -137,7 +137,7 @@ def aim(scenario: Scenario, theta: Tensor, round_: int) -> attack.Aim:
     )
 
 
-def known(scenario: Scenario, everyone: Clients, round_: int) -> Clients:
+def known(scenario: Scenario, everyone: ClientIds, round_: int) -> ClientIds:
     """The clients whose clean gradient the attackers know in a round.
 
     Parameters

@@ -27,7 +27,7 @@ from torch import Tensor
 from fl_attack import __version__, attack, planning, plugins, protocol, streams, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.data import cache
-from fl_attack.planning import Access, Batch, Problem, State, Sweeps, Trajectory
+from fl_attack.planning import Minibatch, Problem, Sweeps, TrainingState, Trajectory, WriteAccess
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
 OnSweep = Callable[[int], None]  # gets the number of the sweep that is done
@@ -259,10 +259,10 @@ class Maker:
         self.rounds = range(first, min(settings.rounds, first + horizon - 1) + 1)
         self.theta = torch.stack([theta for theta in thetas for _ in range(self.starts)])
         self.memory = settings.engine.memory_gb * 2**30
-        self._last: dict[bool, tuple[int, Batch]] = {}  # the minibatch that was asked for last, and its round
+        self._last: dict[bool, tuple[int, Minibatch]] = {}  # the minibatch that was asked for last, and its round
         self._samples_of: dict[tuple[int, bool], NDArray[np.int64]] = {}
-        self._access: dict[tuple[int, bool], Access | None] = {}
-        self._alike: dict[bytes, Access] = {}
+        self._access: dict[tuple[int, bool], WriteAccess | None] = {}
+        self._alike: dict[bytes, WriteAccess] = {}
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -320,7 +320,7 @@ class Maker:
         return Problem(
             planning.derivatives_of(self.template_cell.model),
             settings.server_optimizer,
-            State(self.theta, protocol.initial_state(self.theta)),
+            TrainingState(self.theta, protocol.initial_state(self.theta)),
             self.rounds,
             batch=lambda round_: self.batch(round_, imagined),
             access=lambda round_: self.access(round_, imagined),
@@ -335,9 +335,9 @@ class Maker:
         )
 
     @cached_property
-    def sample(self) -> Batch:
+    def sample(self) -> Minibatch:
         """The training samples that the harm is measured on."""
-        return Batch(*sample_of(self.template_cell, self.options.sample))
+        return Minibatch(*sample_of(self.template_cell, self.options.sample))
 
     def _weights(self) -> Tensor:
         """The weights (T + 1, M) of the harm after each round: of the last, or evenly of all that are evaluated."""
@@ -358,7 +358,7 @@ class Maker:
         seed = int(np.random.default_rng([schedule.seed, streams.IMAGINED, self.first]).integers(2**62))
         return replace(schedule, seed=seed)
 
-    def batch(self, round_: int, imagined: bool) -> Batch:
+    def batch(self, round_: int, imagined: bool) -> Minibatch:
         """The minibatch of a round, in double precision.
 
         Parameters
@@ -370,7 +370,7 @@ class Maker:
 
         Returns
         -------
-        Batch
+        Minibatch
             The one of another round may be overwritten by the next that is asked for.
         """
         last = self._last.get(imagined)
@@ -385,7 +385,7 @@ class Maker:
             row = torch.from_numpy(self._row[samples])
             buffer = last[1].X if last is not None and len(last[1].X) == len(row) else None
             X = torch.index_select(self._resident, 0, row, out=buffer)
-        made = Batch(X, torch.from_numpy(self.template_cell.dataset.y_train[samples]))
+        made = Minibatch(X, torch.from_numpy(self.template_cell.dataset.y_train[samples]))
         self._last[imagined] = round_, made
         return made
 
@@ -417,7 +417,7 @@ class Maker:
             self._samples_of[key] = before if np.array_equal(samples, before) else samples.copy()
         return self._samples_of[key]
 
-    def access(self, round_: int, imagined: bool) -> Access | None:
+    def access(self, round_: int, imagined: bool) -> WriteAccess | None:
         """What the attackers of all plans can write in a round.
 
         Parameters
@@ -427,7 +427,7 @@ class Maker:
 
         Returns
         -------
-        Access or None
+        WriteAccess or None
             None where none of them can write anything.
         """
         key = round_, imagined
@@ -435,7 +435,7 @@ class Maker:
             self._access[key] = self._round_access(round_, imagined)
         return self._access[key]
 
-    def _round_access(self, round_: int, imagined: bool) -> Access | None:
+    def _round_access(self, round_: int, imagined: bool) -> WriteAccess | None:
         budgets = self.budgets[round_ - self.first]  # (M, G)
         if not budgets.any():
             return None
@@ -453,7 +453,7 @@ class Maker:
         key = b"|".join(part.tobytes() for part in (columns, group.numpy(), mask.numpy(), budgets))
         if key not in self._alike:  # as most rounds are
             budget = torch.from_numpy(budgets).repeat_interleave(self.starts, 0)
-            self._alike[key] = Access(torch.from_numpy(columns), group, None if bool(mask.all()) else mask, budget)
+            self._alike[key] = WriteAccess(torch.from_numpy(columns), group, None if bool(mask.all()) else mask, budget)
         return self._alike[key]
 
     @cached_property
@@ -473,7 +473,7 @@ class Maker:
         numbers = rng.random((self.starts, len(self.rounds) + 3))
         return torch.from_numpy(np.tile(numbers, (len(self.cells), 1)))
 
-    def _start(self, theta: Tensor, batch: Batch) -> Tensor:
+    def _start(self, theta: Tensor, batch: Minibatch) -> Tensor:
         """The direction (P, A, B) that each plan begins with."""
         by_start = theta.view(len(self.cells), self.starts, *theta.shape[1:])
         found = torch.empty_like(by_start)
@@ -538,7 +538,7 @@ class Maker:
         trajectory.backwards(choose)
         return found
 
-    def _plan(self, cell: int, found: planning.Found, labels: planning.Labels) -> Plan:
+    def _plan(self, cell: int, found: planning.SweepResult, labels: planning.Labels) -> Plan:
         """The best plan of a cell."""
         mine = slice(cell * self.starts, (cell + 1) * self.starts)
         best = mine.start + int(np.nanargmax(np.where(np.isfinite(found.harm[-1, mine]), found.harm[-1, mine], -1)))

@@ -37,7 +37,9 @@ class Result:
         Where it is; None if it is in memory only.
     """
 
-    def __init__(self, kind: places.Kind, folder: Path | None, files: Mapping[str, bytes], inside: str = "") -> None:
+    def __init__(
+        self, kind: places.ResultKind, folder: Path | None, files: Mapping[str, bytes], inside: str = ""
+    ) -> None:
         self.kind, self.folder = kind, folder
         self._files, self._inside = files, inside
 
@@ -229,7 +231,7 @@ class Result:
         """
         if table == "flips":
             return {name: column.astype(np.int64) for name, column in self._arrays("flips.npz").items()}
-        kind: places.Kind = "sweep" if table == "table" else "run"
+        kind: places.ResultKind = "sweep" if table == "table" else "run"
         name = places.TABLE if table == "table" else f"{table}.csv"
         if kind != self.kind:
             raise InputError(f"a {self.kind} has no {name}: that is of a {kind}")
@@ -245,7 +247,7 @@ def _png(figure: Any) -> bytes:
     return content.getvalue()
 
 
-def _kind_of(folder: Path) -> places.Kind:
+def _kind_of(folder: Path) -> places.ResultKind:
     """What a folder holds; InputError where it is no result that can be read."""
     kind = places.holds(folder)
     if kind is None:

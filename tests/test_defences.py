@@ -286,7 +286,7 @@ def test_adapting_attackers_do_the_most_harm_of_what_they_try_and_never_less_tha
     cell = scenario_of(settings, small_data(3), f"strategy={strategy}", f"attack={name}", "attack.adapt=rule")
     rule, state, theta, better = cell.rule(), None, cell.start(), 0
     for round_ in range(1, 7):
-        server, v = adaptive.Server(rule, state), knowledge.direction(cell, theta, round_)
+        server, v = adaptive.KnownServer(rule, state), knowledge.direction(cell, theta, round_)
         seen, clients = cell.seen(round_, theta), cell.schedule.participants(round_)
         weights = torch.from_numpy(cell.schedule.sizes[clients])
         order = torch.from_numpy(protocol.shuffled(cell.settings.seed, round_, len(clients)))

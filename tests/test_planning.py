@@ -12,14 +12,14 @@ import torch
 from fl_attack import models, protocol
 from fl_attack.attack import smoothed_error
 from fl_attack.planning import (
-    Access,
-    Batch,
     General,
     Linear,
+    Minibatch,
     Problem,
-    State,
     Sweeps,
+    TrainingState,
     Trajectory,
+    WriteAccess,
     derivatives_of,
 )
 
@@ -49,29 +49,31 @@ def problem(
     X = torch.randn(SAMPLES, FEATURES, dtype=torch.float64, generator=rng)
     X = X + 1.5 * y[:, None] * torch.randn(FEATURES, dtype=torch.float64, generator=rng)
     X[:, -1] = 1
-    batches = [Batch(X[part], y[part]) for part in (torch.randperm(SAMPLES, generator=rng)[:n] for _ in range(rounds))]
+    batches = [
+        Minibatch(X[part], y[part]) for part in (torch.randperm(SAMPLES, generator=rng)[:n] for _ in range(rounds))
+    ]
     theta = torch.zeros(plans, *(shape or (1 if classes == 2 else classes, FEATURES)), dtype=torch.float64)
-    access = Access(torch.arange(n), torch.zeros(n, dtype=torch.int64), None, torch.full((plans, 1), budget))
+    access = WriteAccess(torch.arange(n), torch.zeros(n, dtype=torch.int64), None, torch.full((plans, 1), budget))
     weights = torch.zeros(rounds + 1, plans, dtype=torch.float64)
     weights[1 if average else rounds :] = 1 / rounds if average else 1
     return Problem(
         derivatives or Linear(),
         optimizer,
-        State(theta, protocol.initial_state(theta)),
+        TrainingState(theta, protocol.initial_state(theta)),
         range(1, rounds + 1),
         batch=lambda round_: batches[round_ - 1],
         access=lambda round_: access,
         lr=lambda round_: lr / round_**0.5,
         weight_decay=decay,
         classes=classes,
-        sample=Batch(X, y),
+        sample=Minibatch(X, y),
         weights=weights,
         **how,
     )
 
 
 def from_theta(of: Problem, theta: torch.Tensor) -> Problem:
-    return dataclasses.replace(of, start=State(theta, protocol.initial_state(theta)))
+    return dataclasses.replace(of, start=TrainingState(theta, protocol.initial_state(theta)))
 
 
 def clean(of: Problem) -> list[torch.Tensor | None]:
@@ -178,10 +180,10 @@ def test_costates_of_a_network_are_the_derivatives_of_the_harm(loss: str) -> Non
     torch.testing.assert_close(costate.theta, slow, rtol=1e-5, atol=1e-9)
 
 
-def starts(of: Problem) -> Callable[[torch.Tensor, Batch], torch.Tensor]:
+def starts(of: Problem) -> Callable[[torch.Tensor, Minibatch], torch.Tensor]:
     """Four plans: away from the clean gradient, towards the flipped labels, to the last and to the first class."""
 
-    def direction(theta: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def direction(theta: torch.Tensor, batch: Minibatch) -> torch.Tensor:
         v = of.derivatives.gradient(theta, batch.X, batch.y.expand(of.plans, -1)).clone()
         v[1] = -of.derivatives.gradient(theta, of.sample.X, 1 - of.sample.y.expand(of.plans, -1))[1]
         mean = of.sample.X.mean(0)
@@ -246,7 +248,7 @@ def test_labels_that_are_not_a_plans_own_stay_true() -> None:
     mask = torch.zeros(4, 5, dtype=torch.bool)
     mask[0, :2] = mask[1, 2:] = True
     columns, group = torch.tensor([0, 1, 3, 4, 5]), torch.tensor([0, 1, 1, 1, 1])
-    access = Access(columns, group, mask, torch.tensor([[1, 0], [0, 2], [3, 3], [0, 0]]))
+    access = WriteAccess(columns, group, mask, torch.tensor([[1, 0], [0, 2], [3, 3], [0, 0]]))
     of = dataclasses.replace(of, access=lambda round_: access if round_ != 2 else None)
     improved = planned(of, 6)
     assert improved.labels[1] is None

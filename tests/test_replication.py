@@ -88,11 +88,13 @@ def test_a_claim_is_decided_at_the_learning_rate_chosen_and_told_at_the_others()
     (source, _) = plan.sources(True, None)
     points = [{"b": b, "goal": g, "lr": lr} for b in (0.0, 0.001) for g in statistics.GOALS for lr in (0.01, 0.3)]
     cells = seeded(lambda row, rng: 90.0 - 6 * (row["b"] > 0) * (row["lr"] == 0.3) + rng.normal() * 0.01, *points)
-    lines = findings.findings([findings.Result(plan.Run("smallest", source), cells)], {source.name: 0.3})
+    lines = findings.findings([findings.RunCells(plan.Run("smallest", source), cells)], {source.name: 0.3})
     decided = {(line.rate, line.primary, line.finding.verdict) for line in lines}
     assert decided == {("0.3", True, REPLICATED), ("0.01", False, NOT)}
     assert len(lines) == 2 * 6  # each measure once at each rate
-    only = findings.findings([findings.Result(plan.Run("smallest", source), cells.where(lr=0.01))], {source.name: 0.3})
+    only = findings.findings(
+        [findings.RunCells(plan.Run("smallest", source), cells.where(lr=0.01))], {source.name: 0.3}
+    )
     assert {(line.rate, line.primary) for line in only} == {("0.01", False)}  # a rate of its own is told as that
 
 
@@ -266,7 +268,7 @@ def test_learning_rates_are_the_chosen_one_those_of_the_run_or_of_the_preset() -
 
 
 def test_the_question_of_a_tenth_of_a_percent_gets_twenty_seeds_and_adam_as_many_rates_as_sgd() -> None:
-    source = plan.Source("cifar10_plane_auto", "x", True, ("dataset=digits_01",))
+    source = plan.PaperDataset("cifar10_plane_auto", "x", True, ("dataset=digits_01",))
     runs = [replace(run, batch=32) for run in plan._whole(source) if run.protocol == plan.STEP]
     asked = next(run for run in runs if run.preset == "smallest")
     assert {cell.settings.seed for cell in plan.cells(asked, 2, 0.3)} == set(range(20))
@@ -282,7 +284,7 @@ def test_the_question_of_a_tenth_of_a_percent_gets_twenty_seeds_and_adam_as_many
 
 def test_full_batches_of_pictures_are_at_a_rate_at_which_they_do_not_diverge() -> None:
     for name, rates in {"cifar10_plane_auto": {0.01, 0.1}, "mnist_01": {0.1, 1.0}}.items():
-        source = plan.Source(name, name, True, ("dataset=digits_01",))
+        source = plan.PaperDataset(name, name, True, ("dataset=digits_01",))
         whole = [run for run in plan._whole(source) if run.protocol == plan.FULL]
         assert {cell.settings.lr for run in whole for cell in plan.cells(run, 2, 0.3)} == rates
 
@@ -317,7 +319,7 @@ def test_the_learning_rate_is_that_of_the_lowest_validation_loss_and_ties_are_to
     assert set(statistics.at_best(adam)["lr"]) == {plan.best_rate(cells)}
 
 
-def tiny(source: plan.Source) -> list[plan.Run]:
+def tiny(source: plan.PaperDataset) -> list[plan.Run]:
     """Every kind of run, as small as it can be."""
     few = {"honest": ("lr=0.1,0.3",), "noise": ("lr=0.1,0.3",)}
     maps = ("clients.malicious=5,10", "attack.budget=0.1,0.5,1")
@@ -337,9 +339,9 @@ def tiny(source: plan.Source) -> list[plan.Run]:
 def test_the_pipeline_leaves_figures_tables_and_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def small(quick: bool, only: str | None, root: Path | None) -> plan.Plan:
+    def small(quick: bool, only: str | None, root: Path | None) -> plan.ReplicationPlan:
         chosen = plan.sources(True, None)
-        return plan.Plan(chosen, tuple(run for source in chosen for run in tiny(source)), 2, 32, True)
+        return plan.ReplicationPlan(chosen, tuple(run for source in chosen for run in tiny(source)), 2, 32, True)
 
     monkeypatch.setattr(plan, "make", small)
     monkeypatch.setattr(gradients, "RANDOM_SETS", 20)
@@ -431,7 +433,7 @@ def test_an_archive_of_images_is_unpacked_once_and_a_damaged_one_told(tmp_path: 
     place = plan._unpacked(tmp_path / plan.ARCHIVE)
     assert plan._unpacked(tmp_path / plan.ARCHIVE) == place
     chosen = "dataset.classes=[airplane,automobile]"
-    source = plan.Source("x", "x", True, ("dataset=image_folder", f"dataset.path={plan._quoted(place)}", chosen))
+    source = plan.PaperDataset("x", "x", True, ("dataset=image_folder", f"dataset.path={plan._quoted(place)}", chosen))
     assert plan.samples(source) == 24
     (tmp_path / plan.ARCHIVE).write_bytes(b"no archive")
     with pytest.raises(InputError, match="can't be unpacked"):

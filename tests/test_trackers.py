@@ -63,8 +63,8 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Store]]:
     """What the tracker `wandb` is told, which is a `Store` here; it is told at once. No figures, which take time."""
     monkeypatch.setattr(Store, "kept", {})
     monkeypatch.setattr(tracked, "LOG_EVERY", 0.0)
-    monkeypatch.setattr(trackers.Entry, "begin", property(lambda self: Store))
-    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": trackers.Entry((), "")})
+    monkeypatch.setattr(trackers.TrackerEntry, "begin", property(lambda self: Store))
+    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": trackers.TrackerEntry((), "")})
     with captured():
         yield Store.kept
 
@@ -125,7 +125,7 @@ def test_one_that_cannot_begin_ends_the_run_before_any_work(
     def refuses(about: About, id: str | None) -> Store:
         raise RuntimeError("no API key")
 
-    monkeypatch.setattr(trackers.Entry, "begin", property(lambda self: refuses))
+    monkeypatch.setattr(trackers.TrackerEntry, "begin", property(lambda self: refuses))
     for call in (run, sweep):
         with pytest.raises(InputError, match="tracker=wandb can't begin: no API key"):
             call(*SMALL, tracker=["wandb"], out=tmp_path / call.__name__)

@@ -11,8 +11,8 @@ from fl_attack.replication import claims, statistics
 from fl_attack.replication.cells import with_drops
 from fl_attack.replication.claims import CLAIMS
 from fl_attack.replication.extensions import answer, lost_by_chance
-from fl_attack.replication.findings import Line, Result, decided
-from fl_attack.replication.plan import CEIL, PERSIST, SMALL, STEP, Run, Source
+from fl_attack.replication.findings import Line, RunCells, decided
+from fl_attack.replication.plan import CEIL, PERSIST, SMALL, STEP, PaperDataset, Run
 from fl_attack.replication.report import _by_verdict
 from fl_attack.replication.statistics import GOALS, Statistic
 from fl_attack.replication.verdicts import (
@@ -20,8 +20,8 @@ from fl_attack.replication.verdicts import (
     NOT,
     PARTLY,
     REPLICATED,
+    Criterion,
     Evidence,
-    Rule,
     counted,
     decide,
     discoveries,
@@ -131,7 +131,7 @@ def test_a_true_effect_is_found() -> None:
     [(6, 0.5, REPLICATED), (2, 0.4, PARTLY), (0.1, 0.05, NOT), (11, 0.4, PARTLY), (-1, 0.2, NOT), (3, 2, NOISY)],
 )
 def test_a_rule_of_a_size(value: float, error: float, expected: str) -> None:
-    rule = Rule(3.0, 9.0, side=0.5)
+    rule = Criterion(3.0, 9.0, side=0.5)
     assert decide([(rule, Evidence(value, error, 9, 10))]) == [expected]
     assert decide([(rule, Evidence(value, np.nan, 9, 1))]) == [NOISY]
 
@@ -148,9 +148,9 @@ def test_several_measurements_are_counted_and_one_in_four_is_not_partly() -> Non
 def test_many_rows_of_noise_leave_few_discoveries_and_a_single_true_row_stays() -> None:
     rng = np.random.default_rng(0)
     rows = [Evidence(float(x), 1.0, 1000, 1000) for x in rng.normal(size=400)]
-    alone = [Rule(0.0).doubts(row)[REPLICATED] < 0.05 for row in rows]
+    alone = [Criterion(0.0).doubts(row)[REPLICATED] < 0.05 for row in rows]
     assert 10 < sum(alone) < 40
-    together = decide([(Rule(0.0), row) for row in [*rows, Evidence(8.0, 1.0, 1000, 1000)]])
+    together = decide([(Criterion(0.0), row) for row in [*rows, Evidence(8.0, 1.0, 1000, 1000)]])
     assert together[:-1].count(REPLICATED) == 0 and together[-1] == REPLICATED
 
 
@@ -168,10 +168,10 @@ def test_discoveries_hold_their_rate_however_rows_depend() -> None:
 
 def test_findings_are_decided_together() -> None:
     claim = CLAIMS[1]
-    source = Source("x", "x", True, ())
+    source = PaperDataset("x", "x", True, ())
     weak = claims.Finding("a", Evidence(0.05, 0.01, 9, 10), NOT)
     near = claims.Finding("b", Evidence(4.2, 0.55, 9, 10), REPLICATED)  # by itself, but not as one of a hundred
-    assert decide([(claim.rule, near.found)]) == [REPLICATED]
+    assert decide([(claim.criterion, near.found)]) == [REPLICATED]
     lines = [Line(claim, source, STEP, "1", True, one) for one in (*[weak] * 99, near)]
     assert {line.finding.verdict for line in decided(lines)[:-1]} == {NOT}
     assert decided(lines)[-1].finding.verdict != REPLICATED
@@ -251,7 +251,7 @@ def test_what_a_single_run_loses_by_chance() -> None:
 
 
 def test_the_first_page_says_under_which_protocol_the_papers_size_comes_out() -> None:
-    source = Source("mnist_01", "MNIST 0/1", True, ())
+    source = PaperDataset("mnist_01", "MNIST 0/1", True, ())
     claim = next(one for one in CLAIMS if one.preset == "smallest")
 
     def line(protocol: str, label: str, size: float, verdict: str) -> Line:
@@ -267,7 +267,7 @@ def test_the_first_page_says_under_which_protocol_the_papers_size_comes_out() ->
         line(CEIL, "untargeted, last iterate", 0.4, NOISY),
     ]
     ends = Cells({"lr": np.full(4, "0.1"), "accuracy": np.array([80.0, 74.0, 90.0, 85.9])})
-    text, size, other, chance = answer([Result(Run("noise", source, batch=64), ends)], lines)
+    text, size, other, chance = answer([RunCells(Run("noise", source, batch=64), ends)], lines)
     assert "MNIST 0/1, untargeted: 0.10 [" in text and "0.20" not in text
     assert size.endswith(f"come out:** {SMALL}, MNIST 0/1 (targeted 5.9 to 6.7).")
     assert other.endswith(f"3 to 9):** {PERSIST}, MNIST 0/1 (untargeted 21.8).")

@@ -20,14 +20,21 @@ from torch import Tensor
 
 from fl_attack.choices import Selection as Selection
 
-Lazy = Tensor | Callable[[], Tensor]
+MaybeLazy = Tensor | Callable[[], Tensor]
 
 
 class View:
     """What a label attack sees of a round. What takes work is worked out when it is first asked for."""
 
     def __init__(
-        self, y: Tensor, w: Tensor, *, scores: Lazy, logits: Lazy, noise: Lazy, selection: Selection = "gain"
+        self,
+        y: Tensor,
+        w: Tensor,
+        *,
+        scores: MaybeLazy,
+        logits: MaybeLazy,
+        noise: MaybeLazy,
+        selection: Selection = "gain",
     ) -> None:
         self.y = y  # (n,) true labels
         self.w = w  # (n,) how often the sample is used in this round
@@ -57,7 +64,7 @@ class View:
         return _worked_out(self._lazy[2])
 
 
-def _worked_out(lazy: Lazy) -> Tensor:
+def _worked_out(lazy: MaybeLazy) -> Tensor:
     """A tensor that is there or has yet to be computed."""
     return lazy if isinstance(lazy, Tensor) else lazy()
 

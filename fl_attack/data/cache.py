@@ -27,7 +27,7 @@ Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """Memory-mapped arrays, the facts stored with them, and a hash of both."""
 
     arrays: Arrays
@@ -77,7 +77,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             unfinished.unlink()
 
 
-def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool = True) -> Entry:
+def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool = True) -> CacheEntry:
     """An entry of the cache, built where it is not there whole.
 
     Parameters
@@ -91,7 +91,7 @@ def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool =
 
     Returns
     -------
-    Entry
+    CacheEntry
         Its arrays are mapped from the disk, read-only.
 
     Raises
@@ -128,7 +128,7 @@ def lock(name: str) -> Iterator[None]:
         held.release()
 
 
-def _opened(place: Path, verify: bool) -> Entry | None:
+def _opened(place: Path, verify: bool) -> CacheEntry | None:
     """The entry at `place`, or None where a part of it is missing, truncated or altered."""
     try:
         meta = json.loads((place / "meta.json").read_bytes())
@@ -142,7 +142,7 @@ def _opened(place: Path, verify: bool) -> Entry | None:
         arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
     except Exception:  # damage can raise anything
         return None
-    return Entry(arrays, meta["facts"], fingerprint)
+    return CacheEntry(arrays, meta["facts"], fingerprint)
 
 
 def _store(place: Path, arrays: Arrays, facts: Facts) -> None:

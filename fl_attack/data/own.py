@@ -1,6 +1,6 @@
 """Data of its own on a node of a deployed federation: samples that nobody else sees, in the classes of the server's.
 
-The server's data set, which it tests on, says what all nodes' samples have in common: a `Layout`.
+The server's data set, which it tests on, says what all nodes' samples have in common: a `DataLayout`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from fl_attack.data.sources import SOURCES, Raw, read_training
 from fl_attack.errors import InputError
 
 
-class Layout(NamedTuple):
+class DataLayout(NamedTuple):
     """What the samples of all nodes have in common."""
 
     classes: tuple[str, ...]  # name of each label
@@ -32,7 +32,7 @@ class Held(NamedTuple):
     fingerprint: str  # hash of both, wherever they lie
 
 
-def layout_of(dataset: Dataset) -> Layout:
+def layout_of(dataset: Dataset) -> DataLayout:
     """The layout of a data set.
 
     Parameters
@@ -42,14 +42,14 @@ def layout_of(dataset: Dataset) -> Layout:
 
     Returns
     -------
-    Layout
+    DataLayout
     """
-    return Layout(dataset.classes, tuple(dataset.shape), dataset.x_train.dtype.kind)
+    return DataLayout(dataset.classes, tuple(dataset.shape), dataset.x_train.dtype.kind)
 
 
 def held(
     path: str | Path,
-    layout: Layout,
+    layout: DataLayout,
     *,
     loader: str | None = None,
     classes: object = None,
@@ -65,7 +65,7 @@ def held(
     path : str or Path
         An .npz file with `x_train` and `y_train`, or a folder `train` with a folder of images for each class; test
         samples need not be there.
-    layout : Layout
+    layout : DataLayout
         What the samples must be like.
     loader : str, optional
         Another name of `SOURCES`, for a folder as `dataset.root` or `dataset.path` names it.
@@ -115,7 +115,7 @@ def held(
     return Held(entry.arrays["x"], entry.arrays["y"], entry.fingerprint)
 
 
-def _labels(raw: Raw, layout: Layout, where: str, picked: bool) -> np.ndarray:
+def _labels(raw: Raw, layout: DataLayout, where: str, picked: bool) -> np.ndarray:
     """The labels (n,) of the layout; -1 where a sample is of another class, an error unless some are `picked`."""
     numbers = all(name.isdigit() for name in layout.classes)
     found = np.full(len(raw.y_train), -1)
@@ -155,14 +155,14 @@ def at_server(dataset: Dataset, counts: Sequence[int], told: object) -> Dataset:
     )
 
 
-def at_node(mine: Held, layout: Layout, scale: float, counts: Sequence[int], client: int) -> Dataset:
+def at_node(mine: Held, layout: DataLayout, scale: float, counts: Sequence[int], client: int) -> Dataset:
     """The same as a client knows it: its own samples in their place, and nothing to test on.
 
     Parameters
     ----------
     mine : Held
         Its samples.
-    layout : Layout
+    layout : DataLayout
         What the server says of all samples.
     scale : float
         What raw values are divided by.

@@ -141,7 +141,7 @@ class Training:
         if adversary.epoch_start(cell, round_) == round_:
             self.epoch_theta = self.theta
         before = self.momenta.of(cell.schedule.participants(round_))
-        server = adaptive.Server(self.rule, self.rule_state, before)
+        server = adaptive.KnownServer(self.rule, self.rule_state, before)
         flips = adaptive.flips(cell, self.theta, round_, server, self.epoch_theta, self.stored)
         self.stored = adversary.remembered(cell, round_, self.stored, flips)
         updates = None
@@ -156,7 +156,7 @@ class Training:
         )
         return aggregate, flips, updates
 
-    def _sent(self, round_: int, flips: Flips, server: adaptive.Server) -> Tensor:
+    def _sent(self, round_: int, flips: Flips, server: adaptive.KnownServer) -> Tensor:
         """The updates (m, A, B) that the clients of a round send."""
         honest = adversary.updates(self.cell, self.theta, round_, flips, server.momenta)
         self.momenta.note(self.cell.schedule.participants(round_), honest)

@@ -255,7 +255,9 @@ class Stack:
 
         counts = None if batch.counts is None else batch.counts[:n]
         everybodys = batch.samples
-        seen = knowledge.Seen(batch.y[:n], counts, everybodys[:n], lambda: everybodys, scores, lambda: here[-1])
+        seen = knowledge.VisibleSamples(
+            batch.y[:n], counts, everybodys[:n], lambda: everybodys, scores, lambda: here[-1]
+        )
         proposal = adversary.propose(tile.cells[0], round_, seen, (len(tile.cells), n), here[-1].dtype)
         return choices.of_proposal(proposal, batch, access, self.workspace.buffer("sorted", len(tile.cells), n))
 

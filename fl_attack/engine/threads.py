@@ -11,11 +11,11 @@ from typing import TypeVar
 
 import torch
 
-Part = TypeVar("Part")
-Result = TypeVar("Result")
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 
-def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+def side_by_side(work: Callable[[Given], Found], parts: Sequence[Given]) -> list[Found]:
     """The results of a function on parts, on as many threads as torch uses, each of which works alone.
 
     Parameters
@@ -33,7 +33,7 @@ def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[
     threads = torch.get_num_threads()
     if min(threads, len(parts)) < 2:
         return [work(part) for part in parts]
-    results: dict[int, Result] = {}
+    results: dict[int, Found] = {}
     left = iter(range(len(parts)))
 
     def some() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fl_attack import adaptive, adversary, aggregate, protocol, scenario
 from fl_attack.config import Settings, settings_from
-from fl_attack.data.own import Held, Layout, at_node, held
+from fl_attack.data.own import DataLayout, Held, at_node, held
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation import wire
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
@@ -46,13 +46,13 @@ class OmniscientHook:
 
         return self._once("flips", round_, theta, flips, stored)
 
-    def _server(self, asked: wire.Request) -> adaptive.Server | None:
+    def _server(self, asked: wire.Request) -> adaptive.KnownServer | None:
         """What the attackers know of the server in a round; None where they do not search, whatever its strategy is."""
         if not adaptive.searches(self.scenario):
             return None
         if self._rule is None:
             self._rule = self.scenario.rule()
-        return adaptive.Server(self._rule, asked.rule, asked.momentum)
+        return adaptive.KnownServer(self._rule, asked.rule, asked.momentum)
 
     def updates(self, asked: wire.Request) -> tuple[Tensor, Tensor]:
         """The updates that all clients of a round would send honestly, and those that they send, (m, A, B) each."""
@@ -225,7 +225,7 @@ def node_of(context: Context, own: bool) -> Node:
     return Node(int(number) if number else None, path, None if loader is None else str(loader), is_malicious)
 
 
-def held_by(node: Node, settings: Settings, layout: Layout, verify: bool) -> Held:
+def held_by(node: Node, settings: Settings, layout: DataLayout, verify: bool) -> Held:
     """The data of a node with its own.
 
     Parameters
@@ -234,7 +234,7 @@ def held_by(node: Node, settings: Settings, layout: Layout, verify: bool) -> Hel
         What it was started with.
     settings : Settings
         Of the run.
-    layout : Layout
+    layout : DataLayout
         What the server says of all nodes' samples.
     verify : bool
         Whether to compare checksums of the cache.

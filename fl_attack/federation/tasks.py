@@ -9,7 +9,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fl_attack.federation.session import ray_session
 
-Job = Any
 REPORT_EVERY = 1.0  # seconds between two reports
 
 
@@ -37,8 +36,8 @@ class Board:
 
 
 def scatter(
-    function: Callable[[Job, Callable[[int], None]], Any],
-    jobs: Sequence[Job],
+    function: Callable[[Any, Callable[[int], None]], Any],
+    jobs: Sequence[Any],
     threads: int,
     address: str | None,
     verbose: bool,
@@ -76,7 +75,7 @@ def scatter(
         remote: Any = ray.remote
         board = remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
-        def work(i: int, job: Job) -> Any:
+        def work(i: int, job: Any) -> Any:
             done, last = 0, time.monotonic()
 
             def step(more: int) -> None:

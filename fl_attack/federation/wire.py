@@ -13,7 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fl_attack.data.own import Layout
+from fl_attack.data.own import DataLayout
 from fl_attack.scenario import NO_FLIPS, Flips
 
 ARRAYS, CONFIG, METRICS, FLIPS, EPOCH_THETA = "arrays", "config", "metrics", "flips", "epoch_theta"
@@ -28,7 +28,7 @@ RAW = "fl_attack.raw"
 class Own(NamedTuple):
     """What a node with data of its own is told of the federation's."""
 
-    layout: Layout
+    layout: DataLayout
     client: int = -1  # its number, once it has one
     counts: tuple[int, ...] = ()  # samples of each client
 
@@ -171,7 +171,7 @@ def read_own(content: Any) -> Own | None:
     if OWN not in content:
         return None
     told = content[OWN]
-    layout = Layout(tuple(told["classes"]), tuple(told["shape"]), told["kind"])
+    layout = DataLayout(tuple(told["classes"]), tuple(told["shape"]), told["kind"])
     return Own(layout, told["client"], tuple(told["counts"]))
 
 

@@ -15,22 +15,22 @@ from fl_attack.overrides import did_you_mean
 __all__ = ["LOSSES", "MODELS", "Mlp", "Model", "Network", "Quality", "check_args", "logistic", "make", "outputs"]
 
 
-class Entry(NamedTuple):
+class ModelEntry(NamedTuple):
     """A row of the table: what builds the module, and the class that differentiates it."""
 
     build: Callable[..., Any]  # Net(shape, classes, **args)
     kind: type[Network] | None = Network  # None: `build` gives a Model itself
 
 
-MODELS: dict[str, Entry] = {
-    "logistic": Entry(logistic.Logistic, None),
-    "mlp": Entry(networks.DenseLayers, Mlp),
-    "cnn": Entry(networks.ConvNet),
-    "resnet18": Entry(networks.resnet18),
+MODELS: dict[str, ModelEntry] = {
+    "logistic": ModelEntry(logistic.Logistic, None),
+    "mlp": ModelEntry(networks.DenseLayers, Mlp),
+    "cnn": ModelEntry(networks.ConvNet),
+    "resnet18": ModelEntry(networks.resnet18),
 }
 
 
-def find(name: str) -> Entry:
+def find(name: str) -> ModelEntry:
     """The row of a name of the table, or of the import path of a user's module; InputError where there is none."""
     if name in MODELS:
         return MODELS[name]
@@ -39,7 +39,7 @@ def find(name: str) -> Entry:
             f"name={name} is not a model; known: {', '.join(MODELS)}, or the import path of a torch.nn.Module"
             f"{did_you_mean(name, MODELS)}"
         )
-    return Entry(plugins.load(name))
+    return ModelEntry(plugins.load(name))
 
 
 def check_args(name: str, args: Mapping[str, Any]) -> None:

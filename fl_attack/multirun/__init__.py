@@ -124,7 +124,7 @@ def tabulate(
     progress: Progress | None = None,
     draw: Drawn | None = None,
     launch: Launch | None = None,
-    tracked: trackers.Sweep | None = None,
+    tracked: trackers.TrackedSweep | None = None,
 ) -> Path:
     """Compute a grid and leave its tables, without figures, in the `out` that all cells name.
 
@@ -137,7 +137,7 @@ def tabulate(
     draw : callable, optional
         Draws the figures of the settings, which are checked before any work: it gets the folder of the tables, and the
         sweep counts as finished only after that.
-    tracked : trackers.Sweep, optional
+    tracked : trackers.TrackedSweep, optional
         Is told of the cells as they are done.
 
     Returns
@@ -161,7 +161,7 @@ def tabulate_together(
     progress: Progress | None = None,
     draw: Drawn | None = None,
     launch: Launch | None = None,
-    tracked: trackers.Sweep | None = None,
+    tracked: trackers.TrackedSweep | None = None,
 ) -> None:
     """Compute grids that have an `out` each, and what they have in common once.
 

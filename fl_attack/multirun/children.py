@@ -17,7 +17,9 @@ OF_SEVERAL = ("drop", "rounds_to_recover")  # results that need the cell of the 
 class Children:
     """What a sweep's trackers are told of its cells; nothing without trackers."""
 
-    def __init__(self, tracked: trackers.Sweep | None, scenarios: Sequence[Scenario], place: Sequence[int]) -> None:
+    def __init__(
+        self, tracked: trackers.TrackedSweep | None, scenarios: Sequence[Scenario], place: Sequence[int]
+    ) -> None:
         """`place` tells of each cell which of the experiments that are computed gives its numbers."""
         self.tracked, self.scenarios = tracked, scenarios
         self._cells: defaultdict[int, list[int]] = defaultdict(list)
@@ -25,7 +27,7 @@ class Children:
             self._cells[at].append(cell)
 
     def observer(self, at: int, history: History) -> OnRound | None:
-        """What logs the first cell of an experiment while it runs, others when it is done; see `trackers.Sweep`."""
+        """What logs the first cell of an experiment while it runs, others when done; see `trackers.TrackedSweep`."""
         return self.tracked.observer(self._cells[at][0], history) if self.tracked else None
 
     def done(self, unit: Unit, numbers: Numbers) -> None:

@@ -23,7 +23,7 @@ from fl_attack.multirun.units import Numbers, Unit, mistakes, stacked
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 
-Keep = Callable[[Unit, Numbers], None]
+OnNumbers = Callable[[Unit, Numbers], None]
 Observe = Callable[[int, History], OnRound | None]  # of a cell, what looks on while it runs
 Tell = Callable[[int, int], None]  # gets the position of a job and how many rounds of its cells are done
 Packed = tuple[int, list[str]]  # the threads to use, and the settings of cells in JSON
@@ -31,7 +31,7 @@ WORTH_WORKERS = 4.0  # seconds of computing below which workers would take longe
 
 
 @dataclass(frozen=True)
-class Job:
+class UnitJob:
     """The cells of a unit of the batched engine."""
 
     cells: list[Scenario]
@@ -45,14 +45,14 @@ class Job:
         return free if engine.is_linear(self.cells[0]) else 1  # convolutions sum otherwise with another number
 
 
-Launcher = Callable[[Sequence[Job], Settings, Tell], Iterator[tuple[int, Numbers]]]
+Launcher = Callable[[Sequence[UnitJob], Settings, Tell], Iterator[tuple[int, Numbers]]]
 
 
 def compute(
     todo: Sequence[Unit],
     scenarios: Sequence[Scenario],
     progress: Progress,
-    keep: Keep,
+    keep: OnNumbers,
     observe: Observe = lambda cell, history: None,
 ) -> None:
     """Compute units, and hand on the numbers of each as it is done.
@@ -76,12 +76,12 @@ def compute(
     _one_by_one([unit for unit in todo if unit not in batched], scenarios, progress, keep, observe)
 
 
-def _spread(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep) -> None:
+def _spread(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: OnNumbers) -> None:
     """Have units of the batched engine computed where their launcher says."""
     # the longest first, so that no worker starts on one when the others are done
     todo = sorted(todo, key=lambda unit: -_seconds(unit, scenarios))
     settings = scenarios[todo[0].cells[0]].settings
-    jobs = [Job([scenarios[i] for i in unit.cells]) for unit in todo]
+    jobs = [UnitJob([scenarios[i] for i in unit.cells]) for unit in todo]
     reported = [0] * len(todo)
 
     def tell(i: int, rounds: int) -> None:
@@ -100,7 +100,7 @@ def launcher_of(settings: Settings) -> str:
     return "ray" if settings.engine.ray_address else "local"
 
 
-def _local(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
+def _local(jobs: Sequence[UnitJob], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
     """Compute jobs on the processors of this machine."""
     count = worker_count([job.cells for job in jobs], settings)
     if count > 1:
@@ -121,7 +121,7 @@ def _local(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tupl
         yield i, numbers
 
 
-def _on_ray(jobs: Sequence[Job], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
+def _on_ray(jobs: Sequence[UnitJob], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
     """Compute jobs on the workers of a Ray cluster."""
     from fl_attack import federation
 
@@ -187,7 +187,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _one_by_one(
-    todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: Keep, observe: Observe
+    todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: OnNumbers, observe: Observe
 ) -> None:
     """Run cells of the Flower engine one after the other, over the same clients where they have as many."""
     by_grid: dict[str, list[Unit]] = {}

@@ -2,21 +2,31 @@
 
 from fl_attack.planning.adjoint import Costate, pull_back_step
 from fl_attack.planning.derivatives import Derivatives, General, Linear, derivatives_of
-from fl_attack.planning.sweeps import Access, Batch, Found, Labels, Problem, State, Sweeps, Trajectory, chosen_labels
+from fl_attack.planning.sweeps import (
+    Labels,
+    Minibatch,
+    Problem,
+    SweepResult,
+    Sweeps,
+    TrainingState,
+    Trajectory,
+    WriteAccess,
+    chosen_labels,
+)
 
 __all__ = [
-    "Access",
-    "Batch",
     "Costate",
     "Derivatives",
-    "Found",
     "General",
     "Labels",
     "Linear",
+    "Minibatch",
     "Problem",
-    "State",
+    "SweepResult",
     "Sweeps",
+    "TrainingState",
     "Trajectory",
+    "WriteAccess",
     "chosen_labels",
     "derivatives_of",
     "pull_back_step",

@@ -34,14 +34,14 @@ COPIES = {"sgd": 1, "momentum": 2, "adam": 3}  # of the parameters, that a state
 PATIENCE = 8  # sweeps over which a plan has to gain the tolerance
 
 
-class Batch(NamedTuple):
+class Minibatch(NamedTuple):
     """The minibatch of a round, of all its clients."""
 
     X: Tensor  # (n, ...)
     y: Tensor  # (n,) true labels
 
 
-class Access(NamedTuple):
+class WriteAccess(NamedTuple):
     """What the attackers can write in a round."""
 
     columns: Tensor  # (w,) of the minibatch, ascending
@@ -50,14 +50,14 @@ class Access(NamedTuple):
     budgets: Tensor  # (P, G) labels that may be flipped
 
 
-class State(NamedTuple):
+class TrainingState(NamedTuple):
     """The parameters (P, A, B) and what the server's optimizer remembers."""
 
     theta: Tensor
     optimizer: protocol.ServerState
 
 
-Direction = Callable[[Tensor, Batch], Tensor]  # of theta (P, A, B) and the minibatch: v (P, A, B)
+DirectionAt = Callable[[Tensor, Minibatch], Tensor]  # of theta (P, A, B) and the minibatch: v (P, A, B)
 Labels = list[Tensor | None]  # by round (P, w) in few bits; None where nobody can write
 
 
@@ -67,14 +67,14 @@ class Problem:
 
     derivatives: Derivatives
     optimizer: protocol.Optimizer
-    start: State  # before the first round
+    start: TrainingState  # before the first round
     rounds: range  # their numbers, as the functions below take them
-    batch: Callable[[int], Batch]
-    access: Callable[[int], Access | None]  # None in a round in which nobody can write
+    batch: Callable[[int], Minibatch]
+    access: Callable[[int], WriteAccess | None]  # None in a round in which nobody can write
     lr: Callable[[int], float | Tensor]  # (P, 1, 1) where plans differ
     weight_decay: float | Tensor
     classes: int
-    sample: Batch  # what the harm is measured on
+    sample: Minibatch  # what the harm is measured on
     weights: Tensor  # (T + 1, P) of the harm before the first round and after each
     temperature: float = 1.0
     selection: attack.Selection = "gain"
@@ -86,7 +86,7 @@ class Problem:
         return len(self.start.theta)
 
 
-class Found(NamedTuple):
+class SweepResult(NamedTuple):
     """What sweeps have led to."""
 
     labels: Labels
@@ -110,7 +110,7 @@ class Sweeps:
     def __post_init__(self) -> None:
         self.trajectory = Trajectory(self.problem)
 
-    def start_from(self, direction: Direction) -> None:
+    def start_from(self, direction: DirectionAt) -> None:
         """Begin with the labels of attackers who in each round are greedy along a direction."""
         self.labels = [None] * len(self.problem.rounds)
         harm = self.trajectory.run(self.labels, direction)
@@ -119,7 +119,7 @@ class Sweeps:
         self.over = ~np.isfinite(self.harm[0])
         self._next = np.ones(self.problem.plans)
 
-    def run(self, sweeps: int, after: Callable[[], None] = lambda: None) -> Found:
+    def run(self, sweeps: int, after: Callable[[], None] = lambda: None) -> SweepResult:
         """Sweep until no plan gains more.
 
         Parameters
@@ -131,13 +131,13 @@ class Sweeps:
 
         Returns
         -------
-        Found
+        SweepResult
             The best labels of each plan so far, and the harm after each sweep.
         """
         while len(self.harm) <= sweeps and not self.over.all():
             self.sweep()
             after()
-        return Found(self.labels, np.array(self.harm), np.array(self.part))
+        return SweepResult(self.labels, np.array(self.harm), np.array(self.part))
 
     def sweep(self) -> None:
         """Choose labels anew in a random part of the rounds; keep those of the plans whose harm rises."""
@@ -228,11 +228,11 @@ class Trajectory:
         bytes_each = COPIES[problem.optimizer] * problem.start.theta.nbytes
         self.segment = T if T * bytes_each <= problem.memory else max(1, math.isqrt(T))
         self.labels: Labels = []
-        self._checkpoints: list[State] = []
-        self._kept: list[State] = []  # before each round of the last segment that was run
+        self._checkpoints: list[TrainingState] = []
+        self._kept: list[TrainingState] = []  # before each round of the last segment that was run
         self._store: list[Tensor] = []  # their parameters and what the optimizer remembers, in one piece each
 
-    def run(self, labels: Labels, direction: Direction | None = None) -> Tensor:
+    def run(self, labels: Labels, direction: DirectionAt | None = None) -> Tensor:
         """Train with labels in all rounds of a plan, forward, and keep what going back needs.
 
         Parameters
@@ -265,7 +265,7 @@ class Trajectory:
             harm = harm + self._harm(t + 1, state)
         return harm.cpu()
 
-    def _keep(self, state: State) -> None:
+    def _keep(self, state: TrainingState) -> None:
         """Keep the state before a round: in memory taken once, or pieces that last lie between those that do not."""
         (step, *of_optimizer), place = state.optimizer, len(self._kept)
         copies = COPIES[self.problem.optimizer]
@@ -276,27 +276,27 @@ class Trajectory:
         for store, part in zip(self._store, parts[:copies], strict=True):
             store[place] = part
         theta, first, second = [*(store[place] for store in self._store), *parts[copies:]]
-        self._kept.append(State(theta, protocol.ServerState(step, first, second)))
+        self._kept.append(TrainingState(theta, protocol.ServerState(step, first, second)))
 
-    def step(self, state: State, t: int) -> State:
+    def step(self, state: TrainingState, t: int) -> TrainingState:
         """The state after a round.
 
         Parameters
         ----------
-        state : State
+        state : TrainingState
             Parameters and optimizer before it.
         t : int
             The position of the round in the plan, from 0.
 
         Returns
         -------
-        State
+        TrainingState
         """
         problem, round_ = self.problem, self.problem.rounds[t]
         theta, optimizer = protocol.server_step(
             problem.optimizer, state.theta, self._gradient(state, t), problem.lr(round_), state.optimizer
         )
-        return State(theta, optimizer)
+        return TrainingState(theta, optimizer)
 
     def best_labels(self) -> Labels:
         """The labels of each round that are greedy along the costates of the rounds that were run last."""
@@ -351,13 +351,13 @@ class Trajectory:
             return y
         return y.index_copy(1, access.columns, written.to(torch.int64))
 
-    def _gradient(self, state: State, t: int) -> Tensor:
+    def _gradient(self, state: TrainingState, t: int) -> Tensor:
         """The aggregate (P, A, B) of a round, the weight decay included."""
         batch = self.problem.batch(self.problem.rounds[t])
         gradient = self.problem.derivatives.gradient(state.theta, batch.X, self._labels(t))
         return gradient + self.problem.weight_decay * state.theta
 
-    def _harm(self, t: int, state: State) -> Tensor:
+    def _harm(self, t: int, state: TrainingState) -> Tensor:
         """The weighted harm (P,) of the parameters after t rounds."""
         problem = self.problem
         if not problem.weights[t].any():
@@ -366,7 +366,7 @@ class Trajectory:
         Z = problem.derivatives.logits(state.theta, X)
         return problem.weights[t] * attack.smoothed_error(Z, y, problem.temperature).to(problem.weights)
 
-    def _harm_gradient(self, t: int, state: State) -> Tensor:
+    def _harm_gradient(self, t: int, state: TrainingState) -> Tensor:
         """The derivative (P, A, B) of the weighted harm by the parameters after t rounds."""
         problem = self.problem
         if not problem.weights[t].any():
@@ -377,7 +377,7 @@ class Trajectory:
         return problem.derivatives.pull_back(state.theta, X, R)
 
 
-def chosen_labels(scores: Tensor, y: Tensor, access: Access, selection: attack.Selection = "gain") -> Tensor:
+def chosen_labels(scores: Tensor, y: Tensor, access: WriteAccess, selection: attack.Selection = "gain") -> Tensor:
     """The labels that greedy attackers write.
 
     Parameters
@@ -386,7 +386,7 @@ def chosen_labels(scores: Tensor, y: Tensor, access: Access, selection: attack.S
         What each label gains, of the samples that can be written.
     y : (w,) tensor of int64
         Their true labels.
-    access : Access
+    access : WriteAccess
         Which samples each plan can write, and how many flips it has.
     selection : {"gain", "literal"}
         As the setting `attack.selection`.

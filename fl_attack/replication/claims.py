@@ -34,7 +34,7 @@ from fl_attack.replication.statistics import (
     spread_gap,
     trend,
 )
-from fl_attack.replication.verdicts import Evidence, Rule, decide, evidence
+from fl_attack.replication.verdicts import Criterion, Evidence, decide, evidence
 from fl_attack.sweep_table import Cells, Floats
 
 TENTH = {1.0: 0.001, 0.5: 0.002, 0.3: 0.0033}  # the local budget that is 0.1 % of all labels, by write access
@@ -51,7 +51,7 @@ class Claim:
     text: str
     paper: str  # the paper's number
     quantity: str  # what is measured, with its unit
-    rule: Rule
+    criterion: Criterion
     measures: Mapping[str, Statistic]  # the statistics by label
     others: tuple[str, ...] = ("protocols",)  # sweeps that show how much depends on protocol and learning rate
     own_rate: bool = False  # whether its statistics choose the best learning rate themselves
@@ -84,7 +84,7 @@ def measure(claim: Claim, cells: Cells) -> Iterator[Finding]:
     for label, statistic in claim.measures.items():
         found = measured(statistic, cells)
         if np.isfinite(found.value):
-            yield Finding(label, found, decide([(claim.rule, found)])[0])
+            yield Finding(label, found, decide([(claim.criterion, found)])[0])
 
 
 def measured(statistic: Statistic, cells: Cells) -> Evidence:
@@ -133,7 +133,7 @@ CLAIMS = (
         "accuracy falls monotonically with the global budget",
         "monotone",
         "Kendall's tau of accuracy and budget, differences below half a point counting as ties, k = 1",
-        Rule(0.8, side=0.5),
+        Criterion(0.8, side=0.5),
         by_goal(trend),
     ),
     Claim(
@@ -142,7 +142,7 @@ CLAIMS = (
         "0.1 % of the labels a round cost 6 points",
         "6 points",
         "drop at k·b = 0.001 (points)",
-        Rule(3.0, 9.0, side=LEAST_EFFECT),
+        Criterion(3.0, 9.0, side=LEAST_EFFECT),
         {
             f"{goal}, {name}": partial(drop_at, goal=goal, b=TENTH[1.0], measure=column)
             for name, column in MEASURES.items()
@@ -161,7 +161,7 @@ CLAIMS = (
         "25 % of the labels give chance or worse",
         "at most 50 %",
         "accuracy at k·b = 0.25 (%)",
-        Rule(high=55.0, side=75.0),
+        Criterion(high=55.0, side=75.0),
         {f"{goal}, k = {k:g}": partial(accuracy_at, goal=goal, k=k, b=b) for k, b in QUARTER.items() for goal in GOALS},
     ),
     Claim(
@@ -170,7 +170,7 @@ CLAIMS = (
         "untargeted varies more than targeted",
         "more",
         "difference of the deviations from the mean over seeds, scaled to standard deviations (points)",
-        Rule(LEAST_EFFECT),
+        Criterion(LEAST_EFFECT),
         {"": spread_gap},
     ),
     Claim(
@@ -179,7 +179,7 @@ CLAIMS = (
         "it does so the more, the larger k",
         "more",
         "that difference for large k less that for small k (points)",
-        Rule(LEAST_EFFECT),
+        Criterion(LEAST_EFFECT),
         {"": gap_growth},
     ),
     Claim(
@@ -188,7 +188,7 @@ CLAIMS = (
         "for small budgets the goals differ little",
         "small",
         f"accuracy of the targeted less that of the untargeted at k·b up to {SMALL:g} (points)",
-        Rule(-2.0, 2.0),
+        Criterion(-2.0, 2.0),
         {"": small_gap},
     ),
     Claim(
@@ -197,7 +197,7 @@ CLAIMS = (
         "for large budgets the untargeted attack does more harm",
         "more",
         f"accuracy of the targeted less that of the untargeted at k·b from {LARGE:g} (points)",
-        Rule(LEAST_EFFECT),
+        Criterion(LEAST_EFFECT),
         {"": large_gap},
     ),
     Claim(
@@ -206,7 +206,7 @@ CLAIMS = (
         "at equal k·b a larger k does more harm than a larger b",
         "more",
         "mean difference of accuracy over pairs of equal k·b (points)",
-        Rule(LEAST_EFFECT),
+        Criterion(LEAST_EFFECT),
         by_goal(pair_harm),
     ),
     Claim(
@@ -215,7 +215,7 @@ CLAIMS = (
         "it does so for every pair of settings",
         "all pairs",
         "share of pairs and seeds in which the larger k does half a point more harm, ties a half (%)",
-        Rule(90.0, side=50.0),
+        Criterion(90.0, side=50.0),
         by_goal(pair_share),
     ),
     Claim(
@@ -224,7 +224,7 @@ CLAIMS = (
         "on ten classes 5 % of the labels cost 10 to 19 points",
         "10 to 19 points",
         "drop at k·b = 0.05, k = 1 (points)",
-        Rule(5.0, 28.5, side=LEAST_EFFECT),
+        Criterion(5.0, 28.5, side=LEAST_EFFECT),
         by_goal(drop_at, b=0.05),
     ),
     Claim(
@@ -233,7 +233,7 @@ CLAIMS = (
         "F1 mirrors accuracy",
         "mirrors",
         "correlation of F1 and accuracy over (k, b), within a seed",
-        Rule(0.9, side=0.5),
+        Criterion(0.9, side=0.5),
         by_goal(correlation),
     ),
     Claim(
@@ -242,7 +242,7 @@ CLAIMS = (
         "early stopping amplifies the harm",
         "more",
         "drop with early stopping less drop without, over all budgets (points)",
-        Rule(LEAST_EFFECT),
+        Criterion(LEAST_EFFECT),
         by_goal(amplified),
         others=(),
         own_rate=True,
@@ -253,7 +253,7 @@ CLAIMS = (
         "Adam is more vulnerable than SGD",
         "more",
         "drop under Adam less drop under SGD, each at its best learning rate (points)",
-        Rule(LEAST_EFFECT),
+        Criterion(LEAST_EFFECT),
         by_goal(adam_harm),
         others=(),
         own_rate=True,
@@ -264,7 +264,7 @@ CLAIMS = (
         "Adam goes down to 10 % accuracy",
         "10 %",
         "accuracy under Adam at its best learning rate, at the budget worst for the other seeds (%)",
-        Rule(high=15.0),
+        Criterion(high=15.0),
         by_goal(adam_lowest),
         others=(),
         own_rate=True,

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from fl_attack.replication.claims import MEASURES, TENTH, measured
-from fl_attack.replication.findings import Line, Result
+from fl_attack.replication.findings import Line, RunCells
 from fl_attack.replication.plan import MEAN_SHARE, PROTOCOLS, STEP
 from fl_attack.replication.statistics import GOALS, LEAST_EFFECT, by_seed, mean
-from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Evidence, Rule, decide
+from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Criterion, Evidence, decide
 from fl_attack.sweep_table import Cells, Floats
 
 DROPS = ("drop", "late_drop")
@@ -47,7 +47,7 @@ def _drop(cells: Cells, name: str = "drop") -> Evidence:
     return measured(lambda some: by_seed(some, lambda of: mean(of[name])), cells)
 
 
-def selection(results: Sequence[Result]) -> str:
+def selection(results: Sequence[RunCells]) -> str:
     """The section on the exact selection against the printed one."""
     rows: list[tuple[str, ...]] = []
     for result in (one for one in results if one.run.preset == "selection"):
@@ -67,7 +67,7 @@ def selection(results: Sequence[Result]) -> str:
     return _section("the exact selection", text, rows and [head, *rows])
 
 
-def frequency(results: Sequence[Result]) -> str:
+def frequency(results: Sequence[RunCells]) -> str:
     """The section on few large attacks against many small ones, at equal total flips."""
     counts = {1: "round", 2: "2nd", 5: "5th", 10: "10th"}
     rows: list[tuple[str, ...]] = []
@@ -86,7 +86,7 @@ def frequency(results: Sequence[Result]) -> str:
     return _section("how often to attack", text, rows and [head, *rows])
 
 
-def rounding(results: Sequence[Result]) -> str:
+def rounding(results: Sequence[RunCells]) -> str:
     """The section on `carry` against `floor` at small budgets."""
     rows: list[tuple[str, ...]] = []
     for result in (one for one in results if one.run.preset == "rounding"):
@@ -104,7 +104,7 @@ def rounding(results: Sequence[Result]) -> str:
     return _section("budgets of less than a flip", text, rows and [head, *rows])
 
 
-def noise(results: Sequence[Result]) -> str:
+def noise(results: Sequence[RunCells]) -> str:
     """The section on whether 0.1 % of the labels do harm or the last step is noisy."""
     rows: list[tuple[str, ...]] = []
     for result in (one for one in results if (one.run.preset, one.run.protocol) == ("smallest", STEP)):
@@ -141,7 +141,7 @@ def cause(last: Evidence, late: Evidence) -> str:
     -------
     str
     """
-    of_last, of_late = (decide([(Rule(LEAST_EFFECT), found)])[0] for found in (last, late))
+    of_last, of_late = (decide([(Criterion(LEAST_EFFECT), found)])[0] for found in (last, late))
     if of_late == REPLICATED:
         return "the attack"
     if of_last == REPLICATED:
@@ -149,7 +149,7 @@ def cause(last: Evidence, late: Evidence) -> str:
     return "no harm" if {of_last, of_late} == {NOT} else NOISY
 
 
-def answer(results: Sequence[Result], lines: Sequence[Line]) -> list[str]:
+def answer(results: Sequence[RunCells], lines: Sequence[Line]) -> list[str]:
     """In a few sentences, under which protocol 0.1 % of the labels cost as much as the paper says.
 
     Parameters
@@ -207,12 +207,12 @@ def _sizes(lines: Sequence[Line]) -> str:
     return ", ".join(told)
 
 
-def readings(results: Sequence[Result], lines: Sequence[Line]) -> str:
+def readings(results: Sequence[RunCells], lines: Sequence[Line]) -> str:
     """What 0.1 % of the labels cost under each reading of the paper.
 
     Parameters
     ----------
-    results : sequence of Result
+    results : sequence of RunCells
         All that was run.
     lines : sequence of Line
         The verdicts on claims, of which those of `smallest` are used.
@@ -259,7 +259,7 @@ def readings(results: Sequence[Result], lines: Sequence[Line]) -> str:
 LOSS = 6.0  # points that the paper's single runs lose
 
 
-def noise_map(results: Sequence[Result]) -> str:
+def noise_map(results: Sequence[RunCells]) -> str:
     """The section on how far apart unattacked runs end, over learning rate and batch size."""
     found: dict[tuple[str, float], dict[str, str]] = {}
     batches: dict[str, None] = {}
@@ -275,7 +275,7 @@ def noise_map(results: Sequence[Result]) -> str:
     return _section("what a single run loses by chance", text, rows and [("Data", "lr", *batches), *rows])
 
 
-def _unattacked(results: Sequence[Result]) -> Iterator[tuple[str, float, str, Floats]]:
+def _unattacked(results: Sequence[RunCells]) -> Iterator[tuple[str, float, str, Floats]]:
     """Data set, learning rate, batch size and final accuracy over seeds of each map of unattacked runs."""
     for result in (one for one in results if one.run.preset == "noise"):
         for (lr,), at in result.cells.parts("lr"):

@@ -15,10 +15,10 @@ from fl_attack.sweep_table import Cells, jackknife_interval, pooled_deviation, w
 LOST = "accuracy lost (points)"
 DIGITS = 6  # significant digits of the tables
 BANDS = "Bands: 95 % intervals over seeds."
-Row = tuple[str, str, float, float, float]  # panel, line, x, mean, half interval
+FigureRow = tuple[str, str, float, float, float]  # panel, line, x, mean, half interval
 
 
-def means(cells: Cells, panel: Callable[[Cells], str], line: Callable[[Cells], str], x: str, y: str) -> list[Row]:
+def means(cells: Cells, panel: Callable[[Cells], str], line: Callable[[Cells], str], x: str, y: str) -> list[FigureRow]:
     """Mean of a column over seeds at each point of a figure.
 
     Parameters
@@ -32,7 +32,7 @@ def means(cells: Cells, panel: Callable[[Cells], str], line: Callable[[Cells], s
 
     Returns
     -------
-    list of Row
+    list of FigureRow
         The panel of the untargeted attack first.
     """
     order = {goal: place for place, goal in enumerate(GOALS)}

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fl_attack.replication.claims import CLAIMS, Claim, Finding, measure
-from fl_attack.replication.plan import STEP, Run, Source
+from fl_attack.replication.plan import STEP, PaperDataset, Run
 from fl_attack.replication.verdicts import decide
 from fl_attack.sweep_table import Cells
 
 
 @dataclass(frozen=True)
-class Result:
+class RunCells:
     """The cells that a run gave."""
 
     run: Run
@@ -18,10 +18,10 @@ class Result:
 
 
 @dataclass
-class Outcome:
+class ReplicationRecord:
     """All that has been run and drawn so far."""
 
-    results: list[Result] = field(default_factory=list)
+    results: list[RunCells] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)  # the learning rate chosen for each data set
     tied: dict[str, list[float]] = field(default_factory=dict)  # those that are no worse for all that can be told
     figures: list[str] = field(default_factory=list)  # file names without suffix
@@ -34,7 +34,7 @@ class Line:
     """A finding with the data set, protocol and learning rate that it was made under."""
 
     claim: Claim
-    source: Source
+    source: PaperDataset
     protocol: str
     rate: str
     primary: bool  # whether it is the paper's protocol at the learning rate chosen, on which the claim is decided
@@ -46,12 +46,12 @@ class Line:
         return ", ".join(filter(None, [self.protocol, self.rate and f"lr {self.rate}"]))
 
 
-def findings(results: Sequence[Result], rates: Mapping[str, float]) -> list[Line]:
+def findings(results: Sequence[RunCells], rates: Mapping[str, float]) -> list[Line]:
     """Every claim on every data set that it is about, under the paper's protocol and under the others.
 
     Parameters
     ----------
-    results : sequence of Result
+    results : sequence of RunCells
         What was run.
     rates : mapping
         The learning rate chosen for each data set, by its name.
@@ -84,14 +84,14 @@ def findings(results: Sequence[Result], rates: Mapping[str, float]) -> list[Line
 
 def decided(lines: Sequence[Line]) -> list[Line]:
     """The lines with verdicts that hold for all of them together; see `verdicts.decide`."""
-    together = decide([(line.claim.rule, line.finding.found) for line in lines])
+    together = decide([(line.claim.criterion, line.finding.found) for line in lines])
     return [
         replace(line, finding=replace(line.finding, verdict=verdict))
         for line, verdict in zip(lines, together, strict=True)
     ]
 
 
-def _by_rate(claim: Claim, result: Result, chosen: float = 0.0, but: float | None = None) -> list[Line]:
+def _by_rate(claim: Claim, result: RunCells, chosen: float = 0.0, but: float | None = None) -> list[Line]:
     """Findings at each learning rate of a sweep except `but`; `chosen` is the rate of a sweep that has one."""
     rates = sorted({float(lr) for lr in result.cells["lr"].tolist() if lr != ""} - {but})
     lines = []

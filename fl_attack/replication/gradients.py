@@ -11,7 +11,7 @@ from fl_attack.config import Settings, compose
 from fl_attack.models import logistic
 from fl_attack.plots.lines import gradients
 from fl_attack.replication.figures import DIGITS
-from fl_attack.replication.plan import Source
+from fl_attack.replication.plan import PaperDataset
 from fl_attack.scenario import Scenario
 from fl_attack.sweep_table import write_csv
 
@@ -19,14 +19,14 @@ BUDGETS = (0.1, 0.25, 0.5, 1.0)
 RANDOM_SETS = 2000  # random sets of flips for each budget
 
 
-def draw(folder: Path, source: Source, rate: float) -> str:
+def draw(folder: Path, source: PaperDataset, rate: float) -> str:
     """Draw `fig1-<data set>.{png,pdf,csv}` after 200 rounds of an attacked run.
 
     Parameters
     ----------
     folder : Path
         Where to.
-    source : Source
+    source : PaperDataset
         The data set.
     rate : float
         The learning rate.

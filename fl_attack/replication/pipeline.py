@@ -6,19 +6,19 @@ from pathlib import Path
 from fl_attack import multirun
 from fl_attack.replication import figures, gradients, plan, report
 from fl_attack.replication.cells import joined, read
-from fl_attack.replication.findings import Outcome, Result
-from fl_attack.replication.plan import Plan, Run, Source
+from fl_attack.replication.findings import ReplicationRecord, RunCells
+from fl_attack.replication.plan import PaperDataset, ReplicationPlan, Run
 from fl_attack.sweep_table import Cells
 
 
-def run(out: Path, todo: Plan, command: str, so_far: bool, only: str | None) -> Path:
+def run(out: Path, todo: ReplicationPlan, command: str, so_far: bool, only: str | None) -> Path:
     """Leave figures, tables and the report in a folder.
 
     Parameters
     ----------
     out : Path
         The folder.
-    todo : Plan
+    todo : ReplicationPlan
         What is to be run.
     command : str
         The command line, to be named in the report.
@@ -36,7 +36,7 @@ def run(out: Path, todo: Plan, command: str, so_far: bool, only: str | None) -> 
     # as many cells as at the learning rates that are still to be chosen
     grids = [plan.cells(one, todo.epochs, 0.1) for one in todo.runs]
     experiments = sum({plan.folder_of(out, cells): len(cells) for cells in grids}.values())
-    found = Outcome()
+    found = ReplicationRecord()
     with multirun.Progress(experiments, "replicate") as progress:
         for source in todo.sources:
             progress.bar.set_description(source.title)
@@ -45,7 +45,12 @@ def run(out: Path, todo: Plan, command: str, so_far: bool, only: str | None) -> 
 
 
 def _one_source(
-    source: Source, todo: Plan, out: Path, found: Outcome, progress: multirun.Progress | None, only: str | None
+    source: PaperDataset,
+    todo: ReplicationPlan,
+    out: Path,
+    found: ReplicationRecord,
+    progress: multirun.Progress | None,
+    only: str | None,
 ) -> None:
     """Run and draw all that is planned on a data set; without `progress` nothing is computed."""
     runs = [one for one in todo.runs if one.source == source]
@@ -69,12 +74,12 @@ def _one_source(
                 if place[one] not in kept:
                     found.missing.append(one)
                     continue
-                found.results.append(Result(one, kept[place[one]]))
+                found.results.append(RunCells(one, kept[place[one]]))
                 _draw(out / report.FIGURES, place[one], found, only)
     found.seconds[source.title] = plan.seconds(clock)
 
 
-def _extended(honest: Run, todo: Plan, out: Path, cells: Cells, progress: multirun.Progress | None) -> Cells:
+def _extended(honest: Run, todo: ReplicationPlan, out: Path, cells: Cells, progress: multirun.Progress | None) -> Cells:
     """The unattacked cells, and those of more learning rates while the best one is at an edge of the grid."""
     while (wider := plan.extension(cells)) is not None:
         more = plan.cells(replace(honest, overrides=(*honest.overrides, f"lr={wider:g}")), todo.epochs, None)
@@ -88,7 +93,7 @@ def _extended(honest: Run, todo: Plan, out: Path, cells: Cells, progress: multir
     return cells
 
 
-def _draw(folder: Path, place: Path, found: Outcome, only: str | None) -> None:
+def _draw(folder: Path, place: Path, found: ReplicationRecord, only: str | None) -> None:
     """Draw the figure of the last result, where it has one; that of the unattacked runs shows the gradients."""
     result = found.results[-1]
     one, source = result.run, result.run.source

@@ -45,7 +45,7 @@ BINARY = ("fig5", "fig6", "fig7", "fig8", "fig11", "fig12", "fig14")
 
 
 @dataclass(frozen=True)
-class Source:
+class PaperDataset:
     """A data set of the paper's table 2, or a smaller one in its place."""
 
     name: str
@@ -59,7 +59,7 @@ class Run:
     """A preset on a data set under a protocol."""
 
     preset: str
-    source: Source
+    source: PaperDataset
     protocol: str = STEP
     overrides: tuple[str, ...] = ()
     batch: int | str = 128
@@ -68,17 +68,17 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReplicationPlan:
     """All runs of a replication, and what they share."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[PaperDataset, ...]
     runs: tuple[Run, ...]
     epochs: int
     batch: int
     quick: bool
 
 
-def sources(quick: bool, root: Path | None) -> tuple[Source, ...]:
+def sources(quick: bool, root: Path | None) -> tuple[PaperDataset, ...]:
     """The data sets of a replication.
 
     Parameters
@@ -95,8 +95,8 @@ def sources(quick: bool, root: Path | None) -> tuple[Source, ...]:
     """
     if quick:
         return (
-            Source("digits_01", "digits 0/1", True, ("dataset=digits_01",)),
-            Source("digits", "digits, 10 classes", False, ("dataset=digits",)),
+            PaperDataset("digits_01", "digits 0/1", True, ("dataset=digits_01",)),
+            PaperDataset("digits", "digits, 10 classes", False, ("dataset=digits",)),
         )
     root = root or Path("data")
     here = f"dataset.root={_quoted(root)}"
@@ -107,17 +107,17 @@ def sources(quick: bool, root: Path | None) -> tuple[Source, ...]:
         pictures = (f"dataset.path={_quoted(_unpacked(root / ARCHIVE))}",)
     two = ("dataset.classes=[airplane,automobile]",) if "JPEG" in title else ()
     found = (
-        Source("mnist_01", "MNIST 0/1", True, ("dataset=mnist_01", here)),
-        Source("cifar10_plane_auto", f"{title}, airplane/automobile", True, (both[0], *pictures, *two)),
-        Source("mnist", "MNIST, 10 classes", False, ("dataset=mnist", here)),
-        Source("cifar10", f"{title}, 10 classes", False, (both[1], *pictures)),
+        PaperDataset("mnist_01", "MNIST 0/1", True, ("dataset=mnist_01", here)),
+        PaperDataset("cifar10_plane_auto", f"{title}, airplane/automobile", True, (both[0], *pictures, *two)),
+        PaperDataset("mnist", "MNIST, 10 classes", False, ("dataset=mnist", here)),
+        PaperDataset("cifar10", f"{title}, 10 classes", False, (both[1], *pictures)),
     )
     for source in found:
         samples(source)
     return found
 
 
-def make(quick: bool, only: str | None, root: Path | None) -> Plan:
+def make(quick: bool, only: str | None, root: Path | None) -> ReplicationPlan:
     """The plan of a replication.
 
     Parameters
@@ -143,7 +143,7 @@ def make(quick: bool, only: str | None, root: Path | None) -> Plan:
         wanted = ("honest", *FIGURES[only])
         runs = [run for run in runs if run.source in having and run.preset in wanted]
         chosen = tuple(source for source in chosen if source in having)
-    return Plan(chosen, tuple(runs), 40 if quick else EPOCHS, 32 if quick else 128, quick)
+    return ReplicationPlan(chosen, tuple(runs), 40 if quick else EPOCHS, 32 if quick else 128, quick)
 
 
 FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets that it needs
@@ -157,7 +157,7 @@ FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets th
 }
 
 
-def _whole(source: Source) -> Iterator[Run]:
+def _whole(source: PaperDataset) -> Iterator[Run]:
     """The runs on a data set of the full replication."""
     if not source.binary:
         yield from _ten_classes(source)
@@ -167,7 +167,7 @@ def _whole(source: Source) -> Iterator[Run]:
         yield replace(run, overrides=(*run.overrides, *more))
 
 
-def _two_classes(source: Source) -> Iterator[Run]:
+def _two_classes(source: PaperDataset) -> Iterator[Run]:
     """The runs on a data set of two classes."""
     pictures = source.name == "cifar10_plane_auto"  # an experiment costs four times as much as with digits
     full = "0.01" if pictures else "1"  # the learning rate that serves steps which are few and precise
@@ -195,7 +195,7 @@ def _two_classes(source: Source) -> Iterator[Run]:
     yield Run("protocols", source, FULL, (f"lr={full}",), batch="full", rates=None)
 
 
-def _readings(source: Source, full: str) -> Iterator[Run]:
+def _readings(source: PaperDataset, full: str) -> Iterator[Run]:
     """The runs on what 0.1 % of the labels can mean."""
     rates = (0.01,) if source.name == "cifar10_plane_auto" else ()
     few = ("seed=range(10)",)
@@ -213,7 +213,7 @@ def _readings(source: Source, full: str) -> Iterator[Run]:
     yield Run("smallest", source, PERSIST, (*whole, "attack.memory=persist"), batch="full", rates=None)
 
 
-def _ten_classes(source: Source) -> Iterator[Run]:
+def _ten_classes(source: PaperDataset) -> Iterator[Run]:
     """The runs on a data set of ten classes."""
     # an experiment costs ten times as much as with two, and on CIFAR-10 thirty times
     yield Run("honest", source, overrides=("lr=0.001,0.01,0.1", *HELD_OUT), rates=None)
@@ -232,14 +232,14 @@ def _ten_classes(source: Source) -> Iterator[Run]:
     yield Run("fig9", source, CNN, (*few, "model=cnn", "lr=0.1"), rates=None, epochs=2)
 
 
-def _quick(source: Source) -> Iterator[Run]:
+def _quick(source: PaperDataset) -> Iterator[Run]:
     """The runs on a data set of the quick replication: five seeds, batches a quarter as large."""
     for run in _whole(source):
         batch = run.batch if run.batch == "full" else max(10, int(run.batch) // 4)  # one of each client at least
         yield replace(run, overrides=(*run.overrides, "seed=range(5)"), batch=batch)
 
 
-def samples(source: Source) -> int:
+def samples(source: PaperDataset) -> int:
     """The number of training samples of a data set."""
     return len(_dataset(source.overrides).y_train)
 

@@ -23,7 +23,7 @@ from fl_attack.replication.extensions import (
     selection,
 )
 from fl_attack.replication.figures import DIGITS
-from fl_attack.replication.findings import Line, Outcome, Result, findings
+from fl_attack.replication.findings import Line, ReplicationRecord, RunCells, findings
 from fl_attack.replication.plan import (
     CEIL,
     CNN,
@@ -37,7 +37,7 @@ from fl_attack.replication.plan import (
     PROTOCOLS,
     SMALL,
     STEP,
-    Plan,
+    ReplicationPlan,
     Run,
 )
 from fl_attack.replication.statistics import LEAST_EFFECT, by_seed, mean
@@ -55,16 +55,16 @@ COLUMNS = (
 )
 
 
-def write(out: Path, plan: Plan, found: Outcome, command: str) -> Path:
+def write(out: Path, plan: ReplicationPlan, found: ReplicationRecord, command: str) -> Path:
     """Write the report and its table; gives the report's file.
 
     Parameters
     ----------
     out : Path
         The folder of the replication.
-    plan : Plan
+    plan : ReplicationPlan
         What was to be run.
-    found : Outcome
+    found : ReplicationRecord
         What has been run.
     command : str
         The command that did it, to be named in the report.
@@ -122,11 +122,13 @@ def _csv(line: Line) -> tuple[object, ...]:
     return (
         *(claim.figure, claim.text, line.source.title, line.protocol, line.rate, int(line.primary)),
         *(line.finding.label, claim.quantity, claim.paper, found.value, found.low, found.high, found.seeds),
-        *(str(claim.rule), line.finding.verdict),
+        *(str(claim.criterion), line.finding.verdict),
     )
 
 
-def _first_page(results: Sequence[Result], lines: Sequence[Line], plan: Plan, missing: Sequence[Run]) -> str:
+def _first_page(
+    results: Sequence[RunCells], lines: Sequence[Line], plan: ReplicationPlan, missing: Sequence[Run]
+) -> str:
     """The first section: under which protocol 0.1 % of the labels do harm, and what became of all claims."""
     page = [*answer(results, lines), *_by_verdict(lines)]
     if page:
@@ -189,7 +191,7 @@ def _extent(lines: Sequence[Line]) -> str:
     return "; ".join([text, *counts])
 
 
-def _method(plan: Plan, found: Outcome, command: str) -> str:
+def _method(plan: ReplicationPlan, found: ReplicationRecord, command: str) -> str:
     results = found.results
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
     text = [
@@ -258,7 +260,7 @@ def _gigaflops(size: int = 1500, repeats: int = 10) -> float:
     return 2 * size**3 / min(seconds) / 1e9
 
 
-def _took(found: Outcome) -> str:
+def _took(found: ReplicationRecord) -> str:
     """In words, the minutes that were computed, in all and for each data set."""
     each = {title: sum(calls) for title, calls in found.seconds.items() if calls}
     calls = max(map(len, found.seconds.values()), default=0)
@@ -272,7 +274,7 @@ def _accuracy(cells: Cells) -> str:
     return f"{found.value:.2f} ± {found.half:.2f}"
 
 
-def _rates(results: Sequence[Result], found: Outcome) -> list[str]:
+def _rates(results: Sequence[RunCells], found: ReplicationRecord) -> list[str]:
     """The table of the unattacked accuracy at each learning rate, as lines of Markdown."""
     honest = [result for result in results if result.run.preset == "honest"]
     every = sorted({float(lr) for result in honest for lr in result.cells["lr"].tolist()})
@@ -287,7 +289,7 @@ def _rates(results: Sequence[Result], found: Outcome) -> list[str]:
     return rows
 
 
-def _larger(results: Sequence[Result]) -> list[str]:
+def _larger(results: Sequence[RunCells]) -> list[str]:
     """A sentence on the unattacked accuracy with larger batches, as lines of Markdown; none where that was not run."""
     told = []
     for result in results:
@@ -306,7 +308,7 @@ def _claim(claim: Claim, lines: Sequence[Line]) -> str:
         f"## Figure {claim.figure}: {claim.text}",
         "",
         f"**{verdict[0].upper()}{verdict[1:]}.** Paper: {claim.paper}. Measured: {claim.quantity}; replicated: "
-        f"{claim.rule}.",
+        f"{claim.criterion}.",
         "",
         "| Data | Attack | Protocol | Ours, 95 % | Seeds | |",
         "|---|---|---|---|---|---|",
@@ -327,7 +329,7 @@ def _row(line: Line) -> str:
     return "| " + " | ".join((*parts, f"{strong}{verdict}{strong}")) + " |"
 
 
-def _figures(stems: Iterable[str], plan: Plan) -> str:
+def _figures(stems: Iterable[str], plan: ReplicationPlan) -> str:
     """The section of the figures, from their file names without suffix."""
     titles = {source.name: source.title for source in plan.sources}
     text = ["## Figures"]
@@ -344,6 +346,6 @@ def _figures(stems: Iterable[str], plan: Plan) -> str:
     return "\n".join(text)
 
 
-def _distinct(results: Sequence[Result]) -> list[Result]:
+def _distinct(results: Sequence[RunCells]) -> list[RunCells]:
     """One result for each sweep, which several figures may share."""
     return list({id(result.cells): result for result in results}.values())

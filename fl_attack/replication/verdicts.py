@@ -95,7 +95,7 @@ def evidence(values: NDArray[np.float64], without: NDArray[np.float64] | None = 
 
 
 @dataclass(frozen=True)
-class Rule:
+class Criterion:
     """The bounds within which a statistic bears a claim out.
 
     The claim is replicated where the statistic is surely within `low` and `high`, partly where it is surely beyond
@@ -125,7 +125,7 @@ class Rule:
         return text.replace("-", "\N{MINUS SIGN}")
 
 
-def decide(rows: Sequence[tuple[Rule, Evidence]]) -> list[str]:
+def decide(rows: Sequence[tuple[Criterion, Evidence]]) -> list[str]:
     """The verdict on each row, such that of each kind of verdict at most `FALSE` are false on average.
 
     Rows may depend on each other in any way, as those of the same runs do.
@@ -135,7 +135,7 @@ def decide(rows: Sequence[tuple[Rule, Evidence]]) -> list[str]:
     Benjamini, Y. and Yekutieli, D. (2001). The control of the false discovery rate in multiple testing under
     dependency. Annals of Statistics 29, 1165.
     """
-    doubts = [rule.doubts(found) for rule, found in rows]
+    doubts = [criterion.doubts(found) for criterion, found in rows]
     sure = {verdict: discoveries(np.array([one[verdict] for one in doubts])) for verdict in DECIDED}
     return [next((verdict for verdict in DECIDED if sure[verdict][i]), NOISY) for i in range(len(rows))]
 

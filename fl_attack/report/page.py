@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-Part = Mapping[str, Any]  # what the script shows of one folder
+PagePart = Mapping[str, Any]  # what the script shows of one folder
 DIGITS = 6  # of numbers in the page
 
 
-def render(parts: Sequence[Part]) -> str:
+def render(parts: Sequence[PagePart]) -> str:
     """The page of these parts, which are those of `runs` and `sweeps`."""
     here = files("fl_attack.report")
     # "</" would end the script in which the data stands

@@ -13,7 +13,7 @@ from fl_attack.config import Settings, leaves_of, overrides_of
 from fl_attack.data import Dataset
 from fl_attack.errors import InputError
 from fl_attack.folder import SUMMARY
-from fl_attack.report.page import Part
+from fl_attack.report.page import PagePart
 from fl_attack.result import Result
 
 POINTS = 400  # of a curve, at most
@@ -22,7 +22,7 @@ CLASSES = 20  # rows of the matrix of flips, at most
 SAMPLES = 24  # that were flipped most
 
 
-def of_run(result: Result) -> Part:
+def of_run(result: Result) -> PagePart:
     """The part of a run: its settings, curves, flips and clients; figures of an unfinished one are left out."""
     assert result.folder is not None
     settings, twin = result.settings, result.baseline

@@ -7,7 +7,7 @@ import numpy as np
 
 from fl_attack.config import overrides_of
 from fl_attack.overrides import known_keys, written
-from fl_attack.report.page import Part
+from fl_attack.report.page import PagePart
 from fl_attack.result import Result
 from fl_attack.sweep_table import LABELS, RESULTS, WORDS, mean_interval
 
@@ -15,7 +15,7 @@ ROWS = 4000  # of the table that the page holds, at most
 SEEDS = 60  # up to which intervals are exact
 
 
-def of_sweep(result: Result) -> Part:
+def of_sweep(result: Result) -> PagePart:
     """The part of a sweep: its cells, what was varied, and the command of each cell."""
     assert result.folder is not None
     columns = result.columns("table")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from fl_attack.errors import InputError
 from fl_attack.trackers.about import About, How, Store
-from fl_attack.trackers.tracked import Sweep, Tracked, of_run, of_sweep
+from fl_attack.trackers.tracked import Tracked, TrackedSweep, of_run, of_sweep
 
-__all__ = ["TRACKERS", "About", "How", "Store", "Sweep", "Tracked", "check", "of_run", "of_sweep"]
+__all__ = ["TRACKERS", "About", "How", "Store", "Tracked", "TrackedSweep", "check", "of_run", "of_sweep"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class TrackerEntry:
     """A tracker: the modules that its extra brings, and what begins or continues a run in its store."""
 
     needs: tuple[str, ...]
@@ -31,9 +31,9 @@ class Entry:
 
 
 TRACKERS = {
-    "tensorboard": Entry(("tensorboard",), "fl_attack.trackers.tensorboard"),
-    "mlflow": Entry(("mlflow", "sqlalchemy", "alembic"), "fl_attack.trackers.mlflow"),
-    "wandb": Entry(("wandb",), "fl_attack.trackers.wandb"),
+    "tensorboard": TrackerEntry(("tensorboard",), "fl_attack.trackers.tensorboard"),
+    "mlflow": TrackerEntry(("mlflow", "sqlalchemy", "alembic"), "fl_attack.trackers.mlflow"),
+    "wandb": TrackerEntry(("wandb",), "fl_attack.trackers.wandb"),
 }
 
 

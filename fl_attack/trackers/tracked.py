@@ -172,7 +172,7 @@ class Tracked:
                 store.end("failed")
 
 
-class Sweep:
+class TrackedSweep:
     """A sweep in the trackers: a run of its own, and a child for each cell as it is done, or while it runs."""
 
     def __init__(self, cells: Sequence[tuple[Mapping[str, str], Settings]]) -> None:
@@ -340,7 +340,7 @@ def of_run(settings: Settings, folder: Path) -> Iterator[Tracked]:
 
 
 @contextmanager
-def of_sweep(cells: Sequence[tuple[Mapping[str, str], Settings]]) -> Iterator[Sweep]:
+def of_sweep(cells: Sequence[tuple[Mapping[str, str], Settings]]) -> Iterator[TrackedSweep]:
     """A sweep in the trackers of its cells; its `begin` has to be called.
 
     Parameters
@@ -350,7 +350,7 @@ def of_sweep(cells: Sequence[tuple[Mapping[str, str], Settings]]) -> Iterator[Sw
 
     Yields
     ------
-    Sweep
+    TrackedSweep
         What is told of its cells; without trackers it does nothing.
 
     Raises
@@ -363,7 +363,7 @@ def of_sweep(cells: Sequence[tuple[Mapping[str, str], Settings]]) -> Iterator[Sw
             f"tracker={','.join(cells[0][1].tracker)} and tracker={','.join(other.tracker)}: a sweep is one run in "
             "all of its trackers; write tracker=[tensorboard,mlflow]"
         )
-    sweep = Sweep(cells)
+    sweep = TrackedSweep(cells)
     with _ended(sweep.end):
         yield sweep
 

@@ -145,7 +145,7 @@ class EpochFlips:
     def _proposal(self, v: Tensor, batch: Batch, part: slice, round_: int) -> attack.Proposal:
         """What the attack proposes for a piece of samples, along directions v (M C, d)."""
         M, C, samples = self.planners.M, self.planners.C, self.batches.features.samples
-        seen = knowledge.Seen(
+        seen = knowledge.VisibleSamples(
             batch.y,
             None,
             samples[part],

@@ -197,7 +197,7 @@ class Proposed:
             return None
         n = access.n
         targeted, everyone = self.attackers.kind.goal == "targeted", slice(0, M)
-        seen = knowledge.Seen(
+        seen = knowledge.VisibleSamples(
             batch.y[:n],
             None if batch.counts is None else batch.counts[:n],
             batch.samples[:n],

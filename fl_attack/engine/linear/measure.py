@@ -14,7 +14,7 @@ from fl_attack.engine.batches import Batches
 LOGITS_AT_ONCE = 2**21
 
 
-class Samples:
+class MeasuredSamples:
     """Samples on a device, without the features that no model uses."""
 
     def __init__(self, batches: Batches, x: NDArray[Any], y: NDArray[np.int64]) -> None:

@@ -15,7 +15,7 @@ from fl_attack.engine.batches import Batches
 from fl_attack.engine.kernels import Workspace
 from fl_attack.engine.linear import tiling
 from fl_attack.engine.linear.block import blocks_of
-from fl_attack.engine.linear.measure import Samples
+from fl_attack.engine.linear.measure import MeasuredSamples
 from fl_attack.engine.linear.shared import shared_by
 from fl_attack.engine.linear.targets import Targets
 from fl_attack.engine.linear.tile import Tile
@@ -122,8 +122,10 @@ class Work:
         noisy = any("noise" in aggregate.needs(cell.settings.strategy.name) for cell in cells)
         self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=crafted or noisy)
         dataset, split = cells[0].dataset, cells[0].partition.validation
-        self.test_set = Samples(self.batches, dataset.x_test, dataset.y_test)
-        self.validation = Samples(self.batches, dataset.x_train[split], dataset.y_train[split]) if len(split) else None
+        self.test_set = MeasuredSamples(self.batches, dataset.x_test, dataset.y_test)
+        self.validation = (
+            MeasuredSamples(self.batches, dataset.x_train[split], dataset.y_train[split]) if len(split) else None
+        )
         self.targets = Targets(cells, self.batches)
 
     @property
