@@ -57,8 +57,8 @@ def flips(
     if server is None or not len(plain.samples) or not searches(scenario):
         return plain
     tries = [plain, *(adversary.flips(scenario, theta, round_, percent=percent) for percent in attack.PERCENTS[1:])]
-    sent = [adversary.updates(scenario, theta, round_, one, server.momenta) for one in tries]
-    return tries[_worst(scenario, theta, round_, server, sent)]
+    candidates = [adversary.updates(scenario, theta, round_, one, server.momenta) for one in tries]
+    return tries[_worst(scenario, theta, round_, server, candidates)]
 
 
 def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, server: KnownServer | None) -> Tensor:
@@ -80,8 +80,8 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, serv
     plain = adversary.crafted(scenario, theta, round_, honest)
     if scenario.settings.attack.writes != "updates" or plain is honest or server is None or not searches(scenario):
         return plain
-    sent = [plain, *(adversary.crafted(one, theta, round_, honest) for one in variants(scenario))]
-    return sent[_worst(scenario, theta, round_, server, sent)]
+    candidates = [plain, *(adversary.crafted(one, theta, round_, honest) for one in variants(scenario))]
+    return candidates[_worst(scenario, theta, round_, server, candidates)]
 
 
 def variants(scenario: Scenario) -> list[Scenario]:
@@ -102,15 +102,15 @@ def variants(scenario: Scenario) -> list[Scenario]:
     return found
 
 
-def _worst(scenario: Scenario, theta: Tensor, round_: int, server: KnownServer, sent: list[Tensor]) -> int:
+def _worst(scenario: Scenario, theta: Tensor, round_: int, server: KnownServer, candidates: list[Tensor]) -> int:
     """Which of some updates (m, A, B) that could be sent does most harm; of equal ones the first."""
     clients = scenario.schedule.participants(round_)
     weights = torch.from_numpy(scenario.schedule.sizes[clients]).to(theta.device)
     order = torch.from_numpy(protocol.shuffled(scenario.settings.seed, round_, len(clients))).to(theta.device)
     v, seen = knowledge.direction(scenario, theta, round_), scenario.seen(round_, theta)
     products: list[Tensor] = []
-    for i, updates in enumerate(sent):
-        same = next((j for j in range(i) if torch.equal(sent[j], updates)), None)  # small budgets round alike
+    for i, updates in enumerate(candidates):
+        same = next((j for j in range(i) if torch.equal(candidates[j], updates)), None)  # small budgets round alike
         if same is None:
             found = server.rule(updates, weights, order, seen, server.state)
             products.append((found * v.to(found)).sum())

@@ -46,7 +46,7 @@ def rounds_before(scenario: Scenario, round_: int) -> int | None:
     Parameters
     ----------
     scenario, round_
-        Those of `epoch_start`.
+        As `epoch_start` takes them.
 
     Returns
     -------
@@ -65,12 +65,12 @@ def present(scenario: Scenario, round_: int) -> ClientIds:
     Parameters
     ----------
     scenario, round_
-        Those of `epoch_start`.
+        As `epoch_start` takes them.
 
     Returns
     -------
     array of int
-        Ascending; perhaps empty.
+        The numbers of the clients, ascending; empty where no malicious client takes part.
     """
     return np.intersect1d(scenario.partition.malicious, scenario.schedule.participants(round_), assume_unique=True)
 
@@ -99,8 +99,8 @@ def flips(
     stored : Flips
         The labels that stand in the attackers' data before the round, where they stay there; see `remembered`.
     percent : int
-        Of the budget that is used. Less than all of it is dealt out to the clients in proportion to what they can
-        write, so that none sticks out.
+        The part of the budget that is used, in percent. Less than 100 is dealt out to the clients in proportion to what
+        they can write, so that none sticks out.
 
     Returns
     -------
@@ -142,9 +142,9 @@ def remembered(scenario: Scenario, round_: int, stored: Flips, flips: Flips) -> 
     round_ : int
         The round, counted from 1.
     stored : Flips
-        What stood there before it, of all samples.
+        The labels that stood in the data before the round, of all samples.
     flips : Flips
-        What the round's samples were used with.
+        The labels with which the round's samples were used.
 
     Returns
     -------
@@ -327,7 +327,7 @@ def propose(
     Returns
     -------
     attack.Proposal
-        Before any budget.
+        The labels and priorities before any budget is applied.
 
     Raises
     ------
@@ -424,11 +424,11 @@ def replace_updates(
     updates : (..., m, A, B) tensor
         What all clients of the round would send honestly, clients ascending.
     malicious : (..., m) tensor of bool
-        Which of them are malicious.
+        Which of the clients are malicious.
     attacking : (..., m) tensor of bool
-        Whose updates are replaced: the malicious ones, where the round is attacked.
+        The clients whose updates are replaced: the malicious ones, where the round is attacked.
     direction
-        Gives the direction (..., A, B).
+        A function without arguments that gives the direction (..., A, B).
 
     Returns
     -------

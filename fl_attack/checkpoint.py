@@ -55,7 +55,7 @@ def load(folder: Path, key: str) -> State | None:
     folder : Path
         The folder of the run.
     key : str
-        As given to `save`.
+        The key that was given to `save`.
 
     Returns
     -------

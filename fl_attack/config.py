@@ -57,14 +57,14 @@ class ClientSettings(Strict):
     per_round: Count | Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
-    def _enough(self) -> Self:
+    def _check_count(self) -> Self:
         if isinstance(self.per_round, int) and self.per_round > self.total:
             raise ValueError(f"per_round={self.per_round} is more than the {self.total} clients")
         return self
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, given: Any) -> Any:
+    def _fill_in_total(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given  # refused below
         honest, malicious, total = (given.get(key) for key in ("honest", "malicious", "total"))
@@ -198,7 +198,7 @@ class AttackSettings(Strict):
         return Fraction(repr(self.budget))
 
     @model_validator(mode="after")
-    def _sensible(self) -> Self:
+    def _check_consistency(self) -> Self:
         if self.name == "none":
             return self
         for key, plain in (("refresh", "step"), ("memory", "forget")):
@@ -241,12 +241,12 @@ class AttackSettings(Strict):
             known = ", ".join(name for name, row in attack.ATTACKS.items() if row.writes == "labels" or row.tries)
             raise ValueError(f"adapt=rule has no meaning with name={self.name}, which has nothing to try; use {known}")
         uses = attack.find_direction(self.aim).uses
-        said = f"goal={self.goal}" if self.direction is None else f"direction={self.direction}"
+        direction = f"goal={self.goal}" if self.direction is None else f"direction={self.direction}"
         if self.knowledge != "full" and "knowledge" not in uses:
             why = " whose direction is target - theta and needs no gradient" if self.goal == "targeted" else ""
-            raise ValueError(f"knowledge={self.knowledge} has no meaning with {said},{why}; use knowledge=full")
+            raise ValueError(f"knowledge={self.knowledge} has no meaning with {direction},{why}; use knowledge=full")
         if self.target_path is not None and "target_path" not in uses:
-            raise ValueError(f"target_path has no meaning with {said}; use goal=targeted or leave it out")
+            raise ValueError(f"target_path has no meaning with {direction}; use goal=targeted or leave it out")
 
 
 class StrategySettings(Strict):
@@ -413,7 +413,7 @@ class Settings(Strict):
         return self.model_copy(update={"attack": AttackSettings(name="none"), "baseline": False})
 
     @model_validator(mode="after")
-    def _sensible(self) -> Self:
+    def _check_consistency(self) -> Self:
         if self.strategy.name == "flower" and self.server_optimizer != "sgd":
             raise ValueError(
                 f"server_optimizer={self.server_optimizer} is not applied by strategy=flower, which has its own; use "
@@ -432,7 +432,7 @@ class Settings(Strict):
                 f"attack.knowledge={self.attack.knowledge} needs honest clients, but clients.honest=0; use full or own"
             )
         if self.attacked and self.attack.plans:
-            self._plannable()
+            self._check_plannable()
         share, malicious, honest = self.partition.malicious_share, self.clients.malicious, self.clients.honest
         if share is not None and 0 in (malicious, honest):
             raise ValueError(
@@ -441,7 +441,7 @@ class Settings(Strict):
             )
         return self
 
-    def _plannable(self) -> None:
+    def _check_plannable(self) -> None:
         """ValueError where the training is none that `attack=planned` can plan."""
         if self.local_steps > 1:
             raise ValueError(f"local_steps={self.local_steps} can't be planned by attack=planned; use local_steps=1")
@@ -462,9 +462,9 @@ def without_effect(settings: Settings, sweep: bool) -> list[str]:
     Parameters
     ----------
     settings : Settings
-        Those of an experiment, or of the first cell of a sweep.
+        The settings of an experiment, or of the first cell of a sweep.
     sweep : bool
-        Whether they are of a sweep.
+        Whether the settings are those of a sweep.
 
     Returns
     -------
@@ -562,7 +562,7 @@ def overrides_of(settings: Settings) -> list[str]:
     Parameters
     ----------
     settings : Settings
-        Those of an experiment.
+        The settings of an experiment.
 
     Returns
     -------
@@ -603,11 +603,11 @@ def _choice(group: str, values: dict[str, Any]) -> str:
     """The file of a group that is nearest to these values; one that sets the same name, if there is one."""
 
     def distance(name: str) -> tuple[bool, int, str]:
-        made = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{name}.yaml"))
-        assert isinstance(made, dict)
+        chosen = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{name}.yaml"))
+        assert isinstance(chosen, dict)
         own = "loader" if group == "dataset" else "name"
-        unlike = sum(values.get(str(key)) != value for key, value in made.items())
-        return made.get(own, name) != values.get(own), unlike, name
+        unlike = sum(values.get(str(key)) != value for key, value in chosen.items())
+        return chosen.get(own, name) != values.get(own), unlike, name
 
     return min((file.stem for file in (conf_folder() / group).glob("*.yaml")), key=distance)
 
@@ -711,10 +711,10 @@ def _check_own_data(settings: Settings) -> None:
                 "attack.scope=per_client, or clients.malicious=1",
             ),
         ]
-    for wrong, said, instead in refused:
+    for wrong, setting, instead in refused:
         if wrong:
             raise InputError(
-                f"{said} can't be had with partition=own, in which no node sees another's data; use {instead}"
+                f"{setting} can't be had with partition=own, in which no node sees another's data; use {instead}"
             )
 
 
@@ -723,14 +723,14 @@ def _one_line(error: ValidationError) -> str:
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["input"] is None)
     key = _key(mistakes[0]["loc"])
     kind, given = mistakes[0]["type"], mistakes[0]["input"]
-    said = dict.fromkeys(mistake["msg"] for mistake in mistakes if _key(mistake["loc"]) == key)
+    messages = dict.fromkeys(mistake["msg"] for mistake in mistakes if _key(mistake["loc"]) == key)
     if kind == "value_error":  # a check of ours on a group, which names its keys itself
-        return ".".join(part for part in (key, next(iter(said)).removeprefix("Value error, ")) if part)
+        return ".".join(part for part in (key, next(iter(messages)).removeprefix("Value error, ")) if part)
     if kind == "missing":
         return f"{key} is missing"
     if kind == "extra_forbidden":
         return unknown_key(key)
-    allowed = " or ".join(_in_plain_words(message) for message in said)
+    allowed = " or ".join(_in_plain_words(message) for message in messages)
     for long, short in {"greater than or equal to": "at least", "less than or equal to": "at most"}.items():
         allowed = allowed.replace(long, short)
     near = did_you_mean(str(given), re.findall(r"'(\w+)'", allowed))

@@ -52,7 +52,7 @@ def run(
     Parameters
     ----------
     settings : Settings
-        Its checked settings.
+        The checked settings of the experiment.
     runner : federation.Runner, optional
         What brings clients up for `engine=flower`; by default Ray on this machine.
     make : callable, optional
@@ -81,7 +81,10 @@ def run(
 
     for note in without_effect(settings, sweep=False):
         print(f"note: {note}", file=sys.stderr, flush=True)
-    with folder.taken(Path(settings.out), "run", settings.overwrite, goes_on) as place, _told(place.work):
+    with (
+        folder.taken(Path(settings.out), "run", settings.overwrite, goes_on) as place,
+        _explain_interruption(place.work),
+    ):
         if not settings.resume or not goes_on(place.work):
             folder.clear(place.work)
         with trackers.of_run(attacked.settings, place.work) as tracked:
@@ -152,7 +155,7 @@ def _run(
 
 
 @contextmanager
-def _told(work: Path) -> Iterator[None]:
+def _explain_interruption(work: Path) -> Iterator[None]:
     """A signal that ends the block says what is kept."""
     try:
         yield
@@ -300,7 +303,7 @@ def both(first: OnRound, second: OnRound) -> OnRound:
     Returns
     -------
     callable
-        Takes the same arguments.
+        An observer that takes the same arguments.
     """
 
     def observe(round_: int, row: Row) -> None:

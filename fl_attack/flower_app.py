@@ -22,7 +22,7 @@ def main(run_config: dict[str, Any], runner: "Runner", make: "Make | None" = Non
     run_config : dict
         Flower's: settings by their keys, of which empty ones count as not given, and `overrides` as for `fl-attack`.
     runner : federation.Runner
-        What brings the clients up.
+        A function that brings the clients up.
     make : callable, optional
         Gives the scenario of settings; by default `scenario.make`.
 

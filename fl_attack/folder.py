@@ -56,7 +56,7 @@ def is_finished(folder: Path, kind: ResultKind) -> bool:
     folder : Path
         Any folder; it need not be there.
     kind : {"run", "sweep"}
-        Which of both is asked for.
+        Whether a run or a sweep is looked for.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def taken(out: Path, kind: ResultKind, overwrite: bool, goes_on: Callable[[Path]
     Parameters
     ----------
     out : Path
-        The folder; made if it is missing.
+        The folder of the result; made if it is missing.
     kind : {"run", "sweep"}
         What will be written.
     overwrite : bool
@@ -95,7 +95,7 @@ def taken(out: Path, kind: ResultKind, overwrite: bool, goes_on: Callable[[Path]
     Yields
     ------
     Place
-        Its `work` is there. It holds an unfinished result only if `goes_on` said yes to it.
+        The folder, with `work` in it. It holds an unfinished result only if `goes_on` said yes to it.
 
     Raises
     ------

@@ -87,7 +87,7 @@ def given_row(validation_loss: NDArray[np.float64], restore: Restore) -> int:
     Returns
     -------
     int
-        That of the lowest loss, or the last one.
+        The position of the evaluation with the lowest loss, or of the last one.
     """
     last = restore == "last" or np.isnan(validation_loss).all()
     return len(validation_loss) - 1 if last else int(np.nanargmin(validation_loss))
@@ -222,11 +222,11 @@ class Recorder:
         theta : (A, B) tensor
             The parameters after it.
         aggregate : (A, B) tensor, optional
-            The gradient that led to them.
+            The gradient of the server's step that led to these parameters.
         flips : Flips
             The labels that were flipped in it.
         updates : (m, A, B) tensor, optional
-            What its clients sent, in their order.
+            The updates of the round's clients, in their order.
 
         Raises
         ------

@@ -39,14 +39,14 @@ def of_samples(scenario: Scenario, theta: Tensor, round_: int, malicious: Client
     Parameters
     ----------
     scenario, theta, round_
-        As of `direction`.
+        As `direction` takes them.
     malicious : array of int, (m,)
         The clients.
 
     Returns
     -------
     VisibleSamples
-        Of the samples that they use in the round or, by epoch, hold; samples ascending.
+        The samples that these clients use in the round or, by epoch, hold; samples ascending.
     """
     at = minibatch_round(scenario, round_)
     samples, counts = scenario.schedule.samples(malicious, at)
@@ -67,7 +67,7 @@ def minibatch_round(scenario: Scenario, round_: int) -> int | None:
     Parameters
     ----------
     scenario, round_
-        As of `direction`.
+        As `direction` takes them.
 
     Returns
     -------
@@ -118,7 +118,7 @@ def direction(scenario: Scenario, theta: Tensor, round_: int) -> Tensor:
     Returns
     -------
     (A, B) tensor
-        That of `attack.direction` or `attack.goal`, see `attack.DIRECTIONS`.
+        The direction of `attack.direction` or `attack.goal`, see `attack.DIRECTIONS`.
     """
     return attack.direction_of(scenario.settings.attack.aim, aim(scenario, theta, round_))
 

@@ -94,7 +94,7 @@ def written(key: str, value: Any) -> str:
     Parameters
     ----------
     key : str
-        With dots, as in `attack.budget`.
+        The key with dots, as in `attack.budget`.
     value
         A value of Python: None, a bool, a number, a text, or lists and dicts of such.
 

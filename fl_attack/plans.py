@@ -115,7 +115,7 @@ def plan(scenario: Scenario, first: int = 1, theta: Tensor | None = None) -> Pla
     scenario : Scenario
         The experiment, with `attack=planned`.
     first : int
-        The round, as of `first_round`.
+        The round that the plan begins with, see `first_round`.
     theta : (A, B) tensor of float64, optional
         The parameters broadcast in that round; by default those that every run begins with.
 
@@ -225,8 +225,8 @@ def _make_and_keep(cells: Sequence[Scenario], first: int, thetas: Sequence[Tenso
         if any(_read(file) is None for file in files):
             maker = Maker(cells, first, thetas)
             with torch.inference_mode(), maker.threads():
-                made = maker.make(Checkpoint(work, name), on_sweep)
-            for file, one in zip(files, made, strict=True):
+                plans = maker.make(Checkpoint(work, name), on_sweep)
+            for file, one in zip(files, plans, strict=True):
                 cache.write_whole(file, partial(np.savez_compressed, **one._asdict()))
         shutil.rmtree(work, ignore_errors=True)  # whoever waits for the lock finds the plans made
 
@@ -262,7 +262,7 @@ class Maker:
         self._last: dict[bool, tuple[int, Minibatch]] = {}  # the minibatch that was asked for last, and its round
         self._samples_of: dict[tuple[int, bool], NDArray[np.int64]] = {}
         self._access: dict[tuple[int, bool], WriteAccess | None] = {}
-        self._alike: dict[bytes, WriteAccess] = {}
+        self._by_content: dict[bytes, WriteAccess] = {}
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -282,7 +282,7 @@ class Maker:
         checkpoint : Checkpoint
             Sweeps that it holds are not done again, and it is offered the state after each sweep.
         on_sweep : callable
-            Told how many sweeps are done.
+            Called with how many sweeps are done.
 
         Returns
         -------
@@ -385,9 +385,9 @@ class Maker:
             row = torch.from_numpy(self._row[samples])
             buffer = last[1].X if last is not None and len(last[1].X) == len(row) else None
             X = torch.index_select(self._resident, 0, row, out=buffer)
-        made = Minibatch(X, torch.from_numpy(self.template_cell.dataset.y_train[samples]))
-        self._last[imagined] = round_, made
-        return made
+        batch = Minibatch(X, torch.from_numpy(self.template_cell.dataset.y_train[samples]))
+        self._last[imagined] = round_, batch
+        return batch
 
     @cached_property
     def _resident(self) -> Tensor | None:
@@ -451,10 +451,12 @@ class Maker:
         pooled = self.threat.scope == "pooled"
         group = torch.zeros(len(columns), dtype=torch.int64) if pooled else torch.from_numpy(client[columns])
         key = b"|".join(part.tobytes() for part in (columns, group.numpy(), mask.numpy(), budgets))
-        if key not in self._alike:  # as most rounds are
+        if key not in self._by_content:  # as most rounds are
             budget = torch.from_numpy(budgets).repeat_interleave(self.starts, 0)
-            self._alike[key] = WriteAccess(torch.from_numpy(columns), group, None if bool(mask.all()) else mask, budget)
-        return self._alike[key]
+            self._by_content[key] = WriteAccess(
+                torch.from_numpy(columns), group, None if bool(mask.all()) else mask, budget
+            )
+        return self._by_content[key]
 
     @cached_property
     def _is_malicious(self) -> NDArray[np.bool_]:
@@ -540,8 +542,10 @@ class Maker:
 
     def _plan(self, cell: int, found: planning.SweepResult, labels: planning.Labels) -> Plan:
         """The best plan of a cell."""
-        mine = slice(cell * self.starts, (cell + 1) * self.starts)
-        best = mine.start + int(np.nanargmax(np.where(np.isfinite(found.harm[-1, mine]), found.harm[-1, mine], -1)))
+        starts = slice(cell * self.starts, (cell + 1) * self.starts)
+        best = starts.start + int(
+            np.nanargmax(np.where(np.isfinite(found.harm[-1, starts]), found.harm[-1, starts], -1))
+        )
         rounds, samples, written = [], [], []
         for t, round_ in enumerate(self.rounds):
             access, of_round = self.access(round_, False), labels[t]
@@ -559,8 +563,8 @@ class Maker:
             np.concatenate([none, *samples]),
             np.concatenate([none, *written]),
             self.budgets[:, cell].sum(1),
-            found.harm[:, mine],
-            found.part[:, mine],
+            found.harm[:, starts],
+            found.part[:, starts],
         )
 
 
@@ -577,7 +581,8 @@ def allowances(cell: Scenario, rounds: range) -> NDArray[np.int64]:
     Returns
     -------
     array of int, (T, G)
-        Of all malicious clients together, G = 1; with `attack.scope=per_client` of each client.
+        The flips allowed in each round: of all malicious clients together, G = 1; with `attack.scope=per_client` of
+        each client.
     """
     threat, schedule = cell.settings.attack, cell.schedule
     pooled = threat.scope == "pooled"
@@ -604,11 +609,11 @@ def sample_of(cell: Scenario, size: int, device: torch.device | str = "cpu") -> 
     Parameters
     ----------
     cell : Scenario
-        The experiment, whose seed they are drawn from.
+        The experiment, whose seed the samples are drawn from.
     size : int
-        How many there are at most.
+        The largest number of samples.
     device : torch.device or str
-        Where they go.
+        The device of the result.
 
     Returns
     -------

@@ -71,16 +71,16 @@ def call(name: str, *given: Any, **args: Any) -> Any:
     Parameters
     ----------
     name : str
-        Its import path, such as `mine.py:attack`.
+        The import path of the function, such as `mine.py:attack`.
     *given
-        Its arguments by position.
+        Arguments of the function by position.
     **args
-        Its arguments by name; it gets copies, and can change none for the next call.
+        Arguments of the function by name; it gets copies, and can change none for the next call.
 
     Returns
     -------
     object
-        Unchecked.
+        The result of the function, which is not checked.
 
     Raises
     ------
@@ -90,9 +90,9 @@ def call(name: str, *given: Any, **args: Any) -> Any:
     try:
         return load(name)(*given, **copy.deepcopy(args))
     except (Exception, SystemExit) as error:
-        said = f"sys.exit({error.code})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        raised = f"sys.exit({error.code})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
-        raise RunError(f"{place_of(name)} raised {' '.join(said.split())} in line {lines[-1]}") from error
+        raise RunError(f"{place_of(name)} raised {' '.join(raised.split())} in line {lines[-1]}") from error
 
 
 def refuse(name: str, gave: str, wanted: str) -> NoReturn:
@@ -103,9 +103,9 @@ def refuse(name: str, gave: str, wanted: str) -> NoReturn:
     name : str
         The import path.
     gave : str
-        What it gave, as in "an array of shape (3, 2)".
+        The result of the function in words, as in "an array of shape (3, 2)".
     wanted : str
-        What is wanted of it, as a sentence.
+        A sentence that says what is wanted instead.
 
     Raises
     ------
@@ -146,11 +146,11 @@ def _from_file(file: Path) -> Any:
     spec = importlib.util.spec_from_file_location(name, full)
     if spec is None or spec.loader is None or not full.is_file():
         raise FileNotFoundError(f"there is no file {full}")
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[name] = made
+    imported = importlib.util.module_from_spec(spec)
+    sys.modules[name] = imported
     try:
-        spec.loader.exec_module(made)
+        spec.loader.exec_module(imported)
     except BaseException:
         del sys.modules[name]
         raise
-    return made
+    return imported

@@ -37,9 +37,9 @@ class Progress:
         Parameters
         ----------
         amount : float
-            In units of the bar, or parts of one.
+            The number of units that are done, or parts of one.
         note : str
-            Shown beside it.
+            A text that is shown beside the bar.
         """
         self.done += amount
         if note:
@@ -60,7 +60,7 @@ class Progress:
         of : int
             How many rounds the cell has.
         done : float
-            How many more of them are done.
+            How many more rounds of the cell are done.
         """
         self.add(done / of)
 
@@ -72,9 +72,9 @@ class Progress:
         of : int
             How many rounds the cell has.
         round_ : int
-            Which one is done; 0 is none.
+            The number of the round that is done; 0 is none.
         row : object
-            Its measures, which are not used.
+            The measures of the round, which are not used.
         """
         self.rounds(of, bool(round_))
 
@@ -83,13 +83,13 @@ class Progress:
         self.add(round_ - self.done, f"accuracy {row['test_accuracy']:.4f}" if row else "")
 
 
-def _bar(**told: Any) -> Any:
+def _bar(**options: Any) -> Any:
     """The bar of a terminal, or of a notebook that has ipywidgets; elsewhere one that shows nothing."""
     if not _is_notebook():
-        return tqdm(**told, disable=not sys.stderr.isatty())
+        return tqdm(**options, disable=not sys.stderr.isatty())
     from tqdm.auto import tqdm as of_notebooks  # which warns where there are no widgets
 
-    return of_notebooks(**told)
+    return of_notebooks(**options)
 
 
 def _is_notebook() -> bool:

@@ -137,7 +137,7 @@ class Schedule:
         Parameters
         ----------
         client : int
-            Its number.
+            The number of the client.
         first : int
             The first of the rounds, which count from 1.
         rounds : int
@@ -165,7 +165,7 @@ class Schedule:
         Parameters
         ----------
         clients : iterable of int
-            Their numbers.
+            The numbers of the clients.
         round_ : int or None
             The round, from 1; None: whatever the round, all that they hold.
 
@@ -174,7 +174,7 @@ class Schedule:
         samples : array of int, (n,)
             Positions in the training set, ascending, each once.
         counts : array of int, (n,)
-            How often each is used.
+            How often each sample is used.
         """
         clients = np.fromiter(clients, np.int64)
         if round_ is None:
@@ -244,7 +244,7 @@ def shuffled(seed: int, round_: int, clients: int) -> NDArray[np.int64]:
     Parameters
     ----------
     seed : int
-        That of the experiment.
+        The seed of the experiment.
     round_ : int
         The round, from 1.
     clients : int
@@ -267,11 +267,11 @@ def lr_factor(schedule: LrSchedule, round_: int, rounds: int, every: int | None 
         `constant` 1; `cosine` `(1 + cos(pi (t - 1) / T)) / 2` (Loshchilov and Hutter 2017,
         https://arxiv.org/abs/1608.03983); `step` `decay^((t - 1) // every)`; `inverse` `1 / (1 + (t - 1) / every)`.
     round_, rounds
-        t and T.
+        The round t, counted from 1, and the number T of rounds.
     every
-        Rounds; None is a third of all, rounded up.
+        Rounds between two steps of `step`; None is a third of all, rounded up.
     decay
-        Of `step`.
+        The factor at each step of `step`.
     """
     past, every = round_ - 1, every or -(-rounds // 3)
     if schedule == "cosine":
@@ -348,9 +348,9 @@ class Momenta:
         Parameters
         ----------
         clients : sequence of int, (m,)
-            Who took part.
+            The clients that took part in the round.
         moved : Tensor, (m, A, B)
-            Their momenta, in that order.
+            The momenta of these clients after the round, in their order.
         """
         if self.beta:
             self.table[torch.as_tensor(clients, device=self.table.device)] = moved
@@ -403,7 +403,7 @@ def server_step(
     lr : float or (..., 1, 1) tensor
         The learning rate.
     state : ServerState
-        What the rounds before have left.
+        What the optimizer remembers of the rounds before.
 
     Returns
     -------

@@ -32,9 +32,9 @@ class Result:
     Attributes
     ----------
     kind : {"run", "sweep"}
-        What it is of.
+        Whether the result is of a run or of a sweep.
     folder : Path or None
-        Where it is; None if it is in memory only.
+        The folder of the result; None if it is in memory only.
     """
 
     def __init__(

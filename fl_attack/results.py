@@ -49,7 +49,7 @@ def write_rounds(out: Path, history: History) -> None:
     out : Path
         The folder of the run; it is there.
     history : History
-        What was measured.
+        The measures of the rounds so far.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def write_config(out: Path, settings: Settings) -> None:
     out : Path
         The folder of the run; it is there.
     settings : Settings
-        What the run was asked for.
+        The settings of the run.
     """
     _write(out / "config.yaml", lambda stream: stream.write(to_yaml(settings).encode()))
 
@@ -80,7 +80,7 @@ def is_of(out: Path, settings: Settings) -> bool:
     out : Path
         A folder, with or without a run in it.
     settings : Settings
-        Those to compare with; what changes no number (`NOT_NUMBERS`) is left out.
+        The settings to compare with; what changes no number (`NOT_NUMBERS`) is left out.
 
     Returns
     -------
@@ -118,8 +118,8 @@ def write(out: Path, scenario: Scenario, history: History) -> None:
         arrays["target.npz"] = scenario.model.state(target(scenario))
     for name, content in arrays.items():
         _write(out / name, partial(_savez, content))
-    if made := plans_made(scenario):
-        write_csv(out / PLAN, PLAN_COLUMNS, [row for one in made for row in _plan_rows(one)])
+    if plans := plans_made(scenario):
+        write_csv(out / PLAN, PLAN_COLUMNS, [row for one in plans for row in _plan_rows(one)])
 
 
 def _plan_rows(plan: Plan) -> list[list[Any]]:
@@ -142,7 +142,7 @@ def write_clients(out: Path, scenario: Scenario, history: History) -> None:
     scenario : Scenario
         The data and who holds what.
     history : History
-        Its parameters are the final model.
+        The history of the run, whose parameters are the final model.
     """
     lines = ["client,malicious,samples,labels,final_accuracy"]
     malicious = set(scenario.partition.malicious.tolist())
@@ -176,7 +176,7 @@ def write_summary(out: Path, facts: dict[str, Any]) -> None:
     out : Path
         The folder of the run; it is there.
     facts : dict
-        As `summary` gives them.
+        The content, as `summary` gives it.
     """
     text = json.dumps(facts, indent=2) + "\n"
     _write(out / SUMMARY, lambda stream: stream.write(text.encode()))
@@ -190,7 +190,7 @@ def summary(scenario: Scenario, history: History, twin: History | None = None) -
     scenario : Scenario
         The data and settings of the run.
     history : History
-        What was measured, at least of one round.
+        The measures of at least one round.
     twin : History, optional
         What was measured of the same run without the attack.
 

@@ -24,7 +24,7 @@ def contradicted_by_neighbours(labels: Tensor, of_neighbours: Tensor, classes: i
         The labels of each sample's nearest neighbours.
     classes : int
     share : float
-        From 0.5 to 1.
+        The least share of the neighbours, from 0.5 to 1.
 
     Returns
     -------
@@ -38,8 +38,8 @@ def contradicted_by_neighbours(labels: Tensor, of_neighbours: Tensor, classes: i
     votes = functional.one_hot(of_neighbours, classes).sum(-2)
     own = functional.one_hot(labels, classes).bool()
     agree = votes.masked_fill(~own, 0).sum(-1)
-    most = votes.masked_fill(own, -1).amax(-1)
-    return (most >= share * of_neighbours.shape[-1]) & (most > agree)
+    largest = votes.masked_fill(own, -1).amax(-1)
+    return (largest >= share * of_neighbours.shape[-1]) & (largest > agree)
 
 
 def contradicted_by_model(labels: Tensor, probability: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def contradicted_by_model(labels: Tensor, probability: Tensor) -> Tensor:
     ----------
     labels : (..., n) tensor of int64
     probability : (..., n, classes) tensor
-        By the model that the server has broadcast.
+        Probabilities of the classes by the model that the server has broadcast.
 
     Returns
     -------
@@ -68,10 +68,10 @@ def contradicted_by_model(labels: Tensor, probability: Tensor) -> Tensor:
     # nobody is confident of a class that no sample is labelled as
     confident = (probability >= threshold.unsqueeze(-2) * (1 - MARGIN)) & (count > 0).unsqueeze(-2)
     likely = probability.masked_fill(~confident, -1.0)
-    most = likely.amax(-1)
+    largest = likely.amax(-1)
     own_likely = likely.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    found: Tensor = (most > 0) & (most > own_likely + MARGIN * own_likely.abs())
-    return found
+    contradicted: Tensor = (largest > 0) & (largest > own_likely + MARGIN * own_likely.abs())
+    return contradicted
 
 
 def nearest(X: Tensor, k: int) -> NDArray[np.int64]:
@@ -87,7 +87,7 @@ def nearest(X: Tensor, k: int) -> NDArray[np.int64]:
     Returns
     -------
     array of int, (n, min(k, n - 1))
-        Their rows of X, the nearest first.
+        The rows of X that are nearest to each sample, the nearest first.
     """
     X = X.double()
     square = X.square().sum(-1)

@@ -83,8 +83,8 @@ class Scenario:
     @property
     def write_access(self) -> float:
         """Share k of the clients' samples that malicious clients hold, from 0 to 1."""
-        theirs = int(np.isin(self.partition.client, self.partition.malicious).sum())
-        return theirs / int((self.partition.client >= 0).sum())
+        of_malicious = int(np.isin(self.partition.client, self.partition.malicious).sum())
+        return of_malicious / int((self.partition.client >= 0).sum())
 
     def start(self) -> Tensor:
         """The parameters before the first round, in float64."""
@@ -140,7 +140,7 @@ class Scenario:
         samples : array of int, (n,)
             Positions in the training set.
         counts : array of int, (n,)
-            How often each is used.
+            How often each sample is used.
 
         Returns
         -------
@@ -230,7 +230,8 @@ class Scenario:
         Returns
         -------
         aggregate.Seen
-            Its own update and its noise are computed only if the rule asks for them.
+            What the rule may look at; the server's own update and its noise are computed only if the rule asks for
+            them.
         """
 
         def root() -> Tensor:
@@ -321,7 +322,8 @@ def of(settings: Settings, dataset: data.Dataset, partition: data.Partition | No
     Returns
     -------
     Scenario
-        Its settings have absolute paths, import paths that name their file, and the divisor of the pixels.
+        The experiment; its settings have absolute paths, import paths that name their file, and the divisor of the
+        pixels.
 
     Raises
     ------
@@ -359,7 +361,7 @@ def of_nodes(settings: Settings, dataset: data.Dataset, counts: Sequence[int], m
     Parameters
     ----------
     settings : Settings
-        With `partition=own`.
+        The settings of a run with `partition=own`.
     dataset : Dataset
         As `data.own.at_server` or `data.own.at_node` gives it.
     counts : sequence of int, (m,)
@@ -413,9 +415,9 @@ def client_update(scenario: Scenario, client: int, theta: Tensor, round_: int, f
     scenario : Scenario
         The experiment.
     client : int
-        Its number.
+        The number of the client.
     theta : (A, B) tensor of float64
-        The parameters that it starts from.
+        The parameters that the client starts from.
     round_ : int
         The round, counted from 1.
     flips : Flips
@@ -424,7 +426,7 @@ def client_update(scenario: Scenario, client: int, theta: Tensor, round_: int, f
     Returns
     -------
     moved : (A, B) tensor
-        In the precision of theta.
+        The parameters after the local steps, in the precision of theta.
     weight : int
         The number of samples used, a sample as often as it is.
     """

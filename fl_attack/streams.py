@@ -36,18 +36,18 @@ def label_noise(
     Parameters
     ----------
     seed, round_ : int
-        That of the experiment; the round, counted from 1.
+        The seed of the experiment, and the round, counted from 1.
     samples : array of int, (n,)
         The samples of the training set.
     everybodys : callable
         Gives those of all clients in the round, in any order, among which these are.
     device, dtype
-        Of the result.
+        Device and precision of the result.
 
     Returns
     -------
     Tensor, (n, 2)
-        Uniform in [0, 1).
+        Random numbers, uniform in [0, 1).
     """
     everyone = np.sort(everybodys())
     uniform = np.random.default_rng([seed, LABEL_NOISE, round_]).random((len(everyone), 2))
@@ -67,18 +67,18 @@ def normal_noise(
     Parameters
     ----------
     seed, round_ : int
-        As of `label_noise`.
+        As `label_noise` takes them.
     stream : int
-        One of the numbers above.
+        The number of the stream, such as `UPDATE_NOISE`.
     shape : sequence of int
-        Of the result.
+        Shape of the result.
     device, dtype
-        Likewise; drawn in float64.
+        Device and precision of the result; the numbers are drawn in float64.
 
     Returns
     -------
     Tensor
-        Standard normal.
+        Standard normal random numbers.
     """
     return torch.from_numpy(np.random.default_rng([seed, stream, round_]).standard_normal(shape)).to(device, dtype)
 
@@ -89,13 +89,13 @@ def known_rank(seed: int, round_: int, clients: int) -> NDArray[np.float64]:
     Parameters
     ----------
     seed, round_ : int
-        As of `label_noise`.
+        As `label_noise` takes them.
     clients : int
-        How many there are.
+        The number of clients.
 
     Returns
     -------
     (clients,) array
-        Uniform in [0, 1).
+        Random numbers, uniform in [0, 1).
     """
     return np.random.default_rng([seed, KNOWN_CLIENTS, round_]).random(clients)

@@ -224,7 +224,7 @@ def split(cells: int, *columns: Array) -> dict[tuple[Any, ...], NDArray[np.intp]
     Parameters
     ----------
     cells : int
-        How many there are.
+        The number of cells.
     *columns : arrays, (cells,)
         What is compared; without any, all cells are one group.
 
@@ -350,7 +350,7 @@ class Sweep:
         cells : array of int, (n,)
             Indices of the cells that the means are over.
         column : str
-            Its name.
+            The name of the column.
 
         Returns
         -------
@@ -492,9 +492,9 @@ def read_csv(file: Path, of: str) -> tuple[list[str], list[dict[str, str]]]:
     Parameters
     ----------
     file : Path
-        Where it is.
+        The file to read.
     of : str
-        What its folder should be of, such as "a sweep", for the error.
+        What the folder of the file should be of, such as "a sweep", for the error.
 
     Returns
     -------
@@ -526,7 +526,7 @@ def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], 
     Parameters
     ----------
     file : Path
-        Where to; missing folders are made.
+        The file to write; missing folders are made.
     header : sequence of str
         Names of the columns.
     rows : iterable of sequences
@@ -537,7 +537,7 @@ def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], 
     Returns
     -------
     Path
-        The file.
+        The file that was written.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")

@@ -34,7 +34,7 @@ def target(scenario: Scenario, device: torch.device | str = "cpu") -> Tensor:
     scenario : Scenario
         The experiment.
     device : torch.device or str
-        Where they go.
+        The device of the result.
 
     Returns
     -------
@@ -104,7 +104,7 @@ def train(scenario: Scenario, on_round: OnRound = lambda round_: None) -> Tensor
     scenario : Scenario
         The experiment; its attack, its rule and its engine are left out of account.
     on_round : callable, optional
-        Told the number of each round that is done.
+        Called with the number of each round that is done.
 
     Returns
     -------

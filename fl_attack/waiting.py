@@ -16,7 +16,7 @@ def waiting(for_what: str, on_terminals_only: bool = False) -> Iterator[None]:
     Parameters
     ----------
     for_what : str
-        As in "starting Ray".
+        What is waited for, as in "starting Ray".
     on_terminals_only : bool
         Whether to say nothing where nobody watches.
     """

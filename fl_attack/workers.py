@@ -133,7 +133,7 @@ def mapped(function: Callable[[Given], Found], given: Iterable[Given], workers: 
     Parameters
     ----------
     function : callable
-        It and its results are pickled.
+        The function, which is pickled, and so are its results.
     given : iterable
         What the function is called with, one after the other.
     workers : int

@@ -92,7 +92,7 @@ def is_builtin(name: str, pre: Sequence[PreEntry] = ()) -> bool:
     Parameters
     ----------
     name : str
-        That of the rule, or an import path.
+        The name of the rule, or an import path.
     pre : sequence
         The pre-aggregators, each a name or `{name: arguments}`.
 
@@ -170,7 +170,7 @@ def make(
     f : int
         How many clients may be malicious.
     m : int
-        Clients of a round.
+        Number of clients in a round.
     args : mapping
         Arguments of the rule by name.
     pre : sequence
@@ -227,8 +227,8 @@ def _rule(name: str, f: int, m: int, args: Mapping[str, Any], byzfl_class: str |
             signature(function).bind(None, None, f, **args, **dict.fromkeys(asks))
         except TypeError as error:
             raise InputError(f"strategy.args of {name}: {error}; a rule takes updates, weights, f and these") from None
-        users = partial(_user_rule, name, asks, f, args)
-        return lambda updates, weights, client_order, seen, state: users(updates, weights, seen, state), asks
+        user_rule = partial(_user_rule, name, asks, f, args)
+        return lambda updates, weights, client_order, seen, state: user_rule(updates, weights, seen, state), asks
     raise InputError(
         f"strategy.name={name} is not a strategy; known: {', '.join((*RULES, 'byzfl', 'flower'))}, or the import "
         "path of a function"
@@ -271,21 +271,23 @@ def _user_rule(
     state: Any,
 ) -> tuple[Tensor, Any]:
     """What a user's rule makes of copies of its input; RunError where it is no aggregate."""
-    made = plugins.call(name, updates.clone(), weights.clone(), f, **args, **_asked_for(asks, seen, state))
+    returned = plugins.call(name, updates.clone(), weights.clone(), f, **args, **_asked_for(asks, seen, state))
     if "state" in asks:
-        if not (isinstance(made, tuple) and len(made) == 2):
-            plugins.refuse(name, type(made).__name__, "wanted: a pair, the aggregate and the state for the next round")
-        made, state = made
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            plugins.refuse(
+                name, type(returned).__name__, "wanted: a pair, the aggregate and the state for the next round"
+            )
+        returned, state = returned
     expected = (*updates.shape[:-3], *updates.shape[-2:])
     wanted = f"wanted: an aggregate of shape {expected}, real and finite where the updates are"
-    if not isinstance(made, Tensor):
-        plugins.refuse(name, type(made).__name__, wanted)
-    if tuple(made.shape) != expected or made.dtype.is_complex:
-        plugins.refuse(name, f"shape {tuple(made.shape)}, {str(made.dtype).removeprefix('torch.')}", wanted)
-    broken = ~made.isfinite().flatten(-2).all(-1) & updates.isfinite().flatten(-3).all(-1)
+    if not isinstance(returned, Tensor):
+        plugins.refuse(name, type(returned).__name__, wanted)
+    if tuple(returned.shape) != expected or returned.dtype.is_complex:
+        plugins.refuse(name, f"shape {tuple(returned.shape)}, {str(returned.dtype).removeprefix('torch.')}", wanted)
+    broken = ~returned.isfinite().flatten(-2).all(-1) & updates.isfinite().flatten(-3).all(-1)
     if broken.any():
         plugins.refuse(name, "NaN or infinity", wanted)
-    return made.to(updates), state
+    return returned.to(updates), state
 
 
 def _pre_aggregators(pre: Sequence[PreEntry], f: int, m: int) -> tuple[list[Any], int]:
@@ -313,8 +315,8 @@ def _byzfl_pre(
     function: Callable[..., Tensor], updates: Tensor, weights: Tensor, f: int, client_order: Tensor, *, name: str
 ) -> tuple[Tensor, Tensor]:
     """Updates after a pre-aggregator of ByzFL's, and their weights: equal ones where it changes their number."""
-    made = function(updates, client_order)
-    return made, weights if made.shape[-3] == len(weights) else torch.ones(made.shape[-3])
+    changed = function(updates, client_order)
+    return changed, weights if changed.shape[-3] == len(weights) else torch.ones(changed.shape[-3])
 
 
 def _check_names(function: Callable[..., Any], name: str, key: str, args: Mapping[str, Any]) -> None:

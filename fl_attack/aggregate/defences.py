@@ -17,7 +17,7 @@ from fl_attack.aggregate.rules import clip, clip_shares, mean_by_shares
 
 State = dict[str, Tensor]
 DECIMALS = 12  # of a cosine; what is beyond are rounding errors
-ALIKE = 10.0**-DECIMALS
+SMALLEST_DIFFERENCE = 10.0**-DECIMALS
 BITS = 36  # likewise of a score
 
 
@@ -88,7 +88,7 @@ def cosine_history(
     -------
     aggregate : (..., C, d) tensor
     state : dict
-        What the next round gets.
+        What the rule is given as `state` in the next round.
     """
     m = updates.shape[-3]
     median = middle(updates, (m - 1) // 2, m // 2 + 1).unsqueeze(-3)
@@ -205,16 +205,18 @@ def foolsgold(
     clients, total = _numbers(seen, m, updates.device)
     before = features.new_zeros(*features.shape[:-2], total, features.shape[-1]) if state is None else state["summed"]
     summed = before.index_add(-2, clients, features)
-    own = directions(summed[..., clients, :].unsqueeze(-2))
-    likeness = (own @ own.mT).clamp(min=0)
-    likeness.diagonal(dim1=-2, dim2=-1).zero_()
-    most = likeness.amax(-1)
+    unit = directions(summed[..., clients, :].unsqueeze(-2))
+    similarity = (unit @ unit.mT).clamp(min=0)
+    similarity.diagonal(dim1=-2, dim2=-1).zero_()
+    nearest = similarity.amax(-1)
     # a client is pardoned that is like one who is even more like somebody else
-    ratio = most.unsqueeze(-1) / most.unsqueeze(-2).where(most.unsqueeze(-2) > 0, 1.0)
-    unlike = (1 - (likeness * ratio.clamp(max=1.0)).amax(-1)).clamp(0, 1).where(finite, 0.0)
-    largest = unlike.amax(-1, keepdim=True)
-    relative = (unlike / largest.where(largest > ALIKE, 1.0)).clamp(max=0.99)
-    weight = (kappa * (torch.logit(relative) + 0.5)).clamp(0, 1).where(largest > ALIKE, 1.0).where(finite, 0.0)
+    pardon = nearest.unsqueeze(-1) / nearest.unsqueeze(-2).where(nearest.unsqueeze(-2) > 0, 1.0)
+    dissimilarity = (1 - (similarity * pardon.clamp(max=1.0)).amax(-1)).clamp(0, 1).where(finite, 0.0)
+    largest = dissimilarity.amax(-1, keepdim=True)
+    relative = (dissimilarity / largest.where(largest > SMALLEST_DIFFERENCE, 1.0)).clamp(max=0.99)
+    weight = (
+        (kappa * (torch.logit(relative) + 0.5)).clamp(0, 1).where(largest > SMALLEST_DIFFERENCE, 1.0).where(finite, 0.0)
+    )
     return combined(usable, weight / m), {"summed": summed}
 
 
@@ -239,7 +241,7 @@ def flame(
     seen : Seen
         The parameters that were broadcast and the learning rate, which tell the clients' models, and the noise.
     noise : float
-        Its standard deviation in each parameter, in median norms: the paper's lambda.
+        Standard deviation of the noise in each parameter, in median norms: the paper's lambda.
     of : "models" or "updates"
         Between what cosines are taken; the paper takes models.
 
@@ -265,9 +267,9 @@ def flame(
     if of == "models" and seen.theta is not None:
         rate = seen.lr.unsqueeze(-3) if isinstance(seen.lr, Tensor) else seen.lr
         models = seen.theta.unsqueeze(-3).double() - rate * updates.double()
-    own = directions(models)
+    unit = directions(models)
     both = finite.unsqueeze(-1) & finite.unsqueeze(-2)
-    distance = (1 - own @ own.mT).clamp(min=0).round(decimals=DECIMALS)
+    distance = (1 - unit @ unit.mT).clamp(min=0).round(decimals=DECIMALS)
     member = largest_cluster(distance.where(both, torch.inf), m // 2 + 1) & finite
     share, _ = clip_shares(updates, None)
     share = torch.where(member, share / member.sum(-1, keepdim=True).clamp(min=1), 0.0)
@@ -284,7 +286,7 @@ def largest_cluster(distance: Tensor, size: int) -> Tensor:
     Parameters
     ----------
     distance : (..., m, m) tensor
-        Between the updates of each two clients.
+        Distances between the updates of each two clients.
     size : int
         How many clients the cluster must have at least.
 
@@ -298,11 +300,11 @@ def largest_cluster(distance: Tensor, size: int) -> Tensor:
     linked.diagonal(dim1=-2, dim2=-1).zero_()
     for k in range(m):  # to the shortest of the longest links of all ways between two clients
         linked = torch.minimum(linked, torch.maximum(linked[..., :, k, None], linked[..., None, k, :]))
-    reach = ascending(linked)[..., size - 1]  # the link at which the cluster of each client has so many
-    first = reach.argmin(-1, keepdim=True)
+    link_of_cluster = ascending(linked)[..., size - 1]  # the link at which the cluster of each client has so many
+    first = link_of_cluster.argmin(-1, keepdim=True)
     row = linked.gather(-2, first.unsqueeze(-1).expand(*first.shape, m)).squeeze(-2)
-    found: Tensor = row <= reach.gather(-1, first)
-    return found
+    member: Tensor = row <= link_of_cluster.gather(-1, first)
+    return member
 
 
 def directions(updates: Tensor) -> Tensor:

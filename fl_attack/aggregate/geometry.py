@@ -25,7 +25,7 @@ def combined(updates: Tensor, shares: Tensor) -> Tensor:
     Parameters
     ----------
     updates : (..., m, C, d) tensor
-        One of each client.
+        The update of each of m clients.
     shares : (..., m) tensor
         A share of 0 leaves out even an update with NaN or Inf.
 
@@ -46,9 +46,9 @@ def weighted(updates: Tensor, shares: Tensor) -> Tensor:
     Parameters
     ----------
     updates : (..., m, C, d) tensor
-        What is added up.
+        The updates that are added up.
     shares : (m,) or (..., m) tensor
-        The same for all federations, or those of each.
+        What each update is multiplied by, the same in all federations (m,) or in each its own.
 
     Returns
     -------
@@ -67,9 +67,9 @@ def along(updates: Tensor, v: Tensor) -> Tensor:
     Parameters
     ----------
     updates : (..., m, C, d) tensor
-        Those of m clients.
+        The updates of m clients.
     v : (..., C, d) tensor
-        The vector, of each federation.
+        A vector for each federation.
 
     Returns
     -------

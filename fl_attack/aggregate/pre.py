@@ -31,7 +31,7 @@ def nnm(updates: Tensor, weights: Tensor, f: int, client_order: Tensor) -> tuple
     mixed : (..., m, C, d) tensor
         NaN where an update is not finite.
     weights : (m,) tensor
-        As they were.
+        The weights as they were given.
     """
     m = updates.shape[-3]
     squared, ordered = distances(updates)
@@ -54,14 +54,14 @@ def bucketing(updates: Tensor, weights: Tensor, f: int, client_order: Tensor, *,
     updates, weights, f, client_order
         As all of `PRE` take them.
     s : int
-        Clients in a bucket.
+        Number of clients in a bucket.
 
     Returns
     -------
     means : (..., ceil(m / s), C, d) tensor
         One for each bucket.
     weights : (ceil(m / s),) tensor
-        Summed over each bucket.
+        The sum of the weights in each bucket.
 
     References
     ----------
@@ -92,8 +92,8 @@ def clipping(
     Returns
     -------
     clipped : (..., m, C, d) tensor
-        Those that are not finite become zero.
+        The updates at most this long; those that are not finite are zero.
     weights : (m,) tensor
-        As they were.
+        The weights as they were given.
     """
     return clip(updates, c), weights

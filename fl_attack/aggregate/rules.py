@@ -49,7 +49,7 @@ def at_ordinary_scale(rule: Callable[..., Tensor], updates: Tensor, **lengths: f
     rule : callable
         Takes updates, their norms (..., m) in float64, and the lengths by name.
     updates : (..., m, C, d) tensor
-        Those of all clients.
+        The updates of all clients.
     **lengths : float or None
         Arguments of the rule that are lengths: they are scaled too.
 
@@ -274,7 +274,7 @@ def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: flo
     tolerance : float
         The iteration ends when no share of an update changes by more.
     most : int
-        Iterations at most.
+        The largest number of iterations.
 
     Returns
     -------
@@ -319,16 +319,16 @@ def _few_iterations(updates: Tensor, norm: Tensor, tolerance: float, most: int) 
     share, moving = np.full_like(square, 1 / square.shape[-1]), np.ones_like(square[..., 0], dtype=np.bool_)
     exact = (np.isfinite(square) & (square > SMALLEST * square.max(-1, keepdims=True))).all(-1)
     if exact.any():
-        least = CLOSE * square.max(-1)
-        change = np.full_like(least, np.inf)
+        smallest_exact = CLOSE * square.max(-1)
+        change = np.full_like(smallest_exact, np.inf)
         with np.errstate(all="ignore"):  # in federations that are not exact
             for step in range(most):
-                at = weighted(updates, torch.from_numpy(share).to(updates))
-                product = along(updates, at).double().cpu().numpy()
-                apart = square - 2 * product + (share * product).sum(-1, keepdims=True)
-                exact &= (apart.min(-1) > least) | ~moving  # else digits were lost in the difference
-                nearer = 1 / np.sqrt(np.maximum(apart, SMALLEST * square))
-                moved = (nearer / nearer.sum(-1, keepdims=True) - share) * moving[..., None]
+                point = weighted(updates, torch.from_numpy(share).to(updates))
+                product = along(updates, point).double().cpu().numpy()
+                squared = square - 2 * product + (share * product).sum(-1, keepdims=True)
+                exact &= (squared.min(-1) > smallest_exact) | ~moving  # else digits were lost in the difference
+                inverse = 1 / np.sqrt(np.maximum(squared, SMALLEST * square))
+                moved = (inverse / inverse.sum(-1, keepdims=True) - share) * moving[..., None]
                 share = share + moved
                 before, change = change, np.abs(moved).max(-1)
                 moving = moving & (change > tolerance)  # a federation that has converged stays, whatever others do
@@ -336,8 +336,8 @@ def _few_iterations(updates: Tensor, norm: Tensor, tolerance: float, most: int) 
                     exact &= ~moving | (change * (change / before).clip(max=1.0) ** (most - 2) <= tolerance)
                 if not (moving & exact).any():
                     break
-    undone = np.asarray(moving | ~exact)
-    return torch.from_numpy(share).to(updates.device), torch.from_numpy(undone).to(updates.device)
+    unfinished = np.asarray(moving | ~exact)
+    return torch.from_numpy(share).to(updates.device), torch.from_numpy(unfinished).to(updates.device)
 
 
 def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
@@ -348,30 +348,30 @@ def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tup
     largest = upper_median(square.where(finite, torch.inf))
     floor = 1e-12 * largest.sqrt() + 1e-300  # a point that is an update must not divide by zero
     # a step of an update that is far away moves the point as far as it is away
-    tolerable = tolerance / (square / (FAR_OFF * largest).where(largest > 0, torch.inf)).sqrt().clamp(min=1.0)
+    tolerances = tolerance / (square / (FAR_OFF * largest).where(largest > 0, torch.inf)).sqrt().clamp(min=1.0)
     moving = torch.ones_like(share[..., :1], dtype=torch.bool)
-    nearest = torch.full_like(largest, torch.inf)
-    left = torch.zeros_like(finite)  # the updates from which a step was made
+    smallest_so_far = torch.full_like(largest, torch.inf)
+    was_left = torch.zeros_like(finite)  # the updates from which a step was made
     for _ in range(most):
-        apart = _squared_distances_from(share, gram)
-        near, at = apart.where(finite, torch.inf).min(-1, keepdim=True)
-        nearest = nearest.minimum(near).where(moving, nearest)
-        nearer = finite.double() / apart.sqrt().maximum(floor)
-        moved = (nearer / nearer.sum(-1, keepdim=True) - share) * moving
+        squared = _squared_distances_from(share, gram)
+        smallest, nearest_update = squared.where(finite, torch.inf).min(-1, keepdim=True)
+        smallest_so_far = smallest_so_far.minimum(smallest).where(moving, smallest_so_far)
+        inverse = finite.double() / squared.sqrt().maximum(floor)
+        moved = (inverse / inverse.sum(-1, keepdim=True) - share) * moving
         share = share + moved
-        still = (moved.abs() <= tolerable).all(-1, keepdim=True)
-        held = moving & still & (near < CLOSE * largest) & ~left.gather(-1, at)
-        if bool(held.any()):
-            elsewhere = vardi_zhang_step(gram, finite, at, floor)
-            left = left.scatter(-1, at, held | left.gather(-1, at))
-            held = held & (
-                _summed_distance(_squared_distances_from(elsewhere, gram), finite) < _summed_distance(apart, finite)
+        settled = (moved.abs() <= tolerances).all(-1, keepdim=True)
+        leaves = moving & settled & (smallest < CLOSE * largest) & ~was_left.gather(-1, nearest_update)
+        if bool(leaves.any()):
+            after_step = vardi_zhang_step(gram, finite, nearest_update, floor)
+            was_left = was_left.scatter(-1, nearest_update, leaves | was_left.gather(-1, nearest_update))
+            leaves = leaves & (
+                _summed_distance(_squared_distances_from(after_step, gram), finite) < _summed_distance(squared, finite)
             )
-            share = elsewhere.where(held, share)
-        moving = moving & (~still | held)
+            share = after_step.where(leaves, share)
+        moving = moving & (~settled | leaves)
         if not bool(moving.any()):
             break
-    return share, (nearest < CLOSE * largest).squeeze(-1)
+    return share, (smallest_so_far < CLOSE * largest).squeeze(-1)
 
 
 def mean_by_shares(updates: Tensor, share: Tensor) -> Tensor:
@@ -382,7 +382,7 @@ def mean_by_shares(updates: Tensor, share: Tensor) -> Tensor:
     updates : (..., m, C, d) tensor
         What is averaged.
     share : (..., m) tensor of float64
-        What each update counts.
+        The factor of each update.
 
     Returns
     -------
@@ -401,9 +401,9 @@ def _squared_distances_from(share: Tensor, gram: Tensor) -> Tensor:
     return (square - 2 * product + (share * product).sum(-1, keepdim=True)).clamp(min=0)
 
 
-def _summed_distance(apart: Tensor, finite: Tensor) -> Tensor:
+def _summed_distance(squared: Tensor, finite: Tensor) -> Tensor:
     """Summed distance (..., 1) to the finite updates, which the geometric median minimises, from squared ones."""
-    return apart.where(finite, 0.0).sqrt().sum(-1, keepdim=True)
+    return squared.where(finite, 0.0).sqrt().sum(-1, keepdim=True)
 
 
 def vardi_zhang_step(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) -> Tensor:
@@ -416,7 +416,7 @@ def vardi_zhang_step(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) ->
     gram : (..., m, m) tensor of float64
         Inner products of the updates.
     finite : (..., m) tensor of bool
-        Which of them count.
+        Which of the updates are finite; the others do not count.
     at : (..., 1) tensor of int64
         The update that the step begins at.
     floor : (..., 1) tensor
@@ -431,16 +431,16 @@ def vardi_zhang_step(gram: Tensor, finite: Tensor, at: Tensor, floor: Tensor) ->
     ----------
     Vardi, Zhang (2000). The multivariate L1-median and associated data depth. https://doi.org/10.1073/pnas.97.4.1423.
     """
-    here = torch.zeros_like(finite, dtype=torch.float64).scatter(-1, at, 1.0)
-    apart = _squared_distances_from(here, gram).sqrt()
-    same = finite & ((apart <= floor) | (here > 0))
-    nearer = (finite & ~same).double() / apart.maximum(floor)
-    total = nearer.sum(-1, keepdim=True)
-    way = nearer / total.where(total > 0, 1.0) - here
+    place = torch.zeros_like(finite, dtype=torch.float64).scatter(-1, at, 1.0)
+    distance = _squared_distances_from(place, gram).sqrt()
+    at_this_place = finite & ((distance <= floor) | (place > 0))
+    inverse = (finite & ~at_this_place).double() / distance.maximum(floor)
+    total = inverse.sum(-1, keepdim=True)
+    towards = inverse / total.where(total > 0, 1.0) - place
     # each of the others pulls with a force of one, in all with this; each update that is here holds with one
-    pull = total * (way.unsqueeze(-2) @ gram @ way.unsqueeze(-1)).squeeze(-1).clamp(min=0).sqrt()
-    stays = same.sum(-1, keepdim=True) / pull.where(pull > 0, torch.inf)
-    return here + way * torch.where(pull > 0, 1.0 - stays.clamp(max=1.0), 0.0)
+    pull = total * (towards.unsqueeze(-2) @ gram @ towards.unsqueeze(-1)).squeeze(-1).clamp(min=0).sqrt()
+    held_back = at_this_place.sum(-1, keepdim=True) / pull.where(pull > 0, torch.inf)
+    return place + towards * torch.where(pull > 0, 1.0 - held_back.clamp(max=1.0), 0.0)
 
 
 def centered_clipping(
@@ -531,7 +531,7 @@ def clip(updates: Tensor, c: float | None) -> Tensor:
     Parameters
     ----------
     updates : (..., m, C, d) tensor
-        They are not changed.
+        The updates of all clients, which are not changed.
     c : float or None
         The largest norm; None is the median of their norms.
 
@@ -558,7 +558,7 @@ def clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
     Returns
     -------
     share : (..., m) tensor
-        From 0 to 1.
+        The factors, from 0 to 1.
     finite : (..., m) tensor of bool
         Which updates are finite; the factors of others mean nothing.
 

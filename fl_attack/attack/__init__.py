@@ -204,9 +204,9 @@ def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int]
     view : View
         What the attackers see in the round; a function of somebody's gets a copy.
     args : mapping
-        Its arguments by name.
+        Arguments of the attack by name.
     shape : sequence of int
-        Those of the leading axes, and the number n of samples.
+        Shape (..., n) of the labels: leading axes, and the number n of samples.
     classes : int
         How many labels there are.
 
@@ -221,20 +221,22 @@ def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int]
         Where a user's function gives no proposal.
     """
     if name in ATTACKS:
-        given: Proposal = ATTACKS[name].function(view, **args)
-        return given
-    given = plugins.call(name, view.copied(), **args)
-    if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given)):
-        plugins.refuse(name, _describe(given), "wanted: Proposal(labels, priority), two tensors")
-    labels, priority = given
-    for what, part in (("labels", labels), ("priority", priority)):
-        if tuple(part.shape) not in {tuple(shape), tuple(shape[-1:])}:
-            plugins.refuse(name, f"{what} of {_describe(part)}", f"wanted: one for each of {shape[-1]} samples")
+        returned: Proposal = ATTACKS[name].function(view, **args)
+        return returned
+    returned = plugins.call(name, view.copied(), **args)
+    if not (
+        isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(tensor, Tensor) for tensor in returned)
+    ):
+        plugins.refuse(name, _describe(returned), "wanted: Proposal(labels, priority), two tensors")
+    labels, priority = returned
+    for what, tensor in (("labels", labels), ("priority", priority)):
+        if tuple(tensor.shape) not in {tuple(shape), tuple(shape[-1:])}:
+            plugins.refuse(name, f"{what} of {_describe(tensor)}", f"wanted: one for each of {shape[-1]} samples")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         plugins.refuse(name, f"labels of {_describe(labels)}", "wanted: whole numbers, as in int64")
     if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
-        odd = labels[(labels < 0) | (labels >= classes)][0].item()
-        plugins.refuse(name, f"the label {odd}", f"wanted: 0 to {classes - 1}")
+        wrong = labels[(labels < 0) | (labels >= classes)][0].item()
+        plugins.refuse(name, f"the label {wrong}", f"wanted: 0 to {classes - 1}")
     if priority.dtype.is_complex or priority.isnan().any():
         what = _describe(priority) if priority.dtype.is_complex else "NaN"
         plugins.refuse(name, f"a priority of {what}", "wanted: real numbers, -inf where no flip is wanted")
@@ -251,7 +253,7 @@ def craft(name: str, view: Updates, args: Mapping[str, Any]) -> Tensor:
     view : Updates
         What the attackers see in the round; a function of somebody's gets a copy.
     args : mapping
-        Its arguments by name.
+        Arguments of the attack by name.
 
     Returns
     -------
@@ -291,7 +293,7 @@ def direction(goal: Goal, theta: Tensor, clean_gradient: Tensor | None, target: 
     goal : {"untargeted", "targeted"}
         Untargeted, the update is turned away from the honest one; targeted, towards the target.
     theta : (..., C, d) tensor
-        The parameters.
+        The parameters that the server has broadcast.
     clean_gradient : (..., C, d) tensor or None
         The gradient on the true labels, for an untargeted goal.
     target : (..., C, d) tensor or None

@@ -20,7 +20,7 @@ def spread(flips: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int
     Parameters
     ----------
     flips : (...) array of int64
-        How many in all.
+        The number of flips of all clients together.
     sizes : (..., m) array of int64
         The samples that each client can write.
 

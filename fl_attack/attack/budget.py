@@ -21,7 +21,7 @@ def select(priority: Tensor, group: Tensor, budgets: Tensor) -> Tensor:
     group : (n,) tensor of int64
         The budget, from 0 to G - 1, that a sample draws on.
     budgets : (..., G) tensor of int64
-        The samples that may be taken of each group.
+        The number of samples that may be taken of each group.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def flip_allowance(budget: Fraction, writable_before: int, writable: int, roundi
     writable_before : int
         How many samples could be written in the rounds attacked so far.
     writable : int
-        How many can be written in this round.
+        The number of samples that can be written in this round.
     rounding : {"floor", "carry", "ceil"}
         `floor` never exceeds the budget in any round; `carry` hands the fraction on, so that all rounds together come
         to the floor of the whole; `ceil` rounds up, so that any budget above 0 is at least one label in every round.

@@ -149,7 +149,7 @@ def direction_of(name: str, aim: Aim) -> Tensor:
     Returns
     -------
     (..., A, B) tensor
-        Shaped as the parameters.
+        The direction, shaped as the parameters.
 
     Raises
     ------

@@ -72,9 +72,9 @@ def sign_flip(view: Updates, *, scale: float = 1.0) -> Tensor:
     Parameters
     ----------
     view : Updates
-        What the attackers see.
+        What the attackers see of the round.
     scale : float
-        The factor.
+        The factor by which each update is lengthened.
 
     References
     ----------
@@ -89,7 +89,7 @@ def gaussian(view: Updates, *, sigma: float = 200.0) -> Tensor:
     Parameters
     ----------
     view : Updates
-        It holds the noise.
+        What the attackers see of the round, with its noise.
     sigma : float
         Standard deviation of each coordinate, at least 0; 200 is that of the source.
 
@@ -108,7 +108,7 @@ def ipm(view: Updates, *, epsilon: float = 1.0) -> Tensor:
     Parameters
     ----------
     view : Updates
-        It holds the honest mean.
+        What the attackers see of the round, with the honest mean.
     epsilon : float
         The factor; below about the ratio of honest to malicious clients the mean still points the right way.
 
@@ -172,7 +172,7 @@ def minmax(view: Updates, *, perturbation: Perturbation = "std") -> Tensor:
     Parameters
     ----------
     view : Updates
-        The round.
+        What the attackers see of the round.
     perturbation : {"std", "unit", "sign"}
         p is minus the standard deviation of the honest updates coordinate by coordinate, minus the unit vector along
         their mean, or minus its signs.
@@ -191,12 +191,12 @@ def minmax(view: Updates, *, perturbation: Perturbation = "std") -> Tensor:
     Shejwalkar, Houmansadr (2021). Manipulating the Byzantine. https://doi.org/10.14722/ndss.2021.24498.
     """
     p = _perturbation(view, perturbation)
-    away, apart = (view.mean - view.updates).flatten(-2).double(), _apart(view)
-    allowed = apart.masked_fill(~(view.honest.unsqueeze(-1) & view.honest.unsqueeze(-2)), 0.0).amax((-2, -1))
+    to_mean, between = (view.mean - view.updates).flatten(-2).double(), _squared_distances(view)
+    largest = between.masked_fill(~(view.honest.unsqueeze(-1) & view.honest.unsqueeze(-2)), 0.0).amax((-2, -1))
     # |a_i + gamma p|^2 <= D^2 is a square inequality of each honest client's, whose larger root is its gamma
-    a, b = p.square().sum(-1, keepdim=True), (away * p.unsqueeze(-2)).sum(-1)
-    spare = allowed.unsqueeze(-1) - away.square().sum(-1)
-    root = (b.square() + a * spare).clamp(min=0).sqrt()
+    a, b = p.square().sum(-1, keepdim=True), (to_mean * p.unsqueeze(-2)).sum(-1)
+    slack = largest.unsqueeze(-1) - to_mean.square().sum(-1)
+    root = (b.square() + a * slack).clamp(min=0).sqrt()
     gamma = ((root - b) / a.where(a > 0, torch.inf)).masked_fill(~view.honest, torch.inf).amin(-1)
     return _pushed(view, p, gamma)
 
@@ -209,7 +209,7 @@ def minsum(view: Updates, *, perturbation: Perturbation = "std") -> Tensor:
     Parameters
     ----------
     view : Updates
-        The round.
+        What the attackers see of the round.
     perturbation : {"std", "unit", "sign"}
         As of `minmax`.
 
@@ -227,11 +227,11 @@ def minsum(view: Updates, *, perturbation: Perturbation = "std") -> Tensor:
     Shejwalkar, Houmansadr (2021). Manipulating the Byzantine. https://doi.org/10.14722/ndss.2021.24498.
     """
     p, honest = _perturbation(view, perturbation), view.honest.double()
-    away = (view.mean - view.updates).flatten(-2).double().square().sum(-1)
-    summed = (_apart(view) * honest.unsqueeze(-2)).sum(-1)
-    spare = (summed * honest).amax(-1) - (away * honest).sum(-1)  # the mean's own differences cancel in the sum
+    to_mean = (view.mean - view.updates).flatten(-2).double().square().sum(-1)
+    summed = (_squared_distances(view) * honest.unsqueeze(-2)).sum(-1)
+    slack = (summed * honest).amax(-1) - (to_mean * honest).sum(-1)  # the mean's own differences cancel in the sum
     a = honest.sum(-1) * p.square().sum(-1)
-    return _pushed(view, p, (spare.clamp(min=0) / a.where(a > 0, torch.inf)).sqrt())
+    return _pushed(view, p, (slack.clamp(min=0) / a.where(a > 0, torch.inf)).sqrt())
 
 
 def _perturbation(view: Updates, name: Perturbation) -> Tensor:
@@ -248,7 +248,7 @@ def _perturbation(view: Updates, name: Perturbation) -> Tensor:
     raise ValueError(f"perturbation={name} is not known; use std, unit or sign")
 
 
-def _apart(view: Updates) -> Tensor:
+def _squared_distances(view: Updates) -> Tensor:
     """Squared distances (..., m, m) between what all clients would send, in float64."""
     whole = (view.updates - view.mean).flatten(-2).double()
     gram = whole @ whole.mT

@@ -24,7 +24,7 @@ def smoothed_error(Z: Tensor, y: Tensor, temperature: float) -> Tensor:
     Returns
     -------
     (...,) tensor
-        From 0 to 1.
+        The smoothed error, from 0 to 1.
     """
     return 1 - _own_probability(class_logits(Z) / temperature, y).mean(-1)
 
@@ -35,7 +35,7 @@ def smoothed_error_residuals(Z: Tensor, y: Tensor, temperature: float) -> Tensor
     Parameters
     ----------
     Z, y, temperature
-        Those of `smoothed_error`.
+        As `smoothed_error` takes them.
 
     Returns
     -------

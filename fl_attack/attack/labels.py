@@ -128,17 +128,17 @@ def planned(
     Parameters
     ----------
     view : View
-        What the attackers see.
+        What the attackers see of the round.
     sweeps : int
-        How many a plan takes at most, from each start.
+        The largest number of sweeps that a plan takes from each start.
     starts : int
         How many plans are begun, of which the best is taken.
     tolerance : float
         A plan that gains less harm in eight sweeps is ended.
     sample : int
-        How many training samples harm is measured on.
+        The number of training samples that harm is measured on.
     temperature : float
-        Of the smoothed error, which is the harm; see `harm.smoothed_error`.
+        The temperature of the smoothed error, which is the harm; see `harm.smoothed_error`.
     """
     given = {"sweeps": sweeps, "starts": starts, "tolerance": tolerance, "sample": sample, "temperature": temperature}
     planned_options(given)
@@ -164,7 +164,7 @@ def static_flip(
     Parameters
     ----------
     view : View
-        What the attackers see.
+        What the attackers see of the round.
     map : {"opposite", "cyclic"}
         y to C - 1 - y, or to y + 1 modulo C.
     source, target : int, optional
@@ -195,7 +195,7 @@ def confidence_flip(view: View, *, certain: Literal["most", "least"] = "most") -
     Parameters
     ----------
     view : View
-        It holds the logits.
+        What the attackers see of the round, with the logits.
     certain : {"most", "least"}
         Certainty is the margin: the logit of the true label above the largest other one.
     """

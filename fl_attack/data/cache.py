@@ -53,7 +53,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Parameters
     ----------
     path : Path
-        The file; missing folders are made.
+        The file to write; missing folders are made.
     write : callable
         Gets a binary stream to write to.
 
@@ -83,7 +83,7 @@ def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool =
     Parameters
     ----------
     key : str
-        Its name: of all that its content depends on.
+        The name of the entry: of all that its content depends on.
     build : callable
         Gives its arrays and facts. Of several processes one builds, the others wait for it.
     verify : bool
@@ -92,7 +92,7 @@ def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool =
     Returns
     -------
     CacheEntry
-        Its arrays are mapped from the disk, read-only.
+        The entry, its arrays mapped from the disk, read-only.
 
     Raises
     ------

@@ -125,7 +125,7 @@ def load(
     root, path : str or Path
         Where its files are: the folder of several data sets, or the place of this one.
     classes : sequence of int or str, optional
-        Those to pick, by label or name, in that order: label 1 is `classes[1]`.
+        The classes to pick, by label or name, in that order: label 1 is `classes[1]`.
     scale : float, optional
         What raw values are divided by; 255 for integers, 1 for floats, 16 for digits.
     standardize : bool
@@ -213,7 +213,7 @@ def features(raw: np.ndarray, scaling: Scaling, dtype: torch.dtype, constant: bo
     raw : array, (n, p)
         Values as stored.
     scaling : Scaling
-        What they go through.
+        What the values are divided and shifted by.
     dtype : torch.dtype
         The precision of the result.
     constant : bool
@@ -279,9 +279,9 @@ def checked(raw: Raw, where: str) -> Raw:
     Parameters
     ----------
     raw : Raw
-        What a reader gave.
+        The data as a reader has given them.
     where : str
-        Where it is from, for the error.
+        The file or folder that the data are from, for the error.
 
     Returns
     -------

@@ -49,9 +49,9 @@ def is_whole(root: Path, name: str) -> bool:
     Parameters
     ----------
     root : Path
-        The folder that it is in.
+        The folder that the file is in.
     name : str
-        Its name, of the table `MD5`.
+        The name of the file, one of the table `MD5`.
 
     Returns
     -------
@@ -87,14 +87,14 @@ def read_cifar(root: Path, files: list[str]) -> tuple[np.ndarray, np.ndarray]:
     root : Path
         The folder of the pickled batches.
     files : list of str
-        Their names. Their sums must have been checked: to unpickle is to run.
+        The names of the batches. Their sums must have been checked: to unpickle is to run.
 
     Returns
     -------
     images : (n, 32, 32, 3) array of uint8
         Pixels by row, column and colour.
     labels : (n,) array of int
-        The fine ones of CIFAR-100.
+        The labels; of CIFAR-100 the fine ones.
     """
     batches = [_unpickled(root / name) for name in files]
     labels = np.concatenate([batch.get("labels", batch.get("fine_labels")) for batch in batches])

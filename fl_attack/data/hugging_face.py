@@ -60,13 +60,14 @@ def partitioned(name: str, args: dict[str, Any], labels: np.ndarray, clients: in
     name : str
         A class of `flwr_datasets.partitioner`.
     args : dict
-        Its arguments, beside the number of clients, the labels and the seed, which it gets where it takes them.
+        Arguments of the partitioner, beside the number of clients, the labels and the seed, which it gets where it
+        takes them.
     labels : (n,) array of int
         The label of each sample.
     clients : int
         How many clients there are.
     seed : int
-        That of the deal; samples are shuffled by it first.
+        The seed of the deal; samples are shuffled by it first.
 
     Returns
     -------

@@ -38,7 +38,7 @@ def layout_of(dataset: Dataset) -> DataLayout:
     Parameters
     ----------
     dataset : Dataset
-        That of the server.
+        The data set of the server.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def held(
         An .npz file with `x_train` and `y_train`, or a folder `train` with a folder of images for each class; test
         samples need not be there.
     layout : DataLayout
-        What the samples must be like.
+        The layout that the samples must have.
     loader : str, optional
         Another name of `SOURCES`, for a folder as `dataset.root` or `dataset.path` names it.
     classes, channels, split, verify
@@ -131,17 +131,17 @@ def _labels(raw: Raw, layout: DataLayout, where: str, picked: bool) -> np.ndarra
     return found
 
 
-def at_server(dataset: Dataset, counts: Sequence[int], told: object) -> Dataset:
+def at_server(dataset: Dataset, counts: Sequence[int], contents: object) -> Dataset:
     """The training set of all nodes together as the server knows it: no sample, and no label (-1).
 
     Parameters
     ----------
     dataset : Dataset
-        What the server tests on.
+        The data set that the server tests on.
     counts : sequence of int, (m,)
         How many samples each client holds; the set has them one client after the other.
-    told : object
-        What else its fingerprint is of, as JSON.
+    contents : object
+        What the fingerprint of the result depends on besides, as JSON.
 
     Returns
     -------
@@ -151,25 +151,25 @@ def at_server(dataset: Dataset, counts: Sequence[int], told: object) -> Dataset:
         dataset,
         x_train=dataset.x_train[:0],
         y_train=np.full(sum(counts), -1),
-        fingerprint=cache.digest([dataset.fingerprint, told]),
+        fingerprint=cache.digest([dataset.fingerprint, contents]),
     )
 
 
-def at_node(mine: Held, layout: DataLayout, scale: float, counts: Sequence[int], client: int) -> Dataset:
+def at_node(held: Held, layout: DataLayout, scale: float, counts: Sequence[int], client: int) -> Dataset:
     """The same as a client knows it: its own samples in their place, and nothing to test on.
 
     Parameters
     ----------
-    mine : Held
-        Its samples.
+    held : Held
+        The samples of the client.
     layout : DataLayout
-        What the server says of all samples.
+        The layout of all nodes' samples, as the server has given it.
     scale : float
         What raw values are divided by.
     counts : sequence of int, (m,)
         How many samples each client holds.
     client : int
-        Its number.
+        The number of the client.
 
     Returns
     -------
@@ -177,6 +177,6 @@ def at_node(mine: Held, layout: DataLayout, scale: float, counts: Sequence[int],
     """
     first = sum(counts[:client])
     y = np.full(sum(counts), -1)
-    y[first : first + len(mine.y)] = mine.y
-    none = np.empty((0, mine.x.shape[1]), mine.x.dtype), np.empty(0, np.int64)
-    return Dataset(mine.x, y, *none, layout.classes, scale, mine.fingerprint, layout.shape, first=first)
+    y[first : first + len(held.y)] = held.y
+    none = np.empty((0, held.x.shape[1]), held.x.dtype), np.empty(0, np.int64)
+    return Dataset(held.x, y, *none, layout.classes, scale, held.fingerprint, layout.shape, first=first)

@@ -64,7 +64,7 @@ def partition(
         How many clients of each kind. The malicious ones are the first of an order drawn by the seed: those of
         malicious=2 are among those of malicious=3, in the same partition, if the total is the same.
     seed : int
-        That of the experiment.
+        The seed of the experiment.
     name : str
         One of `PARTITIONERS`.
     alpha, s, balanced, path
@@ -153,11 +153,11 @@ def _dealt_by_share(labels: np.ndarray, deal: Deal, chosen: np.ndarray, clients:
     """The client of each sample, of which malicious clients `chosen` get exactly a share and the honest the rest."""
     order = np.random.default_rng([deal.seed, SPLIT]).permutation(len(labels))
     cut = round(share * len(labels))
-    theirs, others = np.sort(order[:cut]), np.sort(order[cut:])
+    of_malicious, of_honest = np.sort(order[:cut]), np.sort(order[cut:])
     honest = np.setdiff1d(np.arange(clients), chosen)
     client = np.empty(len(labels), np.int64)
-    client[theirs] = chosen[deal(labels[theirs], len(chosen), MALICIOUS_SHARDS, "malicious ")]
-    client[others] = honest[deal(labels[others], len(honest), SHARDS, "honest ")]
+    client[of_malicious] = chosen[deal(labels[of_malicious], len(chosen), MALICIOUS_SHARDS, "malicious ")]
+    client[of_honest] = honest[deal(labels[of_honest], len(honest), SHARDS, "honest ")]
     return client
 
 
@@ -361,7 +361,7 @@ def of_flower(
     partitioner : str
         A class of `flwr_datasets.partitioner`.
     args : dict, optional
-        Its arguments.
+        Arguments of the partitioner.
 
     Returns
     -------

@@ -44,7 +44,7 @@ class Access:
     layout : Layout
         The columns of a round in which every client takes part.
     device : torch.device
-        Where masks go.
+        The device of masks.
     dtype : torch.dtype
         Precision of masks and priorities.
     """
@@ -116,8 +116,8 @@ class Access:
         writable = is_malicious.repeat(sizes, 1)
         any_ = np.flatnonzero(writable.any(0))
         n = int(any_[-1]) + 1 if len(any_) else 0
-        mine = torch.from_numpy(writable[:, :n]).to(self._device)
-        write_mask = None if bool(mine.all()) else torch.where(mine, 0.0, -torch.inf).to(self._dtype)
+        allowed = torch.from_numpy(writable[:, :n]).to(self._device)
+        write_mask = None if bool(allowed.all()) else torch.where(allowed, 0.0, -torch.inf).to(self._dtype)
         groups = [slice(0, n)]
         if self._kind.scope != "pooled":
             holders = np.flatnonzero(is_malicious.any(0))

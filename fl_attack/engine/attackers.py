@@ -22,7 +22,7 @@ class Attackers:
     cells : sequence of Scenario
         With one kind of attack, but for what `Kind.tile_key` leaves out.
     batches : Batches
-        Their minibatches.
+        The minibatches of the cells.
     layout : Layout
         The columns of a round in which every client takes part.
     """
@@ -73,7 +73,7 @@ class Attackers:
         Parameters
         ----------
         state : dict
-            What `state` was then.
+            The value of `state` after that round.
         round_ : int
             The round, from 1.
         """

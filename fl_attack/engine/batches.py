@@ -94,9 +94,9 @@ class Batches:
     clients : (m,) array of int64
         All clients, in the order of their columns.
     device : torch.device
-        Where minibatches are.
+        The device that minibatches are on.
     memory : float
-        What features may take, in bytes.
+        Bytes that features may take.
     every_feature : bool
         Whether features stay that are zero in every sample.
     """
@@ -169,16 +169,16 @@ class Batches:
         Parameters
         ----------
         n : int
-            How many samples.
+            The number of samples.
         size : int
-            How many of them make a piece.
+            The number of samples in a piece.
 
         Yields
         ------
         batch : Batch
-            A piece.
+            The samples of a piece.
         place : slice
-            Where it is among all.
+            The place of the piece among all n samples.
         """
         for start in range(0, n, max(1, size)):
             part = slice(start, min(n, start + max(1, size)))

@@ -83,7 +83,7 @@ class Allowances:
         first : int
             The round of the first row of the table.
         place : int
-            The row of this one.
+            The row of the table that is of this round.
         """
         place = 0 if self._steady else round_ - self._first
         same = writable is self._writable or np.array_equal(writable, self._writable)
@@ -105,7 +105,7 @@ class Allowances:
         round_ : int
             The round that comes next.
         past : array of int
-            What `past` gave of it.
+            The value of `past` before that round.
         """
         self._first, self._past = round_, past[None]
         self.table, self._writable = np.empty((0, 0, 0), np.int64), np.empty((0, 0), np.int64)

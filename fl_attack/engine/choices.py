@@ -78,9 +78,9 @@ def greedy_of_two(
     batch : Batch
         The minibatch.
     access : RoundAccess
-        What the attackers can do.
+        What the attackers can write in the round.
     parts : sequence of Part
-        The cells, by what they want.
+        The cells, parted by goal and selection.
     scratch : (M, n) tensor
         Memory that is overwritten.
 
@@ -112,9 +112,9 @@ def greedy_of_several(
     Parameters
     ----------
     scores : (M, C, n) tensor
-        Along the direction of each cell.
+        Scores along the direction of each cell.
     batch, access, parts
-        As of `greedy_of_two`.
+        As `greedy_of_two` takes them.
     priority, scratch : (M, n) tensor
         Memory that is overwritten.
 

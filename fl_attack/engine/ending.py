@@ -37,17 +37,17 @@ def outcomes(
     cells : sequence of Scenario
         M cells of one group.
     theta : (M rows, columns) tensor
-        Their parameters after the last round.
+        The parameters of the cells after the last round.
     parameters
         Gives the whole parameters (A, B) of a cell from its rows of theta; None where they are not kept.
     log : Log
-        Their rows and flips.
+        The rows and flips of the cells.
     flips : (M,) array of int64
-        Flips in all rounds.
+        The number of flips of each cell in all rounds.
     stopping : Stopping or None
         The models that they give, where they stop early.
     seconds : float
-        The time that all of them took together.
+        The time that all cells took together.
     ended : bool
         False before the last round: then the outcomes are those so far, and no cell is run again.
 

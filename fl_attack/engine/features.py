@@ -24,7 +24,7 @@ class Features:
     Parameters
     ----------
     cell, clients, device, memory, every_feature
-        As of `Batches`.
+        As `Batches` takes them.
     """
 
     def __init__(

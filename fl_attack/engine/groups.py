@@ -76,7 +76,7 @@ def make_scenarios(all_settings: Iterable[Settings], verify: bool = True) -> lis
     Parameters
     ----------
     all_settings : iterable of Settings
-        Those of each cell.
+        The settings of each cell.
     verify : bool
         Whether the files of data sets are compared with their known sums.
 

@@ -35,14 +35,14 @@ class Workspace:
         Parameters
         ----------
         name : str
-            What it is used for.
+            The name, which says what the memory is used for.
         *shape : int
             The shape that is wanted now.
 
         Returns
         -------
         tensor
-            Contiguous, with anything in it.
+            Contiguous memory, whose values are left over from its last use.
         """
         view = self._views.get((name, *shape))
         if view is None:
@@ -62,14 +62,14 @@ def residuals_(Z: Tensor, C: int, encoded: Tensor) -> Tensor:
     Z : (M C, n) tensor
         Logits; of binary tasks those for label 1, with the sign of the label.
     C : int
-        Logits a sample.
+        Number of logits of a sample.
     encoded : (C, n) tensor
         One-hot labels; not used where C is 1.
 
     Returns
     -------
     (M C, n) tensor
-        Z itself.
+        The memory of Z with the residuals in it.
     """
     if C == 1:
         return Z.sigmoid_()
@@ -200,13 +200,13 @@ class ServerOptimizer:
         Parameters
         ----------
         R : (M C, n) tensor
-            Residuals; they are lost.
+            Residuals, which are overwritten.
         X : (n, d) tensor
             Features.
         workspace : Workspace
             Memory for the gradient.
         factor : float
-            By which the learning rates are multiplied.
+            The factor of the learning rates in this round.
         """
         n = X.shape[0]
         if self.optimizer == "adam" or self.weight_decay is not None:
@@ -229,9 +229,9 @@ class ServerOptimizer:
         Parameters
         ----------
         gradient : (M C, d) tensor
-            It is lost.
+            The aggregate, which is overwritten.
         factor : float
-            By which the learning rates are multiplied.
+            The factor of the learning rates in this round.
         decayed : bool
             Whether it holds the weight decay already, as where the clients have decayed it.
         """
@@ -259,9 +259,9 @@ class ServerOptimizer:
     def restore(self, state: State) -> None:
         """Go back to a state that `state` gave."""
         self.step = state["step"]
-        for mine, kept in ((self.first, state["first"]), (self.second, state["second"])):
-            if mine is not None:
-                mine.copy_(kept)
+        for own, kept in ((self.first, state["first"]), (self.second, state["second"])):
+            if own is not None:
+                own.copy_(kept)
 
     def _follow(self, way: Tensor, factor: float) -> None:
         """Go along a step (M C, d) at `factor` times the learning rate."""

@@ -44,9 +44,9 @@ class Log:
         Parameters
         ----------
         cell : int
-            Its number.
+            The number of the cell.
         last : int
-            The round up to which they are wanted.
+            The last round whose measures are wanted.
 
         Returns
         -------

@@ -189,9 +189,9 @@ class Training:
         Parameters
         ----------
         state : dict
-            What `state` was then.
+            The value of `state` after that round.
         device : torch.device or str
-            Where the run goes on.
+            The device that the run goes on with.
         """
         self.theta, self.epoch_theta, self.momenta.table = (
             state[name].to(device) for name in ("theta", "epoch_theta", "momenta")
@@ -218,7 +218,7 @@ def aggregate_state(state: Any, device: torch.device | str) -> Any:
     state
         What the rule gave; others than dicts are left as they are.
     device : torch.device or str
-        Where the tensors go.
+        The device that the tensors are moved to.
 
     Returns
     -------

@@ -148,7 +148,7 @@ class Stack:
         Parameters
         ----------
         progress : callable
-            Told how many more rounds of a cell are done.
+            Called with how many more rounds of a cell are done.
         watch : callable
             Gets after each round what gives the outcomes so far.
 

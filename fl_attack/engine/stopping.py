@@ -64,9 +64,9 @@ class Stopping:
         round_ : int
             The round, from 1.
         losses : (M,) array
-            Validation losses after it.
+            Validation losses after the round.
         theta : (M, ...) tensor
-            Parameters after it.
+            Parameters after the round.
         flips : array of int, (M,)
             Flips so far.
 

@@ -23,7 +23,7 @@ def side_by_side(work: Callable[[Given], Found], parts: Sequence[Given]) -> list
     work : callable
         It must not change what another call of it reads.
     parts : sequence
-        What it is called with.
+        The arguments, one for each call.
 
     Returns
     -------

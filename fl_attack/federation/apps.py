@@ -61,7 +61,7 @@ def wait_for(grid: Grid, clients: int) -> None:
     Parameters
     ----------
     grid : Grid
-        Flower's way to its nodes.
+        The grid of nodes that Flower gives the server app.
     clients : int
         How many clients the experiment has.
 

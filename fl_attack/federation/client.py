@@ -92,7 +92,7 @@ class HonestClient:
         Parameters
         ----------
         asked : wire.Request
-            What the server has sent.
+            The request of the server.
         flips : Flips or None
             The labels of the round that are not the true ones; None says that this client never flips any.
 
@@ -193,7 +193,7 @@ def node_of(context: Context, own: bool) -> Node:
     Returns
     -------
     Node
-        Its number, and where and what its data are.
+        The number of the node, and where and what its data are.
 
     Raises
     ------
@@ -231,9 +231,9 @@ def held_by(node: Node, settings: Settings, layout: DataLayout, verify: bool) ->
     Parameters
     ----------
     node : Node
-        What it was started with.
+        What the node was started with.
     settings : Settings
-        Of the run.
+        The settings of the run.
     layout : DataLayout
         What the server says of all nodes' samples.
     verify : bool
@@ -242,7 +242,7 @@ def held_by(node: Node, settings: Settings, layout: DataLayout, verify: bool) ->
     Returns
     -------
     Held
-        Its samples and labels.
+        The samples and labels of the node.
 
     Raises
     ------
@@ -274,8 +274,8 @@ def client_of_node(settings_json: str, node: Node, own: wire.Own) -> HonestClien
     """
     settings = settings_from(json.loads(settings_json))
     assert settings.dataset.scale is not None  # spelled out by the server
-    mine = held_by(node, settings, own.layout, verify=False)
-    dataset = at_node(mine, own.layout, settings.dataset.scale, own.counts, own.client)
+    node_data = held_by(node, settings, own.layout, verify=False)
+    dataset = at_node(node_data, own.layout, settings.dataset.scale, own.counts, own.client)
     cell = scenario.of_nodes(settings, dataset, own.counts, [own.client] if node.malicious else [])
     if node.malicious and cell.settings.attacked:
         return MaliciousClient(cell, own.client, OmniscientHook(cell))
@@ -360,8 +360,8 @@ def introduce(message: Message, context: Context) -> Message:
         return Message(wire.introduction(wire.Introduction(node.number)), reply_to=message)
     try:
         settings = settings_from(json.loads(str(message.content[wire.CONFIG][wire.SETTINGS])))
-        mine = held_by(node, settings, own.layout, verify=True)
+        node_data = held_by(node, settings, own.layout, verify=True)
     except InputError as error:
         raise RuntimeError(str(error)) from error
-    said = wire.Introduction(node.number, len(mine.y), mine.fingerprint, node.malicious)
-    return Message(wire.introduction(said), reply_to=message)
+    introduction = wire.Introduction(node.number, len(node_data.y), node_data.fingerprint, node.malicious)
+    return Message(wire.introduction(introduction), reply_to=message)

@@ -27,11 +27,11 @@ def private_ray() -> Iterator[None]:
     Its processes, and programs started from this one, inherit the token. An authentication that the user has chosen
     (`RAY_AUTH_MODE`) stays as it is.
     """
-    ours = {BECOMES_CLUSTER: "0"}
+    chosen = {BECOMES_CLUSTER: "0"}
     if MODE not in os.environ:
-        ours |= {MODE: "token", TOKEN: secrets.token_hex(32)}
-    before, becomes_cluster = {name: os.environ.get(name) for name in ours}, ray_constants.ENABLE_RAY_CLUSTER
-    os.environ.update(ours)
+        chosen |= {MODE: "token", TOKEN: secrets.token_hex(32)}
+    before, becomes_cluster = {name: os.environ.get(name) for name in chosen}, ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(chosen)
     ray_constants.ENABLE_RAY_CLUSTER = False
     read_anew()
     try:

@@ -68,7 +68,7 @@ def run(drive: Drive, settings: Settings, app: ClientApp = client_app) -> None:
     settings : Settings
         What the federations have in common: the number of clients, and the engine.
     app : ClientApp
-        What each client runs.
+        The app that each client runs.
     """
     engine, clients = settings.engine, settings.clients.total
     with ray_session(engine.ray_address, settings.verbose):
@@ -227,13 +227,13 @@ def simulate(drive: Callable[[Grid], None], clients: int, cpus_each: float, gpus
     Parameters
     ----------
     drive : callable
-        Gets the grid.
+        A function of the grid.
     clients : int
-        How many nodes it has.
+        The number of nodes of the grid.
     cpus_each, gpus_each : float
         What Ray sets aside for each client that trains, in processors and in GPUs.
     app : ClientApp
-        What each node runs.
+        The app that each node runs.
     """
     from flwr.simulation import run_simulation  # marked deprecated: this is the only place that calls it
 

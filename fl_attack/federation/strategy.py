@@ -85,9 +85,9 @@ def restore(strategy: Strategy, state: State) -> None:
     Parameters
     ----------
     strategy : Strategy
-        One of ours, or of Flower's; it is changed.
+        A strategy, of this package or of Flower, which is changed.
     state : dict
-        What `state_of` gave of the other one.
+        What `state_of` gave of the strategy of the other run.
     """
     if isinstance(strategy, RuleStrategy):
         return strategy.restore(state)
@@ -102,7 +102,7 @@ def updates_of(answers: Sequence[wire.Answer], theta: Tensor, lr: float) -> Tens
     Parameters
     ----------
     answers : sequence of wire.Answer, m of them
-        What the clients have sent.
+        The clients' replies.
     theta : (A, B) tensor
         The parameters that they started from.
     lr : float
@@ -111,7 +111,7 @@ def updates_of(answers: Sequence[wire.Answer], theta: Tensor, lr: float) -> Tens
     Returns
     -------
     (m, A, B) tensor
-        `(theta - theirs) / lr`.
+        `(theta - moved) / lr`, where `moved` are the parameters that a client has sent.
     """
     moved = torch.stack([answer.theta for answer in answers])
     return moved.neg_().add_(theta).div_(lr)  # in place: a thousand clients send tens of megabytes
@@ -186,8 +186,8 @@ class WatchedStrategy(Strategy):
             assert self.client_of is not None
             layout, counts = own.layout_of(scenario.dataset), tuple(map(len, scenario.schedule.shards))
             for message in messages:
-                told = wire.Own(layout, self.client_of[message.metadata.dst_node_id], counts)
-                message.content = RecordDict(dict(message.content) | {wire.OWN: wire.own_record(told)})
+                own_data = wire.Own(layout, self.client_of[message.metadata.dst_node_id], counts)
+                message.content = RecordDict(dict(message.content) | {wire.OWN: wire.own_record(own_data)})
         self._grid, self._sent = grid, messages
         return messages
 
@@ -234,8 +234,8 @@ class WatchedStrategy(Strategy):
         server_round += self._done
         ordered = complete(self._asked_again(list(replies), server_round), self._asked, server_round)
         before, lr = self.recorder.history.theta, self.recorder.scenario.lr(server_round)
-        ours = self.strategy if isinstance(self.strategy, RuleStrategy) else None
-        if ours is None:  # read first: strategies of Flower's take the arrays out of the replies
+        rule_strategy = self.strategy if isinstance(self.strategy, RuleStrategy) else None
+        if rule_strategy is None:  # read first: strategies of Flower's take the arrays out of the replies
             answers = [wire.read_answer(reply.content) for reply in ordered]
             updates = updates_of(answers, before, lr)
         try:
@@ -248,8 +248,8 @@ class WatchedStrategy(Strategy):
                 f"replies, and {len(ordered)} came"
             )
         theta = wire.unpack(arrays)
-        if ours is not None:
-            answers, updates, aggregate = ours.answers, ours.updates, ours.aggregate
+        if rule_strategy is not None:
+            answers, updates, aggregate = rule_strategy.answers, rule_strategy.updates, rule_strategy.aggregate
         else:  # the step it took
             aggregate = (before - theta) / lr
         momenta = [answer.momentum for answer in answers if answer.momentum is not None]
@@ -335,7 +335,7 @@ def complete(replies: list[Message], asked: int, round_: int) -> list[Message]:
     Parameters
     ----------
     replies : list of Message
-        What came back.
+        The replies that came back.
     asked : int
         How many clients were asked.
     round_ : int
@@ -375,7 +375,7 @@ def all_flips(replies: Iterable[Message], apart: bool = False) -> Flips:
     Parameters
     ----------
     replies : iterable of Message
-        Those of the clients.
+        The replies of the clients.
     apart : bool
         Whether each client tells what it was allowed itself; else it tells what all of them were together.
 
@@ -439,7 +439,7 @@ def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
     Parameters
     ----------
     grid : Grid
-        Flower's way to its nodes.
+        The grid of nodes that are the clients.
     scenario : Scenario
         The experiment.
 
@@ -454,8 +454,8 @@ def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
         Unless each client is there once.
     """
     settings = scenario.settings
-    alike = not settings.worker_momentum and not (settings.attacked and settings.attack.remembers)
-    if scenario.schedule.per_round is None and alike:
+    no_memory = not settings.worker_momentum and not (settings.attacked and settings.attack.remembers)
+    if scenario.schedule.per_round is None and no_memory:
         return None
     return introductions(grid, scenario.settings.clients.total)
 
@@ -470,7 +470,7 @@ def introductions(grid: Grid, clients: int) -> dict[int, int]:
     clients : int
         How many clients there should be, numbered from 0.
     """
-    found = {node: said.client for node, said in asked(grid, RecordDict()).items()}
+    found = {node: introduction.client for node, introduction in asked(grid, RecordDict()).items()}
     return numbered(found, clients)
 
 
@@ -542,12 +542,12 @@ def with_own_data(grid: Grid, settings: Settings) -> tuple[Scenario, dict[int, i
     grid : Grid
         Its nodes are the clients; they are asked what they hold.
     settings : Settings
-        With `partition=own`.
+        The settings of a run with `partition=own`.
 
     Returns
     -------
     scenario : Scenario
-        What the server knows of it.
+        The experiment as the server knows it: without the samples that nodes hold.
     client_of : dict of int to int
         The client by node.
 
@@ -559,17 +559,17 @@ def with_own_data(grid: Grid, settings: Settings) -> tuple[Scenario, dict[int, i
         Where a node can't be asked, some have numbers and some have none, or other than `clients.malicious` attack.
     """
     dataset = data.load(**settings.dataset.model_dump())
-    said = asked(grid, wire.question(settings.model_dump_json(), wire.Own(own.layout_of(dataset))))
-    if all(one.client is None for one in said.values()):
-        order = sorted(said, key=lambda node: (said[node].fingerprint, said[node].malicious, node))
+    answers = asked(grid, wire.question(settings.model_dump_json(), wire.Own(own.layout_of(dataset))))
+    if all(one.client is None for one in answers.values()):
+        order = sorted(answers, key=lambda node: (answers[node].fingerprint, answers[node].malicious, node))
         client_of = {node: client for client, node in enumerate(order)}
     else:
-        client_of = numbered({node: one.client for node, one in said.items()}, settings.clients.total)
-    by_client = [said[node] for node in sorted(client_of, key=client_of.__getitem__)]
+        client_of = numbered({node: one.client for node, one in answers.items()}, settings.clients.total)
+    by_client = [answers[node] for node in sorted(client_of, key=client_of.__getitem__)]
     malicious = [client for client, one in enumerate(by_client) if one.malicious]
     if len(malicious) != settings.clients.malicious:
         raise RunError(
-            f"clients.malicious={settings.clients.malicious}, but {len(malicious)} of the {len(said)} nodes were "
+            f"clients.malicious={settings.clients.malicious}, but {len(malicious)} of the {len(answers)} nodes were "
             "started with malicious=true; make both the same"
         )
     counts = [one.samples for one in by_client]

@@ -63,7 +63,7 @@ def scatter(
     Yields
     ------
     position : int
-        That of a job in `jobs`; they come in the order in which they are done.
+        The position of a job in `jobs`; they come in the order in which they are done.
     result
         What the function gave.
     """

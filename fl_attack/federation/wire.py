@@ -72,7 +72,7 @@ def pack(theta: Tensor, raw: bool) -> ArrayRecord:
     Parameters
     ----------
     theta : (A, B) tensor of float64
-        What is sent.
+        The parameters to send.
     raw : bool
         Whether they travel as bare bytes, which only our own strategy understands.
 
@@ -138,7 +138,7 @@ def own_record(own: Own) -> ConfigRecord:
     Parameters
     ----------
     own : Own
-        What it is told.
+        The layout of the data, the number of the client, and how many samples each client holds.
 
     Returns
     -------
@@ -146,13 +146,13 @@ def own_record(own: Own) -> ConfigRecord:
         As `read_own` reads it.
     """
     classes, shape, kind = own.layout
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "classes": list(classes),
         "shape": list(shape),
         "kind": kind,
         "counts": list(own.counts) or [0],
     }
-    return ConfigRecord(told | {"client": own.client})
+    return ConfigRecord(facts | {"client": own.client})
 
 
 def read_own(content: Any) -> Own | None:
@@ -170,9 +170,9 @@ def read_own(content: Any) -> Own | None:
     """
     if OWN not in content:
         return None
-    told = content[OWN]
-    layout = DataLayout(tuple(told["classes"]), tuple(told["shape"]), told["kind"])
-    return Own(layout, told["client"], tuple(told["counts"]))
+    facts = content[OWN]
+    layout = DataLayout(tuple(facts["classes"]), tuple(facts["shape"]), facts["kind"])
+    return Own(layout, facts["client"], tuple(facts["counts"]))
 
 
 def question(settings: str, own: Own) -> RecordDict:
@@ -181,7 +181,7 @@ def question(settings: str, own: Own) -> RecordDict:
     Parameters
     ----------
     settings : str
-        Those of the run, as JSON.
+        The settings of the run, as JSON.
     own : Own
         The layout of the data.
 
@@ -236,7 +236,7 @@ def answer(answer: Answer, raw: bool) -> RecordDict:
     Parameters
     ----------
     answer : Answer
-        What the client sends.
+        The result of the client's local steps.
     raw : bool
         Whether parameters travel as bare bytes, which strategies of Flower's can't read.
 
@@ -258,10 +258,12 @@ def answer(answer: Answer, raw: bool) -> RecordDict:
     return content
 
 
-def introduction(said: Introduction) -> RecordDict:
+def introduction(introduced: Introduction) -> RecordDict:
     """A node's reply to the question which client it is."""
-    numbers = MetricRecord({CLIENT: -1 if said.client is None else said.client})
-    own = ConfigRecord({"samples": said.samples, "fingerprint": said.fingerprint, "malicious": said.malicious})
+    numbers = MetricRecord({CLIENT: -1 if introduced.client is None else introduced.client})
+    own = ConfigRecord(
+        {"samples": introduced.samples, "fingerprint": introduced.fingerprint, "malicious": introduced.malicious}
+    )
     return RecordDict({METRICS: numbers, OWN: own})
 
 
@@ -271,7 +273,7 @@ def read_introduction(content: Any) -> Introduction:
     Parameters
     ----------
     content : RecordDict
-        Of its reply.
+        The content of the node's reply.
 
     Returns
     -------

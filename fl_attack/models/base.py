@@ -121,7 +121,7 @@ class Model(ABC):
         Parameters
         ----------
         theta, X, y, w
-            Those of `gradient`.
+            As `gradient` takes them.
         new : (n,) tensor of int64
             The labels that take the place of y.
 

@@ -132,11 +132,11 @@ def _built(
         except InputError:
             raise
         except (Exception, SystemExit) as error:
-            said = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise InputError(
                 f"model.name={name} can't be built as {getattr(build, '__name__', name)}(shape={inputs}, "
                 f"classes={classes}{''.join(f', {key}={value}' for key, value in args.items())}): "
-                f"{type(error).__name__}: {said}"
+                f"{type(error).__name__}: {reason}"
             ) from None
     if not isinstance(module, nn.Module):
         raise InputError(f"model.name={name} gives a {type(module).__name__}; a torch.nn.Module is needed")
@@ -191,14 +191,14 @@ def _check_function(model: Network, inputs: tuple[int, ...], classes: int, name:
                 jvp(lambda at: model.logits(at, X), (theta,), (v,))
             model.gradient(theta, X, torch.zeros(PROBES, dtype=torch.int64))
         except (NotImplementedError, RuntimeError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise InputError(f"{where} can't be differentiated as the attack needs it: {said}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{where} can't be differentiated as the attack needs it: {reason}") from None
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # whatever a user's module raises
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{where} can't answer inputs of shape {(PROBES, *inputs)}: {type(error).__name__}: {said}"
+            f"{where} can't answer inputs of shape {(PROBES, *inputs)}: {type(error).__name__}: {reason}"
         ) from None
 
 
@@ -320,7 +320,7 @@ class Mlp(Network):
         Parameters
         ----------
         theta, activations, R
-            Those of `pull_back`.
+            As `pull_back` takes them.
 
         Returns
         -------
@@ -429,11 +429,11 @@ def resnet18(shape: tuple[int, ...], classes: int, groups: int = GROUPS) -> nn.M
     Parameters
     ----------
     shape : (C, H, W)
-        That of an image.
+        The shape of an image.
     classes : int
         How many labels there are.
     groups : int
-        Of each normalisation; they must divide 64 channels.
+        Number of groups of each normalisation; it must divide 64 channels.
 
     Returns
     -------

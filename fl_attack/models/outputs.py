@@ -101,7 +101,7 @@ def losses(Z: Tensor, y: Tensor) -> Tensor:
     Returns
     -------
     (..., n) tensor
-        In nats.
+        The losses, in nats.
     """
     if Z.shape[-1] == 1:
         z = Z[..., 0]

@@ -138,7 +138,7 @@ def tabulate(
         Draws the figures of the settings, which are checked before any work: it gets the folder of the tables, and the
         sweep counts as finished only after that.
     tracked : trackers.TrackedSweep, optional
-        Is told of the cells as they are done.
+        The sweep in its trackers, which log the cells as they are done.
 
     Returns
     -------
@@ -172,7 +172,7 @@ def tabulate_together(
     kept : Path or None
         The folder of what an interrupted call leaves for the next one; None is one in the `out` of a single grid.
     progress : Progress, optional
-        It reckons with all cells.
+        The progress bar, which counts the cells of all grids.
     draw, launch, tracked
         As `tabulate` takes them; `tracked` is for a single grid.
 

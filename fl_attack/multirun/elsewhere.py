@@ -36,13 +36,13 @@ def launched(
     todo : sequence of Unit
         The units, in whose order they are handed on.
     scenarios : sequence of Scenario
-        Those of all cells of the sweep; a unit has their positions.
+        The experiments of all cells of the sweep; a unit has their positions.
     kept : Path
         The folder of the files that jobs read and write.
     launch : callable
         Gets the files of the jobs and returns when they have ended.
     done : callable
-        Gets a unit and its numbers.
+        Called with each unit and its numbers.
 
     Raises
     ------

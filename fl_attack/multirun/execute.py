@@ -62,11 +62,11 @@ def compute(
     todo : sequence of Unit
         The units; the order in which they are done may be another.
     scenarios : sequence of Scenario
-        Those of all cells of the sweep.
+        The experiments of all cells of the sweep.
     progress : Progress
-        It counts cells.
+        The progress bar, which counts cells.
     keep : callable
-        Gets a unit and its numbers, in this process.
+        Called with each unit and its numbers, in this process.
     observe : callable
         Gives what looks on while a cell runs on Flower, of the cell and its history; None for nobody.
     """
@@ -141,7 +141,7 @@ def worker_count(jobs: Sequence[Sequence[Scenario]], settings: Settings) -> int:
     jobs : sequence of sequences of Scenario
         The cells of each unit.
     settings : Settings
-        Those of any cell, for `workers` and the engine's device and memory.
+        The settings of any cell, for `workers` and the engine's device and memory.
 
     Returns
     -------
@@ -223,9 +223,9 @@ def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] =
     Parameters
     ----------
     cells : sequence of Scenario
-        Their experiments.
+        The experiments of the cells.
     progress : callable, optional
-        Told how many more rounds of a cell are done.
+        Called with how many more rounds of a cell are done.
 
     Returns
     -------
@@ -259,7 +259,7 @@ def numbers_of_job(job: Packed, progress: Callable[[int], None]) -> Numbers:
     job : Packed
         The number of threads, and the settings of each cell as JSON.
     progress : callable
-        Told how many more rounds of a cell are done.
+        Called with how many more rounds of a cell are done.
 
     Returns
     -------

@@ -34,7 +34,7 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
     Parameters
     ----------
     out : Path
-        The folder that they are written to.
+        The folder that the tables are written to.
     cells, scenarios, numbers : sequences
         What was asked of each cell, its experiment, and what it gave; of equal length.
     """
@@ -79,11 +79,11 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
     Parameters
     ----------
     scenario : Scenario
-        The experiment.
+        The experiment of the cell.
     numbers : Numbers
-        What is kept of it, of one cell.
+        The numbers that are kept of this one cell.
     twin : Numbers, optional
-        Those of its unattacked twin, where the sweep holds it.
+        The numbers of the unattacked twin, where the sweep holds it.
 
     Returns
     -------
@@ -131,14 +131,14 @@ def final_accuracy(numbers: Numbers, scenario: Scenario) -> float:
     Parameters
     ----------
     numbers : Numbers
-        Those of one cell.
+        The numbers of one cell.
     scenario : Scenario
-        Its experiment, which says whether and how it stops early.
+        The experiment of the cell, which says whether and how it stops early.
 
     Returns
     -------
     float
-        A share of 1.
+        The accuracy, from 0 to 1.
     """
     rows = numbers.table[~np.isnan(numbers.table[:, COLUMNS.index("round")])]
     row = given_row(rows[:, COLUMNS.index("validation_loss")], scenario.settings.early_stop.restore)

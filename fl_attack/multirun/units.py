@@ -80,7 +80,7 @@ def mistakes(scenario: Scenario, theta: Tensor, test_set: tuple[Tensor, Tensor])
     Parameters
     ----------
     scenario : Scenario
-        The experiment, for its model.
+        The experiment, which has the model.
     theta : (A, B) tensor
         The parameters.
     test_set : pair of tensors
@@ -114,7 +114,7 @@ def by_cell(unit: Unit, numbers: Numbers) -> dict[int, Numbers]:
     unit : Unit
         The positions of its cells in the sweep.
     numbers : Numbers
-        Those of all of its cells, along the first axis.
+        The numbers of all cells of the unit, along the first axis.
 
     Returns
     -------
@@ -139,7 +139,7 @@ def saver(numbers: Numbers, key: str) -> Callable[[Any], None]:
     Parameters
     ----------
     numbers : Numbers
-        What is written.
+        The numbers to write.
     key : str
         The key of the unit, which is written with them.
 

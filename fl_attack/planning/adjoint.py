@@ -27,7 +27,7 @@ def pull_back_step(
     Parameters
     ----------
     optimizer : {"sgd", "momentum", "adam"}
-        As of `protocol.server_step`.
+        As `protocol.server_step` takes it.
     gradient : (..., A, B) tensor
         The aggregate that the step took.
     lr : float or (..., 1, 1) tensor

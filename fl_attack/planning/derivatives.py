@@ -36,7 +36,7 @@ class Derivatives(Protocol):
         Parameters
         ----------
         theta, X
-            Those of `logits`.
+            As `logits` takes them.
         y : (P, n) tensor of int64
             The labels in each plan.
 
@@ -51,7 +51,7 @@ class Derivatives(Protocol):
         Parameters
         ----------
         theta, X
-            Those of `logits`.
+            As `logits` takes them.
         R : (P, n, C) tensor
             Derivatives by the logits.
 
@@ -66,7 +66,7 @@ class Derivatives(Protocol):
         Parameters
         ----------
         theta, X
-            Those of `logits`.
+            As `logits` takes them.
         v : (P, A, B) tensor
             The direction in each plan.
 
@@ -81,7 +81,7 @@ class Derivatives(Protocol):
         Parameters
         ----------
         theta, v, X
-            Those of `scores`.
+            As `scores` takes them.
         y : (P, n) tensor of int64
             The labels in each plan.
 

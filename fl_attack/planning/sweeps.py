@@ -127,7 +127,7 @@ class Sweeps:
         sweeps : int
             How many sweeps there may be in all, with those that were restored.
         after : callable, optional
-            Called after each.
+            Called after each sweep.
 
         Returns
         -------
@@ -238,7 +238,7 @@ class Trajectory:
         Parameters
         ----------
         labels : Labels
-            Those written in each round, by plan; they are changed where a direction is given.
+            The labels written in each round, by plan; they are changed where a direction is given.
         direction : callable, optional
             Gives v (P, A, B) from parameters and a minibatch: labels are first chosen along it, round after round.
 
@@ -284,7 +284,7 @@ class Trajectory:
         Parameters
         ----------
         state : TrainingState
-            Parameters and optimizer before it.
+            Parameters and optimizer before the round.
         t : int
             The position of the round in the plan, from 0.
 
@@ -385,7 +385,7 @@ def chosen_labels(scores: Tensor, y: Tensor, access: WriteAccess, selection: att
     scores : (P, w, classes) tensor
         What each label gains, of the samples that can be written.
     y : (w,) tensor of int64
-        Their true labels.
+        The true labels of the samples.
     access : WriteAccess
         Which samples each plan can write, and how many flips it has.
     selection : {"gain", "literal"}

@@ -61,7 +61,7 @@ def all_of_sweep(folder: Path, mapped: Callable[..., Iterable[list[Path]]] = map
     Parameters
     ----------
     folder : Path
-        That of the sweep, which the figures go to.
+        The folder of the sweep, which the figures go to.
     mapped : callable, optional
         Does what `map` does, perhaps in several processes.
 

@@ -53,18 +53,18 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
     at[known] = place
     for name, axes in panels.items():
         for number, line in enumerate(lines):
-            mine = known & (panel == name) & (sweep.column(by) == line if by else True)
-            if not mine.any():
+            on_line = known & (panel == name) & (sweep.column(by) == line if by else True)
+            if not on_line.any():
                 continue
             style = canvas.style(number, len(lines) if len(lines) > len(canvas.COLOURS) else None)
             label = format_value(line) if by else ""
             # side by side over their name
             shift = (number - (len(lines) - 1) / 2) * WIDTH / len(lines) if levels else 0.0
-            axes.plot(at[mine] + shift, values[mine], **style | {"linestyle": "", "alpha": 0.25, "markersize": 3})
+            axes.plot(at[on_line] + shift, values[on_line], **style | {"linestyle": "", "alpha": 0.25, "markersize": 3})
             if not of_settings:
                 axes.plot([], [], label=label, **style | {"linestyle": ""})
                 continue
-            cells = np.flatnonzero(mine)
+            cells = np.flatnonzero(on_line)
             groups = split(len(cells), at[cells])
             means = [mean_interval(sweep.seed_means(cells[same], y)) for same in groups.values()]
             mean, half = np.transpose(means)

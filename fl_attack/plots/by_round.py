@@ -42,9 +42,9 @@ def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
     Parameters
     ----------
     folder : Path
-        That of the run, with its table of rounds; the figure goes there.
+        The folder of the run, with its table of rounds; the figure goes there.
     summary : mapping
-        What `summary.json` will hold.
+        The content that `summary.json` will have.
 
     Returns
     -------
@@ -93,13 +93,13 @@ def plan(folder: Path) -> list[Path]:
     starts = list(dict.fromkeys(row["start"] for row in rows))
     for name, axes in panels.items():
         for number, start in enumerate(starts):
-            mine = [
+            of_start = [
                 (int(row["sweep"]), float(row["objective"]))
                 for row, at in zip(rows, first, strict=True)
                 if row["start"] == start and name in ("", at)
             ]
             style = canvas.style(number, len(starts) if len(starts) > len(canvas.COLOURS) else None) | {"marker": ""}
-            axes.plot(*zip(*mine, strict=True), label=start, **style)
+            axes.plot(*zip(*of_start, strict=True), label=start, **style)
     legend(figure, panels, "start")
     return canvas.save(figure, folder, "plan", ("png",))
 
@@ -134,11 +134,11 @@ def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
     values = list(dict.fromkeys(line.tolist()))
     for name, axes in panels.items():
         for number, value in enumerate(values):
-            mine = (panel == name) & (line == value)
-            if mine.any():
+            on_line = (panel == name) & (line == value)
+            if on_line.any():
                 style = canvas.style(number, len(values) if len(values) > len(canvas.COLOURS) else None)
                 style |= {"marker": "", "linestyle": canvas.DASHES[number % len(canvas.DASHES)]}
-                mean, half = _band(accuracy[mine], sweep.seed_index[mine])
+                mean, half = _band(accuracy[on_line], sweep.seed_index[on_line])
                 axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
                 axes.plot(at, mean, label=format_value(value), **style)
     low, high = axes.get_ylim()  # of all panels; a band may leave what is possible

@@ -65,17 +65,17 @@ def panels(names: Sequence[str], width: float, height: float, x: str, y: str) ->
     return figure, axes_of
 
 
-def distinct(values: Array, most: int, what: str) -> list[Any]:
+def distinct(values: Array, limit: int, what: str) -> list[Any]:
     """The different values of a column, in order.
 
     Parameters
     ----------
     values : array
         The column.
-    most : int
-        How many of them a figure bears.
+    limit : int
+        The largest number of values that a figure bears.
     what : str
-        What they are of, for the error.
+        The figure and the part of it that has one for each value, for the error.
 
     Returns
     -------
@@ -85,31 +85,31 @@ def distinct(values: Array, most: int, what: str) -> list[Any]:
     Raises
     ------
     NotDrawableError
-        Where there are more than `most`.
+        Where there are more than `limit`.
     """
     found = sorted(set(values.tolist()))
-    if len(found) > most:
+    if len(found) > limit:
         names = ", ".join(map(format_value, found[:2]))
-        raise NotDrawableError(f"{what}: a figure bears at most {most}, the sweep has {len(found)} ({names}, ...)")
+        raise NotDrawableError(f"{what}: a figure bears at most {limit}, the sweep has {len(found)} ({names}, ...)")
     return found
 
 
-def shortened(text: str, most: int = 32) -> str:
+def shortened(text: str, limit: int = 32) -> str:
     """The end of a long text, which of the path of a user's function is its name.
 
     Parameters
     ----------
     text : str
         The whole text.
-    most : int
-        How many characters may be shown.
+    limit : int
+        The largest number of characters.
 
     Returns
     -------
     str
         The text itself where it is short enough; else an ellipsis and its end.
     """
-    return text if len(text) <= most else f"\N{HORIZONTAL ELLIPSIS}{text[1 - most :]}"
+    return text if len(text) <= limit else f"\N{HORIZONTAL ELLIPSIS}{text[1 - limit :]}"
 
 
 def label(column: str) -> str:
@@ -123,7 +123,7 @@ def limits(values: Floats) -> tuple[float, float, str]:
     Parameters
     ----------
     values : array
-        Those of all cells; NaN are left out.
+        The values of all cells; NaN are left out.
 
     Returns
     -------
@@ -152,7 +152,7 @@ def style(number: int, shades: int | None = None) -> dict[str, Any]:
     Parameters
     ----------
     number : int
-        Counted from 0.
+        The number of the line, counted from 0.
     shades : int, optional
         How many lines there are, where they follow an order: their colours go from dark to light.
 
@@ -202,11 +202,11 @@ def save(figure: Any, folder: Path, name: str, kinds: Sequence[str] = ("png", "p
     Parameters
     ----------
     figure : matplotlib.figure.Figure
-        What is drawn.
+        The figure to write.
     folder : Path
-        Where to.
+        The folder that the files are written to.
     name : str
-        That of the files; dots, and what not every file system takes, become dashes.
+        The name of the files; dots, and what not every file system takes, become dashes.
     kinds : sequence of str
         The formats, which end the names.
 

@@ -106,9 +106,9 @@ def means_on_grid(x: Floats, y: Floats, values: Floats, xs: Floats, ys: Floats) 
     Parameters
     ----------
     x, y : (n,) arrays
-        Where each value is.
+        The place of each value.
     values : (n,) array
-        What is averaged.
+        The values that are averaged.
     xs, ys : (columns,) and (rows,) arrays
         The different x and y that the grid is of.
 

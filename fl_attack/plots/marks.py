@@ -29,7 +29,7 @@ def heat(axes: Any, xs: Floats, ys: Floats, grid: Floats, signed: bool, **scale:
     Returns
     -------
     matplotlib.collections.QuadMesh
-        What a colour bar is made from.
+        The image, from which a colour bar can be drawn.
     """
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -84,9 +84,9 @@ def ink_on(image: Any, value: float) -> str:
     Parameters
     ----------
     image : matplotlib image
-        It has a map of colours.
+        An image with a map of colours.
     value : float
-        The cell's.
+        The value of the cell.
 
     Returns
     -------
@@ -161,7 +161,7 @@ def legend(figure: Any, panels: dict[str, Any], title: str = "") -> None:
     panels : dict of str to Axes
         Lines of the same name in several panels are named once.
     title : str
-        What the names are values of.
+        The name of the column whose values the lines are named by.
     """
     lines = {
         label: line for axes in panels.values() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -205,9 +205,9 @@ def caption(figure: Any, title: str, note: str) -> None:
     figure : matplotlib.figure.Figure
         What the panels are in.
     title : str
-        Empty for none.
+        The title; empty for none.
     note : str
-        Sentences, which may take several lines.
+        The note: sentences, which may take several lines.
     """
     if not has_titles():
         return

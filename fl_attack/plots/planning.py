@@ -77,12 +77,12 @@ def planning(folder: Path) -> list[Path]:
     for what, axes in panels.items():
         axes.axvline(0, color="0.4", linewidth=0.8)
         for number, plan in enumerate(plans):
-            mine = [gap for gap in gaps[what] if gap.plan == plan]
+            of_plan = [gap for gap in gaps[what] if gap.plan == plan]
             offset = SPREAD * ((number + 0.5) / len(plans) - 0.5)
-            at = [settings.index((gap.k, gap.b)) + offset for gap in mine]
+            at = [settings.index((gap.k, gap.b)) + offset for gap in of_plan]
             style = canvas.style(number) | {"linestyle": "", "capsize": 2}
-            half = np.nan_to_num([gap.half for gap in mine])
-            axes.errorbar([gap.mean for gap in mine], at, xerr=half, label=plan, **style)
+            half = np.nan_to_num([gap.half for gap in of_plan])
+            axes.errorbar([gap.mean for gap in of_plan], at, xerr=half, label=plan, **style)
         axes.set_yticks(range(len(settings)), [f"k = {k:.3g}, b = {b:.3g}" for k, b in settings])
         axes.set_ylim(len(settings) - 0.5, -0.5)
     legend(figure, panels)

@@ -78,7 +78,7 @@ def worst(mean: Floats, attacked: Mask) -> NDArray[np.intp]:
     Returns
     -------
     array of int, (columns,)
-        The row of the lowest mean among those.
+        The row of the lowest mean among the attacks, for each column.
     """
     lowest: NDArray[np.intp] = np.where(attacked[:, None] & np.isfinite(mean), mean, np.inf).argmin(0)
     return lowest
@@ -92,7 +92,7 @@ def writes_of(sweep: Sweep, mask: Mask) -> str:
     sweep : Sweep
         The cells.
     mask : (cells,) array of bool
-        Those that are asked for.
+        The cells whose attacks are asked for.
 
     Returns
     -------

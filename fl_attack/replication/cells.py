@@ -98,7 +98,7 @@ def without_part(cells: Cells, part: int) -> Cells:
     cells : Cells
         They have the columns `moved` and, where they have drops, `drop_moved`.
     part : int
-        Which one is left out.
+        The number of the part that is left out.
 
     Returns
     -------

@@ -72,9 +72,9 @@ def measure(claim: Claim, cells: Cells) -> Iterator[Finding]:
     Parameters
     ----------
     claim : Claim
-        What is asked.
+        The claim to measure.
     cells : Cells
-        Those of a run of its preset.
+        The cells of a run of the claim's preset.
 
     Yields
     ------
@@ -93,9 +93,9 @@ def measured(statistic: Statistic, cells: Cells) -> Evidence:
     Parameters
     ----------
     statistic : callable
-        Gives a value for each seed from cells.
+        A function of cells that gives a value for each seed.
     cells : Cells
-        What it is worked out of.
+        The cells that the statistic is computed from.
 
     Returns
     -------
@@ -114,9 +114,9 @@ def by_goal(statistic: Callable[..., Floats], **arguments: float) -> dict[str, S
     Parameters
     ----------
     statistic : callable
-        Takes cells, a `goal`, and the other arguments.
+        A function of cells, a `goal`, and the other arguments.
     **arguments : float
-        The same for all goals.
+        Other arguments of the statistic, the same for all goals.
 
     Returns
     -------

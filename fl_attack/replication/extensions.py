@@ -162,19 +162,19 @@ def answer(results: Sequence[RunCells], lines: Sequence[Line]) -> list[str]:
     list of str
         Paragraphs in Markdown; none where nothing of this was run.
     """
-    mine = [line for line in lines if line.claim.preset == "smallest"]
-    if not mine:
+    smallest = [line for line in lines if line.claim.preset == "smallest"]
+    if not smallest:
         return []
     texts = [
-        line for line in mine if line.primary and line.finding.label in (f"{goal}, last iterate" for goal in GOALS)
+        line for line in smallest if line.primary and line.finding.label in (f"{goal}, last iterate" for goal in GOALS)
     ]
-    told = "; ".join(f"{one.source.title}, {_goal(one)}: {format_interval(one.finding.found)}" for one in texts)
-    page = [f"**0.1 % of the labels, flips chosen in each minibatch and then forgotten, cost (points):** {told}."]
+    text = "; ".join(f"{one.source.title}, {_goal(one)}: {format_interval(one.finding.found)}" for one in texts)
+    page = [f"**0.1 % of the labels, flips chosen in each minibatch and then forgotten, cost (points):** {text}."]
     for verdict, what in (
         (REPLICATED, "The paper's 6 points (surely 3 to 9) come out"),
         (PARTLY, f"Harm of another size (surely more than 0, at least {LEAST_EFFECT:g} points, not surely 3 to 9)"),
     ):
-        found = [line for line in mine if line.finding.verdict == verdict]
+        found = [line for line in smallest if line.finding.verdict == verdict]
         places: dict[str, list[Line]] = {}
         for line in sorted(found, key=lambda one: PROTOCOLS.index(one.protocol)):
             places.setdefault(f"{line.protocol}, {line.source.title}", []).append(line)
@@ -185,10 +185,10 @@ def answer(results: Sequence[RunCells], lines: Sequence[Line]) -> list[str]:
         chance.append((lost_by_chance(ends), title, lr, batch))
     if chance:
         worst = {title: max(one for one in chance if one[1] == title) for _, title, _, _ in chance}
-        told = "; ".join(
+        text = "; ".join(
             f"{title} in {100 * share:.0f} % (lr {lr:g}, {batch})" for share, title, lr, batch in worst.values()
         )
-        page.append(f"**By chance**, of two unattacked runs with other seeds the second loses {LOSS:g} points: {told}.")
+        page.append(f"**By chance**, of two unattacked runs with other seeds the second loses {LOSS:g} points: {text}.")
     return page
 
 
@@ -199,12 +199,12 @@ def _goal(line: Line) -> str:
 
 def _sizes(lines: Sequence[Line]) -> str:
     """In words, the goals of lines and the least and the largest drop of each."""
-    told = []
+    ranges = []
     for goal in GOALS:
         sizes = [line.finding.found.value for line in lines if _goal(line) == goal]
         if sizes:
-            told.append(f"{goal} {min(sizes):.1f}" + (f" to {max(sizes):.1f}" if len(sizes) > 1 else ""))
-    return ", ".join(told)
+            ranges.append(f"{goal} {min(sizes):.1f}" + (f" to {max(sizes):.1f}" if len(sizes) > 1 else ""))
+    return ", ".join(ranges)
 
 
 def readings(results: Sequence[RunCells], lines: Sequence[Line]) -> str:
@@ -228,8 +228,8 @@ def readings(results: Sequence[RunCells], lines: Sequence[Line]) -> str:
         if line.claim.preset == "smallest" and line.finding.verdict == REPLICATED
     }
     rows: list[tuple[str, ...]] = []
-    mine = [one for one in results if one.run.preset == "smallest" and (one.cells["k"] == 1).any()]
-    for result in sorted(mine, key=lambda one: PROTOCOLS.index(one.run.protocol)):
+    smallest = [one for one in results if one.run.preset == "smallest" and (one.cells["k"] == 1).any()]
+    for result in sorted(smallest, key=lambda one: PROTOCOLS.index(one.run.protocol)):
         for (lr,), _ in result.cells.parts("lr"):
             for goal in GOALS:
                 cells = result.cells.where(lr=lr, goal=goal, k=1.0, b=TENTH[1.0])

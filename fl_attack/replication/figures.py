@@ -24,7 +24,7 @@ def means(cells: Cells, panel: Callable[[Cells], str], line: Callable[[Cells], s
     Parameters
     ----------
     cells : Cells
-        Those of a sweep.
+        The cells of a sweep.
     panel, line : callable
         The name of the panel and of the line, from the cells of a point, which differ in their seed alone.
     x, y : str
@@ -68,9 +68,9 @@ def by_budget(file: Path, cells: Cells, title: str) -> None:
     file : Path
         The table to write; figures take its name.
     cells : Cells
-        Those of a run.
+        The cells of a run.
     title : str
-        Of the figure.
+        The title of the figure.
     """
     rows = means(cells, goal, access, "kb", "accuracy")
     write_csv(file, ("goal", "k", "global_budget", "final_accuracy", "interval"), rows, DIGITS)
@@ -83,26 +83,26 @@ def spread(cells: Cells, goal: str) -> float:
     Parameters
     ----------
     cells : Cells
-        Those of a run.
+        The cells of a run.
     goal : str
-        Which cells count.
+        The goal of the attack in the cells that count.
 
     Returns
     -------
     float
-        In points.
+        The deviation, in points.
     """
-    mine = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
-    return pooled_deviation(mine["accuracy"][at] for _, at in mine.parts("k", "b"))
+    attacked = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
+    return pooled_deviation(attacked["accuracy"][at] for _, at in attacked.parts("k", "b"))
 
 
 def deviation(file: Path, cells: Cells, title: str) -> None:
     """Figure 6: standard deviation over seeds, pooled over b, against k; arguments as of `by_budget`."""
     rows = []
     for (k,), at in cells.parts("k"):
-        mine = cells.only(np.isin(np.arange(len(cells)), at))
+        on_line = cells.only(np.isin(np.arange(len(cells)), at))
         for name in GOALS:
-            found = jackknife_interval(lambda mask, of=mine, aim=name: spread(of.only(mask), aim), mine["seed"])  # type: ignore[misc]
+            found = jackknife_interval(lambda mask, of=on_line, aim=name: spread(of.only(mask), aim), on_line["seed"])  # type: ignore[misc]
             rows.append(("", name, float(k), found.value, found.half))
     write_csv(file, ("panel", "goal", "write_access", "standard deviation (points)", "interval"), rows, DIGITS)
     lines(file, title, f"Pooled over b. {BANDS}", floor=0.0)
@@ -161,7 +161,7 @@ def map_of(kind: str, *columns: str) -> Callable[[Path, Cells, str], None]:
     kind : str
         A name of `plots.PLOTS`.
     *columns : str
-        Those that the figure is of.
+        The columns that the figure is of.
 
     Returns
     -------
@@ -206,7 +206,7 @@ def draw(folder: Path, run: Path, preset: str, name: str, title: str, cells: Cel
     preset, name, title : str
         The preset, and the data set in file names and in titles.
     cells : Cells
-        Those of the sweep.
+        The cells of the sweep.
     """
     how, what = FIGURES[preset]
     folder.mkdir(parents=True, exist_ok=True)

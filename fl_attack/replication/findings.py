@@ -52,7 +52,7 @@ def findings(results: Sequence[RunCells], rates: Mapping[str, float]) -> list[Li
     Parameters
     ----------
     results : sequence of RunCells
-        What was run.
+        The cells of all runs.
     rates : mapping
         The learning rate chosen for each data set, by its name.
 

@@ -25,7 +25,7 @@ def draw(folder: Path, source: PaperDataset, rate: float) -> str:
     Parameters
     ----------
     folder : Path
-        Where to.
+        The folder that the files are written to.
     source : PaperDataset
         The data set.
     rate : float
@@ -71,7 +71,7 @@ def points(
     round_ : int
         The round, which decides the minibatch.
     draws : int
-        How many random sets of flips.
+        The number of random sets of flips.
 
     Returns
     -------

@@ -17,13 +17,13 @@ def run(out: Path, todo: ReplicationPlan, command: str, so_far: bool, only: str 
     Parameters
     ----------
     out : Path
-        The folder.
+        The folder of the replication.
     todo : ReplicationPlan
-        What is to be run.
+        The runs of the replication.
     command : str
         The command line, to be named in the report.
     so_far : bool
-        Report what is there and compute nothing.
+        Whether to report what is there and compute nothing.
     only : str, optional
         The one figure that is wanted.
 
@@ -56,8 +56,8 @@ def _one_source(
     runs = [one for one in todo.runs if one.source == source]
     first = [one for one in runs if one.preset == "honest"]  # it decides the learning rate of the others
     clock = plan.folder_of(out, plan.cells(first[0], todo.epochs, None)).with_suffix(".seconds")
-    worked = False
-    with plan.timed(clock, lambda: worked):
+    computed = False
+    with plan.timed(clock, lambda: computed):
         for together in (first, [one for one in runs if one not in first]):
             grids, place = {}, {}
             for one in together:
@@ -65,7 +65,7 @@ def _one_source(
                 place[one] = plan.folder_of(out, cells)
                 grids[place[one]] = cells
             if progress is not None:
-                worked = worked or bool(plan.lacking(grids))
+                computed = computed or bool(plan.lacking(grids))
                 plan.compute(out, grids, progress)
             kept = {at: read(at, cells[0].settings.lr) for at, cells in grids.items() if plan.is_there(at)}
             if together is first and place[first[0]] in kept:

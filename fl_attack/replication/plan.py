@@ -123,7 +123,7 @@ def make(quick: bool, only: str | None, root: Path | None) -> ReplicationPlan:
     Parameters
     ----------
     quick : bool
-        Bundled digits and fewer epochs.
+        Whether to take the bundled digits and fewer epochs.
     only : str, optional
         The one figure that is wanted, a name of `FIGURES`.
     root : Path, optional
@@ -295,7 +295,7 @@ def folder_of(out: Path, cells: Sequence[multirun.Cell]) -> Path:
     out : Path
         The folder of the replication.
     cells : sequence of multirun.Cell
-        Those of the sweep.
+        The cells of the sweep.
 
     Returns
     -------
@@ -321,7 +321,7 @@ def compute(out: Path, grids: Grids, progress: multirun.Progress) -> None:
     grids : Grids
         Cells by the folder of their sweep.
     progress : multirun.Progress
-        Counts all cells.
+        The progress bar, which counts all cells.
     """
     todo = lacking(grids)
     progress.skip(sum(map(len, grids.values())) - sum(map(len, todo.values())))
@@ -344,7 +344,7 @@ def timed(file: Path, worth: Callable[[], bool]) -> Iterator[None]:
     Parameters
     ----------
     file : Path
-        A line for each time.
+        The file, which gets a line for each time.
     worth : callable
         Asked at the end of the block whether its time counts.
     """

@@ -63,9 +63,9 @@ def write(out: Path, plan: ReplicationPlan, found: ReplicationRecord, command: s
     out : Path
         The folder of the replication.
     plan : ReplicationPlan
-        What was to be run.
+        The runs that were planned.
     found : ReplicationRecord
-        What has been run.
+        The results of the runs that are done.
     command : str
         The command that did it, to be named in the report.
     """
@@ -140,8 +140,8 @@ def _first_page(
     if missing:
         of = Counter(run.source.title for run in plan.runs)
         lacking = Counter(run.source.title for run in missing)
-        told = "; ".join(f"{title}: {number} of {of[title]} sweeps" for title, number in lacking.items())
-        text += ["", f"*Not run yet: {told}.*"]
+        sweeps = "; ".join(f"{title}: {number} of {of[title]} sweeps" for title, number in lacking.items())
+        text += ["", f"*Not run yet: {sweeps}.*"]
     if plan.quick:
         text += [
             "",
@@ -152,13 +152,13 @@ def _first_page(
 
 def _by_verdict(lines: Sequence[Line]) -> list[str]:
     """A line for each verdict, on the claims that have it under the paper's protocol."""
-    told: dict[str, list[str]] = {}
+    by_verdict: dict[str, list[str]] = {}
     for claim in CLAIMS:
-        mine = [line.finding.verdict for line in lines if line.claim is claim and line.primary]
-        if mine:
-            name = f"{claim.text} (figure {claim.figure}: {counted(mine)})"
-            told.setdefault(overall(mine), []).append(name)
-    return [f"*{verdict.capitalize()}*: {'; '.join(claims)}." for verdict, claims in told.items()]
+        verdicts = [line.finding.verdict for line in lines if line.claim is claim and line.primary]
+        if verdicts:
+            name = f"{claim.text} (figure {claim.figure}: {counted(verdicts)})"
+            by_verdict.setdefault(overall(verdicts), []).append(name)
+    return [f"*{verdict.capitalize()}*: {'; '.join(claims)}." for verdict, claims in by_verdict.items()]
 
 
 def _by_figure(lines: Sequence[Line]) -> str:
@@ -168,14 +168,14 @@ def _by_figure(lines: Sequence[Line]) -> str:
     for number, claim in enumerate(CLAIMS):
         groups.setdefault((claim.figure, number if claim.figure == "5" else 0), []).append(claim)
     for claims in groups.values():
-        halves = []
+        sentences = []
         for claim in claims:
-            mine = [line for line in lines if line.claim is claim]
-            if mine:
-                verdict = overall(line.finding.verdict for line in mine if line.primary)
-                halves.append(f"{claim.text[0].upper()}{claim.text[1:]}: **{verdict}** ({_extent(mine)})")
-        if halves:
-            page.append(f"- Figure {claims[0].figure}. " + ". ".join(halves) + ".")
+            of_claim = [line for line in lines if line.claim is claim]
+            if of_claim:
+                verdict = overall(line.finding.verdict for line in of_claim if line.primary)
+                sentences.append(f"{claim.text[0].upper()}{claim.text[1:]}: **{verdict}** ({_extent(of_claim)})")
+        if sentences:
+            page.append(f"- Figure {claims[0].figure}. " + ". ".join(sentences) + ".")
     return "\n".join(page)
 
 
@@ -264,8 +264,8 @@ def _took(found: ReplicationRecord) -> str:
     """In words, the minutes that were computed, in all and for each data set."""
     each = {title: sum(calls) for title, calls in found.seconds.items() if calls}
     calls = max(map(len, found.seconds.values()), default=0)
-    told = ", ".join(f"{title} {seconds / 60:.1f}" for title, seconds in each.items())
-    return f"{sum(each.values()) / 60:.1f} minutes in {calls} call{'s' * (calls != 1)} ({told})"
+    minutes = ", ".join(f"{title} {seconds / 60:.1f}" for title, seconds in each.items())
+    return f"{sum(each.values()) / 60:.1f} minutes in {calls} call{'s' * (calls != 1)} ({minutes})"
 
 
 def _accuracy(cells: Cells) -> str:
@@ -282,28 +282,28 @@ def _rates(results: Sequence[RunCells], found: ReplicationRecord) -> list[str]:
     for result in honest:
         name, row = result.run.source.name, []
         for lr in every:
-            mine = result.cells.where(lr=lr)
+            at_rate = result.cells.where(lr=lr)
             mark = "**" if lr == found.rates[name] else "*" if lr in found.tied.get(name, []) else ""
-            row.append(f"{mark}{_accuracy(mine)}{mark}" if len(mine) else "")
+            row.append(f"{mark}{_accuracy(at_rate)}{mark}" if len(at_rate) else "")
         rows.append(f"| {result.run.source.title} | " + " | ".join(row) + " |")
     return rows
 
 
 def _larger(results: Sequence[RunCells]) -> list[str]:
     """A sentence on the unattacked accuracy with larger batches, as lines of Markdown; none where that was not run."""
-    told = []
+    accuracies = []
     for result in results:
         if (result.run.preset, result.run.protocol) == ("protocols", LARGE):
             honest = result.cells.where(b=0.0)
-            told.append(f"{result.run.source.title} {_accuracy(honest)}")
+            accuracies.append(f"{result.run.source.title} {_accuracy(honest)}")
     text = "Nor is the batch size. With batches four times as large the unattacked models come, at these rates, to "
-    return [f"{text}{', '.join(told)}.", ""] if told else []
+    return [f"{text}{', '.join(accuracies)}.", ""] if accuracies else []
 
 
 def _claim(claim: Claim, lines: Sequence[Line]) -> str:
     """The section of a claim: its verdict, its rule and a row for each measurement."""
-    mine = [line for line in lines if line.claim is claim]
-    verdict = overall(line.finding.verdict for line in mine if line.primary)
+    of_claim = [line for line in lines if line.claim is claim]
+    verdict = overall(line.finding.verdict for line in of_claim if line.primary)
     text = [
         f"## Figure {claim.figure}: {claim.text}",
         "",
@@ -313,10 +313,10 @@ def _claim(claim: Claim, lines: Sequence[Line]) -> str:
         "| Data | Attack | Protocol | Ours, 95 % | Seeds | |",
         "|---|---|---|---|---|---|",
     ]
-    text += [_row(line) for line in mine if line.primary]
-    others = [line for line in mine if not line.primary]
+    text += [_row(line) for line in of_claim if line.primary]
+    others = [line for line in of_claim if not line.primary]
     if others:
-        text += ["", f"<details><summary>Other protocols and learning rates ({_extent(mine)})</summary>", ""]
+        text += ["", f"<details><summary>Other protocols and learning rates ({_extent(of_claim)})</summary>", ""]
         text += text[4:6] + [_row(line) for line in others] + ["", "</details>"]
     return "\n".join(text)
 

@@ -31,14 +31,14 @@ def by_seed(cells: Cells, function: Callable[[Cells], float]) -> Floats:
     Parameters
     ----------
     cells : Cells
-        Those of all seeds.
+        The cells of all seeds.
     function : callable
-        Gives a number from the cells of one.
+        A function of the cells of one seed that gives a number.
 
     Returns
     -------
     (seeds,) array
-        Without those that are not finite.
+        The numbers, without those that are not finite.
     """
     found = np.array([function(cells.only(at)) for _, at in cells.parts("seed")] if len(cells) else [], float)
     return _finite(found)
@@ -50,9 +50,9 @@ def drop_at(cells: Cells, goal: str, b: float, k: float = 1.0, measure: str = "d
     Parameters
     ----------
     cells : Cells
-        Those of a run.
+        The cells of a run.
     goal : str
-        That of the attack.
+        The goal of the attack.
     b, k : float
         Local budget and write access, shares of 1.
     measure : str
@@ -62,7 +62,7 @@ def drop_at(cells: Cells, goal: str, b: float, k: float = 1.0, measure: str = "d
     -------
     (seeds,) array
     """
-    return by_seed(cells.where(goal=goal, b=b, k=k), lambda mine: mean(mine[measure]))
+    return by_seed(cells.where(goal=goal, b=b, k=k), lambda of_seed: mean(of_seed[measure]))
 
 
 def trend(cells: Cells, goal: str) -> Floats:
@@ -74,15 +74,15 @@ def trend(cells: Cells, goal: str) -> Floats:
     Parameters
     ----------
     cells, goal
-        Those of `drop_at`.
+        As `drop_at` takes them.
 
     Returns
     -------
     (seeds,) array
     """
 
-    def tau(mine: Cells) -> float:
-        means = np.array([mean(mine["accuracy"][at]) for _, at in mine.parts("kb")])
+    def tau(of_seed: Cells) -> float:
+        means = np.array([mean(of_seed["accuracy"][at]) for _, at in of_seed.parts("kb")])
         one, other = np.triu_indices(len(means), 1)
         falls = means[one] - means[other]
         return mean(np.sign(falls) * (np.abs(falls) >= LEAST_EFFECT)) if len(means) > 2 else float("nan")
@@ -92,7 +92,7 @@ def trend(cells: Cells, goal: str) -> Floats:
 
 def accuracy_at(cells: Cells, goal: str, k: float, b: float) -> Floats:
     """Accuracy in points at a write access and a local budget, for each seed; arguments as of `drop_at`."""
-    return by_seed(cells.where(goal=goal, k=k, b=b), lambda mine: mean(mine["accuracy"]))
+    return by_seed(cells.where(goal=goal, k=k, b=b), lambda of_seed: mean(of_seed["accuracy"]))
 
 
 def spread(cells: Cells, goal: str) -> Floats:
@@ -105,15 +105,15 @@ def spread(cells: Cells, goal: str) -> Floats:
     ----------
     Levene, H. (1960). Robust tests for equality of variances. Contributions to Probability and Statistics, 278.
     """
-    mine = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
-    columns = dict(mine.columns)
-    away = np.full(len(mine), np.nan)
-    for _, at in mine.parts("k", "b") if len(mine) else ():
+    attacked = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
+    columns = dict(attacked.columns)
+    deviation = np.full(len(attacked), np.nan)
+    for _, at in attacked.parts("k", "b") if len(attacked) else ():
         n = len(at)
         if n > 1:
-            values = mine["accuracy"][at]
-            away[at] = DEVIATION * (n / (n - 1)) ** 0.5 * np.abs(values - values.mean())
-    return by_seed(Cells(columns | {"away": away}), lambda one: mean(one["away"]))
+            values = attacked["accuracy"][at]
+            deviation[at] = DEVIATION * (n / (n - 1)) ** 0.5 * np.abs(values - values.mean())
+    return by_seed(Cells(columns | {"away": deviation}), lambda one: mean(one["away"]))
 
 
 def spread_gap(cells: Cells) -> Floats:
@@ -135,7 +135,7 @@ def goal_gaps(cells: Cells, mask: Callable[[Floats], NDArray[np.bool_]]) -> Floa
     Parameters
     ----------
     cells : Cells
-        Those of a run.
+        The cells of a run.
     mask : callable
         Which global budgets count, of those above 0: an array of bool from one of floats.
 
@@ -147,11 +147,11 @@ def goal_gaps(cells: Cells, mask: Callable[[Floats], NDArray[np.bool_]]) -> Floa
     attacked = cells.only((cells["b"] > 0) & mask(cells["kb"]))
     rows = []
     for _, at in attacked.parts("seed") if len(attacked) else ():
-        mine = attacked.only(at)
+        of_seed = attacked.only(at)
         by_setting = [
-            mean(mine["accuracy"][here][mine["goal"][here] == "targeted"])
-            - mean(mine["accuracy"][here][mine["goal"][here] == "untargeted"])
-            for _, here in mine.parts("k", "b")
+            mean(of_seed["accuracy"][at_setting][of_seed["goal"][at_setting] == "targeted"])
+            - mean(of_seed["accuracy"][at_setting][of_seed["goal"][at_setting] == "untargeted"])
+            for _, at_setting in of_seed.parts("k", "b")
         ]
         rows.append(by_setting)
     return np.array(rows) if rows and len({len(row) for row in rows}) == 1 else np.empty((0, 0))
@@ -178,16 +178,16 @@ def pairs(cells: Cells, goal: str) -> Iterator[Floats]:
     Parameters
     ----------
     cells, goal
-        Those of `drop_at`.
+        As `drop_at` takes them.
 
     Yields
     ------
     (pairs,) array
         One for each seed that has pairs, in points.
     """
-    mine = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
-    for _, at in mine.parts("seed") if len(mine) else ():
-        of_seed, at_kb = mine.only(at), dict[float, list[float]]()
+    attacked = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
+    for _, at in attacked.parts("seed") if len(attacked) else ():
+        of_seed, at_kb = attacked.only(at), dict[float, list[float]]()
         for (kb, _), here in of_seed.parts("kb", "k"):
             at_kb.setdefault(kb, []).append(mean(of_seed["accuracy"][here]))  # by rising k
         found = [one - other for line in at_kb.values() for i, one in enumerate(line) for other in line[i + 1 :]]
@@ -213,8 +213,10 @@ def pair_share(cells: Cells, goal: str) -> Floats:
 def correlation(cells: Cells, goal: str) -> Floats:
     """Pearson's r of F1 and accuracy over settings, for each seed; arguments as of `pairs`."""
 
-    def r(mine: Cells) -> float:
-        means = np.array([(mine["f1"][at].mean(), mine["accuracy"][at].mean()) for _, at in mine.parts("k", "b")])
+    def r(of_seed: Cells) -> float:
+        means = np.array(
+            [(of_seed["f1"][at].mean(), of_seed["accuracy"][at].mean()) for _, at in of_seed.parts("k", "b")]
+        )
         return float(np.corrcoef(means.T)[0, 1]) if len(means) > 2 and (means.std(0) > 1e-9).all() else float("nan")
 
     return by_seed(cells.where(goal=goal), r)
@@ -226,15 +228,15 @@ def at_best(cells: Cells) -> Cells:
     Where nothing was held out it is the rate of their best accuracy.
     """
     honest = cells.only(cells["b"] == 0)
-    known = "validation" in honest.columns and np.isfinite(honest["validation"]).all()
-    merit = -honest["validation"] if known else honest["accuracy"]
-    found = {lr: mean(merit[at]) for (lr,), at in honest.parts("lr")}
+    has_validation = "validation" in honest.columns and np.isfinite(honest["validation"]).all()
+    quality = -honest["validation"] if has_validation else honest["accuracy"]
+    found = {lr: mean(quality[at]) for (lr,), at in honest.parts("lr")}
     return cells.where(lr=max(found, key=lambda lr: found[lr])) if found else cells
 
 
 def mean_drop(cells: Cells, goal: str) -> Floats:
     """Points lost over all attacked settings, for each seed; arguments as of `pairs`."""
-    return by_seed(cells.where(goal=goal), lambda mine: mean(mine["drop"][mine["b"] > 0]))
+    return by_seed(cells.where(goal=goal), lambda of_seed: mean(of_seed["drop"][of_seed["b"] > 0]))
 
 
 def amplified(cells: Cells, goal: str) -> Floats:
@@ -256,10 +258,10 @@ def adam_lowest(cells: Cells, goal: str) -> Floats:
 
     The learning rate is that which serves Adam best.
     """
-    mine = at_best(cells.where(optimizer="adam")).where(goal=goal)
+    adam = at_best(cells.where(optimizer="adam")).where(goal=goal)
     rows = [
-        [mean(mine["accuracy"][at][mine["b"][at] == b]) for b in np.unique(mine["b"])]
-        for _, at in (mine.parts("seed") if len(mine) else ())
+        [mean(adam["accuracy"][at][adam["b"][at] == b]) for b in np.unique(adam["b"])]
+        for _, at in (adam.parts("seed") if len(adam) else ())
     ]
     table = np.array(rows)
     if len(table) < 2:

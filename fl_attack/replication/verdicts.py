@@ -67,7 +67,7 @@ def evidence(values: NDArray[np.float64], without: NDArray[np.float64] | None = 
     values : (seeds,) array
         Independent values, whose mean is the statistic.
     without : (parts,) array, optional
-        The same mean without each of equal parts of the test images.
+        The mean without each of equal parts of the test images.
 
     Returns
     -------
@@ -146,7 +146,7 @@ def discoveries(p: NDArray[np.float64], rate: float = FALSE) -> NDArray[np.bool_
     Parameters
     ----------
     p : (n,) array
-        Their p-values.
+        The p-values of the tests.
     rate : float
         The expected share of false ones among the discoveries.
 

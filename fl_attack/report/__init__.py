@@ -26,14 +26,14 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     Parameters
     ----------
     folders : sequence of Path
-        What commands left in their `out`.
+        The folders of results, as commands have left them in `out`.
     out : Path, optional
         The file; by default `report.html` in the first folder.
 
     Returns
     -------
     Path
-        The file.
+        The file of the page.
 
     Raises
     ------

@@ -131,7 +131,7 @@ def picture(dataset: Dataset, sample: int) -> str | None:
     Parameters
     ----------
     dataset : Dataset
-        Whose samples they are.
+        The data set that the sample is of.
     sample : int
         A position in the training set.
 

@@ -53,7 +53,7 @@ def command_of(first: list[str], row: dict[str, Any]) -> str:
     Returns
     -------
     str
-        It begins with `fl-attack`.
+        The command, which begins with `fl-attack`.
     """
     groups = {key: str(value) for key, value in row.items() if "." not in key and _is_group(key)}
     kept = []
@@ -64,13 +64,13 @@ def command_of(first: list[str], row: dict[str, Any]) -> str:
         if key in row or (group in groups and needs and f"{group}={groups[group]}" not in needs):
             continue
         kept.append(override)
-    said = [
+    overrides = [
         written(key, int(value) if isinstance(value, float | np.floating) and float(value).is_integer() else value)
         for key, value in row.items()
         if not (isinstance(value, float | np.floating) and math.isnan(value)) and value != ""
     ]
-    said.sort(key=lambda one: "." in one.partition("=")[0])  # what chooses a file before its keys
-    return " ".join(["fl-attack", *kept, *said])
+    overrides.sort(key=lambda one: "." in one.partition("=")[0])  # what chooses a file before its keys
+    return " ".join(["fl-attack", *kept, *overrides])
 
 
 def _is_group(key: str) -> bool:

@@ -38,7 +38,7 @@ class Store(Protocol):
         Parameters
         ----------
         part : str
-            Whose they are.
+            The part of the run that the rows are of; see `Store`.
         rows : sequence of Row
             In the order of their rounds.
         """
@@ -49,7 +49,7 @@ class Store(Protocol):
         Parameters
         ----------
         part : str
-            Whose they are.
+            The part of the run that the figures are of; see `Store`.
         facts : mapping
             The figures by their names.
         """
@@ -63,9 +63,9 @@ class Store(Protocol):
         Parameters
         ----------
         folder : Path
-            Where the result is now.
+            The folder where the result is now.
         files : sequence of Path
-            Those in it that are kept.
+            The files in the folder that are kept.
         """
 
     def end(self, how: How) -> None:

@@ -41,7 +41,7 @@ class Journal:
         Parameters
         ----------
         key : str
-            Of a cell of a sweep; empty for the run or sweep itself.
+            The key of a cell of a sweep; empty for the run or sweep itself.
         tracker : str
             The name of the tracker.
         """
@@ -73,9 +73,9 @@ class Tracked:
         for name in (name for name in names if name not in self.failed):
             self._entries[name] = journal.entry(key, name)
             parent = journal.entry("", name)["id"] if about.kind == "cell" else None
-            told = About(about.kind, about.name, about.settings, about.command, about.folder, parent)
+            own_about = About(about.kind, about.name, about.settings, about.command, about.folder, parent)
             try:
-                self.stores[name] = self._begun(TRACKERS[name].begin, told, self._entries[name])
+                self.stores[name] = self._begun(TRACKERS[name].begin, own_about, self._entries[name])
             except Exception as error:
                 if failed is None:
                     journal.save()  # with the runs that others have begun, which the next call continues
@@ -205,7 +205,7 @@ class TrackedSweep:
             key: value for key, value in leaves[0].items() if all(one.get(key, leaves) == value for one in leaves)
         }
         command = " ".join(["fl-attack", "-m", *overrides_of(self.cells[0][1])])
-        about = About("sweep", str(self.cells[0][1].out), _told(shared), command, folder)
+        about = About("sweep", str(self.cells[0][1].out), _as_values(shared), command, folder)
         self.whole = Tracked(self.names, about, journal)
         self.whole.failed = self._failed
 
@@ -215,9 +215,9 @@ class TrackedSweep:
         Parameters
         ----------
         cell : int
-            The cell.
+            The number of the cell.
         history : History
-            That of its recorder.
+            The history that the recorder of the cell extends.
 
         Returns
         -------
@@ -232,13 +232,13 @@ class TrackedSweep:
         Parameters
         ----------
         cell : int
-            The cell.
+            The number of the cell.
         rows : sequence of Row
-            All its rows.
+            All rows of the cell.
         facts : mapping
-            Its results.
+            The results of the cell.
         error : str
-            Why it broke off; empty where it did not.
+            Why the cell broke off; empty where it did not.
         """
         if self.whole is None or self._is_done(cell):
             return
@@ -260,9 +260,9 @@ class TrackedSweep:
         Parameters
         ----------
         folder : Path
-            Where it is now.
+            The folder where the sweep is now.
         facts : mapping
-            Its extent.
+            The extent of the sweep.
         """
         if self.whole:
             self.whole.files(folder)
@@ -301,7 +301,7 @@ class TrackedSweep:
             overrides, settings = self.cells[cell]
             name = " ".join([f"{cell:04d}", *(f"{key}={value}" for key, value in overrides.items())])
             command = " ".join(["fl-attack", *overrides_of(settings)])
-            about = About("cell", name, _told(leaves_of(settings)), command, self.whole.about.folder)
+            about = About("cell", name, _as_values(leaves_of(settings)), command, self.whole.about.folder)
             journal = self.whole.journal
             self._running[cell] = Tracked(self.names, about, journal, self._key(cell), self._failed)
         return self._running[cell]
@@ -314,9 +314,9 @@ def of_run(settings: Settings, folder: Path) -> Iterator[Tracked]:
     Parameters
     ----------
     settings : Settings
-        Its `tracker` names them.
+        The settings of the run, whose `tracker` names the trackers.
     folder : Path
-        Where the run is written to; it is there.
+        The folder that the run is written to; it is there.
 
     Yields
     ------
@@ -331,7 +331,7 @@ def of_run(settings: Settings, folder: Path) -> Iterator[Tracked]:
     names = settings.tracker
     if names:
         command = " ".join(["fl-attack", *overrides_of(settings)])
-        about = About("run", str(settings.out), _told(leaves_of(settings)), command, folder)
+        about = About("run", str(settings.out), _as_values(leaves_of(settings)), command, folder)
     else:
         about = About("run", "", {}, "", folder)
     tracked = Tracked(names, about, Journal(folder))
@@ -393,7 +393,7 @@ def _files_of(folder: Path) -> Iterator[Path]:
         yield from (at / name for name in (*places.OF_RUN, places.REPORT))
 
 
-def _told(leaves: Mapping[str, Any]) -> dict[str, Value]:
+def _as_values(leaves: Mapping[str, Any]) -> dict[str, Value]:
     """Settings by key, values that are no plain ones as JSON."""
     plain = str, int, float, bool, type(None)
     return {

@@ -49,12 +49,12 @@ class Block:
         shared, workspace, watched, measured
             As `Tile.step` takes them.
         accesses : sequence of RoundAccess or None
-            That of each tile.
+            What the attackers of each tile can write.
 
         Returns
         -------
         list of Report or None
-            That of each tile; None where it is not watched.
+            The report of each tile; None where it is not watched.
         """
         X = shared.batch.X
         Z = torch.mm(self.theta, X.mT, out=workspace.buffer("Z", len(self.theta), len(X)))

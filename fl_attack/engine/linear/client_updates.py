@@ -51,16 +51,16 @@ def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor
     of : Residuals
         Residuals and parameters of M cells.
     batch : Batch
-        The minibatch, and whose its columns are.
+        The minibatch, with the client of each column.
     C : int
-        Logits a sample.
+        Number of logits of a sample.
 
     Yields
     ------
     place : int
-        That of a client among the clients of the round.
+        The place of a client among the clients of the round.
     update : (M C, d) tensor
-        What it sends.
+        The update that this client sends, in each cell.
     """
     layout = batch.layout
     starts = layout.ends - layout.sizes
@@ -89,7 +89,7 @@ def pieces(cells: int, bytes_each: int) -> list[slice]:
     cells : int
         How many cells there are.
     bytes_each : int
-        What the updates of one of them take.
+        Bytes that the updates of one cell take.
 
     Returns
     -------
@@ -133,7 +133,7 @@ class Aggregator:
         Parameters
         ----------
         of : Residuals
-            Of all cells of the tile.
+            The residuals of all cells of the tile.
         shared : Shared
             The round and its minibatch.
         access : RoundAccess or None
@@ -166,7 +166,7 @@ class Aggregator:
             known = weights.to(out.device), client_order.to(out.device), self._seen(of, rows, round_), before
             if self.crafts and access is not None:
                 updates = self._replaced(
-                    updates, of, batch, access, cells, round_, lambda sent: self.rule(sent, *known)
+                    updates, of, batch, access, cells, round_, lambda updates_sent: self.rule(updates_sent, *known)
                 )
             combined, after = self.rule.step(updates, *known)
             out[rows] = combined.reshape(-1, d)
@@ -221,9 +221,11 @@ class Aggregator:
             found = direction(of.theta, of.R, batch, access.known, self.C, cells, self.targets)
             return found.view(-1, self.C, of.theta.shape[1])
 
-        ways = [self.cell, *(adaptive.variants(self.cell) if self.adapts else ())]
-        sent = [adversary.replace_updates(way, round_, updates, malicious, attacking, v) for way in ways]
-        if len(sent) == 1:
-            return sent[0]
-        worst = attack.worst([(rule(one) * v()).flatten(1).sum(1) for one in sent])
-        return torch.stack(sent)[worst, torch.arange(len(worst), device=worst.device)]
+        variants = [self.cell, *(adaptive.variants(self.cell) if self.adapts else ())]
+        candidates = [
+            adversary.replace_updates(variant, round_, updates, malicious, attacking, v) for variant in variants
+        ]
+        if len(candidates) == 1:
+            return candidates[0]
+        worst = attack.worst([(rule(one) * v()).flatten(1).sum(1) for one in candidates])
+        return torch.stack(candidates)[worst, torch.arange(len(worst), device=worst.device)]

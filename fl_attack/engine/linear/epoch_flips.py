@@ -73,7 +73,7 @@ class EpochFlips:
         Parameters
         ----------
         state : dict
-            What `state` was then.
+            The value of `state` after that round.
         round_ : int
             The round, from 1, which says what epoch it is.
         """

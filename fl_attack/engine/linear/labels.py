@@ -42,7 +42,7 @@ class Written(NamedTuple):
         batch : Batch
             The minibatch.
         C : int
-            Logits a sample.
+            Number of logits of a sample.
         """
         if self.flipped is not None:
             R[:, : self.flipped.shape[1]].sub_(self.flipped)
@@ -221,13 +221,13 @@ def known_residuals(R: Tensor, batch: Batch, known: Tensor | None, C: int, cells
     Parameters
     ----------
     R : (rows, n) tensor
-        Of these cells, with the true labels.
+        Residuals of these cells under the true labels.
     batch : Batch
         The minibatch.
     known : (M, n) tensor or None
         See `RoundAccess.known`.
     C : int
-        Outputs.
+        Number of logits of a sample.
     cells : slice
         The cells whose rows are given.
     """
@@ -246,11 +246,11 @@ def direction(
     theta : (M C, d) tensor
         The parameters of all cells.
     R : (M C, n) tensor
-        Their residuals with the true labels.
+        Residuals of all cells under the true labels.
     batch, known, C, cells
-        As of `known_residuals`.
+        As `known_residuals` takes them.
     targets : TargetsOf or None
-        Where the cells are targeted.
+        The targets of the cells, where they are targeted.
     """
     rows = slice(cells.start * C, cells.stop * C)
     if targets is not None:
@@ -264,16 +264,16 @@ def by_class(signed: Tensor, batch: Batch, C: int) -> Tensor:
     Parameters
     ----------
     signed : (M C, n) tensor
-        Of the first n columns; of binary tasks with the sign of the label.
+        Logits or scores of the first n columns; of binary tasks with the sign of the label.
     batch : Batch
-        It holds the signs.
+        The minibatch, with the signs of its labels.
     C : int
-        Logits a sample.
+        Number of logits of a sample.
 
     Returns
     -------
     (M, n, classes) tensor
-        Without the sign.
+        Logits or scores by class, without the sign.
     """
     n = signed.shape[1]
     if C > 1:

@@ -171,7 +171,7 @@ class Chunk:
         Parameters
         ----------
         progress : callable
-            Told how many more rounds of a cell are done.
+            Called with how many more rounds of a cell are done.
         watch : callable
             Gets after each round the numbers of the cells, and what gives their outcomes so far.
         kept : Kept, optional

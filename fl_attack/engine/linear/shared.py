@@ -34,16 +34,16 @@ def shared_by(asking: Asking, round_: int, batch: Batch, targets: Targets, works
     round_ : int
         The round, from 1.
     batch : Batch
-        Its minibatch.
+        The minibatch of the round.
     targets : Targets
-        Of all cells.
+        The targets of all cells.
     workspace : Workspace
         Memory for the Gram matrix.
 
     Returns
     -------
     Shared
-        Without a Gram matrix where it does not pay.
+        The products, without a Gram matrix where it does not pay.
     """
     columns, rows = {"untargeted": 0, "targeted": 0}, 0  # of which greedy attackers need scores
     for attackers, access in asking:

@@ -83,9 +83,9 @@ class TargetsOf:
         Parameters
         ----------
         logits : (T, C, n) tensor
-            Those of all targets.
+            The logits of all targets.
         cells : slice
-            Of the tile.
+            Some of the cells of the tile.
 
         Returns
         -------

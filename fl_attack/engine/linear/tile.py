@@ -28,11 +28,11 @@ class Tile:
     cells : sequence of Scenario
         M cells of one `tiling.tile_key`.
     batches : Batches
-        Their minibatches.
+        The minibatches of the cells.
     theta : (M C, d) tensor
         The cells' own rows of the parameters.
     targets : TargetsOf
-        Of the cells.
+        The targets of the cells.
     """
 
     def __init__(self, cells: Sequence[Scenario], batches: Batches, theta: Tensor, targets: TargetsOf) -> None:
@@ -78,11 +78,11 @@ class Tile:
         Z : (M C, n) tensor
             Logits, signed for two classes; overwritten by the residuals.
         shared : Shared
-            What all tiles use.
+            The minibatch, and products with it that tiles share.
         access : RoundAccess or None
             What the attackers can do; None where nobody attacks in any round.
         workspace : Workspace
-            Memory.
+            Memory for intermediate values.
         watched : bool
             Whether a report is wanted.
         measured : bool
@@ -108,8 +108,8 @@ class Tile:
             return None, aggregate if self.needs_client_updates else None
         cosine = None
         if clean is not None:
-            sent = aggregate if self.needs_client_updates else None
-            cosine = _cosine(self._mean_gradient(Z, shared.batch) if sent is None else sent, clean, self.M)
+            of_clients = aggregate if self.needs_client_updates else None
+            cosine = _cosine(self._mean_gradient(Z, shared.batch) if of_clients is None else of_clients, clean, self.M)
         change = written.as_change(shared.batch) if written is not None else no_change(Z.device)
         report = Report(change, self.attackers.allowed, cosine, detection)
         return report, aggregate if self.needs_client_updates else None

@@ -36,7 +36,7 @@ def order(cells: Sequence[Scenario], targets: NDArray[np.int64]) -> list[int]:
     Parameters
     ----------
     cells : sequence of Scenario
-        M of them.
+        M cells.
     targets : array of int, (M,)
         The number of the target of each.
 
@@ -65,7 +65,7 @@ def chunks(
     cells : sequence of Scenario
         All cells of a call.
     order : sequence of int
-        Their numbers.
+        The numbers of the cells, in the order in which they are run.
     memory : float
         Bytes that may be held.
     held : float
@@ -91,7 +91,7 @@ def tiles(cells: Sequence[Scenario], fits: int) -> list[slice]:
     Parameters
     ----------
     cells : sequence of Scenario
-        As `order` puts them.
+        The cells in the order that `order` gives.
     fits : int
         How many cells a tile may have.
 
