@@ -30,7 +30,7 @@ def searches(scenario: Scenario) -> bool:
     return settings.attacked and settings.attack.adapt == "rule" and not linear
 
 
-def flips(
+def best_flips(
     scenario: Scenario,
     theta: Tensor,
     round_: int,
@@ -46,7 +46,7 @@ def flips(
     ----------
     scenario, theta, round_, epoch_theta, stored
         As `adversary.flips` takes them.
-    server : Server or None
+    server : KnownServer or None
         What is known of the server; without it nothing is tried.
 
     Returns
@@ -61,7 +61,7 @@ def flips(
     return tries[_worst(scenario, theta, round_, server, candidates)]
 
 
-def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, server: KnownServer | None) -> Tensor:
+def best_crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, server: KnownServer | None) -> Tensor:
     """The updates that the clients of a round send under an attack on updates, where attackers try several values.
 
     Of the values that the attack's row names, and the one that is set, the one that does most harm.
@@ -70,7 +70,7 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor, serv
     ----------
     scenario, theta, round_, honest
         As `adversary.crafted` takes them.
-    server : Server or None
+    server : KnownServer or None
         What is known of the server; without it nothing is tried.
 
     Returns

@@ -151,7 +151,7 @@ class AttackSettings(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_name(cls, given: Any) -> Any:
+    def _goal_of_direction(cls, given: Any) -> Any:
         """The two directions that are goals, by the name of the goal."""
         if not isinstance(given, dict):
             return given  # refused below
@@ -366,7 +366,7 @@ class Settings(Strict):
 
     @field_validator("tracker", mode="before")
     @classmethod
-    def _several(cls, given: Any) -> Any:
+    def _as_list(cls, given: Any) -> Any:
         """One name as a list of it."""
         return [given] if isinstance(given, str) else given
 
@@ -576,13 +576,13 @@ def overrides_of(settings: Settings) -> list[str]:
     changed = [
         written(key, value)
         for key, value in leaves_of(settings).items()
-        if key not in (clients | NOT_TOLD) and value != usual.get(key)
+        if key not in (clients | OUTPUT_KEYS) and value != usual.get(key)
     ]
     return [*(override for override in groups if override not in default), *changed]
 
 
 GROUPS = ("dataset", "partition", "model", "attack", "strategy", "engine")
-NOT_TOLD = {"out", "overwrite", "resume", "verbose", "report", "tracker"}  # where results go, and how
+OUTPUT_KEYS = {"out", "overwrite", "resume", "verbose", "report", "tracker"}  # where results go, and how
 
 
 @cache

@@ -116,7 +116,7 @@ def taken(out: Path, kind: ResultKind, overwrite: bool, goes_on: Callable[[Path]
     try:
         place = Place(out, _checked(out, kind, overwrite, goes_on))
         place.work.mkdir(exist_ok=True)
-        _sweep_up(place.work)
+        _remove_unfinished(place.work)
         yield place
     finally:
         with suppress(OSError):  # while the lock is held, so that nobody else's is removed
@@ -148,7 +148,7 @@ def _checked(out: Path, kind: ResultKind, overwrite: bool, goes_on: Callable[[Pa
     return work
 
 
-def _sweep_up(work: Path) -> None:
+def _remove_unfinished(work: Path) -> None:
     """Remove what a killed process had begun to write; nobody else writes here."""
     for at in (work, work / BASELINE, work / UNITS):
         for file in at.glob(".*"):

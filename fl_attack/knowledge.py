@@ -28,7 +28,7 @@ class VisibleSamples(NamedTuple):
     y: Tensor  # (n,) true labels of the samples that they can write
     counts: Tensor | None  # (n,) how often each of them is used; None: once
     samples: SampleIds  # (n,) which samples of the training set they are
-    everybodys: Callable[[], SampleIds]  # those of all clients in this round, among which they have their noise
+    all_samples: Callable[[], SampleIds]  # those of all clients in this round, among which they have their noise
     scores: Callable[[], Tensor]  # (..., n, classes), see `attack.View`
     logits: Callable[[], Tensor]  # (..., n, classes)
 
@@ -55,7 +55,7 @@ def of_samples(scenario: Scenario, theta: Tensor, round_: int, malicious: Client
         y,
         torch.from_numpy(counts).to(theta.device),
         samples,
-        everybodys=partial(scenario.schedule.samples_of_all, at),
+        all_samples=partial(scenario.schedule.samples_of_all, at),
         scores=partial(attack.scores_along, scenario.settings.attack.aim, aim(scenario, theta, round_), X),
         logits=partial(scenario.model.class_logits, theta.to(X.dtype), X),
     )
@@ -87,7 +87,7 @@ def view(scenario: Scenario, round_: int, seen: VisibleSamples, dtype: torch.dty
         scores=seen.scores,
         logits=seen.logits,
         noise=partial(
-            streams.label_noise, scenario.settings.seed, round_, seen.samples, seen.everybodys, device, dtype
+            streams.label_noise, scenario.settings.seed, round_, seen.samples, seen.all_samples, device, dtype
         ),
         selection=scenario.settings.attack.selection,
     )
@@ -164,11 +164,11 @@ def known(scenario: Scenario, everyone: ClientIds, round_: int) -> ClientIds:
     if threat.knowledge == "honest":
         return honest
     rank = streams.known_rank(settings.seed, round_, settings.clients.total)[honest]
-    return np.sort(honest[rank.argsort()[: part(threat.knowledge_fraction, len(honest))]])
+    return np.sort(honest[rank.argsort()[: count_of(threat.knowledge_fraction, len(honest))]])
 
 
-def part(fraction: float, of: int) -> int:
-    """How many clients a fraction of some is.
+def count_of(fraction: float, of: int) -> int:
+    """The number of clients that makes up a fraction of a number of clients.
 
     Parameters
     ----------

@@ -68,7 +68,7 @@ class AllAtOnce(BasicSweeper):
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         params = self._parse_config()
-        joint = [_together(param) for param in params if "+" in _key(param)]
+        joint = [_joint_cases(param) for param in params if "+" in _key(param)]
         alone = [param for param in params if "+" not in _key(param)]
         (jobs,) = self.split_arguments(parser.parse_overrides([*alone, *arguments]), None)
         chosen = {_key(argument) for argument in arguments}
@@ -105,7 +105,7 @@ class SweepLauncher(Launcher):
             cells = self.cells(job_overrides)
             from fl_attack import multirun  # slow to import; bad input is told before
 
-            if not self._is_of_ours():
+            if not self._hands_over_all_jobs():
                 cells = [cell._replace(settings=_of_trials(cell.settings, initial_job_idx)) for cell in cells]
             out = multirun.run(cells, launch=self._other())
             total, lost = multirun.broken_off(out)
@@ -118,12 +118,12 @@ class SweepLauncher(Launcher):
             for one, value in zip(job_overrides, values, strict=True)
         ]
 
-    def _is_of_ours(self) -> bool:
+    def _hands_over_all_jobs(self) -> bool:
         """Whether the sweeper hands over all jobs at once, as ours does."""
         return str(self.config.hydra.sweeper._target_) == f"hydra_plugins.{NAME}.{AllAtOnce.__name__}"
 
     def _other(self) -> "Launch | None":
-        """What has units computed by the launcher that was chosen; None where that is ours."""
+        """A function that has units computed by the launcher that was chosen; None where that is this one."""
         if str(self.config.hydra.launcher._target_) == f"hydra_plugins.{NAME}.{SweepLauncher.__name__}":
             return None
 
@@ -250,7 +250,7 @@ def _unused(config: DictConfig) -> None:
     """What Hydra would run for each job."""
 
 
-def _together(param: str) -> list[list[str]]:
+def _joint_cases(param: str) -> list[list[str]]:
     """The cases of a parameter that sets several keys, as overrides; InputError where their numbers differ."""
     keys, _, values = param.partition("=")
     names = keys.split("+")

@@ -207,7 +207,7 @@ def load_plans(
             missing.setdefault(file, i)
     groups: dict[Any, list[int]] = {}
     for i in missing.values():
-        groups.setdefault(_together(scenarios[i]), []).append(i)
+        groups.setdefault(_group_key(scenarios[i]), []).append(i)
     for members in groups.values():
         for some in _pieces([scenarios[i] for i in members], members, first):
             _make_and_keep([scenarios[i] for i in some], first, [starts[i] for i in some], on_sweep)
@@ -305,7 +305,7 @@ class Maker:
 
         found = sweeps.run(self.options.sweeps, after)
         on_sweep(self.options.sweeps)
-        labels = self._in_what_comes(sweeps.trajectory, found.labels) if simulated else found.labels
+        labels = self._in_real_minibatches(sweeps.trajectory, found.labels) if simulated else found.labels
         return [self._plan(cell, found, labels) for cell in range(len(self.cells))]
 
     def problem(self, imagined: bool) -> Problem:
@@ -524,7 +524,7 @@ class Maker:
         rng = np.random.default_rng([self.template_cell.settings.seed, streams.PLAN, self.first, 0, start])
         return torch.from_numpy(rng.standard_normal(self.theta.shape[1:]))
 
-    def _in_what_comes(self, trajectory: Trajectory, labels: planning.Labels) -> planning.Labels:
+    def _in_real_minibatches(self, trajectory: Trajectory, labels: planning.Labels) -> planning.Labels:
         """The labels that are greedy in the minibatches that come, along the costates of imagined ones."""
         trajectory.run(labels)
         found: planning.Labels = [None] * len(self.rounds)
@@ -631,8 +631,8 @@ def sample_of(cell: Scenario, size: int, device: torch.device | str = "cpu") -> 
     return X.to(device), y.to(device)
 
 
-def _together(cell: Scenario) -> tuple[Any, ...]:
-    """Equal for cells whose plans can be made together: they see the same minibatches and step alike."""
+def _group_key(cell: Scenario) -> tuple[Any, ...]:
+    """The key of a group, equal for cells whose plans can be made together: they see the same minibatches and step alike."""
     settings, threat = cell.settings, cell.settings.attack
     return (
         cell.dataset.fingerprint,

@@ -27,7 +27,7 @@ def label_noise(
     seed: int,
     round_: int,
     samples: NDArray[np.int64],
-    everybodys: Callable[[], NDArray[np.int64]],
+    all_samples: Callable[[], NDArray[np.int64]],
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -39,8 +39,8 @@ def label_noise(
         The seed of the experiment, and the round, counted from 1.
     samples : array of int, (n,)
         The samples of the training set.
-    everybodys : callable
-        Gives those of all clients in the round, in any order, among which these are.
+    all_samples : callable
+        A function without arguments that gives the samples of all clients in the round, in any order, these among them.
     device, dtype
         Device and precision of the result.
 
@@ -49,7 +49,7 @@ def label_noise(
     Tensor, (n, 2)
         Random numbers, uniform in [0, 1).
     """
-    everyone = np.sort(everybodys())
+    everyone = np.sort(all_samples())
     uniform = np.random.default_rng([seed, LABEL_NOISE, round_]).random((len(everyone), 2))
     return torch.from_numpy(uniform[np.searchsorted(everyone, samples)]).to(device, dtype)
 

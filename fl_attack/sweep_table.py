@@ -45,7 +45,7 @@ RESULTS = (  # the columns of a sweep's table after the overrides
     "error",
 )
 K, B, KB, ACCURACY, GOAL = "write_access", "budget", "global_budget", "final_accuracy", "attack.goal"
-EFFECTIVE, UNLIKE, SHOWN = "effective_budget", 0.1, 6  # relative difference worth telling; values told
+EFFECTIVE, NOTABLE_DIFFERENCE, SHOWN = "effective_budget", 0.1, 6  # relative difference worth telling; values told
 WRITES, NAME, BUDGET, SHARE = "writes", "attack.name", "attack.budget", "partition.malicious_share"
 NUMBERS = {  # columns that every sweep has: the label of their axis, and the factor from the table to its unit
     K: ("write access k (share of all samples)", 1),
@@ -307,12 +307,12 @@ class Sweep:
         """
         covered = set(shown)
         if {K, KB} & covered:
-            covered |= self._told_by_access()
+            covered |= self._implied_by_access()
         if {B, KB} & covered:
             covered.add(BUDGET)
         return [name for name in self.swept if name not in covered]
 
-    def _told_by_access(self) -> set[str]:
+    def _implied_by_access(self) -> set[str]:
         """The columns of the deal that k tells: all where no two deals give the same k, else who is malicious."""
         deals = [self.cells[name] for name in self.dealing]
         if len(split(len(self), self.cells[K])) == len(split(len(self), self.cells[K], *deals)):
@@ -374,7 +374,7 @@ class Sweep:
             return ""
         nominal, found = self.column(KB), self.column(EFFECTIVE)
         means = {kb: float(np.nanmean(found[at])) for (kb,), at in split(len(self), nominal).items() if kb > 0}
-        if all(abs(value / kb - 1) < UNLIKE for kb, value in means.items()):
+        if all(abs(value / kb - 1) < NOTABLE_DIFFERENCE for kb, value in means.items()):
             return ""
         shown = list(means.items())[:: -(-len(means) // SHOWN)]
         return "Labels flipped at k·b, of all used: " + ", ".join(f"{kb:.3g}: {value:.2g}" for kb, value in shown) + "."

@@ -17,7 +17,7 @@ from fl_attack.errors import InputError
 from fl_attack.scenario import NO_FLIPS, Scenario
 
 OnRound = Callable[[int], None]  # gets the number of the round that is done
-AT_HAND = 2**30  # bytes of features that a training in this process may keep
+FEATURES_IN_MEMORY = 2**30  # bytes of features that a training in this process may keep
 PIECE = 2**20  # numbers of features of a piece that stays in the cache
 # settings that the target depends on, besides data, partition and schedule
 TRAINING = {
@@ -170,7 +170,7 @@ def _taker(first: Scenario) -> Callable[[NDArray[np.int64]], Tensor]:
     """A function of samples (n,) that gives their features (n, d): from memory where they fit and are used again."""
     x, size, dtype = first.dataset.x_train, int(first.schedule.sizes.sum()), first.settings.torch_dtype
     few_uses = first.settings.rounds * size <= 2 * len(x) or size == len(x) or first.settings.local_steps > 1
-    if few_uses or x.size * dtype.itemsize > AT_HAND:
+    if few_uses or x.size * dtype.itemsize > FEATURES_IN_MEMORY:
         return first.features
     return data.Stored(x, first.dataset.scaling, dtype).take
 

@@ -191,7 +191,7 @@ class _Worker:
         self.process.kill()
 
     def end(self) -> int | None:
-        """Wait for its end; gives its exit code, or the negative number of the signal that killed it."""
+        """Wait for the end of the process; gives its exit code, or the negative number of the signal that killed it."""
         self.process.join(WAITS)
         self.pipe.close()
         code: int | None = self.process.exitcode

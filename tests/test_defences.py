@@ -296,13 +296,13 @@ def test_adapting_attackers_do_the_most_harm_of_what_they_try_and_never_less_tha
 
         honest = adversary.updates(cell, theta, round_)
         if name == "greedy":
-            flips = adaptive.flips(cell, theta, round_, server)
+            flips = adaptive.best_flips(cell, theta, round_, server)
             sent = adversary.updates(cell, theta, round_, flips)
             tried = [adversary.flips(cell, theta, round_, percent=percent) for percent in attack.PERCENTS]
             assert len(flips.samples) <= tried[0].allowed
             harms = [harm(adversary.updates(cell, theta, round_, one)) for one in tried]
         else:
-            sent = adaptive.crafted(cell, theta, round_, honest, server)
+            sent = adaptive.best_crafted(cell, theta, round_, honest, server)
             key, values = attack.ATTACKS[name].tries
             args = [{}, *({key: value} for value in values)]
             view = attack.Updates(

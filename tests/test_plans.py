@@ -106,7 +106,7 @@ def test_plans_made_together_are_those_made_alone(make: Make) -> None:
     )
     cells = [make(*PLANNED, *change) for change in changes]
     together = plans.Maker(cells, 1, [cell.start() for cell in cells])
-    assert len({plans._together(cell) for cell in cells}) == 1
+    assert len({plans._group_key(cell) for cell in cells}) == 1
     found = plans.load_plans(cells)
     assert together.theta.shape[0] == 12
     for cell, one in zip(cells, found, strict=True):

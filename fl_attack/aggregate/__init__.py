@@ -241,7 +241,7 @@ def _asks(function: Callable[..., Any]) -> set[str]:
 
 
 def _asked_for(asks: set[str], seen: Seen, state: Any) -> dict[str, Any]:
-    """The arguments that a function has of these two."""
+    """Those of `seen` and `state` that a function has as arguments, by name."""
     return {name: value for name, value in (("seen", seen), ("state", state)) if name in asks}
 
 

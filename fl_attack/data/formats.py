@@ -16,8 +16,8 @@ CLOTHES = [
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 ]
-ALIKE = "cijklmopsuvwxyz"  # small letters that some splits of EMNIST count as their capitals
-LETTERS = "".join(letter for letter in string.ascii_lowercase if letter not in ALIKE)
+MERGED_LETTERS = "cijklmopsuvwxyz"  # small letters that some splits of EMNIST count as their capitals
+LETTERS = "".join(letter for letter in string.ascii_lowercase if letter not in MERGED_LETTERS)
 EMNIST = {
     "balanced": string.digits + string.ascii_uppercase + LETTERS,
     "byclass": string.digits + string.ascii_uppercase + string.ascii_lowercase,
@@ -44,7 +44,7 @@ MD5 = {
 
 
 def is_whole(root: Path, name: str) -> bool:
-    """Whether a file is as it was published.
+    """Whether a file has the content that was published.
 
     Parameters
     ----------

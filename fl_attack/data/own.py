@@ -156,7 +156,7 @@ def at_server(dataset: Dataset, counts: Sequence[int], contents: object) -> Data
 
 
 def at_node(held: Held, layout: DataLayout, scale: float, counts: Sequence[int], client: int) -> Dataset:
-    """The same as a client knows it: its own samples in their place, and nothing to test on.
+    """The training set of all nodes together as a client knows it: its own samples in their place; nothing to test on.
 
     Parameters
     ----------

@@ -147,7 +147,7 @@ class Access:
         settings = self._cell.settings
         by_rank = streams.known_rank(settings.seed, round_, settings.clients.total)[clients].argsort()
         honest = ~is_malicious[:, by_rank]
-        quota = np.array([knowledge.part(self._kind.fraction, int(count)) for count in honest.sum(1)])
+        quota = np.array([knowledge.count_of(self._kind.fraction, int(count)) for count in honest.sum(1)])
         known = np.zeros_like(is_malicious)
         known[:, by_rank] = honest & (honest.cumsum(1) <= quota[:, None])
         return known

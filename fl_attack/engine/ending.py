@@ -1,4 +1,4 @@
-"""What cells that were run together leave, and in which rounds they are measured."""
+"""The outcomes of cells that were run together, and the rounds in which cells are measured."""
 
 from collections.abc import Callable, Sequence
 

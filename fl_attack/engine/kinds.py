@@ -1,4 +1,4 @@
-"""What attackers want: which cells can choose their flips together."""
+"""The kind of attack of a cell, which says what cells can choose their flips together."""
 
 import itertools
 import json

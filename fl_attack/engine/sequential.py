@@ -142,13 +142,13 @@ class Training:
             self.epoch_theta = self.theta
         before = self.momenta.of(cell.schedule.participants(round_))
         server = adaptive.KnownServer(self.rule, self.rule_state, before)
-        flips = adaptive.flips(cell, self.theta, round_, server, self.epoch_theta, self.stored)
+        flips = adaptive.best_flips(cell, self.theta, round_, server, self.epoch_theta, self.stored)
         self.stored = adversary.remembered(cell, round_, self.stored, flips)
         updates = None
         if self.together and not (measured and settings.attacked):
             aggregate = mean_gradient(cell, self.theta, round_, flips)
         else:
-            updates = self._sent(round_, flips, server)
+            updates = self._updates_sent(round_, flips, server)
             aggregate = self._combined(round_, updates)
         lr = cell.lr(round_)
         self.theta, self.optimizer = protocol.server_step(
@@ -156,11 +156,11 @@ class Training:
         )
         return aggregate, flips, updates
 
-    def _sent(self, round_: int, flips: Flips, server: adaptive.KnownServer) -> Tensor:
+    def _updates_sent(self, round_: int, flips: Flips, server: adaptive.KnownServer) -> Tensor:
         """The updates (m, A, B) that the clients of a round send."""
         honest = adversary.updates(self.cell, self.theta, round_, flips, server.momenta)
         self.momenta.note(self.cell.schedule.participants(round_), honest)
-        return adaptive.crafted(self.cell, self.theta, round_, honest, server)
+        return adaptive.best_crafted(self.cell, self.theta, round_, honest, server)
 
     def _combined(self, round_: int, updates: Tensor) -> Tensor:
         """The aggregate (A, B) of updates (m, A, B) by the server's rule."""

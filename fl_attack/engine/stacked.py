@@ -193,8 +193,8 @@ class Stack:
         accesses = [tile.attackers.access(round_, batch.layout) for tile in self.tiles]
         theta = self.theta[:, None]
         first = shared_product(X, *self.model.layers(theta)[0])
-        anybody = any(access is not None and access.selection_plans is not None for access in accesses)
-        along_targets = self._along_targets(X, first, accesses) if anybody and len(self.targets) else {}
+        anyone_flips = any(access is not None and access.selection_plans is not None for access in accesses)
+        along_targets = self._along_targets(X, first, accesses) if anyone_flips and len(self.targets) else {}
         activations = self.model.forward(theta, X, first)
         labels = y.expand(len(self.cells), n).clone()
         gram = _once(lambda: X @ X.mT)
@@ -254,9 +254,9 @@ class Stack:
             return self.model.forward_scores(theta, here, along_first, self.model.pull_back_others(own, deltas))
 
         counts = None if batch.counts is None else batch.counts[:n]
-        everybodys = batch.samples
+        all_samples = batch.samples
         seen = knowledge.VisibleSamples(
-            batch.y[:n], counts, everybodys[:n], lambda: everybodys, scores, lambda: here[-1]
+            batch.y[:n], counts, all_samples[:n], lambda: all_samples, scores, lambda: here[-1]
         )
         proposal = adversary.propose(tile.cells[0], round_, seen, (len(tile.cells), n), here[-1].dtype)
         return choices.of_proposal(proposal, batch, access, self.workspace.buffer("sorted", len(tile.cells), n))

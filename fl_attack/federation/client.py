@@ -36,31 +36,31 @@ class OmniscientHook:
         self._rule: aggregate.Combine | None = None
         self._last: dict[str, tuple[tuple[int, bytes], Any]] = {}
 
-    def flips(self, asked: wire.Request) -> Flips:
+    def flips(self, request: wire.Request) -> Flips:
         """The labels that all malicious clients together write in a round."""
-        scenario, theta, round_, stored = self.scenario, asked.theta, asked.round_, asked.stored
-        server = self._server(asked)
+        scenario, theta, round_, stored = self.scenario, request.theta, request.round_, request.stored
+        server = self._server(request)
 
         def flips() -> Flips:
-            return adaptive.flips(scenario, theta, round_, server, asked.epoch_theta, stored)
+            return adaptive.best_flips(scenario, theta, round_, server, request.epoch_theta, stored)
 
         return self._once("flips", round_, theta, flips, stored)
 
-    def _server(self, asked: wire.Request) -> adaptive.KnownServer | None:
+    def _server(self, request: wire.Request) -> adaptive.KnownServer | None:
         """What the attackers know of the server in a round; None where they do not search, whatever its strategy is."""
         if not adaptive.searches(self.scenario):
             return None
         if self._rule is None:
             self._rule = self.scenario.rule()
-        return adaptive.KnownServer(self._rule, asked.rule, asked.momentum)
+        return adaptive.KnownServer(self._rule, request.rule, request.momentum)
 
-    def updates(self, asked: wire.Request) -> tuple[Tensor, Tensor]:
+    def updates(self, request: wire.Request) -> tuple[Tensor, Tensor]:
         """The updates that all clients of a round would send honestly, and those that they send, (m, A, B) each."""
-        scenario, theta, round_ = self.scenario, asked.theta, asked.round_
+        scenario, theta, round_ = self.scenario, request.theta, request.round_
 
         def honest_and_sent() -> tuple[Tensor, Tensor]:
-            honest = adversary.updates(scenario, theta, round_, momenta=asked.momentum)
-            return honest, adaptive.crafted(scenario, theta, round_, honest, self._server(asked))
+            honest = adversary.updates(scenario, theta, round_, momenta=request.momentum)
+            return honest, adaptive.best_crafted(scenario, theta, round_, honest, self._server(request))
 
         return self._once("updates", round_, theta, honest_and_sent)
 
@@ -82,16 +82,16 @@ class HonestClient:
         self.scenario = scenario
         self.client = client
 
-    def train(self, asked: wire.Request) -> wire.Answer:
+    def train(self, request: wire.Request) -> wire.Answer:
         """The answer to a request: the parameters after the local steps of a round."""
-        return self.trained_on(asked, None)
+        return self.trained_on(request, None)
 
-    def trained_on(self, asked: wire.Request, flips: Flips | None) -> wire.Answer:
+    def trained_on(self, request: wire.Request, flips: Flips | None) -> wire.Answer:
         """A client's answer after the local steps of a round on labels with flips.
 
         Parameters
         ----------
-        asked : wire.Request
+        request : wire.Request
             The request of the server.
         flips : Flips or None
             The labels of the round that are not the true ones; None says that this client never flips any.
@@ -101,14 +101,16 @@ class HonestClient:
         wire.Answer
             With the parameters after the client's momentum, where it has one.
         """
-        own, theta = self.scenario, asked.theta
-        moved, weight = scenario.client_update(own, self.client, theta, asked.round_, flips or NO_FLIPS)
+        own, theta = self.scenario, request.theta
+        moved, weight = scenario.client_update(own, self.client, theta, request.round_, flips or NO_FLIPS)
         if not own.settings.worker_momentum:
             return wire.Answer(moved, self.client, weight, flips)
-        assert asked.momentum is not None
-        lr = own.lr(asked.round_)
-        place = np.searchsorted(own.schedule.participants(asked.round_), self.client) if len(asked.momentum) > 1 else 0
-        after = protocol.with_momentum(own.settings.worker_momentum, asked.momentum[place], (theta - moved) / lr)
+        assert request.momentum is not None
+        lr = own.lr(request.round_)
+        place = (
+            np.searchsorted(own.schedule.participants(request.round_), self.client) if len(request.momentum) > 1 else 0
+        )
+        after = protocol.with_momentum(own.settings.worker_momentum, request.momentum[place], (theta - moved) / lr)
         return wire.Answer(theta - lr * after, self.client, weight, flips, after)
 
 
@@ -119,18 +121,18 @@ class MaliciousClient(HonestClient):
         super().__init__(scenario, client)
         self.hook = hook
 
-    def train(self, asked: wire.Request) -> wire.Answer:
+    def train(self, request: wire.Request) -> wire.Answer:
         """The answer of this client: its part of the flips, or of the updates, that the attackers agreed on."""
         if self.scenario.settings.attack.writes == "updates":
-            place = np.searchsorted(self.scenario.schedule.participants(asked.round_), self.client)
-            honest, crafted = (updates[place] for updates in self.hook.updates(asked))
-            weight = self.scenario.schedule.steps(self.client, asked.round_).size
-            moved = asked.theta - self.scenario.lr(asked.round_) * crafted
+            place = np.searchsorted(self.scenario.schedule.participants(request.round_), self.client)
+            honest, crafted = (updates[place] for updates in self.hook.updates(request))
+            weight = self.scenario.schedule.steps(self.client, request.round_).size
+            moved = request.theta - self.scenario.lr(request.round_) * crafted
             momentum = honest if self.scenario.settings.worker_momentum else None
             return wire.Answer(moved, self.client, weight, NO_FLIPS, momentum)
-        flips = self.hook.flips(asked)
+        flips = self.hook.flips(request)
         own = self.scenario.partition.client[flips.samples] == self.client
-        return self.trained_on(asked, Flips(flips.samples[own], flips.labels[own], flips.allowed, flips.new))
+        return self.trained_on(request, Flips(flips.samples[own], flips.labels[own], flips.allowed, flips.new))
 
 
 @lru_cache(maxsize=2)
@@ -306,31 +308,31 @@ def train(message: Message, context: Context) -> Message:
     _one_thread()
     node, number = node_of(context, own=wire.OWN in message.content), None
     try:
-        asked = wire.read_request(message.content)
-        number = asked.own.client if asked.own else node.number
+        request = wire.read_request(message.content)
+        number = request.own.client if request.own else node.number
         with torch.inference_mode():  # derivatives are in closed form or by torch.func; torch need not watch
-            if asked.own:
-                here = client_of_node(asked.settings, node, asked.own)
+            if request.own:
+                here = client_of_node(request.settings, node, request.own)
             else:
                 assert node.number is not None
-                here = client(asked.settings, node.number)
+                here = client(request.settings, node.number)
             device = here.scenario.settings.engine.client_device
-            answer = here.train(asked if device == "cpu" else _on(asked, device))
+            answer = here.train(request if device == "cpu" else _on(request, device))
     except RunError as error:  # its message says all
         raise RuntimeError(str(error)) from error
     except Exception as error:
         raise RuntimeError(f"client {number}: {type(error).__name__}: {error}") from error
     momentum = None if answer.momentum is None else answer.momentum.cpu()
     answer = answer._replace(theta=answer.theta.cpu(), momentum=momentum)
-    return Message(wire.answer(answer, asked.raw), reply_to=message)
+    return Message(wire.answer(answer, request.raw), reply_to=message)
 
 
-def _on(asked: wire.Request, device: str) -> wire.Request:
+def _on(request: wire.Request, device: str) -> wire.Request:
     """A request with its parameters on a device."""
-    moved = (None if part is None else part.to(device) for part in (asked.epoch_theta, asked.momentum))
+    moved = (None if part is None else part.to(device) for part in (request.epoch_theta, request.momentum))
     epoch_theta, momentum = moved
-    rule = None if asked.rule is None else {name: part.to(device) for name, part in asked.rule.items()}
-    return asked._replace(theta=asked.theta.to(device), epoch_theta=epoch_theta, momentum=momentum, rule=rule)
+    rule = None if request.rule is None else {name: part.to(device) for name, part in request.rule.items()}
+    return request._replace(theta=request.theta.to(device), epoch_theta=epoch_theta, momentum=momentum, rule=rule)
 
 
 @client_app.query()

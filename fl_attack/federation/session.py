@@ -131,7 +131,7 @@ def _init(address: str | None, verbose: bool) -> None:
     local = {"address": "local", "include_dashboard": False, "object_store_memory": _object_store()}
     level = logging.INFO if verbose else logging.CRITICAL
     try:
-        with waiting(f"joining Ray at {address}" if address else "starting Ray"), _unbroken():
+        with waiting(f"joining Ray at {address}" if address else "starting Ray"), _signals_postponed():
             ray.init(**({"address": address} if address else local), logging_level=level, log_to_driver=verbose)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"engine.ray_address={address} can't be joined" if address else "Ray can't be started"
@@ -139,7 +139,7 @@ def _init(address: str | None, verbose: bool) -> None:
 
 
 @contextmanager
-def _unbroken() -> Iterator[None]:
+def _signals_postponed() -> Iterator[None]:
     """Within the block a first SIGINT or SIGTERM waits for its end, a minute at most; a second is obeyed at once."""
     # Ray loses an exception that comes while it calls back into Python, and would leave processes that it was just
     # starting; it also puts a handler of SIGTERM that ends the program without a word
@@ -157,7 +157,7 @@ def _unbroken() -> Iterator[None]:
     for number in before:
         signal.signal(number, note)
     try:
-        with _ended_where_python_is_not():
+        with _signals_end_compiled_code():
             yield
     except SystemExit:  # of Ray's handler
         came.append(signal.SIGTERM)
@@ -169,7 +169,7 @@ def _unbroken() -> Iterator[None]:
 
 
 @contextmanager
-def _ended_where_python_is_not() -> Iterator[None]:
+def _signals_end_compiled_code() -> Iterator[None]:
     """Within the block a SIGINT or SIGTERM ends the process in the end, even while compiled code does not return."""
     # Python calls its handlers between its own steps only; the byte of a signal is written whatever it does
     reader, writer = socket.socketpair()

@@ -32,7 +32,7 @@ class RuleStrategy(FedAvg):
     """FedAvg with one of our aggregation rules in place of its average, and our server optimizers."""
 
     def __init__(self, scenario: Scenario) -> None:
-        super().__init__(**everybody(scenario))
+        super().__init__(**all_clients(scenario))
         self.settings = scenario.settings
         self.scenario, self.rule = scenario, scenario.rule()
         self.aggregate = scenario.start()  # the aggregated gradient of the last round
@@ -134,7 +134,7 @@ class WatchedStrategy(Strategy):
         self.client_of = client_of
         self._asked = 0
         self._grid: Grid | None = None
-        self._sent: list[Message] = []  # the messages of the round
+        self._messages: list[Message] = []  # the messages of the round
         self._clock = time.perf_counter()  # when the first round would have begun, had there been no interruption
         self._done = 0  # rounds of an earlier process, which Flower's loop does not count
         self._arrays = wire.pack(recorder.history.theta, raw=isinstance(strategy, RuleStrategy))
@@ -188,7 +188,7 @@ class WatchedStrategy(Strategy):
             for message in messages:
                 own_data = wire.Own(layout, self.client_of[message.metadata.dst_node_id], counts)
                 message.content = RecordDict(dict(message.content) | {wire.OWN: wire.own_record(own_data)})
-        self._grid, self._sent = grid, messages
+        self._grid, self._messages = grid, messages
         return messages
 
     def _asked_again(self, replies: list[Message], round_: int) -> list[Message]:
@@ -206,7 +206,7 @@ class WatchedStrategy(Strategy):
             )
             again = [
                 Message(one.content, node, one.metadata.message_type, group_id=one.metadata.group_id)
-                for one in self._sent
+                for one in self._messages
                 if (node := one.metadata.dst_node_id) in crashed
             ]
             replies = [one for one in replies if one.metadata.src_node_id not in crashed]
@@ -329,14 +329,14 @@ class WatchedStrategy(Strategy):
         self.strategy.summary()
 
 
-def complete(replies: list[Message], asked: int, round_: int) -> list[Message]:
+def complete(replies: list[Message], expected: int, round_: int) -> list[Message]:
     """The replies to a round's messages in the order of the clients.
 
     Parameters
     ----------
     replies : list of Message
         The replies that came back.
-    asked : int
+    expected : int
         How many clients were asked.
     round_ : int
         The round, for the error.
@@ -356,8 +356,8 @@ def complete(replies: list[Message], asked: int, round_: int) -> list[Message]:
             raise RunError(f"round {round_} failed: {reason_of(reply)}")
     ordered = sorted(replies, key=lambda reply: wire.client_of(reply.content))
     clients = [wire.client_of(reply.content) for reply in ordered]
-    if len(set(clients)) != asked:
-        raise RunError(f"round {round_} failed: {asked} clients were asked, {len(set(clients))} answered")
+    if len(set(clients)) != expected:
+        raise RunError(f"round {round_} failed: {expected} clients were asked, {len(set(clients))} answered")
     if again := [one for one, other in pairwise(clients) if one == other]:
         raise RunError(f"round {round_} failed: client {again[0]} answered more than once")
     return ordered
@@ -412,14 +412,14 @@ def make_strategy(scenario: Scenario) -> Strategy:
     if not (isinstance(kind, type) and issubclass(kind, Strategy)):
         raise InputError(f"strategy.path={settings.path} is not a subclass of flwr.serverapp.strategy.Strategy")
     try:
-        return kind(**(everybody(scenario) | settings.args))
+        return kind(**(all_clients(scenario) | settings.args))
     except (Exception, SystemExit) as error:
         raise InputError(
             f"strategy.path={settings.path} does not take strategy.args={settings.args}: {error}"
         ) from None
 
 
-def everybody(scenario: Scenario) -> dict[str, Any]:
+def all_clients(scenario: Scenario) -> dict[str, Any]:
     """Flower's settings for asking every client in every round; by default it waits for two."""
     clients = scenario.settings.clients.total
     return {
@@ -461,7 +461,7 @@ def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
 
 
 def introductions(grid: Grid, clients: int) -> dict[int, int]:
-    """The client behind each node of a grid, as the nodes say: `numbered` of what was `asked`, with their errors.
+    """The client behind each node of a grid, as the nodes say: `numbered` of `ask_nodes`, with the errors of both.
 
     Parameters
     ----------
@@ -470,11 +470,11 @@ def introductions(grid: Grid, clients: int) -> dict[int, int]:
     clients : int
         How many clients there should be, numbered from 0.
     """
-    found = {node: introduction.client for node, introduction in asked(grid, RecordDict()).items()}
+    found = {node: introduction.client for node, introduction in ask_nodes(grid, RecordDict()).items()}
     return numbered(found, clients)
 
 
-def asked(grid: Grid, question: RecordDict) -> dict[int, wire.Introduction]:
+def ask_nodes(grid: Grid, question: RecordDict) -> dict[int, wire.Introduction]:
     """What each node of a grid says to the question who it is.
 
     Parameters
@@ -559,7 +559,7 @@ def with_own_data(grid: Grid, settings: Settings) -> tuple[Scenario, dict[int, i
         Where a node can't be asked, some have numbers and some have none, or other than `clients.malicious` attack.
     """
     dataset = data.load(**settings.dataset.model_dump())
-    answers = asked(grid, wire.question(settings.model_dump_json(), wire.Own(own.layout_of(dataset))))
+    answers = ask_nodes(grid, wire.question(settings.model_dump_json(), wire.Own(own.layout_of(dataset))))
     if all(one.client is None for one in answers.values()):
         order = sorted(answers, key=lambda node: (answers[node].fingerprint, answers[node].malicious, node))
         client_of = {node: client for client, node in enumerate(order)}

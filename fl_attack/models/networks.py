@@ -63,7 +63,7 @@ class Network(Model):
 
     def logits(self, theta: Tensor, X: Tensor) -> Tensor:
         """The module's answer, (n, classes), see `Model.logits`."""
-        module, fixed = self._here(theta)
+        module, fixed = self._module_of_thread(theta)
         found: Tensor = functional_call(module, (self.parameters(theta), fixed), (X,))
         return found
 
@@ -103,7 +103,7 @@ class Network(Model):
         found = [part.unflatten(-1, (self.classes, -1)) for _, part in rows[last[-1] : last[-1] + 1 + bias]]
         return torch.cat(found, -1)
 
-    def _here(self, theta: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
+    def _module_of_thread(self, theta: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
         """A module of this thread's own, since `functional_call` puts parameters into it; and what is not trained."""
         held: dict[Any, Any] = self._copies.__dict__
         if "module" not in held:

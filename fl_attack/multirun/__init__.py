@@ -25,7 +25,7 @@ from fl_attack.multirun.children import Children
 from fl_attack.multirun.elsewhere import Launch, compute_file, launched
 from fl_attack.multirun.execute import compute
 from fl_attack.multirun.table import Cell, write_tables
-from fl_attack.multirun.units import Numbers, Unit, by_cell, by_lot, distinct, read, saver, units
+from fl_attack.multirun.units import Numbers, Unit, by_cell, distinct, random_numbers, read, saver, units
 from fl_attack.overrides import written
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
@@ -289,7 +289,7 @@ def _check_figures(cells: Sequence[Cell], scenarios: Sequence[Scenario]) -> None
         return
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder, plots.captured():
-        write_tables(Path(folder), cells, scenarios, [by_lot(scenario, rng) for scenario in scenarios])
+        write_tables(Path(folder), cells, scenarios, [random_numbers(scenario, rng) for scenario in scenarios])
         for figure in cells[0].settings.figures:
             if not figure:
                 raise InputError("figures holds an empty list; give a kind of plot and its columns")

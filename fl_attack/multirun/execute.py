@@ -25,7 +25,7 @@ from fl_attack.scenario import Scenario
 
 OnNumbers = Callable[[Unit, Numbers], None]
 Observe = Callable[[int, History], OnRound | None]  # of a cell, what looks on while it runs
-Tell = Callable[[int, int], None]  # gets the position of a job and how many rounds of its cells are done
+OnSteps = Callable[[int, int], None]  # gets the position of a job and how many rounds of its cells are done
 Packed = tuple[int, list[str]]  # the threads to use, and the settings of cells in JSON
 WORTH_WORKERS = 4.0  # seconds of computing below which workers would take longer to start
 
@@ -45,7 +45,7 @@ class UnitJob:
         return free if engine.is_linear(self.cells[0]) else 1  # convolutions sum otherwise with another number
 
 
-Launcher = Callable[[Sequence[UnitJob], Settings, Tell], Iterator[tuple[int, Numbers]]]
+Launcher = Callable[[Sequence[UnitJob], Settings, OnSteps], Iterator[tuple[int, Numbers]]]
 
 
 def compute(
@@ -84,12 +84,12 @@ def _spread(todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progr
     jobs = [UnitJob([scenarios[i] for i in unit.cells]) for unit in todo]
     reported = [0] * len(todo)
 
-    def tell(i: int, rounds: int) -> None:
+    def on_steps(i: int, rounds: int) -> None:
         progress.rounds(jobs[i].cells[0].settings.rounds, rounds - reported[i])
         reported[i] = rounds
 
-    for i, numbers in LAUNCHERS[launcher_of(settings)](jobs, settings, tell):
-        tell(i, len(jobs[i].cells) * jobs[i].cells[0].settings.rounds)
+    for i, numbers in LAUNCHERS[launcher_of(settings)](jobs, settings, on_steps):
+        on_steps(i, len(jobs[i].cells) * jobs[i].cells[0].settings.rounds)
         keep(todo[i], numbers)
 
 
@@ -100,13 +100,13 @@ def launcher_of(settings: Settings) -> str:
     return "ray" if settings.engine.ray_address else "local"
 
 
-def _local(jobs: Sequence[UnitJob], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
+def _local(jobs: Sequence[UnitJob], settings: Settings, on_steps: OnSteps) -> Iterator[tuple[int, Numbers]]:
     """Compute jobs on the processors of this machine."""
     count = worker_count([job.cells for job in jobs], settings)
     if count > 1:
         threads = max(1, (settings.workers or workers.processors()) // count)
         packed = [job.packed(threads) for job in jobs]
-        yield from workers.side_by_side(numbers_of_job, packed, count, tell)
+        yield from workers.side_by_side(numbers_of_job, packed, count, on_steps)
         return
     for i, job in enumerate(jobs):
         done = 0
@@ -114,20 +114,20 @@ def _local(jobs: Sequence[UnitJob], settings: Settings, tell: Tell) -> Iterator[
         def step(rounds: int, i: int = i) -> None:
             nonlocal done
             done += rounds
-            tell(i, done)
+            on_steps(i, done)
 
         with _threads(job.threads(min(torch.get_num_threads(), settings.workers or workers.processors()))):
             numbers = batched_numbers(job.cells, step)
         yield i, numbers
 
 
-def _on_ray(jobs: Sequence[UnitJob], settings: Settings, tell: Tell) -> Iterator[tuple[int, Numbers]]:
+def _on_ray(jobs: Sequence[UnitJob], settings: Settings, on_steps: OnSteps) -> Iterator[tuple[int, Numbers]]:
     """Compute jobs on the workers of a Ray cluster."""
     from fl_attack import federation
 
     threads, address = torch.get_num_threads(), settings.engine.ray_address
     packed = [job.packed(threads) for job in jobs]
-    yield from federation.scatter(numbers_of_job, packed, threads, address, settings.verbose, tell)
+    yield from federation.scatter(numbers_of_job, packed, threads, address, settings.verbose, on_steps)
 
 
 LAUNCHERS: dict[str, Launcher] = {"local": _local, "ray": _on_ray}

@@ -124,8 +124,8 @@ def by_cell(unit: Unit, numbers: Numbers) -> dict[int, Numbers]:
     return {cell: Numbers(*(part[i] for part in numbers)) for i, cell in enumerate(unit.cells)}
 
 
-def by_lot(scenario: Scenario, rng: np.random.Generator) -> Numbers:
-    """Numbers such as a cell may have, which nobody computed, to try figures with; see `stacked`."""
+def random_numbers(scenario: Scenario, rng: np.random.Generator) -> Numbers:
+    """Random numbers in place of those of a cell, to try figures with; see `stacked`."""
     table = rng.uniform(0.2, 0.8, (2, len(COLUMNS)))
     table[:, COLUMNS.index("round")] = 0, scenario.settings.rounds
     if scenario.settings.early_stop.patience is None:

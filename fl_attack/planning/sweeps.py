@@ -162,8 +162,8 @@ class Sweeps:
             best = self.trajectory.best_labels()
             for t, new in enumerate(best):
                 if new is not None:
-                    self.labels[t] = torch.where(kept, _there(trial[t]), _there(self.labels[t]))
-                    self.wanted[t] = torch.where(kept, new, _there(self.wanted[t]))
+                    self.labels[t] = torch.where(kept, _required(trial[t]), _required(self.labels[t]))
+                    self.wanted[t] = torch.where(kept, new, _required(self.wanted[t]))
         self.part.append(np.where(self.over, 0.0, count / T))
         self._next = np.where(rose, np.minimum(1, GROW * self._next), np.maximum(1 / T, SHRINK * self._next))
         self.harm.append(np.where(rose, harm, self.harm[-1]))
@@ -408,7 +408,7 @@ def chosen_labels(scores: Tensor, y: Tensor, access: WriteAccess, selection: att
     return found.to(torch.uint8 if scores.shape[-1] <= 256 else torch.int16)
 
 
-def _there(labels: Tensor | None) -> Tensor:
-    """Labels of a round in which they can be written."""
+def _required(labels: Tensor | None) -> Tensor:
+    """Labels of a round, which are not None since attackers can write in it."""
     assert labels is not None
     return labels

@@ -198,8 +198,8 @@ def _method(plan: ReplicationPlan, found: ReplicationRecord, command: str) -> st
         "## How it was done",
         "",
         f"`{command}`: {len(_distinct(results))} sweeps, {sum(len(one.cells) for one in _distinct(results)):,} "
-        f"experiments, {_took(found)} on {os.cpu_count()} processors that together make {_gigaflops():.0f} Gflop/s in "
-        f"single precision ({software}).",
+        f"experiments, {_duration(found)} on {os.cpu_count()} processors that together make {_gigaflops():.0f} Gflop/s "
+        f"in single precision ({software}).",
         "",
         f"Each experiment: {plan.epochs} epochs of logistic regression by SGD over 10 clients of equal shares, of "
         "which the malicious ones hold k; budgets of less than a flip carry on to the next round "
@@ -229,7 +229,7 @@ def _method(plan: ReplicationPlan, found: ReplicationRecord, command: str) -> st
         "",
         *_rates(results, found),
         "",
-        *_larger(results),
+        *_larger_batches(results),
         "Intervals are 95 %, over seeds and test images: every cell is paired with the unattacked run of its seed, the "
         "variance over seeds and that of a jackknife over twenty parts of the test set are added (Student's t, degrees "
         "of freedom by Satterthwaite). **The rules, stated before the runs.** A claim is *replicated* where its "
@@ -260,7 +260,7 @@ def _gigaflops(size: int = 1500, repeats: int = 10) -> float:
     return 2 * size**3 / min(seconds) / 1e9
 
 
-def _took(found: ReplicationRecord) -> str:
+def _duration(found: ReplicationRecord) -> str:
     """In words, the minutes that were computed, in all and for each data set."""
     each = {title: sum(calls) for title, calls in found.seconds.items() if calls}
     calls = max(map(len, found.seconds.values()), default=0)
@@ -289,7 +289,7 @@ def _rates(results: Sequence[RunCells], found: ReplicationRecord) -> list[str]:
     return rows
 
 
-def _larger(results: Sequence[RunCells]) -> list[str]:
+def _larger_batches(results: Sequence[RunCells]) -> list[str]:
     """A sentence on the unattacked accuracy with larger batches, as lines of Markdown; none where that was not run."""
     accuracies = []
     for result in results:

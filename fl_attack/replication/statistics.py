@@ -118,7 +118,7 @@ def spread(cells: Cells, goal: str) -> Floats:
 
 def spread_gap(cells: Cells) -> Floats:
     """`spread` under the untargeted attack less that under the targeted one."""
-    return _less(spread(cells, "untargeted"), spread(cells, "targeted"))
+    return _difference_by_seed(spread(cells, "untargeted"), spread(cells, "targeted"))
 
 
 def gap_growth(cells: Cells) -> Floats:
@@ -126,7 +126,7 @@ def gap_growth(cells: Cells) -> Floats:
     ks = np.unique(cells["k"])
     middle = ks[len(ks) // 2]
     halves = [spread_gap(cells.only(mask)) for mask in (cells["k"] >= middle, cells["k"] < middle)]
-    return _less(*halves)
+    return _difference_by_seed(*halves)
 
 
 def goal_gaps(cells: Cells, mask: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
@@ -244,13 +244,13 @@ def amplified(cells: Cells, goal: str) -> Floats:
     lasting = at_best(cells.where(patience="null"))
     rates: set[object] = set(lasting["lr"].tolist())
     stopped = cells.only(np.array([lr in rates for lr in cells["lr"].tolist()]) & (cells["patience"] != "null"))
-    return _less(mean_drop(stopped, goal), mean_drop(lasting, goal))
+    return _difference_by_seed(mean_drop(stopped, goal), mean_drop(lasting, goal))
 
 
 def adam_harm(cells: Cells, goal: str) -> Floats:
     """Drop under Adam less that under SGD, each at its best learning rate; arguments as of `pairs`."""
     adam, sgd = (at_best(cells.where(optimizer=optimizer)) for optimizer in ("adam", "sgd"))
-    return _less(mean_drop(adam, goal), mean_drop(sgd, goal))
+    return _difference_by_seed(mean_drop(adam, goal), mean_drop(sgd, goal))
 
 
 def adam_lowest(cells: Cells, goal: str) -> Floats:
@@ -270,8 +270,8 @@ def adam_lowest(cells: Cells, goal: str) -> Floats:
     return _finite(table[np.arange(len(table)), others.argmin(1)])
 
 
-def _less(one: Floats, other: Floats) -> Floats:
-    """Differences by seed; none where the two are not of the same seeds."""
+def _difference_by_seed(one: Floats, other: Floats) -> Floats:
+    """Differences of two statistics by seed; none where they are not of the same seeds."""
     return one - other if len(one) == len(other) else np.empty(0)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_attack import folder as places
-from fl_attack.config import NOT_TOLD, Settings, leaves_of, overrides_of
+from fl_attack.config import OUTPUT_KEYS, Settings, leaves_of, overrides_of
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
 from fl_attack.history import History, OnRound, Row
@@ -49,7 +49,7 @@ class Journal:
         return entry
 
     def save(self) -> None:
-        """Write it; where the disk refuses, it is not written, and an interrupted run begins a new run in trackers."""
+        """Write the journal; where the disk refuses, it is not written, and an interrupted run begins a new one in trackers."""
         text = json.dumps(self.content).encode()
         try:
             write_whole(self.folder / places.TRACKERS, lambda stream: stream.write(text))
@@ -370,7 +370,7 @@ def of_sweep(cells: Sequence[tuple[Mapping[str, str], Settings]]) -> Iterator[Tr
 
 @contextmanager
 def _ended(end: Callable[[How], None]) -> Iterator[None]:
-    """Say at the end of the block how it ended."""
+    """A block at whose end the trackers are told how what runs in it ended."""
     how: How = "failed"
     try:
         yield
@@ -399,7 +399,7 @@ def _as_values(leaves: Mapping[str, Any]) -> dict[str, Value]:
     return {
         key: value if isinstance(value, plain) else json.dumps(value)
         for key, value in leaves.items()
-        if key not in NOT_TOLD
+        if key not in OUTPUT_KEYS
     }
 
 
