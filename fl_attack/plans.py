@@ -632,7 +632,7 @@ def sample_of(cell: Scenario, size: int, device: torch.device | str = "cpu") -> 
 
 
 def _group_key(cell: Scenario) -> tuple[Any, ...]:
-    """The key of a group, equal for cells whose plans can be made together: they see the same minibatches and step alike."""
+    """The key of cells whose plans can be made together: they see the same minibatches and their servers step alike."""
     settings, threat = cell.settings, cell.settings.attack
     return (
         cell.dataset.fingerprint,

@@ -54,7 +54,7 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def offer(folders: Sequence[Path]) -> None:
-    """Write the page at the end of a run or a sweep, see `write`; an error is a printed line, since the results are whole."""
+    """Write the page at the end of a run or a sweep, see `write`; an error is printed, since the results are whole."""
     try:
         write(folders)
     except Exception as error:

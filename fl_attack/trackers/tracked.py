@@ -49,7 +49,7 @@ class Journal:
         return entry
 
     def save(self) -> None:
-        """Write the journal; where the disk refuses, it is not written, and an interrupted run begins a new one in trackers."""
+        """Write the journal; where the disk refuses, an interrupted run begins a new one in trackers."""
         text = json.dumps(self.content).encode()
         try:
             write_whole(self.folder / places.TRACKERS, lambda stream: stream.write(text))
