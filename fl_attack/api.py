@@ -51,7 +51,7 @@ def run(*overrides: str, **keys: Any) -> Result:
 
     given = _written(overrides, keys)
     if as_multirun(given)[:1] == ["-m"]:
-        raise InputError("an experiment is a grid: use sweep(...), not run(...)")
+        raise InputError("experiments, and keys set together, are grids: use sweep(...), not run(...)")
     with _place(given) as (out, in_memory):
         settings = compose(*given, *out)
         with _kept_in_memory(in_memory, settings):

@@ -256,7 +256,8 @@ def _joint_cases(param: str) -> list[list[str]]:
     names = keys.split("+")
     cases = [case.strip().split("+") for case in values.split(",")]
     if wrong := next((case for case in cases if len(case) != len(names)), None):
-        raise InputError(f"hydra.sweeper.params: {keys} sets {len(names)} keys, but {'+'.join(wrong)} {len(wrong)}")
+        given = "+".join(wrong) or "nothing"
+        raise InputError(f"{keys} sets {len(names)} keys together; {given} is not {len(names)} values joined by +")
     return [[f"{name}={value}" for name, value in zip(names, case, strict=True)] for case in cases]
 
 

@@ -26,6 +26,7 @@ OPTIONS = (
 
 
 _composing = threading.RLock()
+PARAMS = "hydra.sweeper.params"  # a grid: values by key, or by keys that are set together
 ON_MNIST = ("experiment=networks",)  # grids that take MNIST where dataset.root is given
 
 
@@ -55,16 +56,25 @@ def allow_new_args(overrides: Iterable[str]) -> list[str]:
 
 
 def completed(overrides: Iterable[str]) -> list[str]:
-    """Overrides as Hydra takes them, see `allow_new_args`; grids of `ON_MNIST` on MNIST where its folder is named."""
-    found = allow_new_args(overrides)
+    """Overrides as Hydra takes them, see `_joint`; grids of `ON_MNIST` on MNIST where its folder is named."""
+    found = [_joint(override) for override in allow_new_args(overrides)]
     keys = {override.partition("=")[0].lstrip("+") for override in found}
     if any(one.lstrip("+") in ON_MNIST for one in found) and "dataset.root" in keys and "dataset" not in keys:
         found.append("dataset=mnist")
     return found
 
 
+def _joint(override: str) -> str:
+    """Keys that are set together, `a+b=1+2,3+4`, as a parameter of Hydra's sweeper, since its command line has none."""
+    keys, equals, cases = override.lstrip("+").partition("=")
+    if "+" not in keys or not equals or override.startswith("-"):
+        return override
+    plain = cases.strip("'\"")
+    return f"{PARAMS}={{{keys}:'{plain}'}}"
+
+
 def as_multirun(arguments: list[str]) -> list[str]:
-    """Arguments of the program; one that names an experiment is a multirun, with or without -m.
+    """Arguments of the program; one that names an experiment or sets keys together is a multirun, with or without -m.
 
     InputError where they ask for what one command can't do.
     """
@@ -83,7 +93,7 @@ def as_multirun(arguments: list[str]) -> list[str]:
             )
     if {"--cfg", "-c"} & {*arguments} and {"-m", "--multirun"} & {*arguments}:
         raise InputError("--cfg shows the settings of one run; leave out -m")
-    named = any(argument.lstrip("+").startswith("experiment=") for argument in arguments)
+    named = any(_joint(argument).lstrip("+").startswith(("experiment=", f"{PARAMS}=")) for argument in arguments)
     explicit = {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & {argument.split("=")[0] for argument in arguments}
     return ["-m", *arguments] if named and not explicit else arguments
 
@@ -155,7 +165,8 @@ def explain(error: Exception, words: Iterable[str] | None = None) -> str:
             f"in key=[1,2], or quote a text: key='\"value\"'"
         )
     if "hydra.cc" in text and "override_grammar" in text:
-        typed = next((part for part in (sys.argv[1:] if words is None else words) if _unreadable(part)), "an override")
+        typed_words = [word for word in (sys.argv[1:] if words is None else words) if not word.startswith("-")]
+        typed = next((word for word in typed_words if _unreadable(word)), "an override")
         return f"{typed} can't be read; quote values with special characters: key='\"value\"'"
     return text
 

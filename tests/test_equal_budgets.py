@@ -103,5 +103,5 @@ def test_the_experiment_is_on_mnist_where_its_folder_is_named(given: list[str], 
 
 def test_values_set_together_must_be_as_many_as_their_keys() -> None:
     assert launcher._joint_cases("a.b+c=1+x, 2+y") == [["a.b=1", "c=x"], ["a.b=2", "c=y"]]
-    with pytest.raises(InputError, match=r"a\.b\+c sets 2 keys, but 2 1"):
+    with pytest.raises(InputError, match=r"a\.b\+c sets 2 keys together; 2 is not 2 values"):
         launcher._joint_cases("a.b+c=1+x,2")

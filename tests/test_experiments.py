@@ -34,6 +34,29 @@ def test_an_experiment_is_a_multirun_by_itself() -> None:
     assert as_multirun(["rounds=3"]) == ["rounds=3"]
 
 
+def test_keys_joined_by_a_plus_are_set_together(command: Command, tmp_path: Path) -> None:
+    small = ["dataset=digits_01", "engine=batched", "clients.total=10", "rounds=2", "figures=[]", "report=false"]
+    code, _, stderr = command(*small, "clients.malicious+attack.budget=10+0.1,5+0.2", "seed=0,1", f"out={tmp_path}/out")
+    assert code == 0, stderr
+    with (tmp_path / "out" / "sweep.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    found = [(row["clients.malicious"], row["attack.budget"], row["seed"]) for row in rows]
+    assert sorted(found) == [("10", "0.1", "0"), ("10", "0.1", "1"), ("5", "0.2", "0"), ("5", "0.2", "1")]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("clients.malicious+attack.budget=10+0.1,5", "5 is not 2 values joined by +"),
+        ("lr=[", "lr=[ can't be read"),
+    ],
+)
+def test_the_word_to_blame_is_named(command: Command, override: str, line: str) -> None:
+    code, _, stderr = command("-m", override)
+    assert code == 2
+    assert line in stderr
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_an_experiment_leaves_its_figures_and_tables(
     command: Command, small_data: Small, tmp_path: Path, name: str
