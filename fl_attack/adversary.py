@@ -137,10 +137,8 @@ def remembered(scenario: Scenario, round_: int, stored: Flips, flips: Flips) -> 
 
     Parameters
     ----------
-    scenario : Scenario
-        The experiment.
-    round_ : int
-        The round, counted from 1.
+    scenario, round_
+        As `flips` takes them.
     stored : Flips
         The labels that stood in the data before the round, of all samples.
     flips : Flips
@@ -352,12 +350,8 @@ def updates(
 
     Parameters
     ----------
-    scenario : Scenario
-        The experiment.
-    theta : (A, B) tensor of float64
-        The parameters that the server has broadcast.
-    round_ : int
-        The round, counted from 1.
+    scenario, theta, round_
+        As `flips` takes them.
     flips : Flips
         The labels that are flipped in the round.
     momenta : (m, A, B) tensor, optional
@@ -379,7 +373,7 @@ def crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor) -> T
     Parameters
     ----------
     scenario, theta, round_
-        As of `updates`.
+        As `flips` takes them.
     honest : (m, A, B) tensor
         The updates that all clients of the round would send honestly, clients ascending.
 

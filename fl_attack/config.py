@@ -656,7 +656,7 @@ def typed(given: Any) -> Settings:
     Parameters
     ----------
     given : dict
-        Nested plain values.
+        As `settings_from` takes it.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """What the numbers of an experiment depend on: the key under which they are kept and found again."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,4 +47,27 @@ def key_of(scenarios: Sequence[Scenario]) -> str:
         if planned or adaptive.searches(scenario) or aggregate.sees(settings.strategy.name):
             own += f"/{WITH_OTHERS}"
         parts += [scenario.settings.model_dump_json(exclude=ON_DATA), scenario.dataset.fingerprint, own]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    return _digest(parts, 32)
+
+
+def key_of_grid(fingerprint: str, all_settings: Iterable[Settings]) -> str:
+    """A hash of the settings of a grid, for the name of its folder: without versions of libraries, unlike `key_of`.
+
+    Parameters
+    ----------
+    fingerprint : str
+        The fingerprint of the data set that all cells share.
+    all_settings : iterable of Settings
+        The settings of each cell.
+
+    Returns
+    -------
+    str
+        Another one with any setting that a number depends on.
+    """
+    return _digest([str(NUMERICS), fingerprint, *(one.model_dump_json(exclude=ON_DATA) for one in all_settings)], 16)
+
+
+def _digest(parts: Iterable[str], length: int) -> str:
+    """A hash of texts in their order, in this many hexadecimal digits."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:length]

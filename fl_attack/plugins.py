@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -63,6 +63,49 @@ def place_of(name: str) -> str:
     file = Path(code.co_filename)
     shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
     return f"{name.replace(str(file), file.name)} ({shown}:{code.co_firstlineno})"
+
+
+def unknown_name(key: str, name: str, what: str, known: Iterable[str], wanted: str = "a function") -> str:
+    """The message for a name that is in no table and no import path.
+
+    Parameters
+    ----------
+    key, name : str
+        The setting, and its value.
+    what : str
+        What it should name, such as "an attack".
+    known : iterable of str
+        The names of the table.
+    wanted : str
+        What an import path may lead to.
+    """
+    return f"{key}={name} is not {what}; known: {', '.join(known)}, or the import path of {wanted}"
+
+
+def check_keywords(name: str, parameters: Sequence[inspect.Parameter], args: Iterable[str]) -> list[str]:
+    """The names of the arguments that can be given to a model or an attack.
+
+    Parameters
+    ----------
+    name : str
+        The model or attack.
+    parameters : sequence of inspect.Parameter
+        Its parameters beside those that it is always given.
+    args : iterable of str
+        The names of the arguments that it is given.
+
+    Raises
+    ------
+    InputError
+        Where one is unknown.
+    """
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    known = [one.name for one in parameters if one.kind in named]
+    unknown = [key for key in args if key not in known]
+    if unknown and not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise InputError(f"args.{unknown[0]} is not an argument of name={name}; {takes}")
+    return known
 
 
 def call(name: str, *given: Any, **args: Any) -> Any:

@@ -65,7 +65,7 @@ def write_config(out: Path, settings: Settings) -> None:
     Parameters
     ----------
     out : Path
-        The folder of the run; it is there.
+        As `write_rounds` takes it.
     settings : Settings
         The settings of the run.
     """
@@ -100,7 +100,7 @@ def write(out: Path, scenario: Scenario, history: History) -> None:
     Parameters
     ----------
     out : Path
-        The folder of the run; it is there.
+        As `write_rounds` takes it.
     scenario : Scenario
         The data, the partition and the model of the run.
     history : History
@@ -138,7 +138,7 @@ def write_clients(out: Path, scenario: Scenario, history: History) -> None:
     Parameters
     ----------
     out : Path
-        The folder of the run; it is there.
+        As `write_rounds` takes it.
     scenario : Scenario
         The data and who holds what.
     history : History
@@ -174,7 +174,7 @@ def write_summary(out: Path, facts: dict[str, Any]) -> None:
     Parameters
     ----------
     out : Path
-        The folder of the run; it is there.
+        As `write_rounds` takes it.
     facts : dict
         The content, as `summary` gives it.
     """

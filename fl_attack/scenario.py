@@ -452,14 +452,8 @@ def kept_samples(scenario: Scenario, client: int, theta: Tensor, round_: int, fl
 
     Parameters
     ----------
-    scenario : Scenario
-        The experiment.
-    client, round_ : int
-        The client's number, and the round, from 1.
-    theta : (A, B) tensor
-        The parameters that the server has broadcast.
-    flips : Flips
-        The labels of the round that are not the true ones.
+    scenario, client, theta, round_, flips
+        As `client_update` takes them.
 
     Returns
     -------
@@ -540,12 +534,8 @@ def mean_gradient(scenario: Scenario, theta: Tensor, round_: int, flips: Flips =
     ----------
     scenario : Scenario
         An experiment of one local step.
-    theta : (A, B) tensor of float64
-        The parameters that the server has broadcast.
-    round_ : int
-        The round, counted from 1.
-    flips : Flips
-        The labels that are flipped in the round.
+    theta, round_, flips
+        As `client_update` takes them.
 
     Returns
     -------

@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -456,11 +457,8 @@ def read_curves(folder: Path) -> tuple[Floats, Floats]:
     InputError
         Where `curves.npz` is not there or damaged.
     """
-    try:
-        with np.load(folder / CURVES, allow_pickle=False) as stored:
-            return 100 * stored["accuracy"], stored["round"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder / CURVES} can't be read: {error}") from None
+    with _stored_curves(folder) as stored:
+        return 100 * stored["accuracy"], stored["round"]
 
 
 def read_mistakes(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
@@ -469,7 +467,7 @@ def read_mistakes(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]] |
     Parameters
     ----------
     folder : Path
-        What a multirun left in its `out`.
+        As `read_curves` takes it.
 
     Returns
     -------
@@ -478,11 +476,18 @@ def read_mistakes(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]] |
     images : (parts,) array
         Test images in each part; None in place of both where an earlier version did not count them.
     """
+    with _stored_curves(folder) as stored:
+        has_counts = "wrong" in stored.files and len(stored["wrong"])
+        return (stored["wrong"], stored["images"]) if has_counts else None
+
+
+@contextmanager
+def _stored_curves(folder: Path) -> Iterator[Any]:
+    """The arrays of `curves.npz` by name; in the block, what it lacks or can't be read of it is an InputError."""
     try:
         with np.load(folder / CURVES, allow_pickle=False) as stored:
-            known = "wrong" in stored.files and len(stored["wrong"])
-            return (stored["wrong"], stored["images"]) if known else None
-    except (OSError, ValueError) as error:
+            yield stored
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder / CURVES} can't be read: {error}") from None
 
 

@@ -149,6 +149,33 @@ def mapped(function: Callable[[Given], Found], given: Iterable[Given], workers: 
     return (results[i] for i in range(len(parts)))
 
 
+def reported(report: Callable[[int], None], every: float = REPORT_EVERY) -> Step:
+    """A function that a job tells its steps to, which reports how many they are so far, now and then.
+
+    Parameters
+    ----------
+    report : callable
+        Called with the number of steps so far.
+    every : float
+        Seconds between two reports.
+
+    Returns
+    -------
+    callable
+        Takes the number of further steps.
+    """
+    done, last = 0, time.monotonic()
+
+    def step(more: int) -> None:
+        nonlocal done, last
+        done += more
+        if time.monotonic() - last > every:
+            last = time.monotonic()
+            report(done)
+
+    return step
+
+
 def _without_steps(job: tuple[Callable[[Given], Found], Given], step: Step) -> Found:
     """A function of one argument as a job."""
     function, given = job
@@ -217,15 +244,7 @@ def _work(pipe: connection.Connection, function: Callable[[Any, Step], Any]) -> 
     with suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             job = pipe.recv()
-            done, last = 0, time.monotonic()
-
-            def step(more: int) -> None:
-                nonlocal done, last
-                done += more
-                if time.monotonic() - last > REPORT_EVERY:
-                    last = time.monotonic()
-                    _tell(pipe, ("steps", done))
-
+            step = reported(lambda done: _tell(pipe, ("steps", done)))
             try:
                 answer = "result", function(job, step)
             except SystemExit as error:  # of somebody's library or file

@@ -229,10 +229,7 @@ def _rule(name: str, f: int, m: int, args: Mapping[str, Any], byzfl_class: str |
             raise InputError(f"strategy.args of {name}: {error}; a rule takes updates, weights, f and these") from None
         user_rule = partial(_user_rule, name, asks, f, args)
         return lambda updates, weights, client_order, seen, state: user_rule(updates, weights, seen, state), asks
-    raise InputError(
-        f"strategy.name={name} is not a strategy; known: {', '.join((*RULES, 'byzfl', 'flower'))}, or the import "
-        "path of a function"
-    )
+    raise InputError(plugins.unknown_name("strategy.name", name, "a strategy", (*RULES, "byzfl", "flower")))
 
 
 def _asks(function: Callable[..., Any]) -> set[str]:

@@ -104,12 +104,9 @@ def find(name: str) -> Attack:
     """
     if name in ATTACKS:
         return ATTACKS[name]
-    if "." not in name and ":" not in name:
+    if not plugins.is_path(name):
         known = ("none", *ATTACKS)
-        raise InputError(
-            f"name={name} is not an attack; known: {', '.join(known)}, or the import path of a function"
-            f"{did_you_mean(name, known)}"
-        )
+        raise InputError(f"{plugins.unknown_name('name', name, 'an attack', known)}{did_you_mean(name, known)}")
     function = plugins.load(name)
     first = next(iter(signature(function).parameters), "")
     kind = typing.get_type_hints(function).get(first)
@@ -132,11 +129,7 @@ def check_args(name: str, args: Mapping[str, Any]) -> None:
         Where one is unknown, missing or of another type.
     """
     parameters = list(signature(find(name).function).parameters.values())[1:]
-    known = [one.name for one in parameters if one.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
-    unknown = [key for key in args if key not in known]
-    if unknown and not any(one.kind is Parameter.VAR_KEYWORD for one in parameters):
-        takes = f"it takes {', '.join(known)}" if known else "it takes none"
-        raise InputError(f"args.{unknown[0]} is not an argument of name={name}; {takes}")
+    known = plugins.check_keywords(name, parameters, args)
     for one in parameters:
         if one.default is Parameter.empty and one.name in known and one.name not in args:
             raise InputError(f"args.{one.name} is missing; name={name} has no default for it")
@@ -202,7 +195,7 @@ def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int]
     name : str
         A name of `ATTACKS`, or the import path of a function.
     view : View
-        What the attackers see in the round; a function of somebody's gets a copy.
+        What the attackers see in the round; a user's function gets a copy.
     args : mapping
         Arguments of the attack by name.
     shape : sequence of int
@@ -248,12 +241,10 @@ def craft(name: str, view: Updates, args: Mapping[str, Any]) -> Tensor:
 
     Parameters
     ----------
-    name : str
-        A name of `ATTACKS`, or the import path of a function.
+    name, args
+        As `propose` takes them.
     view : Updates
-        What the attackers see in the round; a function of somebody's gets a copy.
-    args : mapping
-        Arguments of the attack by name.
+        What the attackers see in the round; a user's function gets a copy.
 
     Returns
     -------

@@ -122,9 +122,7 @@ def find_direction(name: str) -> Direction:
     if name in DIRECTIONS:
         return DIRECTIONS[name]
     if not plugins.is_path(name):
-        raise InputError(
-            f"direction={name} is not a direction; known: {', '.join(DIRECTIONS)}, or the import path of a function"
-        )
+        raise InputError(plugins.unknown_name("direction", name, "a direction", DIRECTIONS))
     try:
         return Direction(cast(Callable[[Aim], Tensor], plugins.load(name)), ("knowledge", "target_path"))
     except InputError as error:
@@ -144,7 +142,7 @@ def direction_of(name: str, aim: Aim) -> Tensor:
     name : str
         A name of `DIRECTIONS`, or the import path of a function.
     aim : Aim
-        What there is to choose by; a function of somebody's gets a copy.
+        What the attackers know as they choose; a user's function gets a copy.
 
     Returns
     -------

@@ -208,10 +208,8 @@ def minsum(view: Updates, *, perturbation: Perturbation = "std") -> Tensor:
 
     Parameters
     ----------
-    view : Updates
-        What the attackers see of the round.
-    perturbation : {"std", "unit", "sign"}
-        As of `minmax`.
+    view, perturbation
+        As `minmax` takes them.
 
     Returns
     -------

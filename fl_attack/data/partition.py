@@ -183,9 +183,9 @@ def iid(labels: np.ndarray, clients: int, rng: np.random.Generator, **_: object)
     labels : array of int, (n,)
         The labels of the samples.
     clients : int
-        How many clients.
+        The number of clients.
     rng : numpy.random.Generator
-        What draws.
+        The generator that a random partition draws from.
 
     Returns
     -------
@@ -209,12 +209,8 @@ def dirichlet(
 
     Parameters
     ----------
-    labels : array of int, (n,)
-        The labels of the samples.
-    clients : int
-        How many clients.
-    rng : numpy.random.Generator
-        What draws.
+    labels, clients, rng
+        As `iid` takes them.
     alpha : float
         Above 0.
     balanced : bool
@@ -294,12 +290,8 @@ def given(
 
     Parameters
     ----------
-    labels : array of int, (n,)
-        The labels of the samples.
-    clients : int
-        How many clients; the file holds as many.
-    rng : numpy.random.Generator
-        Not used.
+    labels, clients, rng
+        As `iid` takes them; `rng` is not used, and the file must hold as many clients.
     path : str or Path
         An .npz with `client`, an .npy, or a text with a number in each line.
 
@@ -357,7 +349,7 @@ def of_flower(
     Parameters
     ----------
     labels, clients, rng
-        As all of `PARTITIONERS` take them; the seed of the partitioner is drawn from `rng`.
+        As `iid` takes them; the seed of the partitioner is drawn from `rng`.
     partitioner : str
         A class of `flwr_datasets.partitioner`.
     args : dict, optional
@@ -365,7 +357,7 @@ def of_flower(
 
     Returns
     -------
-    (n,) array of int
+    array of int, (n,)
         The client of each sample.
 
     References
@@ -380,12 +372,8 @@ def shards(labels: np.ndarray, clients: int, rng: np.random.Generator, *, s: int
 
     Parameters
     ----------
-    labels : array of int, (n,)
-        The labels of the samples.
-    clients : int
-        How many clients.
-    rng : numpy.random.Generator
-        What draws.
+    labels, clients, rng
+        As `iid` takes them.
     s : int
         Pieces for each client.
 

@@ -170,10 +170,8 @@ def take_within_(
         It becomes 1 for samples that are chosen, else 0.
     samples : array of int, (n,) or longer
         Their positions in the training set, by which ties are broken.
-    access : RoundAccess
-        What may be written, and how much of it.
-    scratch : (M, n) tensor
-        Memory that is overwritten.
+    access, scratch
+        As `of_proposal` takes them.
 
     Returns
     -------

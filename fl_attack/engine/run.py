@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -72,44 +73,27 @@ def run_cells(
     of_linear = [i for i, cell in enumerate(scenarios) if is_linear(cell)]
     found: dict[int, Outcome] = {}
     kept = {"keep_flips": keep_flips, "keep_theta": keep_theta}
+
+    def run_some(run: Callable[..., list[Outcome]], numbers: Sequence[int], **options: Any) -> None:
+        some, watched = [scenarios[i] for i in numbers], partial(_numbered, watch, numbers)
+        outcomes = run(some, device=device, progress=progress, watch=watched, **options)
+        found.update(zip(numbers, outcomes, strict=True))
+
+    def checkpoints_of(numbers: Sequence[int]) -> Sequence[Checkpoint]:
+        return [checkpoints[i] for i in numbers] if checkpoints else ()
+
     if planning := [cell for cell in scenarios if plans.is_whole(cell)]:
         plans.load_plans(planning)  # together
     if of_linear:
-        outcomes = linear.run_cells(
-            [scenarios[i] for i in of_linear],
-            device=device,
-            memory_gb=memory_gb,
-            progress=progress,
-            watch=partial(_numbered, watch, of_linear),
-            **kept,
-            full_rows=full_rows,
-            checkpoints=[checkpoints[i] for i in of_linear] if checkpoints else (),
-        )
-        found |= zip(of_linear, outcomes, strict=True)
+        more = {"full_rows": full_rows, "checkpoints": checkpoints_of(of_linear)}
+        run_some(linear.run_cells, of_linear, memory_gb=memory_gb, **kept, **more)
     others = [i for i in range(len(scenarios)) if i not in found]
     together = [i for i in others if not full_rows and stacked.can_run(scenarios[i])]
     one_by_one = [i for i in others if i not in set(together)]
     with torch.inference_mode():
         if together:
-            outcomes = stacked.run_cells(
-                [scenarios[i] for i in together],
-                device=device,
-                memory_gb=memory_gb,
-                progress=progress,
-                watch=partial(_numbered, watch, together),
-                **kept,
-            )
-            found |= zip(together, outcomes, strict=True)
-    run = partial(sequential.run, device=device, full_rows=full_rows)
-    outcomes = _side_by_side(
-        [scenarios[i] for i in one_by_one],
-        run,
-        progress,
-        partial(_numbered, watch, one_by_one),
-        [checkpoints[i] for i in one_by_one] if checkpoints else (),
-        device,
-    )
-    found |= zip(one_by_one, (_slimmed(outcome, **kept) for outcome in outcomes), strict=True)
+            run_some(stacked.run_cells, together, memory_gb=memory_gb, **kept)
+    run_some(_side_by_side, one_by_one, full_rows=full_rows, checkpoints=checkpoints_of(one_by_one), **kept)
     return [found[i] for i in range(len(scenarios))]
 
 
@@ -125,11 +109,14 @@ def _slimmed(outcome: Outcome, keep_flips: bool, keep_theta: bool) -> Outcome:
 
 def _side_by_side(
     cells: Sequence[Scenario],
-    run: Callable[..., Outcome],
+    *,
+    device: str,
     progress: OnRounds,
     watch: Watch,
+    full_rows: bool,
     checkpoints: Sequence[Checkpoint],
-    device: str,
+    keep_flips: bool,
+    keep_theta: bool,
 ) -> list[Outcome]:
     """The outcomes of cells that are run each by itself, on a CPU as many at a time as there are threads."""
     for cell in cells:
@@ -148,7 +135,15 @@ def _side_by_side(
     def one(i: int) -> Outcome:
         with torch.inference_mode():
             kept = checkpoints[i] if checkpoints else None
-            return run(cells[i], progress=report, watch=partial(look, i), checkpoint=kept)
+            outcome = sequential.run(
+                cells[i],
+                device=device,
+                progress=report,
+                watch=partial(look, i),
+                checkpoint=kept,
+                full_rows=full_rows,
+            )
+            return _slimmed(outcome, keep_flips, keep_theta)
 
     on_cpu = torch.device(device).type == "cpu"
     numbers = range(len(cells))

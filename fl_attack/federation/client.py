@@ -344,7 +344,7 @@ def introduce(message: Message, context: Context) -> Message:
     message : Message
         The server's question; its content is that of `wire.question` where nodes have data of their own.
     context : Context
-        Flower's facts about the node.
+        As `train` takes it.
 
     Returns
     -------

@@ -1,6 +1,5 @@
 """Work spread over a Ray cluster, for what needs no federation."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fl_attack.federation.session import ray_session
+from fl_attack.workers import reported
 
 REPORT_EVERY = 1.0  # seconds between two reports
 
@@ -76,16 +76,7 @@ def scatter(
         board = remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
         def work(i: int, job: Any) -> Any:
-            done, last = 0, time.monotonic()
-
-            def step(more: int) -> None:
-                nonlocal done, last
-                done += more
-                if time.monotonic() - last > REPORT_EVERY:
-                    last = time.monotonic()
-                    board.note.remote(i, done)
-
-            return function(job, step)
+            return function(job, reported(lambda done: board.note.remote(i, done), REPORT_EVERY))
 
         task = remote(max_retries=-1, num_cpus=cpus, scheduling_strategy="SPREAD")(work)
         pending = {task.remote(i, job): i for i, job in enumerate(jobs)}

@@ -35,10 +35,8 @@ def find(name: str) -> ModelEntry:
     if name in MODELS:
         return MODELS[name]
     if not plugins.is_path(name):
-        raise InputError(
-            f"name={name} is not a model; known: {', '.join(MODELS)}, or the import path of a torch.nn.Module"
-            f"{did_you_mean(name, MODELS)}"
-        )
+        message = plugins.unknown_name("name", name, "a model", MODELS, "a torch.nn.Module")
+        raise InputError(f"{message}{did_you_mean(name, MODELS)}")
     return ModelEntry(plugins.load(name))
 
 
@@ -61,12 +59,7 @@ def check_args(name: str, args: Mapping[str, Any]) -> None:
         parameters = list(inspect.signature(find(name).build).parameters.values())[2:]
     except ValueError:  # no signature to be had: building it will tell
         return
-    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    known = [one.name for one in parameters if one.kind in named]
-    unknown = [key for key in args if key not in known]
-    if unknown and not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
-        takes = f"it takes {', '.join(known)}" if known else "it takes none"
-        raise InputError(f"args.{unknown[0]} is not an argument of name={name}; {takes}")
+    plugins.check_keywords(name, parameters, args)
 
 
 def make(name: str, args: Mapping[str, Any], loss: str, inputs: tuple[int, ...], classes: int, seed: int) -> Model:

@@ -20,7 +20,7 @@ from fl_attack.data.cache import write_whole
 from fl_attack.data.sources import CIFAR10_FILES
 from fl_attack.errors import InputError
 from fl_attack.folder import TABLE
-from fl_attack.identity import NUMERICS, ON_DATA
+from fl_attack.identity import key_of_grid
 from fl_attack.launcher import grid
 from fl_attack.replication.verdicts import evidence
 from fl_attack.sweep_table import Cells
@@ -301,9 +301,8 @@ def folder_of(out: Path, cells: Sequence[multirun.Cell]) -> Path:
     -------
     Path
     """
-    facts = [str(NUMERICS), _loaded(cells[0].settings.dataset.model_dump_json()).fingerprint]
-    text = "\n".join([*facts, *(cell.settings.model_dump_json(exclude=ON_DATA) for cell in cells)])
-    return out / RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
+    fingerprint = _loaded(cells[0].settings.dataset.model_dump_json()).fingerprint
+    return out / RUNS / key_of_grid(fingerprint, (cell.settings for cell in cells))
 
 
 def lacking(grids: Grids) -> Grids:
