@@ -149,7 +149,7 @@ def mapped(function: Callable[[Given], Found], given: Iterable[Given], workers: 
     return (results[i] for i in range(len(parts)))
 
 
-def reported(report: Callable[[int], None], every: float = REPORT_EVERY) -> Step:
+def reported(report: Callable[[int], None], every: float) -> Step:
     """A function that a job tells its steps to, which reports how many they are so far, now and then.
 
     Parameters
@@ -244,7 +244,7 @@ def _work(pipe: connection.Connection, function: Callable[[Any, Step], Any]) -> 
     with suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             job = pipe.recv()
-            step = reported(lambda done: _tell(pipe, ("steps", done)))
+            step = reported(lambda done: _tell(pipe, ("steps", done)), REPORT_EVERY)
             try:
                 answer = "result", function(job, step)
             except SystemExit as error:  # of somebody's library or file
