@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import attack, plans, streams, targets
+from fl_attack import attack, plan_maker, streams, targets
 from fl_attack.scenario import Scenario
 
 HARM_SAMPLES = 1000  # training samples that directions measure harm on
@@ -133,7 +133,7 @@ def aim(scenario: Scenario, theta: Tensor, round_: int) -> attack.Aim:
         scenario.model,
         gradient=partial(scenario.gradient, theta, known(scenario, everyone, round_), at),
         target=partial(targets.target, scenario, theta.device),
-        sample=partial(plans.sample_of, scenario, HARM_SAMPLES, theta.device),
+        sample=partial(plan_maker.sample_of, scenario, HARM_SAMPLES, theta.device),
     )
 
 

@@ -18,7 +18,8 @@ from fl_attack.folder import BASELINE, OF_RUN, PLAN, SUMMARY
 from fl_attack.history import COLUMNS, History, rounds_to_recover
 from fl_attack.identity import NOT_NUMBERS
 from fl_attack.models.outputs import predictions
-from fl_attack.plans import STARTS, Plan, plans_made
+from fl_attack.plan_maker import STARTS, Plan
+from fl_attack.plans import plans_made
 from fl_attack.scenario import Scenario
 from fl_attack.sweep_table import write_csv
 from fl_attack.targets import target

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import adversary, attack, checkpoint, engine, knowledge, plans, scenario
+from fl_attack import adversary, attack, checkpoint, engine, knowledge, plan_maker, plans, scenario
 from fl_attack.attack import DIRECTIONS
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, compose
@@ -45,7 +45,7 @@ def final_harm(cell: Scenario) -> float:
     """The smoothed error after all rounds, on the sample that plans are made for."""
     theta = engine.run_cells([cell])[0].theta
     assert theta is not None
-    X, y = plans.sample_of(cell, 1000)
+    X, y = plan_maker.sample_of(cell, 1000)
     return attack.smoothed_error(cell.model.logits(theta, X), y, TEMPERATURE).item()
 
 
@@ -105,21 +105,21 @@ def test_plans_made_together_are_those_made_alone(make: Make) -> None:
         ["clients.malicious=3", "lr=0.2"],
     )
     cells = [make(*PLANNED, *change) for change in changes]
-    together = plans.Maker(cells, 1, [cell.start() for cell in cells])
+    together = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])
     assert len({plans._group_key(cell) for cell in cells}) == 1
     found = plans.load_plans(cells)
     assert together.theta.shape[0] == 12
     for cell, one in zip(cells, found, strict=True):
-        alone = plans.Maker([cell], 1, [cell.start()]).make(plans.Checkpoint(Path("nowhere"), ""), lambda sweep: None)[
-            0
-        ]
+        alone = plan_maker.Maker([cell], 1, [cell.start()]).make(
+            plans.Checkpoint(Path("nowhere"), ""), lambda sweep: None
+        )[0]
         np.testing.assert_array_equal(alone.samples, one.samples)
         np.testing.assert_allclose(alone.harm[-1], one.harm[-1], rtol=1e-9)
 
 
 def test_the_average_is_of_all_evaluations_and_the_end_of_the_last_round(make: Make) -> None:
     cells = [make(*PLANNED, f"attack.objective={one}", "eval_every=3") for one in ("average", "final")]
-    weights = plans.Maker(cells, 1, [cell.start() for cell in cells])._weights()
+    weights = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])._weights()
     third = 1 / 3  # after the rounds 3, 6 and 8, the last
     assert weights[:, 0].tolist() == [0, 0, 0, third, 0, 0, third, 0, third]
     assert weights[:, 1].tolist() == [0] * 8 + [1]
@@ -127,7 +127,7 @@ def test_the_average_is_of_all_evaluations_and_the_end_of_the_last_round(make: M
 
 def test_imagined_minibatches_are_of_the_same_shards_but_not_those_that_come(make: Make) -> None:
     cell = make(*PLANNED, "attack.foresight=simulated")
-    maker = plans.Maker([cell], 1, [cell.start()])
+    maker = plan_maker.Maker([cell], 1, [cell.start()])
     for round_ in range(1, 5):
         assert len(maker._samples(round_, True)) == len(maker._samples(round_, False)) == 20
         assert maker._samples(round_, True).tolist() != maker._samples(round_, False).tolist()
@@ -218,9 +218,9 @@ def test_a_run_leaves_its_plan_and_the_figure(
     assert code == 0 and "plan: sweep" in said
     with (out / "plan.csv").open() as lines:
         rows = list(csv.DictReader(lines))
-    assert {row["start"] for row in rows} == set(plans.STARTS)
+    assert {row["start"] for row in rows} == set(plan_maker.STARTS)
     assert [int(row["sweep"]) for row in rows if row["start"] == "target"][-1] <= 6
-    for start in plans.STARTS:
+    for start in plan_maker.STARTS:
         harm = [float(row["objective"]) for row in rows if row["start"] == start]
         assert all(later >= earlier for earlier, later in itertools.pairwise(harm))
     assert (out / "plan.png").stat().st_size > 1000
@@ -354,17 +354,17 @@ def test_directions_raise_what_they_are_named_for(make: Make) -> None:
         return (of(cell, theta + step * v) - of(cell, theta - step * v)) / (2 * step), (v**2).sum().item()
 
     def loss(cell: Scenario, theta: torch.Tensor) -> float:
-        return cell.model.mean_loss(theta, *plans.sample_of(cell, 1000))
+        return cell.model.mean_loss(theta, *plan_maker.sample_of(cell, 1000))
 
     def error(cell: Scenario, theta: torch.Tensor) -> float:
-        X, y = plans.sample_of(cell, 1000)
+        X, y = plan_maker.sample_of(cell, 1000)
         return attack.smoothed_error(cell.model.logits(theta, X), y, attack.directions.TEMPERATURE).item()
 
     for name, of in {"validation_loss": loss, "smoothed_error": error}.items():
         found, expected = slope(name, of)
         assert found == pytest.approx(expected, rel=1e-5), name  # its slope along itself: it is the gradient
     cell = make("attack.direction=mean_feature", "engine=batched", classes=3)
-    X, _ = plans.sample_of(cell, 1000)
+    X, _ = plan_maker.sample_of(cell, 1000)
     for name, row in {"mean_feature": 2, "-mean_feature": 0}.items():
         v = knowledge.direction(make(f"attack.direction={name}", classes=3), cell.start(), 1)
         torch.testing.assert_close(v[row], X.mean(0))

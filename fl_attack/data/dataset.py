@@ -153,12 +153,12 @@ def load(
         raise InputError(f"dataset.scale={scale} must be above 0")
     source, place = SOURCES[loader], _place(loader, root, path)
     wanted = None if classes is None else list(classes)
-    option = [] if source.option is None else [{"channels": channels, "split": split}[source.option]]
+    option = source.options(channels=channels, split=split)
     key = cache.digest([CACHE_FORMAT, [stamp(file) for file in source.files(place, *option)], wanted, *option])
     entry = cache.entry(f"{loader}-{key}", partial(_read, loader, place, option, wanted), verify=verify)
-    if scale is None and entry.facts["scale"] == 255 and entry.facts["largest"] <= 1:
-        _refuse_to_guess(loader, place, verify)
-    scale = float(scale or entry.facts["scale"])
+    if scale is None:
+        scale = _usual_scale(entry.facts, loader, place, verify)
+    scale = float(scale)
     return Dataset(
         **entry.arrays,  # type: ignore[arg-type]
         classes=tuple(entry.facts["classes"]),
@@ -191,6 +191,14 @@ def _read(
         "largest": float(max(arrays["x_train"].max(), arrays["x_test"].max())),
         "shape": raw.x_train.shape[1:] or (1,),
     }
+
+
+def _usual_scale(facts: cache.Facts, loader: str, place: Path, verify: bool) -> float:
+    """What raw values are divided by where no setting says it; InputError where that can't be told."""
+    scale: float = facts["scale"]
+    if scale == 255 and facts["largest"] <= 1:
+        _refuse_to_guess(loader, place, verify)
+    return scale
 
 
 def _refuse_to_guess(loader: str, place: Path, verify: bool) -> None:

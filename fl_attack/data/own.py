@@ -5,6 +5,7 @@ The server's data set, which it tests on, says what all nodes' samples have in c
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,35 +85,44 @@ def held(
         Names what is missing, damaged or not as the layout says.
     """
     place = Path(path).expanduser().resolve()
+    kind = _loader_of(place, loader)
+    option = SOURCES[kind].options(channels=channels, split=split)
+    stamps = [stamp(file) for file in SOURCES[kind].files(place, *option)]
+    picked = classes is not None
+    key = cache.digest([CACHE_FORMAT, stamps, layout, kind, option, picked])
+    entry = cache.entry(f"own-{key}", partial(_read, kind, place, option, layout, picked), verify=verify)
+    return Held(entry.arrays["x"], entry.arrays["y"], entry.fingerprint)
+
+
+def _loader_of(place: Path, loader: str | None) -> str:
+    """The source that reads a place, by default that of a folder of images or of an .npz; InputError without any."""
     kind = loader or ("image_folder" if place.is_dir() else "npz")
     if kind not in SOURCES or SOURCES[kind].setting is None:
         names = ", ".join(name for name, source in SOURCES.items() if source.setting)
         raise InputError(f"data-loader={kind} is unknown; use one of {names}")
-    source = SOURCES[kind]
-    option = [] if source.option is None else [{"channels": channels, "split": split}[source.option]]
-    stamps = [stamp(file) for file in source.files(place, *option)]
+    return kind
 
-    def build() -> tuple[cache.Arrays, cache.Facts]:
-        x, y, names = read_training(kind, place, *option)
-        shape = x.shape[1:] or (1,)
-        if shape != layout.shape:
-            raise InputError(f"{place}: a sample is {shape}, of the server's data {layout.shape}")
-        raw = checked(Raw(x, y, x[:1], y[:1], names), str(place))
-        if raw.x_train.dtype.kind != layout.kind:
-            stored = {"u": "bytes", "f": "floats"}
-            raise InputError(
-                f"{place}: numbers are {stored[raw.x_train.dtype.kind]}, of the server's data {stored[layout.kind]}; "
-                "store both alike"
-            )
-        labels = _labels(raw, layout, str(place), picked=classes is not None)
-        kept = labels >= 0
-        if not kept.any():
-            raise InputError(f"{place}: no sample is of the classes {', '.join(layout.classes)}")
-        return {"x": raw.x_train[kept], "y": labels[kept]}, {}
 
-    key = cache.digest([CACHE_FORMAT, stamps, layout, kind, option, classes is not None])
-    entry = cache.entry(f"own-{key}", build, verify=verify)
-    return Held(entry.arrays["x"], entry.arrays["y"], entry.fingerprint)
+def _read(
+    kind: str, place: Path, option: list[object], layout: DataLayout, picked: bool
+) -> tuple[cache.Arrays, cache.Facts]:
+    """The samples and labels at a place, by a source; InputError where they are not of the layout."""
+    x, y, names = read_training(kind, place, *option)
+    shape = x.shape[1:] or (1,)
+    if shape != layout.shape:
+        raise InputError(f"{place}: a sample is {shape}, of the server's data {layout.shape}")
+    raw = checked(Raw(x, y, x[:1], y[:1], names), str(place))
+    if raw.x_train.dtype.kind != layout.kind:
+        stored = {"u": "bytes", "f": "floats"}
+        raise InputError(
+            f"{place}: numbers are {stored[raw.x_train.dtype.kind]}, of the server's data {stored[layout.kind]}; "
+            "store both alike"
+        )
+    labels = _labels(raw, layout, str(place), picked)
+    kept = labels >= 0
+    if not kept.any():
+        raise InputError(f"{place}: no sample is of the classes {', '.join(layout.classes)}")
+    return {"x": raw.x_train[kept], "y": labels[kept]}, {}
 
 
 def _labels(raw: Raw, layout: DataLayout, where: str, picked: bool) -> np.ndarray:

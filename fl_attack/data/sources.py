@@ -55,6 +55,10 @@ class Source:
     scale: float | None = None  # of its raw values; None: 255 for integers, 1 for floats
     option: str | None = None  # the setting that both get as well
 
+    def options(self, **settings: object) -> list[object]:
+        """What `files` and `read` get beside the place: the value of `option` among settings, or nothing."""
+        return [] if self.option is None else [settings[self.option]]
+
 
 @contextmanager
 def reading(file: Path | str) -> Iterator[None]:
