@@ -157,13 +157,13 @@ def overrides_of(settings: Settings) -> list[str]:
         `compose(*overrides_of(settings))` gives the same settings.
     """
     groups = [f"{name}={_choice(name, getattr(settings, name).model_dump(mode='json'))}" for name in GROUPS]
-    usual = leaves_of(_composed_plainly(tuple(groups)))
+    defaults = leaves_of(_composed_plainly(tuple(groups)))
     default = {override for override in groups if override in _default_groups()}
     clients = {"clients.total"}  # follows from the others
     changed = [
         written(key, value)
         for key, value in leaves_of(settings).items()
-        if key not in (clients | OUTPUT_KEYS) and value != usual.get(key)
+        if key not in (clients | OUTPUT_KEYS) and value != defaults.get(key)
     ]
     return [*(override for override in groups if override not in default), *changed]
 
@@ -192,9 +192,9 @@ def _choice(group: str, values: dict[str, Any]) -> str:
     def distance(name: str) -> tuple[bool, int, str]:
         chosen = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{name}.yaml"))
         assert isinstance(chosen, dict)
-        own = "loader" if group == "dataset" else "name"
-        unlike = sum(values.get(str(key)) != value for key, value in chosen.items())
-        return chosen.get(own, name) != values.get(own), unlike, name
+        name_key = "loader" if group == "dataset" else "name"
+        differing = sum(values.get(str(key)) != value for key, value in chosen.items())
+        return chosen.get(name_key, name) != values.get(name_key), differing, name
 
     return min((file.stem for file in (conf_folder() / group).glob("*.yaml")), key=distance)
 

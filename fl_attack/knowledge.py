@@ -131,13 +131,13 @@ def aim(scenario: Scenario, theta: Tensor, round_: int) -> attack.Aim:
         theta,
         round_,
         scenario.model,
-        gradient=partial(scenario.gradient, theta, known(scenario, everyone, round_), at),
+        gradient=partial(scenario.gradient, theta, known_clients(scenario, everyone, round_), at),
         target=partial(targets.target, scenario, theta.device),
         sample=partial(plan_maker.sample_of, scenario, HARM_SAMPLES, theta.device),
     )
 
 
-def known(scenario: Scenario, everyone: ClientIds, round_: int) -> ClientIds:
+def known_clients(scenario: Scenario, everyone: ClientIds, round_: int) -> ClientIds:
     """The clients whose clean gradient the attackers know in a round.
 
     Parameters

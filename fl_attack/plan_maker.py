@@ -244,10 +244,10 @@ class Maker:
             return None
         schedule = self._imagined if imagined else self.template_cell.schedule
         client = self.template_cell.partition.client[self._samples(round_, imagined)]
-        here = np.isin(np.arange(len(schedule.shards)), schedule.participants(round_))
-        malicious = np.logical_and(self._is_malicious, here)
-        of_anybody: NDArray[np.bool_] = np.asarray(malicious.any(0))
-        columns = np.flatnonzero(of_anybody[client])
+        takes_part = np.isin(np.arange(len(schedule.shards)), schedule.participants(round_))
+        malicious = np.logical_and(self._is_malicious, takes_part)
+        of_any: NDArray[np.bool_] = np.asarray(malicious.any(0))
+        columns = np.flatnonzero(of_any[client])
         if not len(columns):
             return None
         mask = torch.from_numpy(malicious[:, client[columns]]).repeat_interleave(self.starts, 0)
@@ -337,8 +337,8 @@ class Maker:
             access, batch = self.access(round_, False), self.batch(round_, False)
             if access is not None:
                 X, y = batch.X[access.columns], batch.y[access.columns]
-                here = trajectory.problem.derivatives.scores(theta, v, X)
-                found[t] = planning.chosen_labels(here, y, access, self.threat.selection)
+                real_scores = trajectory.problem.derivatives.scores(theta, v, X)
+                found[t] = planning.chosen_labels(real_scores, y, access, self.threat.selection)
 
         trajectory.backwards(choose)
         return found
@@ -395,14 +395,14 @@ def allowances(cell: Scenario, rounds: range) -> NDArray[np.int64]:
     for round_ in range(1, rounds[-1] + 1):
         if attack.attacked_before(round_, threat.every, threat.start, threat.stop) is None:
             continue
-        here = np.zeros(len(malicious), bool)
-        here[schedule.participants(round_)] = True
-        writable = schedule.used * (malicious & here)
-        for group, now in enumerate([int(writable.sum())] if pooled else writable.tolist()):
-            if now and round_ >= rounds[0]:
-                allowed = attack.flip_allowance(threat.exact_budget, before[group], now, threat.rounding)
+        takes_part = np.zeros(len(malicious), bool)
+        takes_part[schedule.participants(round_)] = True
+        writable = schedule.used * (malicious & takes_part)
+        for group, size in enumerate([int(writable.sum())] if pooled else writable.tolist()):
+            if size and round_ >= rounds[0]:
+                allowed = attack.flip_allowance(threat.exact_budget, before[group], size, threat.rounding)
                 found[round_ - rounds[0], group] = allowed
-            before[group] += now
+            before[group] += size
     return found
 
 

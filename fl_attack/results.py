@@ -147,8 +147,8 @@ def write_clients(out: Path, scenario: Scenario, history: History) -> None:
     """
     lines = ["client,malicious,samples,labels,final_accuracy"]
     malicious = set(scenario.partition.malicious.tolist())
-    known = scenario.dataset.is_complete  # else nodes keep theirs to themselves
-    correct = _correct(scenario, history.theta) if known else None
+    is_complete = scenario.dataset.is_complete  # else nodes keep theirs to themselves
+    correct = _correct(scenario, history.theta) if is_complete else None
     for client, samples in enumerate(scenario.partition.shards):
         labels, accuracy = "", math.nan
         if correct is not None and len(samples):

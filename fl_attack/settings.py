@@ -227,9 +227,9 @@ class AttackSettings(Strict):
             return
         chosen = attack.find(self.name)
         attack.check_args(self.name, self.args)
-        usual = {"goal": "untargeted", "direction": None, "knowledge": "full", "target_path": None, "selection": "gain"}
-        usual |= {"objective": "final", "foresight": "known", "horizon": None}
-        for key, value in usual.items():
+        defaults = {"goal": "untargeted", "direction": None, "knowledge": "full", "target_path": None}
+        defaults |= {"selection": "gain", "objective": "final", "foresight": "known", "horizon": None}
+        for key, value in defaults.items():
             if key not in chosen.uses and getattr(self, key) != value:
                 raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
         if self.adapt == "rule" and chosen.writes == "updates" and chosen.tries is None:

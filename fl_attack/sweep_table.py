@@ -360,8 +360,8 @@ class Sweep:
             else.
         """
         values, seed = self.column(column)[cells], self.seed_index[cells]
-        known = np.isfinite(values)
-        values, seed = values[known], seed[known]
+        finite = np.isfinite(values)
+        values, seed = values[finite], seed[finite]
         return np.array([values[same].mean() for same in split(len(values), seed).values()])
 
     def averaging(self) -> str:

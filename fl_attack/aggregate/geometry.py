@@ -185,8 +185,8 @@ def norms(updates: Tensor) -> Tensor:
         exponent = exponent_of(some.abs().amax(-1).double().where(some.isfinite().all(-1), 0.0))
         unit = (some.double() * power_of_two(-exponent).unsqueeze(-1)).to(updates)
         found[~exact] = torch.linalg.vector_norm(unit, dim=-1).double() * power_of_two(exponent)
-    known: Tensor = found.where(found.isfinite(), torch.inf)
-    return known
+    finite: Tensor = found.where(found.isfinite(), torch.inf)
+    return finite
 
 
 def upper_median(values: Tensor) -> Tensor:

@@ -85,11 +85,11 @@ def partitioned(name: str, args: dict[str, Any], labels: np.ndarray, clients: in
     kind = getattr(table, name, None)
     if name not in table.__all__ or kind is None:
         raise InputError(f"partition.partitioner={name} is unknown; use one of {', '.join(table.__all__)}")
-    known = kind.__init__.__code__.co_varnames
+    parameters = kind.__init__.__code__.co_varnames
     order = np.random.default_rng(seed).permutation(len(labels))  # as Flower Datasets shuffles before it deals
-    usual = {"num_partitions": clients, "partition_by": "label", "seed": seed}
+    defaults = {"num_partitions": clients, "partition_by": "label", "seed": seed}
     try:
-        dealer = kind(**{key: value for key, value in usual.items() if key in known} | args)
+        dealer = kind(**{key: value for key, value in defaults.items() if key in parameters} | args)
         dealer.dataset = Dataset.from_dict({"label": labels[order], "sample": order})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is left out is refused below

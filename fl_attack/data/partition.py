@@ -274,12 +274,13 @@ def _balanced(labels: np.ndarray, clients: int, rng: np.random.Generator, alpha:
     wanted = np.maximum(rng.dirichlet(alpha * prior, clients), 1e-300)
     members = [rng.permutation(np.flatnonzero(of_class == label)).tolist() for label in range(len(classes))]
     client = np.empty(len(labels), np.int64)
-    turns = np.concatenate([rng.permutation(clients) for _ in range(-(-len(labels) // clients))])[: len(labels)]
-    for one, at in zip(turns.tolist(), rng.random(len(labels)).tolist(), strict=True):
-        cumulative = np.cumsum(wanted[one] * (left > 0))
-        label = min(int(np.searchsorted(cumulative, at * cumulative[-1], side="right")), int(np.flatnonzero(left)[-1]))
+    order = np.concatenate([rng.permutation(clients) for _ in range(-(-len(labels) // clients))])[: len(labels)]
+    for receiver, uniform in zip(order.tolist(), rng.random(len(labels)).tolist(), strict=True):
+        cumulative = np.cumsum(wanted[receiver] * (left > 0))
+        drawn = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+        label = min(drawn, int(np.flatnonzero(left)[-1]))
         left[label] -= 1
-        client[members[label].pop()] = one
+        client[members[label].pop()] = receiver
     return client
 
 
@@ -316,23 +317,23 @@ def _given(path: str | Path | None, clients: int, samples: int) -> np.ndarray:
     try:
         if file.suffix in (".npz", ".npy"):
             loaded = np.load(file, allow_pickle=False)
-            found = loaded["client"] if file.suffix == ".npz" else loaded
+            client = loaded["client"] if file.suffix == ".npz" else loaded
         else:
-            found = np.array([int(line) for line in file.read_text().split()])
+            client = np.array([int(line) for line in file.read_text().split()])
     except Exception as error:  # whatever a damaged file makes numpy raise
         raise InputError(f"{file} can't be read as clients: {' '.join(str(error).split())}") from None
-    if found.shape != (samples,) or found.dtype.kind not in "iu":
+    if client.shape != (samples,) or client.dtype.kind not in "iu":
         raise InputError(
-            f"{file} holds {found.dtype} of shape {found.shape}; wanted: a whole number for each of {samples} samples"
+            f"{file} holds {client.dtype} of shape {client.shape}; wanted: a whole number for each of {samples} samples"
         )
-    there = np.unique(found)
-    if not np.array_equal(there, np.arange(len(there))):
-        raise InputError(f"{file} holds clients from {there[0]} to {there[-1]}, not each of 0, 1, 2, ...")
-    if len(there) != clients:
+    present = np.unique(client)
+    if not np.array_equal(present, np.arange(len(present))):
+        raise InputError(f"{file} holds clients from {present[0]} to {present[-1]}, not each of 0, 1, 2, ...")
+    if len(present) != clients:
         raise InputError(
-            f"{file} holds {len(there)} clients, but clients.total={clients}; use clients.total={len(there)}"
+            f"{file} holds {len(present)} clients, but clients.total={clients}; use clients.total={len(present)}"
         )
-    return np.asarray(found, np.int64)
+    return np.asarray(client, np.int64)
 
 
 def of_flower(

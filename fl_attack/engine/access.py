@@ -139,7 +139,7 @@ class Access:
     def _known_clients(
         self, round_: int, clients: NDArray[np.int64], is_malicious: NDArray[np.bool_]
     ) -> NDArray[np.bool_] | None:
-        """Whose clean gradient each cell knows, (M, m) of bool, see `knowledge.known`; None where it is everyone's."""
+        """The clients whose clean gradient each cell knows, (M, m) of bool, see `knowledge`; None where it is all."""
         if self._kind.knowledge == "full":
             return None
         if self._kind.knowledge != "noisy":

@@ -116,11 +116,11 @@ class Allowances:
         past = self.past(round_)
         self._writable, self._first = writable, round_
         attacked = self.rounds.attacked(np.arange(round_, round_ + ahead)[:, None])
-        now = np.where(attacked[:, :, None], writable, 0)
-        self._past = np.concatenate([np.broadcast_to(past, (1, *writable.shape)), past + now.cumsum(0)])
-        self.table = self._floor(now)
+        of_round = np.where(attacked[:, :, None], writable, 0)
+        self._past = np.concatenate([np.broadcast_to(past, (1, *writable.shape)), past + of_round.cumsum(0)])
+        self.table = self._floor(of_round)
         if self._rounds_up.any():
-            self.table = np.where(self._rounds_up, -self._floor(-now), self.table)
+            self.table = np.where(self._rounds_up, -self._floor(-of_round), self.table)
         if self._carries.any():
             total = self._floor(self._past)
             self.table = np.where(self._carries, total[1:] - total[:-1], self.table)

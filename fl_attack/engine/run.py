@@ -124,22 +124,22 @@ def _side_by_side(
             targets.target(cell)  # here, so that no two threads train the same
     lock = threading.Lock()
 
-    def report(rounds: int) -> None:
+    def report_rounds(rounds: int) -> None:
         with lock:
             progress(rounds)
 
-    def look(i: int, so_far: Callable[[], Outcome]) -> None:
+    def watch_cell(i: int, so_far: Callable[[], Outcome]) -> None:
         with lock:
             watch([i], lambda: [so_far()])
 
-    def one(i: int) -> Outcome:
+    def run_cell(i: int) -> Outcome:
         with torch.inference_mode():
             kept = checkpoints[i] if checkpoints else None
             outcome = sequential.run(
                 cells[i],
                 device=device,
-                progress=report,
-                watch=partial(look, i),
+                progress=report_rounds,
+                watch=partial(watch_cell, i),
                 checkpoint=kept,
                 full_rows=full_rows,
             )
@@ -147,7 +147,7 @@ def _side_by_side(
 
     on_cpu = torch.device(device).type == "cpu"
     numbers = range(len(cells))
-    return side_by_side(one, numbers) if on_cpu else [one(i) for i in numbers]
+    return side_by_side(run_cell, numbers) if on_cpu else [run_cell(i) for i in numbers]
 
 
 def cells_at_once(cell: Scenario) -> int:

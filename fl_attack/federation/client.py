@@ -312,12 +312,12 @@ def train(message: Message, context: Context) -> Message:
         number = request.own.client if request.own else node.number
         with torch.inference_mode():  # derivatives are in closed form or by torch.func; torch need not watch
             if request.own:
-                here = client_of_node(request.settings, node, request.own)
+                participant = client_of_node(request.settings, node, request.own)
             else:
                 assert node.number is not None
-                here = client(request.settings, node.number)
-            device = here.scenario.settings.engine.client_device
-            answer = here.train(request if device == "cpu" else _on(request, device))
+                participant = client(request.settings, node.number)
+            device = participant.scenario.settings.engine.client_device
+            answer = participant.train(request if device == "cpu" else _on(request, device))
     except RunError as error:  # its message says all
         raise RuntimeError(str(error)) from error
     except Exception as error:

@@ -146,12 +146,12 @@ def _signals_postponed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1 and callable(handler := before[signal.Signals(number)]):
+        received.append(number)
+        if len(received) > 1 and callable(handler := before[signal.Signals(number)]):
             handler(number, frame)
 
     for number in before:
@@ -160,12 +160,12 @@ def _signals_postponed() -> Iterator[None]:
         with _signals_end_compiled_code():
             yield
     except SystemExit:  # of Ray's handler
-        came.append(signal.SIGTERM)
+        received.append(signal.SIGTERM)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        if came:
-            signal.raise_signal(came[0])
+        if received:
+            signal.raise_signal(received[0])
 
 
 @contextmanager

@@ -522,13 +522,13 @@ def numbered(client_of: Mapping[int, int | None], clients: int) -> dict[int, int
     RunError
         Unless each client is there once.
     """
-    known = {node: client for node, client in client_of.items() if client is not None}
-    if sorted(known.values()) != list(range(clients)):
+    given = {node: client for node, client in client_of.items() if client is not None}
+    if sorted(given.values()) != list(range(clients)):
         raise RunError(
-            f"the federation's {len(client_of)} nodes answered as clients {sorted(known.values())}, not as "
+            f"the federation's {len(client_of)} nodes answered as clients {sorted(given.values())}, not as "
             f"each of 0 to {clients - 1} once; give each a partition-id of its own"
         )
-    return known
+    return given
 
 
 def with_own_data(grid: Grid, settings: Settings) -> tuple[Scenario, dict[int, int]]:

@@ -148,8 +148,8 @@ def final_accuracy(numbers: Numbers, scenario: Scenario) -> float:
 def _detectability(values: dict[str, NDArray[np.float64]], rounds: int) -> dict[str, Any]:
     """Means of `MEASURES` over the rounds in which they have a value; empty text where there is no such round."""
     found = {name: values[name][:rounds] for name in MEASURES}
-    known = {name: column[np.isfinite(column)] for name, column in found.items()}
-    return {name: float(column.mean()) if len(column) else "" for name, column in known.items()}
+    finite = {name: column[np.isfinite(column)] for name, column in found.items()}
+    return {name: float(column.mean()) if len(column) else "" for name, column in finite.items()}
 
 
 def _recovered(scenario: Scenario, numbers: Numbers, twin: Numbers) -> float | str:

@@ -39,21 +39,21 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
     """
     sweep = read_sweep(folder)
     across, values = sweep.column(x), sweep.numbers(y)
-    known = np.isfinite(values) & (np.isfinite(across) if across.dtype.kind == "f" else True)
-    if not known.any():
+    finite = np.isfinite(values) & (np.isfinite(across) if across.dtype.kind == "f" else True)
+    if not finite.any():
         raise InputError(f"no cell has both {x} and {y}")
     of_settings = x in (K, B, KB) or x not in (*LABELS, "cell")
     panel = sweep.labels(sweep.varied(x, by)) if of_settings else np.full(len(sweep), "", object)
-    lines = canvas.distinct(sweep.column(by)[known], canvas.ENTRIES, f"{by} in a legend") if by else [""]
-    names = canvas.distinct(panel[known], canvas.PANELS, f"panels of {y} against {x}")
+    lines = canvas.distinct(sweep.column(by)[finite], canvas.ENTRIES, f"{by} in a legend") if by else [""]
+    names = canvas.distinct(panel[finite], canvas.PANELS, f"panels of {y} against {x}")
     width = 5.6 if len(names) == 1 else 4.4
     figure, panels = canvas.panels(names, width, 3.8, canvas.label(x), canvas.label(y))
-    place, levels = _places(across[known])
+    place, levels = _places(across[finite])
     at = np.full(len(sweep), np.nan)
-    at[known] = place
+    at[finite] = place
     for name, axes in panels.items():
         for number, line in enumerate(lines):
-            on_line = known & (panel == name) & (sweep.column(by) == line if by else True)
+            on_line = finite & (panel == name) & (sweep.column(by) == line if by else True)
             if not on_line.any():
                 continue
             style = canvas.style(number, len(lines) if len(lines) > len(canvas.COLOURS) else None)
@@ -71,9 +71,9 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
             dash = "" if levels else canvas.DASHES[number % len(canvas.DASHES)]
             where = [value + shift for (value,) in groups]
             axes.errorbar(where, mean, np.nan_to_num(half), label=label, capsize=2.5, linestyle=dash, **style)
-        _scale(axes, levels, across[known])
+        _scale(axes, levels, across[finite])
     legend(figure, panels, by and canvas.label(by))
-    lacking = f"{np.sum(~known)} cells have no such number." if not known.all() else ""
+    lacking = f"{np.sum(~finite)} cells have no such number." if not finite.all() else ""
     bars = "Bars: 95 % confidence of the mean over seeds (Student t); faint: the cells." if of_settings else ""
     caption(figure, "", sweep.note(bars, lacking))
     return canvas.save(figure, folder, "_".join(filter(None, ["columns", x, y, by])))

@@ -161,6 +161,6 @@ def _band(accuracy: Floats, seed: Floats) -> tuple[Floats, Floats]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # evaluations that no cell of a seed reached stay NaN
         of_seeds = np.array([np.nanmean(accuracy[seed == one], 0) for one in np.unique(seed)])
-    known = [column[np.isfinite(column)] for column in of_seeds.T]
-    mean, half = np.transpose([mean_interval(values) if len(values) else (np.nan, np.nan) for values in known])
+    finite = [column[np.isfinite(column)] for column in of_seeds.T]
+    mean, half = np.transpose([mean_interval(values) if len(values) else (np.nan, np.nan) for values in finite])
     return mean, half

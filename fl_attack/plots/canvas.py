@@ -133,17 +133,17 @@ def limits(values: Floats) -> tuple[float, float, str]:
     beyond : str
         Where cells lie beyond an end: matplotlib's `extend` of a colour bar.
     """
-    known = np.sort(values[np.isfinite(values)])
-    few = max(1, len(known) // 50)
-    low, high = known[0], known[-1]
-    if len(known) > 2 * few + 2:
-        inner_low, inner_high = known[few], known[-1 - few]
+    ordered = np.sort(values[np.isfinite(values)])
+    few = max(1, len(ordered) // 50)
+    low, high = ordered[0], ordered[-1]
+    if len(ordered) > 2 * few + 2:
+        inner_low, inner_high = ordered[few], ordered[-1 - few]
         low, high = (
             inner if abs(end - inner) > inner_high - inner_low > 0 else end
             for end, inner in ((low, inner_low), (high, inner_high))
         )
     beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-    return float(low), float(high), beyond[bool(known[0] < low), bool(known[-1] > high)]
+    return float(low), float(high), beyond[bool(ordered[0] < low), bool(ordered[-1] > high)]
 
 
 def style(number: int, shades: int | None = None) -> dict[str, Any]:

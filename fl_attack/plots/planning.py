@@ -155,9 +155,9 @@ def _write_accuracies(folder: Path, sweep: Sweep, names: NDArray[np.object_], me
                 here = np.zeros(len(sweep), bool)
                 here[cells[names[cells] == name]] = True
                 by_seed = _by_seed(sweep, values, here)
-                known = by_seed[np.isfinite(by_seed)]
-                if len(known):
-                    rows.append([k, b, what, name, *mean_interval(known), len(known)])
+                finite = by_seed[np.isfinite(by_seed)]
+                if len(finite):
+                    rows.append([k, b, what, name, *mean_interval(finite), len(finite)])
     header = ["write_access", "budget", "measure", "attacker", "mean", "interval", "seeds"]
     return write_csv(folder / "planning.csv", header, rows, DIGITS)
 

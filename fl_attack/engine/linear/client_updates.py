@@ -43,12 +43,12 @@ class Residuals(NamedTuple):
         return Residuals(self.theta[part], self.R[part], written, self.lr[part], decay)
 
 
-def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor]]:
+def by_client(residuals: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor]]:
     """The updates of clients, one after the other: gradients, over the local steps.
 
     Parameters
     ----------
-    of : Residuals
+    residuals : Residuals
         Residuals and parameters of M cells.
     batch : Batch
         The minibatch, with the client of each column.
@@ -66,19 +66,21 @@ def by_client(of: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor
     starts = layout.ends - layout.sizes
     for i, place in enumerate(layout.rank.tolist()):
         columns = slice(int(starts[i]), int(layout.ends[i]))
-        if of.written is None:
-            update = (of.R[:, columns] @ batch.X[columns]).div_(columns.stop - columns.start)
-            yield place, update if of.weight_decay is None else update.addcmul_(of.theta, of.weight_decay)
+        if residuals.written is None:
+            update = (residuals.R[:, columns] @ batch.X[columns]).div_(columns.stop - columns.start)
+            if residuals.weight_decay is not None:
+                update.addcmul_(residuals.theta, residuals.weight_decay)
+            yield place, update
             continue
-        moved = of.theta.clone()
+        moved = residuals.theta.clone()
         for step in batch.steps[i]:
             X = batch.X[step]
             encoded = batch.encoded[:, step] if C > 1 else batch.encoded
-            residuals = kernels.residuals_(moved @ X.mT, C, encoded).add_(of.written[:, step])
-            if of.weight_decay is not None:
-                moved.mul_(1 - of.lr * of.weight_decay)
-            moved.addmm_(residuals.mul_(of.lr), X, alpha=-1 / len(step))
-        yield place, torch.sub(of.theta, moved, out=moved).div_(of.lr)
+            step_R = kernels.residuals_(moved @ X.mT, C, encoded).add_(residuals.written[:, step])
+            if residuals.weight_decay is not None:
+                moved.mul_(1 - residuals.lr * residuals.weight_decay)
+            moved.addmm_(step_R.mul_(residuals.lr), X, alpha=-1 / len(step))
+        yield place, torch.sub(residuals.theta, moved, out=moved).div_(residuals.lr)
 
 
 def pieces(cells: int, bytes_each: int) -> list[slice]:
@@ -117,22 +119,22 @@ class Aggregator:
         # else the mean of what clients send needs no attack and no rule
         self.needed = self.crafts or not strategy.averages
 
-    def _mean(self, of: Residuals, batch: Batch) -> Tensor:
+    def _mean(self, residuals: Residuals, batch: Batch) -> Tensor:
         """The mean (M C, d) of the updates of all clients, where no attack replaces any."""
         sizes = self.cell.schedule.sizes[np.sort(batch.layout.clients)]
-        total = torch.zeros_like(of.theta)
-        for place, update in by_client(of, batch, self.C):
+        total = torch.zeros_like(residuals.theta)
+        for place, update in by_client(residuals, batch, self.C):
             total.add_(update, alpha=float(sizes[place] / sizes.sum()))
         return total
 
     def take(
-        self, of: Residuals, shared: Shared, access: RoundAccess | None, measured: bool
+        self, residuals: Residuals, shared: Shared, access: RoundAccess | None, measured: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The aggregate of the updates that the clients of a round send.
 
         Parameters
         ----------
-        of : Residuals
+        residuals : Residuals
             The residuals of all cells of the tile.
         shared : Shared
             The round and its minibatch.
@@ -149,26 +151,32 @@ class Aggregator:
         """
         round_, batch = shared.round_, shared.batch
         if not self.needed and not measured:
-            return self._mean(of, batch), None
-        d, layout = of.theta.shape[1], batch.layout
+            return self._mean(residuals, batch), None
+        d, layout = residuals.theta.shape[1], batch.layout
         m = len(layout.clients)
         weights = torch.from_numpy(self.cell.schedule.sizes[np.sort(layout.clients)])
         client_order = torch.from_numpy(protocol.shuffled(self.cell.settings.seed, round_, m))
-        out = torch.empty_like(of.theta)
+        out = torch.empty_like(residuals.theta)
 
         def some(cells: slice) -> tuple[Tensor | None, State | None]:
             rows = slice(cells.start * self.C, cells.stop * self.C)
             stacked = out.new_empty(m, rows.stop - rows.start, d)
-            for place, update in by_client(of.rows(rows), batch, self.C):
+            for place, update in by_client(residuals.rows(rows), batch, self.C):
                 stacked[place] = update
             updates = stacked.view(m, -1, self.C, d).movedim(0, 1)
             before = None if self.remembered is None else {key: x[cells] for key, x in self.remembered.items()}
-            known = weights.to(out.device), client_order.to(out.device), self._seen(of, rows, round_), before
+            arguments = weights.to(out.device), client_order.to(out.device), self._seen(residuals, rows, round_), before
             if self.crafts and access is not None:
                 updates = self._replaced(
-                    updates, of, batch, access, cells, round_, lambda updates_sent: self.rule(updates_sent, *known)
+                    updates,
+                    residuals,
+                    batch,
+                    access,
+                    cells,
+                    round_,
+                    lambda updates_sent: self.rule(updates_sent, *arguments),
                 )
-            combined, after = self.rule.step(updates, *known)
+            combined, after = self.rule.step(updates, *arguments)
             out[rows] = combined.reshape(-1, d)
             measures = detect.measures(updates, access.malicious[cells]) if measured and access is not None else None
             return measures, after
@@ -180,13 +188,13 @@ class Aggregator:
             self.remembered = {key: torch.cat([one[key] for one in after]) for key in after[0]}
         return out, torch.cat([one for one, _ in found if one is not None]) if measured and access is not None else None
 
-    def _seen(self, of: Residuals, rows: slice, round_: int) -> aggregate.Seen:
+    def _seen(self, residuals: Residuals, rows: slice, round_: int) -> aggregate.Seen:
         """What the server knows of a round besides the updates of the cells in some rows."""
         if not self.rule.sees:
             return aggregate.Seen()
-        cell, theta = self.cell, of.theta[rows]
-        lr = of.lr[rows].view(-1, self.C, 1)[:, :1]
-        decay = 0.0 if of.weight_decay is None else of.weight_decay[rows].view(-1, self.C, 1)[:, :1]
+        cell, theta = self.cell, residuals.theta[rows]
+        lr = residuals.lr[rows].view(-1, self.C, 1)[:, :1]
+        decay = 0.0 if residuals.weight_decay is None else residuals.weight_decay[rows].view(-1, self.C, 1)[:, :1]
 
         def root() -> Tensor:
             X, y, _ = cell.batch(cell.trusted, np.ones_like(cell.trusted), theta.device)
@@ -199,7 +207,7 @@ class Aggregator:
     def _replaced(
         self,
         updates: Tensor,
-        of: Residuals,
+        residuals: Residuals,
         batch: Batch,
         access: RoundAccess,
         cells: slice,
@@ -218,8 +226,8 @@ class Aggregator:
 
         @cache
         def v() -> Tensor:
-            found = direction(of.theta, of.R, batch, access.known, self.C, cells, self.targets)
-            return found.view(-1, self.C, of.theta.shape[1])
+            found = direction(residuals.theta, residuals.R, batch, access.known, self.C, cells, self.targets)
+            return found.view(-1, self.C, residuals.theta.shape[1])
 
         variants = [self.cell, *(adaptive.variants(self.cell) if self.adapts else ())]
         candidates = [
