@@ -18,7 +18,7 @@ from sklearn.cluster import HDBSCAN
 from torch import Tensor
 
 from fl_attack import aggregate, plugins
-from fl_attack.aggregate import PRE, RULES, Seen, rules
+from fl_attack.aggregate import PRE, RULES, Seen, weiszfeld
 from fl_attack.aggregate.geometry import distances
 from fl_attack.errors import InputError
 
@@ -497,11 +497,11 @@ def test_the_geometric_median_of_many_clients_is_the_same_by_steps_and_by_produc
     u = u.to(dtype)
     combine = rule("geometric_median", m=m)
     found = combine(u)
-    left = rules._few_iterations(u, rules.norms(u), 1e-6, rules.FEW)[1].tolist()
+    left = weiszfeld._few_iterations(u, weiszfeld.norms(u), 1e-6, weiszfeld.FEW)[1].tolist()
     assert left[1:5] == [True] * 4 and left[0] is left[5] is False
     assert found.isfinite().all()
     torch.testing.assert_close(found, torch.stack([combine(one) for one in u]), atol=1e-4, rtol=1e-6)
-    monkeypatch.setattr(rules, "MANY", m + 1)
+    monkeypatch.setattr(weiszfeld, "MANY", m + 1)
     torch.testing.assert_close(found, combine(u), atol=1e-4, rtol=1e-6)
     assert (found[0] - u[0].mean(0)).abs().max() > 1e-3  # the mean is where the iteration begins
 
@@ -566,14 +566,14 @@ def test_the_geometric_median_beside_an_update_is_as_exact_as_the_updates(pull: 
 def test_the_step_away_from_an_update_is_vardis_and_zhangs() -> None:
     u = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u[2] = u[4] = 2.0  # sent by two
-    share = rules.vardi_zhang_step(
+    share = weiszfeld.vardi_zhang_step(
         u @ u.T, torch.ones(7, dtype=torch.bool), torch.tensor([2]), torch.tensor([1e-9], dtype=torch.float64)
     )
     others = u[[0, 1, 3, 5, 6]]
     away = (others - u[2]).norm(dim=-1, keepdim=True)
-    weiszfeld, pull = (others / away).sum(0) / (1 / away).sum(), ((others - u[2]) / away).sum(0).norm()
+    step, pull = (others / away).sum(0) / (1 / away).sum(), ((others - u[2]) / away).sum(0).norm()
     assert 2 < pull < 5
-    torch.testing.assert_close(share @ u, (1 - 2 / pull) * weiszfeld + 2 / pull * u[2])
+    torch.testing.assert_close(share @ u, (1 - 2 / pull) * step + 2 / pull * u[2])
 
 
 def test_the_geometric_median_of_a_federation_does_not_go_on_for_the_company_it_is_in() -> None:
@@ -584,16 +584,16 @@ def test_the_geometric_median_of_a_federation_does_not_go_on_for_the_company_it_
     gram = u.flatten(-2) @ u.flatten(-2).mT
     everyone = torch.ones(60, 9, dtype=torch.bool)
     for tolerance in (0.003, 0.03):
-        by_steps = rules._few_iterations(u, rules.norms(u), tolerance, rules.FEW)
-        by_products = rules._weiszfeld(gram, everyone, tolerance, 200)
+        by_steps = weiszfeld._few_iterations(u, weiszfeld.norms(u), tolerance, weiszfeld.FEW)
+        by_products = weiszfeld._weiszfeld(gram, everyone, tolerance, 200)
         assert 0 < by_steps[1].sum() < 60 and 0 < by_products[1].sum() < 60
         for i in range(60):
             one = slice(i, i + 1)
-            alone = rules._few_iterations(u[one], rules.norms(u[one]), tolerance, rules.FEW)
+            alone = weiszfeld._few_iterations(u[one], weiszfeld.norms(u[one]), tolerance, weiszfeld.FEW)
             assert torch.equal(by_steps[1][one], alone[1])
             if not alone[1]:  # else the shares are not used
                 torch.testing.assert_close(by_steps[0][one], alone[0], atol=1e-12, rtol=0.0)
-            share, near = rules._weiszfeld(gram[one], everyone[one], tolerance, 200)
+            share, near = weiszfeld._weiszfeld(gram[one], everyone[one], tolerance, 200)
             torch.testing.assert_close(by_products[0][one], share, atol=1e-12, rtol=0.0)
             assert torch.equal(by_products[1][one], near)
 
@@ -603,11 +603,14 @@ def test_a_geometric_median_that_takes_many_iterations_is_left_to_products_after
 ) -> None:
     u = torch.randn(2, 9, 1, 20, generator=torch.Generator().manual_seed(0))
     u[:, :4] += 3.0
-    along, calls = rules.along, []
-    monkeypatch.setattr(rules, "along", lambda *given: calls.append(1) or along(*given))
-    assert rules._few_iterations(u, rules.norms(u), 1e-6, rules.FEW)[1].all() and len(calls) == 2
+    along, calls = weiszfeld.along, []
+    monkeypatch.setattr(weiszfeld, "along", lambda *given: calls.append(1) or along(*given))
+    assert weiszfeld._few_iterations(u, weiszfeld.norms(u), 1e-6, weiszfeld.FEW)[1].all() and len(calls) == 2
     calls.clear()
-    assert not rules._few_iterations(u[:, 4:], rules.norms(u[:, 4:]), 1e-2, rules.FEW)[1].any() and len(calls) > 2
+    assert (
+        not weiszfeld._few_iterations(u[:, 4:], weiszfeld.norms(u[:, 4:]), 1e-2, weiszfeld.FEW)[1].any()
+        and len(calls) > 2
+    )
 
 
 @pytest.mark.parametrize("name", ["krum", "multi_krum", "geometric_median"])

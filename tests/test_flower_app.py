@@ -27,7 +27,7 @@ from fl_attack.errors import RunError
 from fl_attack.federation import wire
 from fl_attack.federation.apps import wait_for
 from fl_attack.federation.client import node_of
-from fl_attack.federation.strategy import introductions
+from fl_attack.federation.nodes import introductions
 
 ROOT = Path(__file__).parents[1]
 Small = Callable[..., list[str]]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fl_attack import plugins
-from fl_attack.aggregate import byzfl, defences, pre, rules
+from fl_attack.aggregate import byzfl, defences, pre, rules, weiszfeld
 from fl_attack.aggregate.defences import Seen, State
 from fl_attack.errors import InputError
 
@@ -51,7 +51,7 @@ RULES: dict[str, Rule] = {
     "krum": Rule(rules.krum, rules.max_f_of_krum),
     "multi_krum": Rule(rules.multi_krum, rules.max_f_of_krum),
     "bulyan": Rule(rules.bulyan, rules.max_f_of_bulyan),
-    "geometric_median": Rule(rules.geometric_median, rules.any_f),
+    "geometric_median": Rule(weiszfeld.geometric_median, rules.any_f),
     "centered_clipping": Rule(rules.centered_clipping, rules.any_f),
     "norm_clipping": Rule(rules.norm_clipping, rules.any_f, LENGTHS),
     "meamed": Rule(rules.meamed, rules.max_f_below_half),

@@ -31,7 +31,8 @@ def serve(main: "Callable[[dict[str, Any], Runner, Make], None]") -> ServerApp:
     def on_grid(grid: Grid, context: Context) -> None:
         # not where only the client app is wanted
         from fl_attack import scenario
-        from fl_attack.federation.strategy import introductions, start, with_own_data
+        from fl_attack.federation.nodes import introductions, with_own_data
+        from fl_attack.federation.strategy import start
 
         client_of: dict[int, int] = {}
 

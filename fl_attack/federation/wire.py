@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fl_attack.data.own import DataLayout
@@ -302,3 +302,9 @@ def read_answer(content: Any) -> Answer:
     theta = unpack(content[ARRAYS])
     momentum = _numbers(content[MOMENTUM]["values"]).view(theta.shape) if MOMENTUM in content else None
     return Answer(theta, client_of(content), content[METRICS][WEIGHT], flips_of(content), momentum)
+
+
+def reason_of(reply: Message) -> str:
+    """Why a client gave an error for a reply."""
+    reason = (reply.error.reason or "").rsplit("Message: ", 1)[-1].strip().removesuffix("'>")
+    return reason.replace("\\'", "'") or "a client gave no reason"
