@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fl_attack import aggregate, plugins
 from fl_attack.aggregate import PRE, RULES, Seen, weiszfeld
-from fl_attack.aggregate.geometry import distances
+from fl_attack.aggregate.geometry import distances, norms
 from fl_attack.errors import InputError
 
 M, C, D = 11, 2, 3
@@ -497,7 +497,7 @@ def test_the_geometric_median_of_many_clients_is_the_same_by_steps_and_by_produc
     u = u.to(dtype)
     combine = rule("geometric_median", m=m)
     found = combine(u)
-    left = weiszfeld._few_iterations(u, weiszfeld.norms(u), 1e-6, weiszfeld.FEW)[1].tolist()
+    left = weiszfeld._few_iterations(u, norms(u), 1e-6, weiszfeld.FEW)[1].tolist()
     assert left[1:5] == [True] * 4 and left[0] is left[5] is False
     assert found.isfinite().all()
     torch.testing.assert_close(found, torch.stack([combine(one) for one in u]), atol=1e-4, rtol=1e-6)
@@ -584,12 +584,12 @@ def test_the_geometric_median_of_a_federation_does_not_go_on_for_the_company_it_
     gram = u.flatten(-2) @ u.flatten(-2).mT
     everyone = torch.ones(60, 9, dtype=torch.bool)
     for tolerance in (0.003, 0.03):
-        by_steps = weiszfeld._few_iterations(u, weiszfeld.norms(u), tolerance, weiszfeld.FEW)
+        by_steps = weiszfeld._few_iterations(u, norms(u), tolerance, weiszfeld.FEW)
         by_products = weiszfeld._weiszfeld(gram, everyone, tolerance, 200)
         assert 0 < by_steps[1].sum() < 60 and 0 < by_products[1].sum() < 60
         for i in range(60):
             one = slice(i, i + 1)
-            alone = weiszfeld._few_iterations(u[one], weiszfeld.norms(u[one]), tolerance, weiszfeld.FEW)
+            alone = weiszfeld._few_iterations(u[one], norms(u[one]), tolerance, weiszfeld.FEW)
             assert torch.equal(by_steps[1][one], alone[1])
             if not alone[1]:  # else the shares are not used
                 torch.testing.assert_close(by_steps[0][one], alone[0], atol=1e-12, rtol=0.0)
@@ -605,10 +605,10 @@ def test_a_geometric_median_that_takes_many_iterations_is_left_to_products_after
     u[:, :4] += 3.0
     along, calls = weiszfeld.along, []
     monkeypatch.setattr(weiszfeld, "along", lambda *given: calls.append(1) or along(*given))
-    assert weiszfeld._few_iterations(u, weiszfeld.norms(u), 1e-6, weiszfeld.FEW)[1].all() and len(calls) == 2
+    assert weiszfeld._few_iterations(u, norms(u), 1e-6, weiszfeld.FEW)[1].all() and len(calls) == 2
     calls.clear()
     few = u[:, 4:]
-    assert not weiszfeld._few_iterations(few, weiszfeld.norms(few), 1e-2, weiszfeld.FEW)[1].any() and len(calls) > 2
+    assert not weiszfeld._few_iterations(few, norms(few), 1e-2, weiszfeld.FEW)[1].any() and len(calls) > 2
 
 
 @pytest.mark.parametrize("name", ["krum", "multi_krum", "geometric_median"])
