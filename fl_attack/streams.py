@@ -19,7 +19,9 @@ CLIENT_ORDER = 6  # the order of a round's clients, by which rules draw lots
 PLAN = 7  # the first flips of a plan, and its tries
 SAMPLE = 8  # the training samples that attackers measure harm on
 TRUSTED = 9  # the training samples whose true labels the server has
-IMAGINED = 9  # the minibatches that planners imagine; drawn with a round, which tells them from TRUSTED
+# the minibatches that planners imagine; drawn with a round, which tells them from TRUSTED: a number of its own would
+# change the numbers of all plans with attack.foresight=simulated that are published
+IMAGINED = 9
 SERVER_NOISE = 10  # of rules that add noise
 
 

@@ -227,8 +227,8 @@ def _rule(name: str, f: int, m: int, args: Mapping[str, Any], byzfl_class: str |
             signature(function).bind(None, None, f, **args, **dict.fromkeys(asks))
         except TypeError as error:
             raise InputError(f"strategy.args of {name}: {error}; a rule takes updates, weights, f and these") from None
-        user_rule = partial(_user_rule, name, asks, f, args)
-        return lambda updates, weights, client_order, seen, state: user_rule(updates, weights, seen, state), asks
+        given = partial(_called, partial(_user_rule, name, asks), asks, f, args)
+        return lambda updates, weights, client_order, seen, state: given(updates, weights, seen, state), asks
     raise InputError(plugins.unknown_name("strategy.name", name, "a strategy", (*RULES, "byzfl", "flower")))
 
 
@@ -252,39 +252,31 @@ def _called(
     seen: Seen,
     state: Any,
 ) -> tuple[Tensor, Any]:
-    """The aggregate of a function of the table, and its state."""
+    """The aggregate of a function, and its state."""
     found = function(updates, weights, f, **args, **_asked_for(asks, seen, state))
     return found if "state" in asks else (found, None)
 
 
-def _user_rule(
-    name: str,
-    asks: set[str],
-    f: int,
-    args: Mapping[str, Any],
-    updates: Tensor,
-    weights: Tensor,
-    seen: Seen,
-    state: Any,
-) -> tuple[Tensor, Any]:
-    """What a user's rule makes of copies of its input; RunError where it is no aggregate."""
-    returned = plugins.call(name, updates.clone(), weights.clone(), f, **args, **_asked_for(asks, seen, state))
+def _user_rule(name: str, asks: set[str], updates: Tensor, weights: Tensor, f: int, /, **args: Any) -> Any:
+    """What a user's rule makes of copies of its input, as a rule of the table; RunError where it is no aggregate."""
+    returned = plugins.call(name, updates.clone(), weights.clone(), f, **args)
+    aggregate, state = returned, None
     if "state" in asks:
         if not (isinstance(returned, tuple) and len(returned) == 2):
-            plugins.refuse(
-                name, type(returned).__name__, "wanted: a pair, the aggregate and the state for the next round"
-            )
-        returned, state = returned
+            wanted = "wanted: a pair, the aggregate and the state for the next round"
+            plugins.refuse(name, type(returned).__name__, wanted)
+        aggregate, state = returned
     expected = (*updates.shape[:-3], *updates.shape[-2:])
     wanted = f"wanted: an aggregate of shape {expected}, real and finite where the updates are"
-    if not isinstance(returned, Tensor):
-        plugins.refuse(name, type(returned).__name__, wanted)
-    if tuple(returned.shape) != expected or returned.dtype.is_complex:
-        plugins.refuse(name, f"shape {tuple(returned.shape)}, {str(returned.dtype).removeprefix('torch.')}", wanted)
-    broken = ~returned.isfinite().flatten(-2).all(-1) & updates.isfinite().flatten(-3).all(-1)
+    if not isinstance(aggregate, Tensor):
+        plugins.refuse(name, type(aggregate).__name__, wanted)
+    if tuple(aggregate.shape) != expected or aggregate.dtype.is_complex:
+        plugins.refuse(name, f"shape {tuple(aggregate.shape)}, {str(aggregate.dtype).removeprefix('torch.')}", wanted)
+    broken = ~aggregate.isfinite().flatten(-2).all(-1) & updates.isfinite().flatten(-3).all(-1)
     if broken.any():
         plugins.refuse(name, "NaN or infinity", wanted)
-    return returned.to(updates), state
+    aggregate = aggregate.to(updates)
+    return (aggregate, state) if "state" in asks else aggregate
 
 
 def _pre_aggregators(pre: Sequence[PreEntry], f: int, m: int) -> tuple[list[Any], int]:
