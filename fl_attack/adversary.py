@@ -111,25 +111,25 @@ def flips(
     before = rounds_before(scenario, round_)
     malicious = present(scenario, round_)
     if scenario.settings.attacked and scenario.settings.attack.remembers:
-        standing = _among(stored, scenario.schedule.samples(malicious, round_)[0])
+        stored_here = _among(stored, scenario.schedule.samples(malicious, round_)[0])
         if before is None or not len(malicious):
-            return standing
+            return stored_here
         writable = scenario.schedule.used[malicious]
         past = _writable_before(scenario, round_, before, malicious)
         return _added(scenario, theta, round_, malicious, past, writable, stored)
     if before is None or scenario.settings.attack.writes != "labels" or not len(malicious):
         return NO_FLIPS
     if scenario.settings.attack.plans:
-        again = epoch_theta if keeps_theta(scenario) else None
-        return plans.plan(scenario, epoch_start(scenario, round_), again).flips(round_)
+        theta_of_plan = epoch_theta if keeps_theta(scenario) else None
+        return plans.plan(scenario, epoch_start(scenario, round_), theta_of_plan).flips(round_)
     if scenario.settings.attack.refresh == "step":
         writable = scenario.schedule.used[malicious]
         writable_before = _writable_before(scenario, round_, before, malicious)
         return _chosen(scenario, theta, round_, malicious, writable_before, writable, percent)
     assert epoch_theta is not None
     chosen = _flips_of_epoch(scenario, epoch_theta, epoch_start(scenario, round_))
-    now = np.isin(chosen.samples, scenario.schedule.samples(malicious, round_)[0])
-    return Flips(chosen.samples[now], chosen.labels[now], chosen.allowed)
+    used = np.isin(chosen.samples, scenario.schedule.samples(malicious, round_)[0])
+    return Flips(chosen.samples[used], chosen.labels[used], chosen.allowed)
 
 
 def remembered(scenario: Scenario, round_: int, stored: Flips, flips: Flips) -> Flips:
@@ -161,8 +161,8 @@ def remembered(scenario: Scenario, round_: int, stored: Flips, flips: Flips) -> 
 
 def _among(stored: Flips, samples: NDArray[np.int64]) -> Flips:
     """The stored labels of these samples, none of them new."""
-    here = np.isin(stored.samples, samples)
-    return Flips(stored.samples[here], stored.labels[here], 0, 0)
+    among = np.isin(stored.samples, samples)
+    return Flips(stored.samples[among], stored.labels[among], 0, 0)
 
 
 def _flips_of_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Flips:
@@ -212,11 +212,8 @@ def _chosen(
     if not any(budgets):
         return NO_FLIPS
     seen = knowledge.of_samples(scenario, theta, round_, malicious)
-    samples, y, proposal = (
-        seen.samples,
-        seen.y,
-        propose(scenario, round_, seen, seen.y.shape, scenario.settings.torch_dtype),
-    )
+    proposal = propose(scenario, round_, seen, seen.y.shape, scenario.settings.torch_dtype)
+    samples, y = seen.samples, seen.y
     pooled, used = scenario.settings.attack.scope == "pooled", budgets
     if percent < 100:
         part = np.array(budgets) * percent // 100
@@ -241,42 +238,51 @@ def _added(
     that are not flipped yet. With `attack.unflip` those that are take their best label, or the true one, at no cost.
     `before` and `writable` are as for `_chosen`.
     """
-    threat, schedule = scenario.settings.attack, scenario.schedule
-    samples = schedule.samples(malicious, round_)[0]
-    standing = _among(stored, samples)
-    flipped = np.isin(samples, standing.samples)
+    threat = scenario.settings.attack
+    samples = scenario.schedule.samples(malicious, round_)[0]
+    stored_here = _among(stored, samples)
+    flipped = np.isin(samples, stored_here.samples)
     if threat.memory == "persist":
         budgets = _allowances(scenario, before, writable)
-    else:  # of all that they hold, less what is flipped already and is not to be chosen anew
+    else:
         fixed = stored.samples[~np.isin(stored.samples, samples)] if threat.unflip else stored.samples
-        of_all = scenario.partition.malicious if threat.scope == "pooled" else malicious
-        holder = scenario.partition.client
-        held = np.array([len(schedule.shards[client]) for client in of_all])
-        taken = np.array([(holder[fixed] == client).sum() for client in of_all])
-        if threat.scope == "pooled":
-            held, taken = held.sum(keepdims=True), taken.sum(keepdims=True)
-        rounding: attack.Rounding = "ceil" if threat.rounding == "ceil" else "floor"
-        whole = [attack.flip_allowance(threat.exact_budget, 0, int(n), rounding) for n in held]
-        budgets = [max(0, total - int(n)) for total, n in zip(whole, taken, strict=True)]
+        budgets = _left_of_total(scenario, malicious, fixed)
     if not any(budgets) and not (threat.unflip and flipped.any()):
-        return standing
+        return stored_here
     seen = knowledge.of_samples(scenario, theta, round_, malicious)
     y, proposal = seen.y, propose(scenario, round_, seen, seen.y.shape, scenario.settings.torch_dtype)
-    now = torch.from_numpy(flipped).to(y.device)
-    old = y.clone()
-    old[now] = torch.from_numpy(standing.labels).to(y.device)
-    wanted, priority = proposal.priority > -math.inf, proposal.priority
+    is_flipped = torch.from_numpy(flipped).to(y.device)
+    current = y.clone()
+    current[is_flipped] = torch.from_numpy(stored_here.labels).to(y.device)
+    is_wanted, priority = proposal.priority > -math.inf, proposal.priority
     if threat.memory == "persist" or not threat.unflip:
-        priority = priority.masked_fill(now, -math.inf)
+        priority = priority.masked_fill(is_flipped, -math.inf)
     chosen = _within(scenario, malicious, samples, priority, budgets, threat.scope == "pooled")
     labels = torch.where(chosen, proposal.labels, y)
     if not threat.unflip:
-        labels = torch.where(now, old, labels)
+        labels = torch.where(is_flipped, current, labels)
     elif threat.memory == "persist":
-        labels = torch.where(now & wanted, proposal.labels, labels)
+        labels = torch.where(is_flipped & is_wanted, proposal.labels, labels)
     differs = labels != y
-    new = int((differs & ~now).sum())
+    new = int((differs & ~is_flipped).sum())
     return Flips(samples[differs.cpu().numpy()], labels[differs].cpu().numpy(), sum(budgets), new)
+
+
+def _left_of_total(scenario: Scenario, malicious: ClientIds, fixed: NDArray[np.int64]) -> list[int]:
+    """The labels that may still be written where one budget is for all rounds: one number, or one for each client.
+
+    It is of all samples that the clients hold, less those that are flipped already and not chosen anew, `fixed`.
+    """
+    threat, holder = scenario.settings.attack, scenario.partition.client
+    pooled = threat.scope == "pooled"
+    clients = scenario.partition.malicious if pooled else malicious
+    held = np.array([len(scenario.schedule.shards[client]) for client in clients])
+    taken = np.array([(holder[fixed] == client).sum() for client in clients])
+    if pooled:
+        held, taken = held.sum(keepdims=True), taken.sum(keepdims=True)
+    rounding: attack.Rounding = "ceil" if threat.rounding == "ceil" else "floor"
+    totals = [attack.flip_allowance(threat.exact_budget, 0, int(n), rounding) for n in held]
+    return [max(0, total - int(n)) for total, n in zip(totals, taken, strict=True)]
 
 
 def _allowances(scenario: Scenario, before: Counts, writable: Counts) -> list[int]:

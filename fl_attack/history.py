@@ -310,8 +310,8 @@ class Recorder:
                 clean = clean + decay * before
             norms = (aggregate.norm() * clean.norm()).item()
             cosine = (aggregate * clean).sum().item() / norms if norms > 0 else math.nan
-        _, here, there = np.intersect1d(flips.samples, self._last.samples, assume_unique=True, return_indices=True)
-        changed = flips.labels[here] != self._last.labels[there]
+        _, at_now, at_last = np.intersect1d(flips.samples, self._last.samples, assume_unique=True, return_indices=True)
+        changed = flips.labels[at_now] != self._last.labels[at_last]
         count = len(flips.samples)
         values = (
             round_,
@@ -322,7 +322,7 @@ class Recorder:
             flips.written / flips.allowed if flips.allowed else 0.0,
             count / self.scenario.schedule.labels_used(round_) if round_ else 0.0,
             cosine,
-            len(here) / max(1, count),
+            len(at_now) / max(1, count),
             int(changed.sum()) / max(1, count),
             *self._detection(round_, updates),
             self._validation_loss(),

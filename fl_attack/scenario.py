@@ -469,15 +469,15 @@ def kept_samples(scenario: Scenario, client: int, theta: Tensor, round_: int, fl
     if chosen.name == "knn":
         shard = scenario.schedule.shards[client]
         order = shard.argsort()
-        place = order[np.searchsorted(shard, samples, sorter=order)]
-        near = relabelled(scenario.dataset.y_train, scenario.neighbours(client)[place], flips)
-        near_labels = torch.from_numpy(near)
-        bad = sanitize.contradicted_by_neighbours(labels, near_labels, scenario.classes, chosen.share)
+        position = order[np.searchsorted(shard, samples, sorter=order)]
+        labels_of_neighbours = relabelled(scenario.dataset.y_train, scenario.neighbours(client)[position], flips)
+        near_labels = torch.from_numpy(labels_of_neighbours)
+        contradicted = sanitize.contradicted_by_neighbours(labels, near_labels, scenario.classes, chosen.share)
     else:
         X = scenario.features(samples).to(theta.device)
         logits = scenario.model.class_logits(theta.to(X.dtype), X)
-        bad = sanitize.contradicted_by_model(labels.to(X.device), logits.softmax(-1))
-    return ~bad[torch.from_numpy(np.searchsorted(samples, steps)).to(bad.device)]
+        contradicted = sanitize.contradicted_by_model(labels.to(X.device), logits.softmax(-1))
+    return ~contradicted[torch.from_numpy(np.searchsorted(samples, steps)).to(contradicted.device)]
 
 
 def server_update(

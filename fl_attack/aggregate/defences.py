@@ -57,12 +57,12 @@ def fltrust(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tensor:
     if seen.root is None:
         raise ValueError("fltrust needs samples that the server trusts; give strategy.root, how many")
     root = seen.root().unsqueeze(-3)
-    towards, size = directions(root), norms(root)
-    own = directions(updates)
-    trust = (own @ towards.mT).squeeze(-1).clamp(min=0)
+    root_unit, root_norm = directions(root), norms(root)
+    unit = directions(updates)
+    trust = (unit @ root_unit.mT).squeeze(-1).clamp(min=0)
     total = trust.sum(-1, keepdim=True)
-    share = trust / total.where(total > 0, 1.0) * size
-    return (share.unsqueeze(-2) @ own).view(*updates.shape[:-3], *updates.shape[-2:]).to(updates)
+    share = trust / total.where(total > 0, 1.0) * root_norm
+    return (share.unsqueeze(-2) @ unit).view(*updates.shape[:-3], *updates.shape[-2:]).to(updates)
 
 
 def cosine_history(
@@ -126,9 +126,9 @@ def class_norms(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tens
     norm = norms(rows.unsqueeze(-2))  # (..., m, classes)
     finite = norm.isfinite().all(-1) & finite_rows(updates)
     point = norm.where(finite.unsqueeze(-1), torch.inf)
-    usual = middle(point.unsqueeze(-2), (m - 1) // 2, m // 2 + 1)
-    away = significant((point - usual).square().sum(-1)).where(finite, torch.inf)
-    return combined(updates, smallest(away, m - f, ascending(away)) / (m - f))
+    centre = middle(point.unsqueeze(-2), (m - 1) // 2, m // 2 + 1)
+    distance = significant((point - centre).square().sum(-1)).where(finite, torch.inf)
+    return combined(updates, smallest(distance, m - f, ascending(distance)) / (m - f))
 
 
 def spectral(updates: Tensor, weights: Tensor, f: int) -> Tensor:

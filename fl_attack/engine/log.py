@@ -104,10 +104,10 @@ class Log:
         cells, samples, labels = cells[order], samples[order], labels[order]
         self._written.pop(round_ - 2, None)
         self._written[round_].append(np.stack([(start + cells) * self.samples + samples, labels]))
-        here = slice(start, start + len(report.allowed))
+        cells_of_tile = slice(start, start + len(report.allowed))
         if report.cosine is not None:
-            self._cosine[here] = report.cosine.cpu().numpy()
-        self._detection[here] = np.nan if report.detection is None else report.detection.cpu().numpy()
+            self._cosine[cells_of_tile] = report.cosine.cpu().numpy()
+        self._detection[cells_of_tile] = np.nan if report.detection is None else report.detection.cpu().numpy()
         if not self.keep_flips:
             return
         ends = np.searchsorted(cells, np.arange(len(report.allowed) + 1))
@@ -146,11 +146,11 @@ class Log:
         elif flips.any():
             empty = np.empty((2, 0), np.int64)
             now, before = (np.concatenate([empty, *self._written[r]], 1) for r in (round_, round_ - 1))
-            _, here, there = np.intersect1d(now[0], before[0], assume_unique=True, return_indices=True)
-            cells = now[0, here] // self.samples
+            _, at_now, at_before = np.intersect1d(now[0], before[0], assume_unique=True, return_indices=True)
+            cells = now[0, at_now] // self.samples
             repeated = np.bincount(cells, minlength=self.M) / flips.clip(1)
-            other = cells[now[1, here] != before[1, there]]
-            relabelled = np.bincount(other, minlength=self.M) / flips.clip(1)
+            relabelled_cells = cells[now[1, at_now] != before[1, at_before]]
+            relabelled = np.bincount(relabelled_cells, minlength=self.M) / flips.clip(1)
         full = bool(round_) and self.full_rows
         cosine, detection = (part if full else np.full_like(part, np.nan) for part in (self._cosine, self._detection))
         used = flips / allowed.clip(1)

@@ -131,16 +131,16 @@ class Stack:
     def _targets(self, device: torch.device) -> tuple[Tensor, NDArray[np.int64]]:
         """The different targets (T, P), and which of them each cell has, (M,), -1 for none."""
         found: list[Tensor] = []
-        place = np.full(len(self.cells), -1)
+        target_of = np.full(len(self.cells), -1)
         for i, cell in enumerate(self.cells):
             if not (cell.settings.attacked and cell.settings.attack.goal == "targeted"):
                 continue
             target = targets.target(cell)
-            same = next((j for j, other in enumerate(found) if torch.equal(other, target)), len(found))
-            found += [target] if same == len(found) else []
-            place[i] = same
-        whole = torch.cat(found) if found else torch.empty(0, self.theta.shape[1])
-        return whole.to(device, self.batches.dtype), place
+            number = next((j for j, other in enumerate(found) if torch.equal(other, target)), len(found))
+            found += [target] if number == len(found) else []
+            target_of[i] = number
+        stacked = torch.cat(found) if found else torch.empty(0, self.theta.shape[1])
+        return stacked.to(device, self.batches.dtype), target_of
 
     def run(self, progress: OnRounds, watch: Callable[[Callable[[], list[Outcome]]], None]) -> list[Outcome]:
         """The outcomes of the stack's cells after all rounds.
@@ -157,14 +157,14 @@ class Stack:
         list of Outcome
         """
         began, evaluated = time.perf_counter(), ending.evaluated_rounds(self.settings)
-        over = self._measure(0)
+        ended = self._measure(0)
         for round_ in range(1, self.settings.rounds + 1):
             self.step(round_)
             if round_ in evaluated:
-                over = self._measure(round_)
-            progress(len(self.cells) * (self.settings.rounds - round_ + 1 if over else 1))
+                ended = self._measure(round_)
+            progress(len(self.cells) * (self.settings.rounds - round_ + 1 if ended else 1))
             watch(lambda: self._outcomes(time.perf_counter() - began, ended=False))
-            if over:
+            if ended:
                 break
         return self._outcomes(time.perf_counter() - began, ended=True)
 
@@ -237,28 +237,30 @@ class Stack:
     ) -> Change:
         """The labels that the attackers of a tile write in a round."""
         rows, n = tile.rows, access.n
-        here = [part[rows, :n] for part in activations]
+        writable = [part[rows, :n] for part in activations]
 
         def scores() -> Tensor:
             theta = self.theta[rows, None]
             if along_targets is not None:
                 at = torch.from_numpy(self.target_of[rows]).to(theta.device)
-                others = self.model.layers(self.targets[at, None] - theta)[1:]
-                return self.model.forward_scores(theta, here, along_targets, others)
-            own = [part[rows] for part in activations]
-            R = self.model.residuals(own[-1], batch.y)
+                other_layers = self.model.layers(self.targets[at, None] - theta)[1:]
+                return self.model.forward_scores(theta, writable, along_targets, other_layers)
+            of_cells = [part[rows] for part in activations]
+            R = self.model.residuals(of_cells[-1], batch.y)
             if access.known is not None:
                 R = R * access.known[..., None]
-            deltas = self.model.deltas(theta, own, R / R.shape[1])
+            deltas = self.model.deltas(theta, of_cells, R / R.shape[1])
             along_first = torch.matmul(gram()[:n], deltas[0]).add_(deltas[0].sum(1, keepdim=True))
-            return self.model.forward_scores(theta, here, along_first, self.model.pull_back_others(own, deltas))
+            return self.model.forward_scores(
+                theta, writable, along_first, self.model.pull_back_others(of_cells, deltas)
+            )
 
         counts = None if batch.counts is None else batch.counts[:n]
         all_samples = batch.samples
         seen = knowledge.VisibleSamples(
-            batch.y[:n], counts, all_samples[:n], lambda: all_samples, scores, lambda: here[-1]
+            batch.y[:n], counts, all_samples[:n], lambda: all_samples, scores, lambda: writable[-1]
         )
-        proposal = adversary.propose(tile.cells[0], round_, seen, (len(tile.cells), n), here[-1].dtype)
+        proposal = adversary.propose(tile.cells[0], round_, seen, (len(tile.cells), n), writable[-1].dtype)
         return choices.of_proposal(proposal, batch, access, self.workspace.buffer("sorted", len(tile.cells), n))
 
 
