@@ -85,7 +85,7 @@ def best_crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor,
 
 
 def variants(scenario: Scenario) -> list[Scenario]:
-    """The same experiment with each of the other values that its attack on updates tries.
+    """An experiment with each of the other values that its attack on updates tries.
 
     Parameters
     ----------

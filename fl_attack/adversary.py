@@ -322,7 +322,7 @@ def propose(
     round_ : int
         The round, counted from 1, whose noise the attack may use.
     seen : knowledge.VisibleSamples
-        What the attackers can see.
+        The samples that the attackers can write, and what they see of them.
     shape : sequence of int
         (..., n), the shape of the proposal.
     dtype : torch.dtype

@@ -377,7 +377,7 @@ def from_yaml(text: str) -> Settings:
     Raises
     ------
     InputError
-        Where it is something else.
+        Where the text is not of settings.
     """
     try:
         plain = OmegaConf.to_container(OmegaConf.create(text))

@@ -272,7 +272,7 @@ def saver(folder: Path, history: History) -> OnRound:
     Parameters
     ----------
     folder : Path
-        Where the run's files are.
+        The folder of the run's files.
     history : History
         What the run has measured; it grows.
 

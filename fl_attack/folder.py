@@ -86,7 +86,7 @@ def taken(out: Path, kind: ResultKind, overwrite: bool, goes_on: Callable[[Path]
     out : Path
         The folder of the result; made if it is missing.
     kind : {"run", "sweep"}
-        What will be written.
+        The kind of the new result.
     overwrite : bool
         Whether what the folder holds may be replaced.
     goes_on : callable

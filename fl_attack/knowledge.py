@@ -175,7 +175,7 @@ def count_of(fraction: float, of: int) -> int:
     fraction : float
         From 0 to 1.
     of : int
-        How many clients there are.
+        The number of clients.
 
     Returns
     -------

@@ -138,7 +138,7 @@ def explain(error: Exception, words: Iterable[str] | None = None) -> str:
     Parameters
     ----------
     error : Exception
-        What was raised.
+        The exception that was raised.
     words : iterable of str, optional
         The overrides that may be to blame; by default those of the command line.
 
@@ -187,9 +187,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     Parameters
     ----------
     word : str
-        What was typed.
+        The word that was typed.
     known : iterable of str
-        What would be understood.
+        The words that would be understood.
 
     Returns
     -------

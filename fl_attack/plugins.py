@@ -34,7 +34,7 @@ def load(path: str) -> Callable[..., Any]:
 
 
 def spelled_out(name: str, folder: str) -> str:
-    """The same function for a process in another folder: a module that is a file of this folder by its full path.
+    """An import path for a process in another folder: a module that is a file of this folder by its full path.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def unknown_name(key: str, name: str, what: str, known: Iterable[str], wanted: s
     known : iterable of str
         The names of the table.
     wanted : str
-        What an import path may lead to.
+        What an import path may lead to, such as "a function".
     """
     return f"{key}={name} is not {what}; known: {', '.join(known)}, or the import path of {wanted}"
 
@@ -97,7 +97,7 @@ def check_keywords(name: str, parameters: Sequence[inspect.Parameter], args: Ite
     Raises
     ------
     InputError
-        Where one is unknown.
+        Where one of the names is unknown.
     """
     named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     known = [one.name for one in parameters if one.kind in named]

@@ -141,7 +141,7 @@ class Schedule:
         first : int
             The first of the rounds, which count from 1.
         rounds : int
-            How many rounds.
+            The number of rounds.
 
         Returns
         -------

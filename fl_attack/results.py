@@ -232,7 +232,7 @@ def summary(scenario: Scenario, history: History, twin: History | None = None) -
 
 
 def _recovered(settings: Settings, history: History, twin: History | None) -> float | None:
-    """See `history.rounds_to_recover`; None where there is no such number."""
+    """Rounds after the attack until the run recovers, see `history.rounds_to_recover`; None where it never does."""
     if twin is None or len(twin.rows) != len(history.rows):
         return None
     rounds, accuracy, honest = (

@@ -82,7 +82,7 @@ def nearest(X: Tensor, k: int) -> NDArray[np.int64]:
     X : (n, d) tensor
         The samples.
     k : int
-        How many neighbours are wanted.
+        The number of neighbours that are wanted.
 
     Returns
     -------

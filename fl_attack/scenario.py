@@ -171,7 +171,7 @@ class Scenario:
         samples, counts : array of int, (n,)
             Positions in the training set, and how often each is used.
         device : torch.device or str
-            Where the tensors are put.
+            The device of the tensors.
 
         Returns
         -------

@@ -147,7 +147,7 @@ def spectral(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     updates, weights
         See `rules`; weights are not used.
     f : int
-        How many updates are left out.
+        The number of updates that are left out.
     """
     gram, finite = careful_products(updates)
     m = updates.shape[-3]

@@ -115,7 +115,7 @@ def network(m: int, places: range) -> list[tuple[int, int, bool, bool]]:
     Parameters
     ----------
     m : int
-        How many values are sorted.
+        The number of values that are sorted.
     places : range
         Places in ascending order whose values are asked for, from 0.
 

@@ -205,7 +205,7 @@ def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = N
     updates, weights, f
         As `krum` takes them.
     keep : int, optional
-        How many updates are averaged.
+        The number of updates that are averaged.
 
     Raises
     ------
@@ -259,7 +259,7 @@ def mean_by_shares(updates: Tensor, share: Tensor) -> Tensor:
     Parameters
     ----------
     updates : (..., m, C, d) tensor
-        What is averaged.
+        The updates that are averaged.
     share : (..., m) tensor of float64
         The factor of each update.
 

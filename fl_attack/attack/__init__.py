@@ -162,7 +162,7 @@ def try_args(name: str, args: Mapping[str, Any], classes: int) -> None:
     name, args
         As `check_args` takes them; others than those of the table are not called.
     classes : int
-        How many labels there are.
+        The number of labels.
 
     Raises
     ------
@@ -201,7 +201,7 @@ def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int]
     shape : sequence of int
         Shape (..., n) of the labels: leading axes, and the number n of samples.
     classes : int
-        How many labels there are.
+        The number of labels.
 
     Returns
     -------
@@ -314,7 +314,7 @@ def flipped_target(y: Tensor, classes: int) -> Tensor:
     y : tensor of int64
         True labels, in any shape.
     classes : int
-        How many labels there are, C.
+        The number of labels, C.
 
     Returns
     -------

@@ -166,7 +166,7 @@ def static_flip(
     view : View
         What the attackers see of the round.
     map : {"opposite", "cyclic"}
-        y to C - 1 - y, or to y + 1 modulo C.
+        The map of labels: y to C - 1 - y, or y to y + 1 modulo C.
     source, target : int, optional
         With both, only samples of the one class are flipped, to the other.
 

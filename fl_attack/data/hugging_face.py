@@ -65,7 +65,7 @@ def partitioned(name: str, args: dict[str, Any], labels: np.ndarray, clients: in
     labels : (n,) array of int
         The label of each sample.
     clients : int
-        How many clients there are.
+        The number of clients.
     seed : int
         The seed of the deal; samples are shuffled by it first.
 

@@ -139,7 +139,7 @@ def take_largest_(
     Returns
     -------
     (M,) array of int64
-        How many of each row are taken.
+        The number of priorities that are taken of each row.
     """
     scratch.copy_(priority)
     if scratch.is_cuda:

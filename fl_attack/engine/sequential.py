@@ -37,7 +37,7 @@ def run(
     cell
         The experiment.
     device
-        Where gradients are computed.
+        The device that gradients are computed on.
     progress
         Is called with 1 after every round, and at an early end with the number of rounds that need not be run.
     watch

@@ -110,7 +110,7 @@ def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
     address : str or None
         The cluster to join; None starts Ray here, for this machine alone, unless this process has it already.
     verbose : bool
-        Whether Ray says what it does.
+        Whether Ray prints what it does.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray about GPUs
     if ray.is_initialized():

@@ -336,7 +336,7 @@ def complete(replies: list[Message], expected: int, round_: int) -> list[Message
     replies : list of Message
         The replies that came back.
     expected : int
-        How many clients were asked.
+        The number of clients that were asked.
     round_ : int
         The round, for the error.
 

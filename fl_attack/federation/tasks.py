@@ -56,7 +56,7 @@ def scatter(
     address : str or None
         The cluster to join; None starts Ray here.
     verbose : bool
-        Whether Ray says what it does.
+        Whether Ray prints what it does.
     on_progress : callable
         Gets a job's position and the number of steps that it has done.
 
@@ -65,7 +65,7 @@ def scatter(
     position : int
         The position of a job in `jobs`; they come in the order in which they are done.
     result
-        What the function gave.
+        The result of the function for this job.
     """
     with ray_session(address, verbose):
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])

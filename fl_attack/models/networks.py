@@ -93,7 +93,7 @@ class Network(Model):
         return np.concatenate(parts)[None]
 
     def by_class(self, updates: Tensor) -> Tensor:
-        """See `Model.by_class`: the last weight with a row for each class, and its bias if one follows."""
+        """Rows of the last weight with a row for each class, and of its bias if one follows; see `Model.by_class`."""
         parts = updates[..., 0, :].split([math.prod(shape) for shape in self.sizes.values()], -1)
         rows = list(zip(self.sizes.values(), parts, strict=True))
         last = [i for i, (shape, _) in enumerate(rows) if len(shape) > 1 and shape[0] == self.classes]
@@ -282,7 +282,7 @@ class Mlp(Network):
         theta, X
             As `forward` takes them.
         activations : list of tensors
-            What `forward` gave.
+            The activations that `forward` gave.
         R : (M, n, classes) tensor
             Derivatives by the logits.
 
@@ -348,7 +348,7 @@ class Mlp(Network):
         theta : (1, P) or (M, 1, P) tensor
             Parameters.
         activations : list of tensors
-            What `forward` gave at these.
+            The activations that `forward` gave for these parameters.
         along_first : (M, n, width) tensor
             What the first layer gives along the direction; it is lost.
         others : sequence of pairs of tensors
@@ -431,7 +431,7 @@ def resnet18(shape: tuple[int, ...], classes: int, groups: int = GROUPS) -> nn.M
     shape : (C, H, W)
         The shape of an image.
     classes : int
-        How many labels there are.
+        The number of labels.
     groups : int
         Number of groups of each normalisation; it must divide 64 channels.
 

@@ -225,7 +225,7 @@ def tabulate_together(
 
 
 def _on_a_processor(scenario: Scenario) -> Scenario:
-    """The same experiment without a GPU."""
+    """An experiment as it is without a GPU."""
     update = {"device": "cpu", "client_device": "cpu"}
     chosen = scenario.settings.model_copy(update={"engine": scenario.settings.engine.model_copy(update=update)})
     return Scenario(chosen, scenario.dataset, scenario.partition, scenario.schedule)

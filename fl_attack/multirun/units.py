@@ -146,7 +146,7 @@ def saver(numbers: Numbers, key: str) -> Callable[[Any], None]:
     Returns
     -------
     callable
-        Takes a binary stream.
+        A function that takes a binary stream.
     """
     return lambda stream: np.savez_compressed(stream, key=np.array(key), **numbers._asdict())
 

@@ -23,7 +23,7 @@ def lines(file: Path, title: str, note: str, log: bool = False, floor: float | N
     log : bool
         Whether small values of x are stretched, down to 0.
     floor : float, optional
-        Where y begins.
+        The lower end of the axis y.
 
     Returns
     -------

@@ -157,7 +157,7 @@ def legend(figure: Any, panels: dict[str, Any], title: str = "") -> None:
     Parameters
     ----------
     figure : matplotlib.figure.Figure
-        What the panels are in.
+        The figure of the panels.
     panels : dict of str to Axes
         Lines of the same name in several panels are named once.
     title : str
@@ -203,7 +203,7 @@ def caption(figure: Any, title: str, note: str) -> None:
     Parameters
     ----------
     figure : matplotlib.figure.Figure
-        What the panels are in.
+        The figure of the panels.
     title : str
         The title; empty for none.
     note : str

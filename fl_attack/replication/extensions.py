@@ -290,7 +290,7 @@ def lost_by_chance(ends: Floats, points: float = LOSS) -> float:
     ends : (seeds,) array
         Accuracies of runs that differ in their seed alone, in points.
     points : float
-        What counts as harm.
+        The least loss that counts as harm, in points.
 
     Returns
     -------

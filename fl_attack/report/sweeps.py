@@ -48,7 +48,7 @@ def command_of(first: list[str], row: dict[str, Any]) -> str:
     first : list of str
         Overrides that give the settings of the sweep's first cell.
     row : dict
-        The overrides of this cell, by key: these are said in place of those.
+        The overrides of this cell, by key, which take the place of those of `first`.
 
     Returns
     -------

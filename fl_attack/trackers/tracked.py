@@ -188,7 +188,7 @@ class TrackedSweep:
         Parameters
         ----------
         folder : Path
-            Where the sweep is written to.
+            The folder that the sweep is written to.
         anew : bool
             Whether what trackers have of an interrupted sweep is left aside.
 

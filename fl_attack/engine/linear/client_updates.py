@@ -89,7 +89,7 @@ def pieces(cells: int, bytes_each: int) -> list[slice]:
     Parameters
     ----------
     cells : int
-        How many cells there are.
+        The number of cells.
     bytes_each : int
         Bytes that the updates of one cell take.
 

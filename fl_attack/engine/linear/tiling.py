@@ -118,7 +118,7 @@ def fitting(cells: int, row: int, device: str) -> int:
     Parameters
     ----------
     cells : int
-        How many there are.
+        The number of cells.
     row : int
         Bytes of the parameters of a cell.
     device : str
