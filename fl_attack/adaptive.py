@@ -116,4 +116,4 @@ def _worst(scenario: Scenario, theta: Tensor, round_: int, server: KnownServer, 
             products.append((found * v.to(found)).sum())
         else:
             products.append(products[same])
-    return int(attack.worst(products))
+    return int(attack.most_harmful(products))

@@ -217,7 +217,7 @@ def _chosen(
     pooled, used = scenario.settings.attack.scope == "pooled", budgets
     if percent < 100:
         part = np.array(budgets) * percent // 100
-        used = attack.spread(part[0], writable).tolist() if pooled else part.tolist()
+        used = attack.dealt_out(part[0], writable).tolist() if pooled else part.tolist()
         pooled = False
     chosen = _within(scenario, malicious, samples, proposal.priority, used, pooled) & (proposal.labels != y)
     return Flips(samples[chosen.cpu().numpy()], proposal.labels[chosen].cpu().numpy(), sum(budgets))

@@ -38,7 +38,7 @@ def is_whole(scenario: Scenario) -> bool:
     return scenario.settings.attacked and threat.plans and threat.horizon is None
 
 
-def seconds(cells: Sequence[Scenario]) -> float:
+def planning_seconds(cells: Sequence[Scenario]) -> float:
     """Roughly the seconds that the plans of cells take on one processor, made together.
 
     Parameters

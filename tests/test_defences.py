@@ -263,8 +263,8 @@ def test_nearest_neighbours_undo_flips_where_classes_lie_apart(settings: Compose
 
 def test_flips_are_dealt_out_in_proportion_largest_remainders_first() -> None:
     flips, sizes = np.array([5, 0, 7]), np.array([[2, 3, 4], [1, 1, 1], [3, 3, 1]])
-    assert attack.spread(flips, sizes).tolist() == [[1, 2, 2], [0, 0, 0], [3, 3, 1]]
-    assert attack.spread(np.array([0]), np.array([[0, 0]])).tolist() == [[0, 0]]
+    assert attack.dealt_out(flips, sizes).tolist() == [[1, 2, 2], [0, 0, 0], [3, 3, 1]]
+    assert attack.dealt_out(np.array([0]), np.array([[0, 0]])).tolist() == [[0, 0]]
 
 
 def test_of_equal_harm_the_first_way_is_taken_and_what_is_no_number_never() -> None:
@@ -273,7 +273,7 @@ def test_of_equal_harm_the_first_way_is_taken_and_what_is_no_number_never() -> N
         torch.tensor([1.0, 3.0, -1.0]),
         torch.tensor([5.0, 3.0, torch.nan]),
     ]
-    assert attack.worst(products).tolist() == [0, 1, 1]
+    assert attack.most_harmful(products).tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize(

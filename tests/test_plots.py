@@ -236,7 +236,7 @@ def test_lines_of_equal_product_pass_through_cells_of_that_product(tmp_path, mon
     plots.heatmap(sweep(tmp_path, malicious=[1, 2, 4, 8], budget=bs.tolist()))
     axes = figures[0].axes[0]
     texts = [text.get_text() for text in axes.texts if text.get_text().startswith("k·b")]
-    chosen = marks.products(ks, bs)
+    chosen = marks.products_to_label(ks, bs)
     assert texts == [f"k·b = {product:.3g}" for product in chosen]
     for product, line in zip(chosen, axes.lines[1::2], strict=True):
         for (row, column), value in np.ndenumerate(np.outer(bs, ks)):
@@ -247,10 +247,10 @@ def test_lines_of_equal_product_pass_through_cells_of_that_product(tmp_path, mon
 
 def test_products_are_those_that_cells_share_and_never_zero():
     tenths = np.arange(0, 11) / 10
-    shared = marks.products(tenths, tenths)
+    shared = marks.products_to_label(tenths, tenths)
     every = np.round(np.outer(tenths, tenths), 9)
     assert len(shared) >= 3 and min(shared) > 0 and all((every == product).sum() > 1 for product in shared)
-    assert marks.products(np.array([0.0, 0.0]), np.array([0.0, 1.0])) == []
+    assert marks.products_to_label(np.array([0.0, 0.0]), np.array([0.0, 1.0])) == []
 
 
 def test_large_maps_print_no_values(tmp_path, monkeypatch):

@@ -139,11 +139,11 @@ def test_goals_and_their_spread() -> None:
     cells = seeded(accuracy, *points)
     values = np.array(list(noise.values()))
     away = np.abs(values - values.mean()).mean() * (np.pi / 2 * 5 / 4) ** 0.5  # a standard deviation, where normal
-    assert statistics.spread(cells.where(k=1.0), "untargeted").mean() == pytest.approx(4 * away)
+    assert statistics.absolute_deviation(cells.where(k=1.0), "untargeted").mean() == pytest.approx(4 * away)
     assert statistics.spread_gap(cells.where(k=1.0)).mean() == pytest.approx(3.9 * away)
     assert statistics.gap_growth(cells).mean() == pytest.approx(2 * away)
     assert statistics.large_gap(cells).mean() == pytest.approx(10, abs=abs(4 * values.mean()) + 1e-9)
-    assert figures.spread(cells.where(k=1.0), "untargeted") == pytest.approx(4 * values.std(ddof=1))
+    assert figures.standard_deviation(cells.where(k=1.0), "untargeted") == pytest.approx(4 * values.std(ddof=1))
 
 
 def test_f1_early_stopping_and_adam() -> None:
@@ -386,16 +386,16 @@ def test_what_a_data_set_took_adds_up_and_its_loss_stops_nothing(tmp_path: Path)
     file = tmp_path / "new" / "seconds"
     with plan.timed(file, lambda: False):
         pass
-    assert plan.seconds(file) == []
+    assert plan.seconds_taken(file) == []
     interrupted = plan.timed(file, lambda: True)
     interrupted.__enter__()
     assert not interrupted.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     with plan.timed(file, lambda: True):
         pass
-    first, second = plan.seconds(file)
+    first, second = plan.seconds_taken(file)
     assert 0 <= first < 1 and 0 <= second < 1
     file.write_bytes(b"12 \xff")
-    assert plan.seconds(file) == []
+    assert plan.seconds_taken(file) == []
 
 
 def test_sweeps_computed_together_are_those_computed_alone(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fl_attack.errors import InputError
 from fl_attack.identity import key_of
 from fl_attack.launcher import grid
 from fl_attack.multirun import execute
-from fl_attack.multirun.units import distinct, read, units
+from fl_attack.multirun.units import distinct_experiments, read, units
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str]]
@@ -191,7 +191,7 @@ def test_what_gives_the_same_numbers_is_computed_once(small_data: Small, more: l
         goals, "batch_size=30", "out=unused", *more,
     )  # fmt: skip
     scenarios = engine.make_scenarios([cell.settings for cell in swept])
-    kept, place = distinct(scenarios)
+    kept, place = distinct_experiments(scenarios)
     assert len(kept) == cells
     for asked, at in zip(scenarios, place, strict=True):
         done = kept[at]

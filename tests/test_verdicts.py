@@ -10,7 +10,7 @@ from scipy.stats import ttest_1samp
 from fl_attack.replication import claims, statistics
 from fl_attack.replication.cells import with_drops
 from fl_attack.replication.claims import CLAIMS
-from fl_attack.replication.extensions import answer, lost_by_chance
+from fl_attack.replication.extensions import lost_by_chance, short_answer
 from fl_attack.replication.findings import Line, RunCells, decided
 from fl_attack.replication.plan import CEIL, PERSIST, SMALL, STEP, PaperDataset, Run
 from fl_attack.replication.report import _by_verdict
@@ -267,11 +267,11 @@ def test_the_first_page_says_under_which_protocol_the_papers_size_comes_out() ->
         line(CEIL, "untargeted, last iterate", 0.4, NOISY),
     ]
     ends = Cells({"lr": np.full(4, "0.1"), "accuracy": np.array([80.0, 74.0, 90.0, 85.9])})
-    text, size, other, chance = answer([RunCells(Run("noise", source, batch=64), ends)], lines)
+    text, size, other, chance = short_answer([RunCells(Run("noise", source, batch=64), ends)], lines)
     assert "MNIST 0/1, untargeted: 0.10 [" in text and "0.20" not in text
     assert size.endswith(f"come out:** {SMALL}, MNIST 0/1 (targeted 5.9 to 6.7).")
     assert other.endswith(f"3 to 9):** {PERSIST}, MNIST 0/1 (untargeted 21.8).")
     assert chance.endswith("MNIST 0/1 in 33 % (lr 0.1, batches of 64).")
-    assert answer([], lines[:1])[1].endswith("come out:** under no protocol.") and answer([], []) == []
+    assert short_answer([], lines[:1])[1].endswith("come out:** under no protocol.") and short_answer([], []) == []
     # the verdict is that of the paper's protocol, whatever others bear out
     assert _by_verdict(lines) == [f"*Not replicated*: {claim.text} (figure 5: not replicated in 2 of 2 measurements)."]

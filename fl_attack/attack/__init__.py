@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fl_attack import plugins
 from fl_attack.attack import gradients, labels
-from fl_attack.attack.adapt import PERCENTS, spread, worst
+from fl_attack.attack.adapt import PERCENTS, dealt_out, most_harmful
 from fl_attack.attack.budget import attacked_before, flip_allowance, select
 from fl_attack.attack.directions import DIRECTIONS, Aim, direction_of, find_direction, scores_along
 from fl_attack.attack.gradients import Updates
@@ -51,21 +51,21 @@ __all__ = [
     "View",
     "attacked_before",
     "craft",
+    "dealt_out",
     "direction",
     "direction_of",
     "find",
     "find_direction",
     "flip_allowance",
     "flipped_target",
+    "most_harmful",
     "planned_options",
     "propose",
     "scores_along",
     "select",
     "smoothed_error",
     "smoothed_error_residuals",
-    "spread",
     "try_args",
-    "worst",
 ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 PERCENTS = (100, 70, 50, 30, 20, 10, 5, 0)  # of the budget; all of it is the attack as it is without a line search
 
 
-def spread(flips: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def dealt_out(flips: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Flips of all clients together, dealt out in proportion to what each can write: largest remainders first.
 
     Parameters
@@ -36,7 +36,7 @@ def spread(flips: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int
     return np.asarray(whole + (rank < left[..., None]))
 
 
-def worst(products: Sequence[Tensor]) -> Tensor:
+def most_harmful(products: Sequence[Tensor]) -> Tensor:
     """Which of some aggregates has the smallest inner product with the direction, (...) of int64.
 
     Parameters

@@ -43,7 +43,7 @@ MD5 = {
 }
 
 
-def is_whole(root: Path, name: str) -> bool:
+def is_as_published(root: Path, name: str) -> bool:
     """Whether a file has the content that was published.
 
     Parameters

@@ -132,7 +132,7 @@ def _read_idx(root: Path, files: list[str]) -> list[np.ndarray]:
 def _refuse_damaged(root: Path, files: list[str]) -> None:
     """InputError where a file does not have its sum."""
     for name in files:
-        if not formats.is_whole(root, name):
+        if not formats.is_as_published(root, name):
             raise InputError(f"{root / name} is damaged: its MD5 sum is wrong; delete it to download it anew")
 
 

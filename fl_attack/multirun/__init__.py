@@ -25,7 +25,7 @@ from fl_attack.multirun.children import Children
 from fl_attack.multirun.elsewhere import Launch, compute_file, launched
 from fl_attack.multirun.execute import compute
 from fl_attack.multirun.table import Cell, write_tables
-from fl_attack.multirun.units import Numbers, Unit, by_cell, distinct, random_numbers, read, saver, units
+from fl_attack.multirun.units import Numbers, Unit, by_cell, distinct_experiments, random_numbers, read, saver, units
 from fl_attack.overrides import written
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
@@ -189,7 +189,7 @@ def tabulate_together(
     of_grids = iter(scenarios)
     for grid in grids if draw else ():
         _check_figures(grid, list(itertools.islice(of_grids, len(grid))))
-    kept_scenarios, place = distinct(scenarios)
+    kept_scenarios, place = distinct_experiments(scenarios)
     work = units(kept_scenarios)
     own = {f"{unit.key}.npz" for unit in work}
 

@@ -168,7 +168,7 @@ def _seconds_of(cells: Sequence[Scenario]) -> float:
     cell, settings = cells[0], cells[0].settings
     samples = settings.rounds * settings.local_steps * int(cell.schedule.sizes.sum())
     products = 4 * len(cells) * samples * cell.theta_shape[0] * cell.theta_shape[1] / 3e10
-    planning = plans.seconds(cells)
+    planning = plans.planning_seconds(cells)
     if engine.is_linear(cell):
         return 2e-4 * settings.rounds + products + planning
     # a weight of a convolution is used many times

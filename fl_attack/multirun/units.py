@@ -49,7 +49,7 @@ def plain(scenario: Scenario) -> Scenario:
     return replace(scenario, settings=settings.unattacked().model_copy(update=update), partition=partition)
 
 
-def distinct(scenarios: Sequence[Scenario]) -> tuple[list[Scenario], list[int]]:
+def distinct_experiments(scenarios: Sequence[Scenario]) -> tuple[list[Scenario], list[int]]:
     """The experiments of which no two give the same numbers, and which of them each one is."""
     places: dict[str, int] = {}
     kept: list[Scenario] = []

@@ -61,7 +61,7 @@ def arms(folder: Path) -> list[Path]:
     for kind, values in (("attacks", attacks), ("defences", defences)):
         if len(values) < 2:
             raise NotDrawableError(f"arms compares {kind}; the sweep has a single one")
-    names = canvas.distinct(np.array([one.setting for one in met], object), canvas.PANELS, "panels of arms")
+    names = canvas.distinct_values(np.array([one.setting for one in met], object), canvas.PANELS, "panels of arms")
     figure, panels = canvas.panels(names, 2.2 + 0.95 * len(attacks), 1.5 + 0.3 * len(defences), "", "")
     low, high, beyond = canvas.limits(np.array([float(one.accuracy.mean()) for one in met]))
     for name, axes in panels.items():

@@ -62,9 +62,9 @@ def budget(folder: Path) -> list[Path]:
         note += f" {len(shown)} of {len(ks)} values of k are drawn." if len(shown) < len(ks) else ""
     else:
         panel, line = panel_and_line(sweep, KB)
-        lines = {name: line == name for name in canvas.distinct(line, canvas.ENTRIES, "lines of a panel")}
+        lines = {name: line == name for name in canvas.distinct_values(line, canvas.ENTRIES, "lines of a panel")}
         note = ""
-    names = canvas.distinct(panel, canvas.PANELS, "panels of a plot against the global budget")
+    names = canvas.distinct_values(panel, canvas.PANELS, "panels of a plot against the global budget")
     figure, panels = canvas.panels(names, 3.7 if fan else 5.4, 3.3, NUMBERS[KB][0], NUMBERS[ACCURACY][0])
     for name, axes in panels.items():
         for number, (label, mask) in enumerate(lines.items()):
@@ -100,8 +100,8 @@ def spread(folder: Path) -> list[Path]:
     deviation = deviations_over_seeds(sweep, panel, line)
     if not np.isfinite(list(deviation.values())).any():
         raise NotDrawableError("a standard deviation needs two seeds or more; the sweep has one")
-    names = canvas.distinct(panel, canvas.PANELS, "panels of a plot by k")
-    lines = canvas.distinct(line, canvas.ENTRIES, "lines of a panel")
+    names = canvas.distinct_values(panel, canvas.PANELS, "panels of a plot by k")
+    lines = canvas.distinct_values(line, canvas.ENTRIES, "lines of a panel")
     figure, panels = canvas.panels(names, 5.4, 3.4, NUMBERS[K][0], "standard deviation (percentage points)")
     for name, axes in panels.items():
         for number, label in enumerate(lines):

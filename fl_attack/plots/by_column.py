@@ -44,8 +44,8 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
         raise InputError(f"no cell has both {x} and {y}")
     of_settings = x in (K, B, KB) or x not in (*LABELS, "cell")
     panel = sweep.labels(sweep.varied(x, by)) if of_settings else np.full(len(sweep), "", object)
-    lines = canvas.distinct(sweep.column(by)[finite], canvas.ENTRIES, f"{by} in a legend") if by else [""]
-    names = canvas.distinct(panel[finite], canvas.PANELS, f"panels of {y} against {x}")
+    lines = canvas.distinct_values(sweep.column(by)[finite], canvas.ENTRIES, f"{by} in a legend") if by else [""]
+    names = canvas.distinct_values(panel[finite], canvas.PANELS, f"panels of {y} against {x}")
     width = 5.6 if len(names) == 1 else 4.4
     figure, panels = canvas.panels(names, width, 3.8, canvas.label(x), canvas.label(y))
     place, levels = _places(across[finite])

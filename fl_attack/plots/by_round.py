@@ -128,8 +128,8 @@ def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
     accuracy, at = read_curves(folder)
     accuracy = accuracy[sweep.column("cell").astype(int)]
     panel, line = sweep.labels(sweep.varied(by)), sweep.column(by)
-    names = canvas.distinct(panel, canvas.PANELS, "panels of a plot by round")
-    canvas.distinct(line, canvas.ENTRIES, f"{by} in a legend")
+    names = canvas.distinct_values(panel, canvas.PANELS, "panels of a plot by round")
+    canvas.distinct_values(line, canvas.ENTRIES, f"{by} in a legend")
     figure, panels = canvas.panels(names, 4.6, 3.6, "round", "test accuracy (%)")
     values = list(dict.fromkeys(line.tolist()))
     for name, axes in panels.items():

@@ -65,7 +65,7 @@ def panels(names: Sequence[str], width: float, height: float, x: str, y: str) ->
     return figure, axes_of
 
 
-def distinct(values: Array, limit: int, what: str) -> list[Any]:
+def distinct_values(values: Array, limit: int, what: str) -> list[Any]:
     """The different values of a column, in order.
 
     Parameters

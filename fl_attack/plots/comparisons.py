@@ -47,7 +47,7 @@ def matrix(folder: Path, rows: str = NAME, columns: str = "strategy.name") -> li
     sweep = read_sweep(folder)
     settings = sweep.varied(rows, columns)
     panel = sweep.labels(settings)
-    names = canvas.distinct(panel, canvas.PANELS, "panels of a matrix")
+    names = canvas.distinct_values(panel, canvas.PANELS, "panels of a matrix")
     grids = {name: versus.grid(sweep, rows, columns, panel == name) for name in names}
     ys, xs = next(iter(grids.values())).rows, next(iter(grids.values())).columns
     labels = canvas.label(columns), canvas.label(rows)
@@ -111,7 +111,7 @@ def harm(folder: Path) -> list[Path]:
     attack, k = sweep.column(NAME), sweep.column(K)
     settings = sweep.varied(NAME, K)
     panel = sweep.labels(settings)
-    names = canvas.distinct(panel, canvas.PANELS, "panels of a comparison of harm")
+    names = canvas.distinct_values(panel, canvas.PANELS, "panels of a comparison of harm")
     figure, panels = canvas.panels(names, 6.2 if len(names) == 1 else 4.4, 3.9, NUMBERS[K][0], NUMBERS[ACCURACY][0])
     writes = {name: versus.writes_of(sweep, attack == name) for name in dict.fromkeys(attack)}
     order = sorted(writes, key=lambda name: writes[name] != "none")  # the unattacked cells first

@@ -131,7 +131,7 @@ def _maps(x: Floats, y: Floats, values: Floats, panel: Array, colours: str, unit
     cells_of = split(len(panel), panel)
     grids = {
         name: means_on_grid(x[cells], y[cells], values[cells], xs, ys)
-        for name in canvas.distinct(panel, canvas.PANELS, "panels of a heat map")
+        for name in canvas.distinct_values(panel, canvas.PANELS, "panels of a heat map")
         for cells in [cells_of[(name,)]]
     }
     every = np.array(list(grids.values()))

@@ -110,7 +110,7 @@ def equal_products(axes: Any, xs: Floats, ys: Floats) -> None:
     y_values, y_places = _edges_and_centres(ys)
     x = np.linspace(max(x_values[0], x_values[-1] / 1000), x_values[-1], 2000)
     below = -1.0  # where the last label is
-    for product in products(xs, ys):
+    for product in products_to_label(xs, ys):
         inside = (product / x >= y_values[0]) & (product / x <= y_values[-1])
         if not inside[-1]:
             continue
@@ -125,7 +125,7 @@ def equal_products(axes: Any, xs: Floats, ys: Floats) -> None:
     axes.set(xlim=(0, len(xs)), ylim=(0, len(ys)))
 
 
-def products(xs: Floats, ys: Floats) -> list[float]:
+def products_to_label(xs: Floats, ys: Floats) -> list[float]:
     """A few products, spread over those of a grid; where possible such that several of its cells share.
 
     Parameters

@@ -62,10 +62,10 @@ def grid(sweep: Sweep, rows: str, columns: str, mask: Mask) -> Grid:
         at = ys.index(y), xs.index(x)
         mean[at], half[at] = mean_interval(sweep.seed_means(some[cells]))
     attacked = np.array([writes_of(sweep, sweep.column(rows) == y) != "none" for y in ys])
-    return Grid(ys, xs, mean, half, worst(mean, attacked))
+    return Grid(ys, xs, mean, half, worst_attacks(mean, attacked))
 
 
-def worst(mean: Floats, attacked: Mask) -> NDArray[np.intp]:
+def worst_attacks(mean: Floats, attacked: Mask) -> NDArray[np.intp]:
     """The attack that does most harm, for each column of a grid.
 
     Parameters

@@ -149,7 +149,7 @@ def cause(last: Evidence, late: Evidence) -> str:
     return "no harm" if {of_last, of_late} == {NOT} else NOISY
 
 
-def answer(results: Sequence[RunCells], lines: Sequence[Line]) -> list[str]:
+def short_answer(results: Sequence[RunCells], lines: Sequence[Line]) -> list[str]:
     """In a few sentences, under which protocol 0.1 % of the labels cost as much as the paper says.
 
     Parameters

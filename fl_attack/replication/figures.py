@@ -2,9 +2,11 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fl_attack import plots
 from fl_attack.folder import TABLE
@@ -77,7 +79,7 @@ def by_budget(file: Path, cells: Cells, title: str) -> None:
     lines(file, title, BANDS, log=True)
 
 
-def spread(cells: Cells, goal: str) -> float:
+def standard_deviation(cells: Cells, goal: str) -> float:
     """Standard deviation of the accuracy over seeds, pooled over attacked settings.
 
     Parameters
@@ -96,13 +98,18 @@ def spread(cells: Cells, goal: str) -> float:
     return pooled_deviation(attacked["accuracy"][at] for _, at in attacked.parts("k", "b"))
 
 
+def _deviation_among(cells: Cells, goal: str, mask: NDArray[np.bool_]) -> float:
+    """The `standard_deviation` of the cells of a mask."""
+    return standard_deviation(cells.only(mask), goal)
+
+
 def deviation(file: Path, cells: Cells, title: str) -> None:
     """Figure 6: standard deviation over seeds, pooled over b, against k; arguments as of `by_budget`."""
     rows = []
     for (k,), at in cells.parts("k"):
         on_line = cells.only(np.isin(np.arange(len(cells)), at))
         for name in GOALS:
-            found = jackknife_interval(lambda mask, of=on_line, aim=name: spread(of.only(mask), aim), on_line["seed"])  # type: ignore[misc]
+            found = jackknife_interval(partial(_deviation_among, on_line, name), on_line["seed"])
             rows.append(("", name, float(k), found.value, found.half))
     write_csv(file, ("panel", "goal", "write_access", "standard deviation (points)", "interval"), rows, DIGITS)
     lines(file, title, f"Pooled over b. {BANDS}", floor=0.0)

@@ -76,7 +76,7 @@ def _one_source(
                     continue
                 found.results.append(RunCells(one, kept[place[one]]))
                 _draw(out / report.FIGURES, place[one], found, only)
-    found.seconds[source.title] = plan.seconds(clock)
+    found.seconds[source.title] = plan.seconds_taken(clock)
 
 
 def _extended(honest: Run, todo: ReplicationPlan, out: Path, cells: Cells, progress: multirun.Progress | None) -> Cells:

@@ -352,7 +352,7 @@ def timed(file: Path, worth: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         if worth():
-            lines = [*seconds(file), time.perf_counter() - began]
+            lines = [*seconds_taken(file), time.perf_counter() - began]
             write_whole(file, lambda stream: stream.writelines(f"{line:.3f}\n".encode() for line in lines))
 
 
@@ -361,7 +361,7 @@ def is_there(place: Path) -> bool:
     return (place / TABLE).exists()
 
 
-def seconds(file: Path) -> list[float]:
+def seconds_taken(file: Path) -> list[float]:
     """The seconds of each call, as `timed` has written them; none where the file is lost or damaged."""
     try:
         return [float(line) for line in file.read_text().split()]

@@ -13,7 +13,6 @@ from fl_attack.config import versions
 from fl_attack.data.cache import write_whole
 from fl_attack.replication.claims import CLAIMS, Claim, measured
 from fl_attack.replication.extensions import (
-    answer,
     format_interval,
     frequency,
     noise,
@@ -21,6 +20,7 @@ from fl_attack.replication.extensions import (
     readings,
     rounding,
     selection,
+    short_answer,
 )
 from fl_attack.replication.figures import DIGITS
 from fl_attack.replication.findings import Line, ReplicationRecord, RunCells, findings
@@ -130,7 +130,7 @@ def _first_page(
     results: Sequence[RunCells], lines: Sequence[Line], plan: ReplicationPlan, missing: Sequence[Run]
 ) -> str:
     """The first section: under which protocol 0.1 % of the labels do harm, and what became of all claims."""
-    page = [*answer(results, lines), *_by_verdict(lines)]
+    page = [*short_answer(results, lines), *_by_verdict(lines)]
     if page:
         page.append(
             f"Every verdict is by the rules below, over all {len(lines)} rows together: at most {100 * FALSE:g} % of "

@@ -95,7 +95,7 @@ def accuracy_at(cells: Cells, goal: str, k: float, b: float) -> Floats:
     return by_seed(cells.where(goal=goal, k=k, b=b), lambda of_seed: mean(of_seed["accuracy"]))
 
 
-def spread(cells: Cells, goal: str) -> Floats:
+def absolute_deviation(cells: Cells, goal: str) -> Floats:
     """Absolute deviation of the accuracy from its mean over seeds, over attacked settings; arguments as of `drop_at`.
 
     Scaled so that its mean is the standard deviation of normal values. Differences of such values hold their level
@@ -117,8 +117,8 @@ def spread(cells: Cells, goal: str) -> Floats:
 
 
 def spread_gap(cells: Cells) -> Floats:
-    """`spread` under the untargeted attack less that under the targeted one."""
-    return _difference_by_seed(spread(cells, "untargeted"), spread(cells, "targeted"))
+    """`absolute_deviation` under the untargeted attack less that under the targeted one."""
+    return _difference_by_seed(absolute_deviation(cells, "untargeted"), absolute_deviation(cells, "targeted"))
 
 
 def gap_growth(cells: Cells) -> Floats:

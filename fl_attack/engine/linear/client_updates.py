@@ -235,5 +235,5 @@ class Aggregator:
         ]
         if len(candidates) == 1:
             return candidates[0]
-        worst = attack.worst([(rule(one) * v()).flatten(1).sum(1) for one in candidates])
+        worst = attack.most_harmful([(rule(one) * v()).flatten(1).sum(1) for one in candidates])
         return torch.stack(candidates)[worst, torch.arange(len(worst), device=worst.device)]
