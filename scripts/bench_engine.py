@@ -216,7 +216,7 @@ def byzfl_step(data: list[str], n: int, rounds: int) -> float:
 
 
 def memory(data: list[str], given: argparse.Namespace) -> Iterator[str]:
-    """What many cells take at once: a few rounds, with an evaluation at the start and at the end."""
+    """The largest memory of many cells at once: a few rounds, with an evaluation at the start and at the end."""
     if not given.memory:
         return
     made = [scenario.make(settings(data, given.batch[0], 3, "attack.budget=0.5", "clients.malicious=3"))]

@@ -87,7 +87,7 @@ class Bare:
 
 
 def bare(chosen: Settings, actors: int) -> tuple[Clock, torch.Tensor]:
-    """The same federation on bare Ray actors."""
+    """The federation of `block` on bare Ray actors, without Flower."""
     clock, made = Clock(), scenario.make(chosen)
     clients = chosen.clients.total
     text = chosen.model_dump_json()

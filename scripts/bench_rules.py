@@ -95,7 +95,7 @@ class Case(NamedTuple):
     f: int
 
     def arrays(self, few: int) -> list[np.ndarray]:
-        """Some cells (m, d)."""
+        """A list of cells, each of updates (m, d)."""
         return [_drawn(self.m, 1, self.d, seed)[0, :, 0].contiguous().numpy() for seed in range(few)]
 
 
@@ -156,7 +156,7 @@ def ours_takes(case: Case, cells: int) -> float:
 
 
 def ours_makes(case: Case) -> np.ndarray:
-    """What our rule makes of the first cell."""
+    """Our rule's aggregate of the first cell."""
     rule = ours(case.name, case.f, case.m)
     return rule(torch.from_numpy(case.arrays(1)[0]).view(1, case.m, 1, case.d))[0].numpy()
 
@@ -236,7 +236,7 @@ class Apart:
         self._pool = ProcessPoolExecutor(1, context, _settled, (threads, keep), max_tasks_per_child=1)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What the function gives."""
+        """The value that the function returns."""
         return self._pool.submit(function, *args).result()
 
 

@@ -138,7 +138,7 @@ def once(arguments: list[str]) -> None:
 
 
 def run(workers: int, arguments: list[str], cache: str) -> dict[str, float]:
-    """What the parts of a run of the program took, in a process of its own."""
+    """The seconds that each part of a run of the program took, in a process of its own."""
     here = Path(__file__).resolve()
     paths = os.pathsep.join(filter(None, [str(here.parent), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:

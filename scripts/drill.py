@@ -47,7 +47,7 @@ class Fault(NamedTuple):
 
 
 def environment(at: Path, **more: str | None) -> dict[str, str]:
-    """That of a program under test: a cache of its own, and changes; None removes a variable."""
+    """The environment of a program under test: a cache of its own, and changes; None removes a variable."""
     changed = {**os.environ, "FL_ATTACK_CACHE": str(at / "cache"), "HYDRA_FULL_ERROR": "0"} | more
     return {key: value for key, value in changed.items() if value is not None}
 

@@ -90,7 +90,7 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """What tells it from every other change of this version of the package."""
+        """A text that no other change of this version of the package has."""
         return f"{self.file}:{self.span}: {self.after}"
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class Mutant:
 
 
 def changes(node: ast.AST) -> Iterator[tuple[Any, ast.AST | None]]:
-    """What may be changed at a node: the part that is replaced, and by what (None: the statement is left out)."""
+    """The changes of a node: the part that is replaced, and by what (None: the statement is left out)."""
 
     def made(**parts: Any) -> tuple[Any, ast.AST]:
         other = copy.copy(node)
@@ -216,7 +216,7 @@ def alters(mutant: Mutant) -> bool:
 
 
 def drawn(found: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
-    """So many changes, of different lines as long as there are some; all where there are no more."""
+    """A sample of `count` changes, of different lines as long as there are some; all where there are no more."""
     rng = random.Random(seed)
     by_line: dict[tuple[str, int], list[Mutant]] = {}
     for mutant in found:
@@ -383,7 +383,7 @@ class Record:
         self.file, self.tests = KEPT / "verdicts.jsonl", tests
 
     def known(self) -> dict[str, str]:
-        """What still holds: a change that was noticed, and one that was not, by the tests as they are now."""
+        """The verdicts that still hold: a change was noticed, or was not by the tests as they are now."""
         rows = [json.loads(row) for row in self.file.read_text().splitlines()] if self.file.exists() else []
         noticed = (NOTICED, SLOW)
         return {
@@ -399,7 +399,7 @@ class Record:
 def verdicts(
     todo: Sequence[Mutant], reach: Reach, workers: int, limit: float, slack: float, seconds: float
 ) -> dict[Mutant, str]:
-    """What became of each change; first come those whose tests take least, and after so many seconds none is begun."""
+    """The verdict on each change; those whose tests take least come first, and after `seconds` none is begun."""
     until = time.monotonic() + seconds
     record = Record(reach.key)
     known = record.known()
