@@ -256,6 +256,9 @@ def test_confidence_flips_rank_by_the_margin_of_the_true_label() -> None:
     assert confidence(view).priority.tolist() == [4.0, 1.0, 0.5]
     assert confidence(view, certain="least").priority.tolist() == [-4.0, -1.0, -0.5]
 
+    with pytest.raises(ValueError, match="certain=maybe is not known; use most or least"):
+        confidence(view, certain="maybe")
+
 
 def updates_of(seed: int, cells: int = 3, m: int = 7, f: int = 2) -> attack.Updates:
     rng = torch.Generator().manual_seed(seed)
@@ -264,6 +267,16 @@ def updates_of(seed: int, cells: int = 3, m: int = 7, f: int = 2) -> attack.Upda
         torch.randn(*shape, 2, 3, dtype=torch.float64, generator=rng) for shape in ((cells, m), (cells,), (m,))
     )
     return attack.Updates(u, malicious, direction=lambda: v, noise=lambda: noise)
+
+
+def test_a_copied_view_has_memory_of_its_own() -> None:
+    view = updates_of(1)
+    copied = view.copied()
+    for name in ("updates", "malicious", "direction", "noise"):
+        before = getattr(view, name).clone()
+        assert torch.equal(getattr(copied, name), before)
+        getattr(copied, name).zero_()
+        assert torch.equal(getattr(view, name), before), name
 
 
 @pytest.mark.parametrize("name", UPDATES)

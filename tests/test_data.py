@@ -34,6 +34,17 @@ SHARED = Path(os.environ.get("FL_ATTACK_TEST_DATA", HERE.parent / "shared" / "da
 NAMES = ("ant", "bee", "cat", "dog")
 
 
+def test_classes_and_checksums_are_those_of_torchvision():
+    theirs = pytest.importorskip("torchvision.datasets")
+    assert set(formats.EMNIST) == set(theirs.EMNIST.splits)
+    for split, classes in theirs.EMNIST.classes_split_dict.items():
+        assert sorted(formats.EMNIST[split]) == sorted(set(classes) - {"N/A"}), split  # N/A: no letter has label 0
+    for folder, source in ((formats.CIFAR10, theirs.CIFAR10), (formats.CIFAR100, theirs.CIFAR100)):
+        files = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+        found = {name: digest for name, digest in formats.MD5.items() if name.startswith(f"{folder}/")}
+        assert found == {f"{folder}/{name}": digest for name, digest in files}
+
+
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FL_ATTACK_CACHE", str(tmp_path / "cache"))

@@ -126,6 +126,56 @@ def test_equal_budgets_of_larger_and_smaller_write_access() -> None:
     assert set(verdicts("every pair", smaller).values()) == {NOT}
 
 
+def test_the_harm_of_a_larger_k_is_the_mean_over_pairs_of_settings() -> None:
+    points = [{"k": k, "b": b, "goal": "targeted"} for k in (0.5, 1.0) for b in (0.1, 0.2, 0.4)]
+    loss = {(1.0, 0.1): 4.0, (0.5, 0.2): 1.0, (1.0, 0.2): 9.0, (0.5, 0.4): 2.0}
+    cells = seeded(lambda row, _: 90.0 - loss.get((float(str(row["k"])), float(str(row["b"]))), 0.0), *points)
+    assert statistics.pair_harm(cells, "targeted") == pytest.approx([(3.0 + 7.0) / 2] * 5)
+
+
+def test_the_correlation_is_that_of_one_goal() -> None:
+    of_goal = {"targeted": 1.0, "untargeted": -1.0}
+    cells = table(
+        [
+            {"b": b, "goal": goal, "seed": seed, "accuracy": 90 - 100 * b, "f1": sign * (90 - 100 * b)}
+            for goal, sign in of_goal.items()
+            for b in (0.0, 0.1, 0.3)
+            for seed in (0, 1)
+        ]
+    )
+    for goal, sign in of_goal.items():
+        assert statistics.correlation(cells, goal) == pytest.approx([sign] * 2)
+
+
+def test_sections_beyond_the_paper_hold_the_drops_of_their_rows() -> None:
+    (source, _) = plan.sources(True, None)
+    loss = {"untargeted": 10.0, "targeted": 20.0}
+    grid_rows = [
+        {"goal": goal, "b": b, "rounding": rounding, "seed": seed, "accuracy": 90 - (b > 0) * (loss[goal] + 100 * b)}
+        for goal in statistics.GOALS
+        for b in (0.0, 0.1, 0.2)
+        for rounding in ("carry", "floor")
+        for seed in (0, 1, 2)
+    ]
+    text = extensions.rounding([findings.RunCells(plan.Run("rounding", source), table(grid_rows))])
+    for goal in statistics.GOALS:
+        for b in (0.1, 0.2):
+            wanted = f"{loss[goal] + 100 * b:.2f}"
+            (row,) = [line for line in text.splitlines() if f"| {goal} | {100 * b:g} % |" in line]
+            assert row.count(wanted) >= 2, row  # with either rounding
+    now_and_then = [
+        {"goal": goal, "every": float(every), "b": b, "seed": seed, "accuracy": 90 - (b > 0) * every * loss[goal]}
+        for goal in statistics.GOALS
+        for every in (1, 2, 5, 10)
+        for b in (0.0, plan.MEAN_SHARE * every)
+        for seed in (0, 1, 2)
+    ]
+    text = extensions.frequency([findings.RunCells(plan.Run("frequency", source), table(now_and_then))])
+    for goal in statistics.GOALS:
+        (row,) = [line for line in text.splitlines() if f"| {goal} |" in line]
+        assert [f"{every * loss[goal]:.2f}" in row for every in (1, 2, 5, 10)] == [True] * 4
+
+
 def test_goals_and_their_spread() -> None:
     points = [{"k": k, "b": b, "goal": goal} for k in (0.5, 1.0) for b in (0.1, 0.9) for goal in statistics.GOALS]
     rng = np.random.default_rng(3)
@@ -245,6 +295,8 @@ def test_every_run_composes_with_its_unattacked_twins(run: plan.Run) -> None:
     if run.preset not in ("honest", "noise", "fig6", "fig7", "fig8", "fig11"):
         assert 0.0 in budgets and len(budgets) > 1
     assert {cell.settings.attack.rounding for cell in swept} <= {"carry", "floor", "ceil"}
+    network = {plan.MLP: "mlp", plan.CNN: "cnn"}.get(run.protocol, "logistic")
+    assert {cell.settings.model.name for cell in swept} == {network}
 
 
 def test_attacks_now_and_then_are_compared_at_equal_flips_in_all() -> None:
@@ -483,6 +535,25 @@ def test_bad_input_is_one_line(
     assert replicate.main(arguments) == 2
     line = capsys.readouterr().err
     assert line.startswith("replicate: ") and message in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(("options", "folder"), [([], "replication"), (["--quick"], "replication-quick")])
+def test_results_go_to_a_folder_of_their_kind(
+    options: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fl_attack.replication import pipeline
+
+    places: list[Path] = []
+
+    def run(out: Path, *_: object) -> Path:
+        places.append(out)
+        (tmp_path / "REPORT.md").write_text("a report")
+        return tmp_path / "REPORT.md"
+
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(plan, "make", lambda *_: None)
+    assert replicate.main(options) == 0
+    assert places == [Path("outputs") / folder]
 
 
 def test_greedy_flips_are_the_farthest_of_those_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,7 @@ def test_each_cell_has_the_command_that_runs_it(folders: list[Path]) -> None:
 def test_a_sweep_has_what_the_page_s_filters_and_intervals_are_made_of(folders: list[Path]) -> None:
     (part,) = content(folders[2] / "report.html")
     table = load(folders[2]).table
+    assert part["cells"] == len(table)
     for name in part["varied"]:  # each is an axis or a filter, of these values
         assert part["columns"][name] == table[name].tolist()
     assert (part["factors"]["final_accuracy"], part["factors"]["final_loss"]) == (100, 1)  # per cent, nats

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fl_attack import engine, workers
 from fl_attack.errors import InputError, RunError
@@ -164,3 +165,10 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_at_once_and_another_number_of_them_
     assert command(*run_into("whole", "workers=3"))[0] == 0
     assert (tmp_path / "ended" / "sweep.csv").read_bytes() == (tmp_path / "whole" / "sweep.csv").read_bytes()
     assert np.load(tmp_path / "ended" / "curves.npz")["accuracy"].shape[0] == 32
+
+
+def test_threads_of_torch_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with execute._threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
