@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fl_attack import aggregate
+from fl_attack.aggregate import rules
 
 
 def combined(updates: torch.Tensor, name: str, **more: object) -> torch.Tensor:
@@ -45,3 +46,12 @@ def test_updates_that_are_all_equal_are_what_byzfls_rules_give_without_a_warning
         1e30,
     ):  # clipped, and too large for its squares
         torch.testing.assert_close(found, updates[0])
+
+
+def test_a_rule_whose_sums_overflow_is_computed_on_smaller_numbers_where_they_do() -> None:
+    def mean(updates: torch.Tensor, weights: torch.Tensor, f: int) -> torch.Tensor:
+        return updates.sum(-3) / updates.shape[-3]
+
+    updates = torch.tensor([[1.5e308, 3.0]], dtype=torch.float64).expand(4, 1, 2)
+    assert mean(updates, torch.ones(4), 0).isinf().tolist() == [[True, False]]
+    assert rules.in_range(mean)(updates, torch.ones(4), 0).tolist() == [[1.5e308, 3.0]]

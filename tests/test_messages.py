@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fl_attack import __version__, experiment, multirun, waiting
+from fl_attack.config import compose, without_effect
 from fl_attack.data import cache
 from fl_attack.errors import RunError
 
@@ -174,3 +175,10 @@ def test_who_waits_on_a_terminal_sees_seconds(
         time.sleep(0.1)
     stderr = capsys.readouterr().err
     assert stderr.startswith("starting\rstarting 0 s") and stderr.endswith("\rstarting: 0 s\n")
+
+
+@pytest.mark.parametrize("given", ["scope=per_client", "rounding=carry", "refresh=epoch", "memory=persist"])
+def test_how_labels_are_flipped_has_an_effect_where_labels_are_flipped(given: str) -> None:
+    assert without_effect(compose(f"attack.{given}", "out=unused"), sweep=False) == []
+    (note,) = without_effect(compose("attack=sign_flip", f"++attack.{given}", "out=unused"), sweep=False)
+    assert f"attack.{given} has no effect: " in note

@@ -117,6 +117,16 @@ def test_plans_made_together_are_those_made_alone(make: Make) -> None:
         np.testing.assert_allclose(alone.harm[-1], one.harm[-1], rtol=1e-9)
 
 
+def test_a_process_that_only_noted_where_a_plan_begins_reads_it_from_the_file_of_another(make: Make) -> None:
+    maker, reader = (make(*PLANNED, "attack.horizon=2") for _ in range(2))
+    theta = maker.start().double()
+    made = plans.plan(maker, 1, theta)
+    plans.note_start(reader, 1, theta)
+    plans.note_start(reader, 3, theta + 1)  # which nobody has made
+    (found,) = plans.plans_made(reader)
+    np.testing.assert_array_equal(found.samples, made.samples)
+
+
 def test_the_average_is_of_all_evaluations_and_the_end_of_the_last_round(make: Make) -> None:
     cells = [make(*PLANNED, f"attack.objective={one}", "eval_every=3") for one in ("average", "final")]
     weights = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])._weights()

@@ -18,7 +18,7 @@ from fl_attack.replication import __main__ as replicate
 from fl_attack.replication import claims, extensions, figures, findings, gradients, plan, report, statistics
 from fl_attack.replication.cells import read, with_drops
 from fl_attack.replication.claims import CLAIMS, LEAST_EFFECT
-from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Evidence
+from fl_attack.replication.verdicts import NOISY, NOT, PARTLY, REPLICATED, Criterion, Evidence
 from fl_attack.sweep_table import Cells, jackknife_interval, mean_interval
 
 RUNS = [run for kind in (plan._quick, plan._whole) for source in plan.sources(True, None) for run in kind(source)]
@@ -96,6 +96,34 @@ def test_a_claim_is_decided_at_the_learning_rate_chosen_and_told_at_the_others()
         [findings.RunCells(plan.Run("smallest", source), cells.where(lr=0.01))], {source.name: 0.3}
     )
     assert {(line.rate, line.primary) for line in only} == {("0.01", False)}  # a rate of its own is told as that
+
+
+def test_the_report_counts_verdicts_by_protocol_in_the_order_of_protocols() -> None:
+    (source, _) = plan.sources(True, None)
+    points = [{"b": b, "goal": g, "lr": lr} for b in (0.0, 0.001) for g in statistics.GOALS for lr in (0.01, 0.3)]
+    cells = seeded(lambda row, rng: 90.0 - 6 * (row["b"] > 0) * (row["lr"] == 0.3) + rng.normal() * 0.01, *points)
+    protocols = (plan.EPOCH, plan.CEIL, plan.STEP, plan.FLOOR)
+    runs = [findings.RunCells(plan.Run("smallest", source, protocol), cells) for protocol in protocols]
+    text = report._extent(findings.findings(runs, {source.name: 0.3}))
+    first, *others = text.split("; ")
+    assert first == "replicated in 6 of 6 measurements"
+    assert others[0] == "other learning rates: 0 of 6"
+    names = [one.rpartition(":")[0] for one in others[1:]]
+    assert names == [one.removeprefix("per step, ") for one in plan.PROTOCOLS if one in {*protocols} - {plan.STEP}]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [
+        ((0.5,), "at least 0.5"),
+        ((-math.inf, 55.0), "at most 55"),
+        ((3.0, 9.0), "3 to 9"),
+        ((3.0, 9.0, 0.5), "3 to 9; partly if surely above 0.5"),
+        ((-math.inf, 55.0, 75.0), "at most 55; partly if surely below 75"),
+    ],
+)
+def test_a_criterion_says_its_bounds(bounds: tuple[float, ...], text: str) -> None:
+    assert str(Criterion(*bounds)) == text
 
 
 def test_the_last_iterate_and_the_late_average_are_told_apart() -> None:
