@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_attack import engine
+from fl_attack import engine, streams
 from fl_attack.config import Settings
 from fl_attack.engine import Outcome, sequential
 from fl_attack.scenario import Scenario
@@ -109,3 +109,11 @@ def test_no_two_purposes_seeds_or_rounds_share_a_stream(
     places = {place for of_stream in users.values() for place in of_stream}
     assert len({line for _, line, _ in places}) >= 6  # minibatches, takers, buckets, known, flips, noise; the partition
     assert not [of_stream for of_stream in users.values() if len(of_stream) > 1]
+
+
+def test_streams_keep_their_numbers() -> None:
+    """Another number would change results that people have published."""
+    numbers = {name: value for name, value in vars(streams).items() if name.isupper() and isinstance(value, int)}
+    purposes = ["BATCHES", "PARTICIPANTS", "LABEL_NOISE", "UPDATE_NOISE", "KNOWN_CLIENTS", "CLIENT_ORDER", "PLAN"]
+    wanted = {name: number for number, name in enumerate([*purposes, "SAMPLE", "TRUSTED", "SERVER_NOISE"], 1)}
+    assert numbers == wanted | {"IMAGINED": 9}
