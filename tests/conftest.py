@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +37,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers, and the processes that tests start, share the processors."""
+    """Workers, and the processes that tests start, share the processors, and Ctrl-C reaches them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if workers := getattr(config.option, "numprocesses", None):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPUS // workers)))
 
