@@ -34,9 +34,10 @@ def test_an_experiment_is_a_multirun_by_itself() -> None:
     assert as_multirun(["rounds=3"]) == ["rounds=3"]
 
 
-def test_keys_joined_by_a_plus_are_set_together(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pairs", ["10+0.1,5+0.2", "'10+0.1, 5+0.2'"])
+def test_keys_joined_by_a_plus_are_set_together(command: Command, tmp_path: Path, pairs: str) -> None:
     small = ["dataset=digits_01", "engine=batched", "clients.total=10", "rounds=2", "figures=[]", "report=false"]
-    code, _, stderr = command(*small, "clients.malicious+attack.budget=10+0.1,5+0.2", "seed=0,1", f"out={tmp_path}/out")
+    code, _, stderr = command(*small, f"clients.malicious+attack.budget={pairs}", "seed=0,1", f"out={tmp_path}/out")
     assert code == 0, stderr
     with (tmp_path / "out" / "sweep.csv").open() as lines:
         rows = list(csv.DictReader(lines))

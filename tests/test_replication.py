@@ -191,6 +191,21 @@ def test_sections_beyond_the_paper_hold_the_drops_of_their_rows() -> None:
             wanted = f"{loss[goal] + 100 * b:.2f}"
             (row,) = [line for line in text.splitlines() if f"| {goal} | {100 * b:g} % |" in line]
             assert row.count(wanted) >= 2, row  # with either rounding
+    exact = [
+        row | {"selection": way, "accuracy": row["accuracy"] + (3 if way == "literal" and row["b"] else 0)}  # type: ignore[operator]
+        for row in grid_rows
+        for way in ("gain", "literal")
+        if row["rounding"] == "carry"
+    ]
+    text = extensions.selection([findings.RunCells(plan.Run("selection", source), table(exact))])
+    for goal in statistics.GOALS:
+        for b in (0.1, 0.2):
+            (row,) = [line for line in text.splitlines() if f"| {goal} | {100 * b:g} % |" in line]
+            cost = loss[goal] + 100 * b
+            wanted = (f"{cost:.2f} [", f"{cost - 3:.2f} [", "3.00 [")  # of either way, and the difference
+            assert [one.strip().startswith(start) for one, start in zip(row.split("|")[4:7], wanted, strict=True)] == [
+                True
+            ] * 3
     now_and_then = [
         {"goal": goal, "every": float(every), "b": b, "seed": seed, "accuracy": 90 - (b > 0) * every * loss[goal]}
         for goal in statistics.GOALS
