@@ -790,10 +790,11 @@ def two_classes(folder, make, names=("a", "b"), suffix=".png"):
                 picture(folder / part / name / f"{i}{suffix}", make(label))
 
 
-def test_images_of_16_bits_are_shares_of_what_16_bits_hold(tmp_path):
+@pytest.mark.parametrize(("given", "size"), [({"channels": 1}, 20), ({}, 60)])
+def test_images_of_16_bits_are_shares_of_what_16_bits_hold(tmp_path, given, size):
     two_classes(tmp_path, lambda label: np.full((4, 5), (100, 60000)[label], np.uint16))
-    loaded = data.load("image_folder", path=tmp_path, channels=1)
-    assert loaded.x_train.shape == (4, 20) and loaded.scale == 1.0
+    loaded = data.load("image_folder", path=tmp_path, **given)
+    assert loaded.x_train.shape == (4, size) and loaded.scale == 1.0
     np.testing.assert_allclose(loaded.x_train[:, 0], np.array([100, 100, 60000, 60000]) / 65535, rtol=1e-6)
 
 

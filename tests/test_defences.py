@@ -245,6 +245,23 @@ def test_a_client_trains_on_the_mean_of_the_labels_that_stay(settings: Compose, 
     assert left_out
 
 
+def test_the_model_contradicts_by_its_probabilities(settings: Compose, small_data: Small) -> None:
+    cell = scenario_of(settings, small_data(3), "sanitize=confident", "batch_size=60")
+    theta = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    flips, differ = adversary.flips(cell, theta, 2), False
+    for client in range(7):
+        samples = cell.schedule.steps(client, 2)[0]
+        y = torch.from_numpy(scenario.relabelled(cell.dataset.y_train, samples, flips))
+        logits = cell.features(samples) @ theta.T
+        p = logits.exp() / logits.exp().sum(1, keepdim=True)
+        kept = scenario.kept_samples(cell, client, theta, 2, flips)
+        assert kept is not None
+        order = np.argsort(samples)  # means depend on which samples there are, not on their order
+        assert kept[0][order].tolist() == (~sanitize.contradicted_by_model(y, p))[order].tolist()
+        differ |= bool((sanitize.contradicted_by_model(y, p) != sanitize.contradicted_by_model(y, logits)).any())
+    assert differ  # so that the one can't be taken for the other
+
+
 def test_nearest_neighbours_undo_flips_where_classes_lie_apart(settings: Compose) -> None:
     digits = ["dataset=digits_01", *COMMON, "batch_size=full", "engine=batched"]
     cell = scenario.make(settings(*digits, "sanitize=knn", "attack=random_flip", "attack.budget=0.15"))

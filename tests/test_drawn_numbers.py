@@ -14,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fl_attack import plots
+from fl_attack.plots.lines import lines
 
 RESULTS = [
     *("write_access", "budget", "global_budget", "seed", "final_accuracy", "minimum_accuracy", "early_stop_accuracy"),
@@ -257,3 +258,21 @@ def test_a_budget_plot_draws_each_goal_at_its_global_budgets(draw: Draw, tmp_pat
 
 def accuracy_of_both(goal: str, malicious: int, budget: float) -> float:
     return 0.9 - malicious * budget * (0.3 if goal == "targeted" else 0.2)
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_the_axis_of_small_shares_has_a_mark_for_each_that_has_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log: bool
+) -> None:
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    shares = (0.0, 0.001, 0.0012, 0.01, 0.1)
+    rows = "".join(f"panel,line,{k},{90 - 100 * k},1.5\n" for k in shares)
+    (tmp_path / "drawn.csv").write_text(f"panel,line,share,accuracy,interval\n{rows}")
+    lines(tmp_path / "drawn.csv", "title", "note", log=log)
+    axes = saved[0].axes[0]
+    assert [one.tolist() for one in line(saved[0], "line")] == [[*shares], [90 - 100 * k for k in shares]]
+    if log:
+        assert axes.get_xticks().tolist() == [0.0, 0.001, 0.01, 0.1]  # 0.0012 would lie on 0.001
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.001", "0.01", "0.1"]
+    assert axes.get_xscale() == ("symlog" if log else "linear")

@@ -202,6 +202,9 @@ def test_a_run_that_was_cut_off_remembers_what_stood(
     resumed = sequential.run(cell, checkpoint=Checkpoint(tmp_path, "key"))
     assert resumed.theta is not None and whole.theta is not None and torch.equal(resumed.theta, whole.theta)
     assert np.array_equal(resumed.table, whole.table, equal_nan=True)
+    once: list[int] = []  # the end is kept too: were the twin cut off, this run would not be computed again
+    again = sequential.run(cell, progress=once.append, checkpoint=Checkpoint(tmp_path, "key"))
+    assert once == [8] and np.array_equal(again.table, whole.table, equal_nan=True)
 
 
 def test_the_attackers_own_data_change_and_nobody_elses(settings: Compose, small_data: Small) -> None:

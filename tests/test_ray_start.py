@@ -1,5 +1,6 @@
 """A Ray that is started here is of no use to anybody else, and can be stopped at any moment of its start."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -173,6 +174,21 @@ def test_ctrl_c_ends_the_start_of_ray_at_any_moment(
     while (left := with_mark(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left
+
+
+@pytest.mark.parametrize(
+    ("address", "told"), [(None, "starting Ray"), ("10.0.0.7:6379", "joining Ray at 10.0.0.7:6379")]
+)
+def test_the_line_of_the_wait_tells_a_ray_of_its_own_from_one_that_is_joined(
+    address: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(session, "waiting", lambda text: lines.append(text) or contextlib.nullcontext())
+    monkeypatch.setattr(ray, "init", lambda **how: calls.append(how))
+    session._init(address, False)
+    assert lines == [told]
+    assert [how["address"] for how in calls] == [address or "local"]
 
 
 @pytest.mark.parametrize(("free", "store"), [(64 * 2**20, 200 * 2**20), (2**30, 2**29), (2**40, 2 * 2**30)])

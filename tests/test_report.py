@@ -121,6 +121,9 @@ def test_a_sweep_has_what_the_page_s_filters_and_intervals_are_made_of(folders: 
     assert (part["factors"]["final_accuracy"], part["factors"]["final_loss"]) == (100, 1)  # per cent, nats
     assert part["t"][:2] == pytest.approx([12.7062, 4.30265], rel=1e-5)  # Student's, 95 %, of 2 and 3 seeds
     assert {"final_accuracy", "final_loss", "flips"} <= {*part["results"]} and "error" not in part["results"]
+    assert {*part["results"]} <= {*part["labels"]}  # what is in the menu has a word for people
+    numbers = {name for name in part["results"] if any(isinstance(one, float | int) for one in part["columns"][name])}
+    assert numbers == {*part["results"]}
 
 
 def test_the_command_joins_folders_and_refuses_what_is_no_result(folders: list[Path], command: Command) -> None:
