@@ -313,10 +313,15 @@ class Reach:
         """The tests that run a line, quickest first; of a line that runs on import, those that run any of its file."""
         contexts = self.data.contexts_by_lineno(str(ROOT / mutant.file))
         lines = [mutant.line] if mutant.line in contexts else range(mutant.statement, mutant.line)
-        found = {context.rsplit("|", 1)[0] for line in lines for context in contexts.get(line, []) if context}
+        found = {context for line in lines for context in contexts.get(line, []) if context}
         if not found and any(line in contexts for line in lines):
-            found = {context.rsplit("|", 1)[0] for of_line in contexts.values() for context in of_line if context}
-        return sorted(found & self.seconds.keys(), key=lambda test: self.seconds[test])
+            found = {context for of_line in contexts.values() for context in of_line if context}
+        tests, phases = set(), {tuple(context.rsplit("|", 1)) for context in found}
+        for test, phase in phases:
+            file = test.split("::")[0]
+            # what a fixture of a module made is looked at by all tests there, and reached by the first that asks for it
+            tests |= {test} if phase != "setup" else {one for one in self.seconds if one.split("::")[0] == file}
+        return sorted(tests & self.seconds.keys(), key=lambda test: self.seconds[test])
 
     def in_turn(self, tests: Sequence[str]) -> list[list[str]]:
         """Tests in two parts: the few that are most likely to notice, so that seldom all are collected; the rest."""
