@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -310,23 +311,49 @@ class Reach:
         return found
 
     def tests(self, mutant: Mutant) -> list[str]:
-        """The tests that run a line, quickest first; of a line that runs on import, those that run any of its file."""
+        """The tests that run a line, quickest first.
+
+        Of a line that runs on import, those that run any line of its file, and those whose file imports it.
+        """
         contexts = self.data.contexts_by_lineno(str(ROOT / mutant.file))
         lines = [mutant.line] if mutant.line in contexts else range(mutant.statement, mutant.line)
         found = {context for line in lines for context in contexts.get(line, []) if context}
+        whole: set[str] = set()  # files of which all tests may notice
         if not found and any(line in contexts for line in lines):
             found = {context for of_line in contexts.values() for context in of_line if context}
-        tests, phases = set(), {tuple(context.rsplit("|", 1)) for context in found}
-        for test, phase in phases:
-            file = test.split("::")[0]
-            # what a fixture of a module made is looked at by all tests there, and reached by the first that asks for it
-            tests |= {test} if phase != "setup" else {one for one in self.seconds if one.split("::")[0] == file}
+            whole = importers(mutant.file)
+        tests = set()
+        for context in found:
+            test, phase = context.rsplit("|", 1)
+            if phase == "setup":  # what a module's fixture made is looked at by all tests there, not by the first alone
+                whole.add(test.split("::")[0])
+            tests.add(test)
+        tests |= {test for test in self.seconds if test.split("::")[0] in whole}
         return sorted(tests & self.seconds.keys(), key=lambda test: self.seconds[test])
 
     def in_turn(self, tests: Sequence[str]) -> list[list[str]]:
         """Tests in two parts: the few that are most likely to notice, so that seldom all are collected; the rest."""
         first = sorted(tests, key=lambda test: (self.footprint.get(test, 0), self.seconds[test]))[:LIKELY]
         return [part for part in (first, [test for test in tests if test not in first]) if part]
+
+
+@lru_cache
+def imported_by(test_file: Path) -> set[str]:
+    """The names of modules, and of what is taken from them, that a file of tests imports."""
+    found = set()
+    for node in ast.walk(ast.parse(test_file.read_bytes())):
+        if isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def importers(file: str) -> set[str]:
+    """The files of tests that import a module, given by its file."""
+    module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    tests = (ROOT / "tests").glob("test_*.py")
+    return {test.relative_to(ROOT).as_posix() for test in tests if module in imported_by(test)}
 
 
 def digest(files: Sequence[Path]) -> str:

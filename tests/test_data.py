@@ -861,3 +861,21 @@ def test_images_of_pixels_0_and_1_are_pointed_out(tmp_path, capsys):
 
 def test_an_unknown_part_of_emnist_is_refused(tmp_path):
     assert "dataset.split=all is unknown; use one of balanced" in refusal("emnist", root=tmp_path, split="all")
+
+
+def test_checksums_are_compared_where_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("FL_ATTACK_CACHE", str(tmp_path))
+    built = []
+
+    def build():
+        built.append(1)
+        return {"x": np.arange(1000, dtype=np.int64)}, {"n": 1}
+
+    cache.entry("some", build)
+    file = tmp_path / "some" / "x.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8] + bytes(8))
+    assert cache.entry("some", build, verify=False).arrays["x"][-1] == 0 and len(built) == 1
+    assert cache.entry("some", build).arrays["x"][-1] == 999 and len(built) == 2
+    file.write_bytes(whole[:-8])
+    assert cache.entry("some", build, verify=False).arrays["x"][-1] == 999 and len(built) == 3

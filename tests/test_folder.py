@@ -109,7 +109,7 @@ def test_a_sweep_stopped_as_it_draws_is_not_finished(
         patch.setattr(plots, "all_of_sweep", stops)
         code, _, stderr = command(*grid)
         assert code == 130
-        assert f"what is done is in {tmp_path}/o" in stderr
+        assert stderr.splitlines()[-1].endswith(f"what is done is in {tmp_path}/o; the same command goes on from there")
     assert not list((tmp_path / "o").glob("*.png"))
     monkeypatch.setattr(multirun.execute, "batched_numbers", lambda *_: pytest.fail("computed again"))
     assert command(*grid)[0] == 0

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from fl_attack import multirun
+from fl_attack import launcher, multirun
 from fl_attack.errors import InputError, RunError
 from fl_attack.launcher import grid
 
@@ -129,6 +130,20 @@ def test_gpus_are_those_of_the_jobs(tmp_path: Path) -> None:
         multirun.tabulate(cells)
     with pytest.raises(RunError, match="3 of 3 jobs left no result"):
         multirun.tabulate(cells, launch=lambda files: None)
+
+
+def test_each_job_gives_its_objective_to_whoever_chose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = {"launcher": f"hydra_plugins.{launcher.NAME}.{launcher.SweepLauncher.__name__}", "sweeper": "some.Other"}
+    ours = launcher.SweepLauncher()
+    ours.config = OmegaConf.create({"hydra": {name: {"_target_": target} for name, target in targets.items()}})
+    cells = grid(*GRID[:3], "attack.budget=0.9,0.1", "objective=final_loss", f"out={tmp_path}/best")
+    monkeypatch.setattr(ours, "cells", lambda jobs: cells)
+    jobs = [["attack.budget=0.9"], ["attack.budget=0.1"]]
+    done = ours.launch(jobs, 3)
+    assert [one.overrides for one in done] == jobs
+    with (tmp_path / "best" / "trials" / "3" / "sweep.csv").open() as lines:
+        losses = {row["attack.budget"]: float(row["final_loss"]) for row in csv.DictReader(lines)}
+    assert [one.return_value for one in done] == [losses["0.9"], losses["0.1"]] and losses["0.9"] != losses["0.1"]
 
 
 @pytest.mark.slow

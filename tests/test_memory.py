@@ -11,7 +11,7 @@ import pytest
 import replay
 import torch
 
-from fl_attack import adversary, engine, experiment, knowledge, scenario
+from fl_attack import adversary, attack, engine, experiment, knowledge, scenario
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, compose
 from fl_attack.engine import sequential
@@ -213,6 +213,28 @@ def test_the_attackers_own_data_change_and_nobody_elses(settings: Compose, small
     assert adversary.remembered(cell, 1, stored, NO_FLIPS).samples.tolist() in ([], [3])
     plain = scenario.make(settings(*small_data(2), *FEW, "batch_size=40"))
     assert adversary.remembered(plain, 1, stored, stored) is NO_FLIPS
+
+
+@pytest.mark.parametrize("memory", ["persist", "persist_total"])
+def test_what_an_attack_wants_no_more_gets_its_true_label_back(
+    settings: Compose, small_data: Small, monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    kind = [f"attack.memory={memory}", "attack.unflip=true", "attack.budget=0.5"]
+    cell = scenario.make(settings(*small_data(3), *FEW, "batch_size=40", *kind))
+    unwanted = set(cell.schedule.samples(cell.partition.malicious, 1)[0].tolist()[::3])
+
+    def some(of: Scenario, round_: int, seen: attack.View, *_: object) -> attack.Proposal:
+        samples = cell.schedule.samples(cell.partition.malicious, round_)[0].tolist()
+        no = torch.tensor([sample in unwanted for sample in samples])
+        return attack.Proposal(
+            (seen.y + 1) % 3, torch.ones(len(samples), dtype=torch.float64).masked_fill(no, -math.inf)
+        )
+
+    monkeypatch.setattr(adversary, "propose", some)
+    y, stood = cell.dataset.y_train, np.sort(np.array([*unwanted]))
+    stored = Flips(stood, (y[stood] + 2) % 3, 0)
+    found = adversary.flips(cell, cell.start(), 1, stored=stored)
+    assert len(found.samples) and not unwanted & set(found.samples.tolist())
 
 
 @pytest.mark.parametrize("grid", ["block", "stock"])

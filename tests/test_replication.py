@@ -384,6 +384,16 @@ def test_full_batches_of_pictures_are_at_a_rate_at_which_they_do_not_diverge() -
         assert {cell.settings.lr for run in whole for cell in plan.cells(run, 2, 0.3)} == rates
 
 
+def test_each_network_is_replicated_at_its_learning_rate() -> None:
+    source = plan.PaperDataset("mnist", "mnist", False, ("dataset=digits",))
+    for protocol, model, epochs in ((plan.MLP, "mlp", 20), (plan.CNN, "cnn", 2)):
+        (run,) = [run for run in plan._whole(source) if run.protocol == protocol]
+        found = [cell.settings for cell in plan.cells(replace(run, batch=32), 2, 0.3)]
+        assert {(one.model.name, one.lr) for one in found} == {(model, 0.1)}
+        rounds = epochs * math.ceil(1437 * 0.9 / 32)  # about; a tenth may be held out
+        assert all(0.8 * rounds <= one.rounds <= 1.3 * rounds for one in found)
+
+
 def test_figures_of_one_grid_are_one_sweep(tmp_path: Path) -> None:
     (source, _) = plan.sources(True, None)
     places = {
