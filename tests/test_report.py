@@ -112,6 +112,13 @@ def test_each_cell_has_the_command_that_runs_it(folders: list[Path]) -> None:
     )
 
 
+def test_a_column_of_one_value_is_no_axis(tmp_path: Path) -> None:
+    with captured():
+        sweep("dataset=digits_01", "engine=batched", "rounds=2", grid={"attack.budget": [0.5]}, out=tmp_path / "one")
+    (part,) = content(tmp_path / "one" / "report.html")
+    assert "attack.budget" in part["columns"] and part["varied"] == []
+
+
 def test_a_sweep_has_what_the_page_s_filters_and_intervals_are_made_of(folders: list[Path]) -> None:
     (part,) = content(folders[2] / "report.html")
     table = load(folders[2]).table
