@@ -56,7 +56,7 @@ COLUMNS = (
 
 
 def write(out: Path, plan: ReplicationPlan, found: ReplicationRecord, command: str) -> Path:
-    """Write the report and its table; gives the report's file.
+    """Write the report and its table.
 
     Parameters
     ----------
@@ -68,6 +68,11 @@ def write(out: Path, plan: ReplicationPlan, found: ReplicationRecord, command: s
         The results of the runs that are done.
     command : str
         The command that did it, to be named in the report.
+
+    Returns
+    -------
+    Path
+        `REPLICATION.md` in `out`; `claims.csv` is beside it.
     """
     results, lines = found.results, findings(found.results, found.rates)
     write_csv(out / TABLE, COLUMNS, [_csv(line) for line in lines], DIGITS)
@@ -117,7 +122,7 @@ def publish(out: Path, docs: Path) -> Path:
 
 
 def _csv(line: Line) -> tuple[object, ...]:
-    """A row of `claims.csv`."""
+    """The row of `claims.csv` for a line, in the order of `COLUMNS`."""
     claim, found = line.claim, line.finding.found
     return (
         *(claim.figure, claim.text, line.source.title, line.protocol, line.rate, int(line.primary)),
@@ -162,7 +167,7 @@ def _by_verdict(lines: Sequence[Line]) -> list[str]:
 
 
 def _by_figure(lines: Sequence[Line]) -> str:
-    """The section on what holds and what does not: a line for the claims of each figure."""
+    """The section on what holds and what does not, a line for the claims of each figure; empty without lines."""
     page = ["## What holds and what does not", ""] if lines else []
     groups: dict[tuple[str, int], list[Claim]] = {}
     for number, claim in enumerate(CLAIMS):
@@ -280,7 +285,7 @@ def _rules_of_verdicts() -> str:
 
 
 def _gigaflops(size: int = 1500, repeats: int = 10) -> float:
-    """The speed of this machine in products of matrices in single precision, in Gflop/s: the best of some."""
+    """The speed of this machine in Gflop/s: the fastest of several products of (size, size) matrices in float32."""
     one, seconds = torch.ones(size, size), []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -290,7 +295,7 @@ def _gigaflops(size: int = 1500, repeats: int = 10) -> float:
 
 
 def _duration(found: ReplicationRecord) -> str:
-    """In words, the minutes that were computed, in all and for each data set."""
+    """In words, the minutes that were computed, in all and for each data set, and in how many calls."""
     each = {title: sum(calls) for title, calls in found.seconds.items() if calls}
     calls = max(map(len, found.seconds.values()), default=0)
     minutes = ", ".join(f"{title} {seconds / 60:.1f}" for title, seconds in each.items())
@@ -298,7 +303,7 @@ def _duration(found: ReplicationRecord) -> str:
 
 
 def _accuracy(cells: Cells) -> str:
-    """The mean accuracy of cells with half its interval, as text."""
+    """The mean accuracy of cells, over seeds and in percent, with half its 95 % interval, as text."""
     found = measured(lambda some: by_seed(some, lambda of: mean(of["accuracy"])), cells)
     return f"{found.value:.2f} ± {found.half:.2f}"
 
