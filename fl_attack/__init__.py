@@ -60,7 +60,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """A part of the public face, from the room where it is defined."""
+    """The public name `name`, whose module is imported now; AttributeError where there is none of that name."""
     if name not in _HOME:
         raise AttributeError(f"module 'fl_attack' has no attribute {name!r}")
     found = globals()[name] = getattr(importlib.import_module(f"fl_attack.{_HOME[name]}"), name)

@@ -20,7 +20,7 @@ TRACEBACK = "HYDRA_FULL_ERROR"
 
 
 def task(config: DictConfig) -> None:
-    """One run; a multirun goes through `launcher`."""
+    """Run one experiment and print its table; what Hydra calls, but for a multirun, which goes through `launcher`."""
     from fl_attack.config import settings_from  # takes seconds to import, with torch; help is told before
 
     settings = settings_from(OmegaConf.to_container(config, resolve=True))
@@ -31,7 +31,10 @@ def task(config: DictConfig) -> None:
 
 
 def main() -> None:
-    """Run the command line; exits 0, 2 for bad input, 1 for a run that broke off, 130 after Ctrl-C."""
+    """Run the command line.
+
+    Exits with 0, 2 for bad input, 1 for a run that broke off, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     for name, mode in {"stdout": "w", "stderr": "w"}.items():
         if getattr(sys, name) is None:  # closed by who started the program: there is nobody to tell
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the program ends
@@ -59,7 +62,7 @@ def main() -> None:
 
 @contextmanager
 def _one_line(wants_traceback: bool) -> Iterator[None]:
-    """Turns what users may run into into one line and an exit code."""
+    """A block whose errors (unless a traceback is wanted) and signals end the program with a line and an exit code."""
     try:
         yield
     except (InputError, RunError, HydraException, OmegaConfBaseException) as error:
@@ -82,6 +85,7 @@ def _terminated(number: int, frame: object) -> None:
 
 
 def _exit(message: str, code: int) -> NoReturn:
+    """Print a message on standard error and end the program with this exit code."""
     print(f"fl-attack: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 

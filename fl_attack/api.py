@@ -39,6 +39,8 @@ def run(*overrides: str, **keys: Any) -> Result:
         Before any work starts, with the line that the command prints.
     RunError
         Where the run can't go on, as when it diverges.
+    Interrupted
+        After Ctrl-C or SIGTERM, a KeyboardInterrupt that says what is kept: nothing without `out`.
 
     Examples
     --------
@@ -81,7 +83,9 @@ def sweep(*overrides: str, grid: Mapping[str, Iterable[Any]] | None = None, **ke
     InputError
         Before any work starts, with the line that the command prints.
     RunError
-        Where all cells broke off.
+        Where all cells broke off, or the sweep can't go on.
+    Interrupted
+        After Ctrl-C or SIGTERM, a KeyboardInterrupt that says what is kept: nothing without `out`.
     """
     from fl_attack import launcher, multirun
 
@@ -95,7 +99,7 @@ def sweep(*overrides: str, grid: Mapping[str, Iterable[Any]] | None = None, **ke
 
 
 def load(folder: str | Path) -> Result:
-    """What a run or a sweep left in its folder, finished or not.
+    """What a run left in its folder, finished or not, or a sweep that has its table.
 
     Parameters
     ----------
@@ -110,13 +114,13 @@ def load(folder: str | Path) -> Result:
     Raises
     ------
     InputError
-        Where the folder holds no result.
+        Where the folder holds no result, or one that broke off before its table was written.
     """
     return Result.of_folder(Path(folder))
 
 
 def execute(settings: "Settings") -> dict[str, dict[str, Any]]:
-    """Run checked settings, leaving the result in their `out`; gives the summaries of the runs by name."""
+    """Run checked settings and leave the result in their `out`; gives the summaries, see `experiment.run`."""
     from fl_attack import experiment
 
     with _no_exit("run"):
@@ -125,7 +129,7 @@ def execute(settings: "Settings") -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def _no_exit(what: str) -> Iterator[None]:
-    """What calls sys.exit in somebody's library or file ends neither the program nor the notebook without a word."""
+    """A block in which sys.exit, as a library or a user's file may call it, becomes a RunError that names `what`."""
     try:
         yield
     except SystemExit as error:
@@ -133,7 +137,7 @@ def _no_exit(what: str) -> Iterator[None]:
 
 
 def _written(overrides: Iterable[str], keys: Mapping[str, Any]) -> list[str]:
-    """Overrides and keys as the command line has them; InputError where an option is among them."""
+    """Overrides, and keys written as overrides; InputError where one is no text, or an option of the command line."""
     for override in overrides:
         if not isinstance(override, str):
             raise InputError(f"{override!r} is not an override; write one as in 'rounds=50'")
@@ -145,7 +149,7 @@ def _written(overrides: Iterable[str], keys: Mapping[str, Any]) -> list[str]:
 
 
 def _choices(key: str, values: Iterable[Any]) -> str:
-    """The override that gives a key each of these values."""
+    """The override that gives a key each of these values; InputError where they are none, or no list."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise InputError(f"grid: {key}={values!r} is not a list of values; write [{values!r}]")
     found = [written(key, value).partition("=")[2] for value in values]
@@ -156,7 +160,11 @@ def _choices(key: str, values: Iterable[Any]) -> str:
 
 @contextmanager
 def _place(given: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
-    """The override that says where results go, and whether that is a folder which goes with the block."""
+    """The overrides to add to those given, and whether the result is in memory.
+
+    It is in memory where those given name no `out`: those to add then name a folder that is removed after the block,
+    and turn the report off unless `report` is given.
+    """
     if any(one.lstrip("+").startswith("out=") for one in given):
         yield [], False
         return
@@ -167,7 +175,7 @@ def _place(given: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
 
 @contextmanager
 def _kept_in_memory(in_memory: bool, settings: "Settings") -> Iterator[None]:
-    """Figures are not rendered for nobody, and an interruption names no folder that is gone.
+    """A block that, where the result is in memory, renders no figures and says after a signal that nothing is kept.
 
     InputError where a tracker would keep its files in a folder that goes with the block.
     """
@@ -185,5 +193,5 @@ def _kept_in_memory(in_memory: bool, settings: "Settings") -> Iterator[None]:
 
 
 def _of(folder: Path, in_memory: bool) -> Result:
-    """The result in a folder, which reads it now if the folder is to go."""
+    """The result in a folder, read now if it is to be in memory, else as it is asked for."""
     return Result.of_files(folder) if in_memory else Result.of_folder(folder)

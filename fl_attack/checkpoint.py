@@ -38,8 +38,10 @@ def save(folder: Path, state: State, key: str) -> None:
 
     Raises
     ------
-    InputError
+    InputError or RunError
         Where the disk refuses; the earlier state is then still there.
+    TypeError
+        Where something in the state can't be stored.
     """
     arrays: dict[str, np.ndarray] = {}
     text = json.dumps({"format": FORMAT, "key": key, "state": _packed(state, arrays)})
@@ -60,7 +62,7 @@ def load(folder: Path, key: str) -> State | None:
     Returns
     -------
     State | None
-        None where there is none. One that is damaged, or of another key, is left aside with a line on standard error.
+        None where there is none, or only one that is damaged or of another key, which a line on standard error tells.
     """
     file = folder / FILE
     if not file.exists():
@@ -81,14 +83,17 @@ def load(folder: Path, key: str) -> State | None:
 
 
 class Checkpoint:
-    """Where and under which key a run keeps its state, and when."""
+    """The state of a run in its folder, under a key.
+
+    At least `every` seconds pass between two that are saved, and `SHARE` times as many as saving the last one took.
+    """
 
     def __init__(self, folder: Path, key: str, every: float = EVERY) -> None:
         self.folder, self.key, self.every = folder, key, every
         self._due = time.monotonic() + every
 
     def offer(self, state: Callable[[], State | None]) -> None:
-        """Save the state that `state` gives, if it is time; None is not saved."""
+        """Save the state that `state` gives, if enough time has passed since the last; None is not saved."""
         began = time.monotonic()
         if began < self._due:
             return
@@ -98,11 +103,11 @@ class Checkpoint:
         self._due = ended + max(self.every, SHARE * (ended - began))
 
     def save(self, state: State) -> None:
-        """Store a state in the folder now, whole or not at all."""
+        """Store a state in the folder now, see the function `save`."""
         save(self.folder, state, self.key)
 
     def load(self) -> State | None:
-        """The state stored in the folder under this key; None where there is none, or a damaged one."""
+        """The state stored in the folder under this key, or None; see the function `load`."""
         return load(self.folder, self.key)
 
     def remove(self) -> None:
@@ -117,7 +122,7 @@ def storable(state: State) -> State:
 
 
 def _packed(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """A tree as JSON, its arrays put aside under numbers; TypeError where something else is in it."""
+    """A tree as values of JSON, its arrays added to `arrays` under numbers; TypeError where something else is in it."""
     pack = partial(_packed, arrays=arrays)
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree

@@ -45,7 +45,7 @@ _Checks = list[tuple[bool, str, str]]  # whether a setting has no effect, the se
 
 
 def _checks_of_attack(settings: Settings) -> _Checks:
-    """What is set of the attack but may change nothing."""
+    """Checks of settings of the attack that can be without effect, each with whether it is."""
     threat = settings.attack
     flips = not settings.attacked or threat.writes == "labels"
     few, no_labels = f"there are {settings.rounds} rounds", f"attack={threat.name} flips no labels"
@@ -71,7 +71,7 @@ def _checks_of_attack(settings: Settings) -> _Checks:
 
 
 def _checks_of_training(settings: Settings) -> _Checks:
-    """What is set of the server and the clients but may change nothing."""
+    """Checks of settings of the server and the clients that can be without effect, each with whether it is."""
     from fl_attack.aggregate import RULES, needs
 
     early, strategy, sanitize = settings.early_stop, settings.strategy, settings.sanitize
@@ -93,7 +93,7 @@ def _checks_of_training(settings: Settings) -> _Checks:
 
 
 def _checks_of_sweep(settings: Settings) -> _Checks:
-    """What is set of a single run but has an effect in sweeps alone."""
+    """Checks that settings which have an effect in sweeps alone are left as they are, each with whether it fails."""
     of_sweep = "it is of a sweep (-m)"
     return [
         (bool(settings.figures), "figures", f"{of_sweep}; a run draws its curves"),
@@ -104,7 +104,7 @@ def _checks_of_sweep(settings: Settings) -> _Checks:
 
 
 def _checks_of_place(settings: Settings) -> _Checks:
-    """What is set of the place of the data but is not what the loader goes by."""
+    """Checks that `dataset.path` and `.root` are set only for a loader that reads them, each with whether it fails."""
     place = settings.dataset
     located = {"npz": "path", "image_folder": "path", "hf": "path", "digits": ""}.get(place.loader, "root")
     return [
@@ -144,7 +144,7 @@ def compose(*overrides: str) -> Settings:
 
 
 def overrides_of(settings: Settings) -> list[str]:
-    """The shortest list of overrides that these settings come from, without those that say where results go.
+    """A short list of overrides that these settings come from, without those that say where results go.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def overrides_of(settings: Settings) -> list[str]:
     Returns
     -------
     list of str
-        `compose(*overrides_of(settings))` gives the same settings.
+        `compose(*overrides_of(settings))` gives the same settings but for those of `OUTPUT_KEYS`.
     """
     groups = [f"{name}={_choice(name, getattr(settings, name).model_dump(mode='json'))}" for name in GROUPS]
     defaults = leaves_of(_composed_plainly(tuple(groups)))
@@ -174,20 +174,23 @@ OUTPUT_KEYS = {"out", "overwrite", "resume", "verbose", "report", "tracker"}  # 
 
 @cache
 def _composed_plainly(overrides: tuple[str, ...]) -> Settings:
-    """The settings that these choices of files give, values that must be given filled in."""
+    """The settings that choices such as `attack=greedy` give; what must be given with one is made up."""
     needed = ["strategy.path=given"] if "strategy=flower" in overrides else []
     return compose(*overrides, *needed)
 
 
 @cache
 def _default_groups() -> frozenset[str]:
-    """The choices of files that are made where none is given, as overrides."""
+    """The choices that are made where none is given, as overrides such as `attack=none`."""
     text = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
     return frozenset(f"{group}={choice}" for group, choice in re.findall(r"^  - (\w+): (\w+)$", text, re.M))
 
 
 def _choice(group: str, values: dict[str, Any]) -> str:
-    """The file of a group that is nearest to these values; one that sets the same name, if there is one."""
+    """The choice of a group, as in `greedy`, from which the fewest of these values differ.
+
+    One that sets the same name (or loader) goes before all others.
+    """
 
     def distance(name: str) -> tuple[bool, int, str]:
         chosen = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{name}.yaml"))
@@ -200,12 +203,12 @@ def _choice(group: str, values: dict[str, Any]) -> str:
 
 
 def leaves_of(settings: Settings) -> dict[str, Any]:
-    """Every setting by its key, with dots; arguments of somebody's functions are one value."""
+    """Every setting, as JSON has it, by its key with dots; each `args` is one value, a dict."""
     return _leaves(settings.model_dump(mode="json"))
 
 
 def _leaves(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """The values of a tree by their keys, with dots; what holds arguments of somebody's is a value."""
+    """The values of a tree by their keys with dots, each after `before`; each `args` is one value."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and key != "args":
@@ -238,7 +241,7 @@ def settings_from(given: Any) -> Settings:
 
 
 def typed(given: Any) -> Settings:
-    """Settings of which only the names in tables are unchecked, without seconds of imports.
+    """Settings that are checked but for what `check_names` checks, whose imports take seconds.
 
     Parameters
     ----------
@@ -261,7 +264,10 @@ def typed(given: Any) -> Settings:
 
 
 def check_names(settings: Settings) -> None:
-    """InputError where a table has no such model, attack or rule, or it does not take its arguments."""
+    """InputError where a name is of no model, attack or rule, its arguments don't fit, or nodes lack the data.
+
+    The last is only of `partition=own`, where each node has data of its own.
+    """
     for group in ("model", "attack", "strategy"):
         try:
             getattr(settings, group).check_names()
@@ -273,7 +279,7 @@ def check_names(settings: Settings) -> None:
 
 
 def _check_own_data(settings: Settings) -> None:
-    """InputError where something needs data that nodes with data of their own keep to themselves."""
+    """InputError where settings with `partition=own` need data that each node keeps to itself."""
     from fl_attack import attack
 
     threat, patience = settings.attack, settings.early_stop.patience
@@ -306,7 +312,7 @@ def _check_own_data(settings: Settings) -> None:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first mistake, with every alternative that would be allowed in its place."""
+    """The message on the first mistake, with every alternative that would be allowed in its place."""
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["input"] is None)
     key = _key(mistakes[0]["loc"])
     kind, given = mistakes[0]["type"], mistakes[0]["input"]
@@ -377,7 +383,7 @@ def from_yaml(text: str) -> Settings:
     Raises
     ------
     InputError
-        Where the text is not of settings.
+        Where the text is not of settings, or one of them is not allowed.
     """
     try:
         plain = OmegaConf.to_container(OmegaConf.create(text))

@@ -38,7 +38,7 @@ class Keep(Protocol):
         history : History
             What was measured in its rounds so far.
         finished : bool
-            Whether all rounds are done; of an unfinished run neither figures nor files of clients are made.
+            Whether all rounds are done; an unfinished run gets neither a summary nor `clients.csv`.
         """
 
 
@@ -61,14 +61,15 @@ def run(
     Returns
     -------
     dict of str to dict
-        The summaries of its runs: `attacked` and, where asked for, `honest`.
+        The summaries of its runs, see `results.summary`: of an attacked experiment `attacked` and, where a baseline is
+        asked for, `honest`; of another `honest` alone.
 
     Raises
     ------
     InputError
         Before any work starts, where the settings can't be met or `out` holds what would be lost.
     RunError
-        Where a run can't go on, with what it had so far written.
+        Where a run can't go on; what it had so far is then written.
     Interrupted
         Where a signal ends it; the message says what is kept and where.
     """
@@ -118,7 +119,7 @@ def check(which: Scenario) -> None:
 def _run(
     attacked: Scenario, work: Path, runner: "federation.Runner | None", tracked: trackers.Tracked
 ) -> dict[str, dict[str, Any]]:
-    """Run an experiment and write all its files into a folder that is held."""
+    """Run an experiment, write all its files into a folder that is held, and give the summaries of its runs by name."""
     settings = attacked.settings
     runs: dict[str, tuple[Scenario, Path]] = {"attacked" if settings.attacked else "honest": (attacked, work)}
     if settings.baseline and settings.attacked:
@@ -156,7 +157,7 @@ def _run(
 
 @contextmanager
 def _explain_interruption(work: Path) -> Iterator[None]:
-    """A signal that ends the block says what is kept."""
+    """A block in which a KeyboardInterrupt becomes an Interrupted that says what is kept."""
     try:
         yield
     except KeyboardInterrupt as signalled:
@@ -170,12 +171,12 @@ def _explain_interruption(work: Path) -> Iterator[None]:
 
 
 def part_of(name: str, settings: Settings) -> str:
-    """The part that a run is for trackers, see `trackers.Store`."""
+    """The part that a run is for trackers, see `trackers.Store`: `baseline` for the twin of an attack, else empty."""
     return results.BASELINE if settings.attacked and name == "honest" else ""
 
 
 def _batched(runs: Runs, keep: Keep, tracked: trackers.Tracked) -> None:
-    """Run an experiment and its twin side by side in this process."""
+    """Run an experiment and its twin side by side in this process; both are kept before a RunError of either."""
     settings = list(runs.values())[-1][0].settings
     names, done, due = list(runs), 0, time.monotonic() + SAVE_EVERY
 
@@ -187,7 +188,7 @@ def _batched(runs: Runs, keep: Keep, tracked: trackers.Tracked) -> None:
             progress(round_)
 
     def watch(cells: list[int], so_far: Callable[[], list[engine.Outcome]]) -> None:
-        """Write the rounds so far now and then, and before an interruption."""
+        """Write and log the rounds so far now and then; after a signal write them and raise Interrupted."""
         nonlocal due
         parts = [part_of(names[cell], settings) for cell in cells]
         if any(map(tracked.is_due, parts)):
@@ -219,7 +220,10 @@ def _batched(runs: Runs, keep: Keep, tracked: trackers.Tracked) -> None:
 
 @contextmanager
 def _between_rounds() -> Iterator[Callable[[], int]]:
-    """What tells whether Ctrl-C or SIGTERM has come, as an exit code, else 0; a second one ends the block at once."""
+    """A block with a function that gives the exit code of a Ctrl-C or SIGTERM which has come, 0 before.
+
+    A second signal raises Interrupted at once. Off the main thread, which alone gets signals, it always gives 0.
+    """
     came = 0
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0

@@ -69,7 +69,7 @@ def is_finished(folder: Path, kind: ResultKind) -> bool:
 
 
 def holds(folder: Path) -> ResultKind | None:
-    """What a folder holds, finished or not; None where nothing would be lost."""
+    """The kind of result that a folder holds, finished or not; None where nothing would be lost."""
     if (folder / TABLE).exists() or any((folder / UNITS).glob("*")):
         return "sweep"
     if any((folder / name).exists() for name in (SUMMARY, ROUNDS, f"{BASELINE}/{ROUNDS}", f"{BASELINE}/{SUMMARY}")):
@@ -125,7 +125,11 @@ def taken(out: Path, kind: ResultKind, overwrite: bool, goes_on: Callable[[Path]
 
 
 def _checked(out: Path, kind: ResultKind, overwrite: bool, goes_on: Callable[[Path], bool]) -> Path:
-    """The folder to write to; InputError where something would be lost without `overwrite`."""
+    """The folder to write to: `out`, or `unfinished` in it while a finished result is there.
+
+    With `overwrite` an earlier result in it is removed unless `goes_on` says yes; without, InputError where one would
+    be lost.
+    """
     held = holds(out)
     finished = held is not None and is_finished(out, held)
     if not overwrite:
@@ -149,7 +153,7 @@ def _checked(out: Path, kind: ResultKind, overwrite: bool, goes_on: Callable[[Pa
 
 
 def _remove_unfinished(work: Path) -> None:
-    """Remove what a killed process had begun to write; nobody else writes here."""
+    """Remove the hidden files that a killed process had begun to write; nobody else writes here."""
     for at in (work, work / BASELINE, work / UNITS):
         for file in at.glob(".*"):
             if re.fullmatch(r"\..+\.(npz|csv|json|yaml|png|pdf|html)\.[0-9a-f]{8}", file.name):

@@ -41,7 +41,7 @@ OnRound = Callable[[int, Row], None]  # gets the round and the row last measured
 
 @dataclass
 class History:
-    """The rows of a run, its flips and its parameters so far."""
+    """The rows of a run, its flips by round and its parameters so far; `seconds` are those that it has taken."""
 
     theta: Tensor
     rows: list[Row] = field(default_factory=list)
@@ -49,7 +49,7 @@ class History:
     seconds: float = 0.0
 
     def given(self, restore: Restore) -> Row:
-        """The row of the model that the run gives; see `given_row`."""
+        """The row of the evaluation whose model is the result of the run; see `given_row`."""
         losses = [row["validation_loss"] for row in self.rows]
         return self.rows[given_row(np.array(losses), restore)]
 
@@ -75,7 +75,7 @@ def row_of(values: Sequence[float]) -> Row:
 
 
 def given_row(validation_loss: NDArray[np.float64], restore: Restore) -> int:
-    """The evaluation whose model a run gives.
+    """The evaluation whose model is the result of a run.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def given_row(validation_loss: NDArray[np.float64], restore: Restore) -> int:
     Returns
     -------
     int
-        The position of the evaluation with the lowest loss, or of the last one.
+        The position of the evaluation with the lowest loss; of the last one with "last" or without early stopping.
     """
     last = restore == "last" or np.isnan(validation_loss).all()
     return len(validation_loss) - 1 if last else int(np.nanargmin(validation_loss))
@@ -142,7 +142,7 @@ class EarlyStop:
 def rounds_to_recover(
     rounds: NDArray[np.float64], accuracy: NDArray[np.float64], honest: NDArray[np.float64], stop: int | None
 ) -> float:
-    """Rounds after the attack from which on the accuracy stays within a point of that of the unattacked twin.
+    """Rounds after the attack from which on the accuracy is never more than `WITHIN` below that of the unattacked twin.
 
     Parameters
     ----------
@@ -151,12 +151,12 @@ def rounds_to_recover(
     accuracy, honest : (evaluations,) array
         Test accuracy of the attacked run and of its twin, from 0 to 1.
     stop : int or None
-        The last attacked round.
+        The last attacked round; None where the attack has no end.
 
     Returns
     -------
     float
-        NaN where the attack has no end, or the accuracy does not come back.
+        From `stop` to the first such evaluation; NaN without a `stop`, or where the accuracy does not come back.
     """
     if stop is None:
         return math.nan
@@ -202,7 +202,7 @@ class Recorder:
 
     @property
     def stopped(self) -> bool:
-        """Whether the run is to end here; its history then ends with the model of `early_stop.restore`."""
+        """Whether early stopping ends the run here; its history then holds the parameters of `early_stop.restore`."""
         return self._early_stop is not None and bool(self._early_stop.over[0])
 
     def record(
@@ -213,20 +213,20 @@ class Recorder:
         flips: Flips = NO_FLIPS,
         updates: Tensor | None = None,
     ) -> None:
-        """Note what a round has led to.
+        """Note what a round has led to, with a row where the round is one to be evaluated.
 
         Parameters
         ----------
         round_ : int
-            The round, from 1.
+            The round; 0 is the start.
         theta : (A, B) tensor
             The parameters after it.
         aggregate : (A, B) tensor, optional
-            The gradient of the server's step that led to these parameters.
+            The gradient of the server's step that led to these parameters; without it `cosine` is NaN.
         flips : Flips
             The labels that were flipped in it.
         updates : (m, A, B) tensor, optional
-            The updates of the round's clients, in their order.
+            The updates of the round's clients, in their order; without them `MEASURES` are NaN.
 
         Raises
         ------
@@ -250,7 +250,7 @@ class Recorder:
         self.on_round(round_, self._row)
 
     def _why_not_finite(self, round_: int, aggregate: Tensor | None, updates: Tensor | None) -> str:
-        """What made theta NaN or infinite: an attack, the rule, or the step itself."""
+        """The message on what made theta NaN or infinite: an attack, the rule, or the step itself."""
         settings, when = self.scenario.settings, f"in round {round_} of {self.scenario.settings.rounds}"
         if updates is not None and settings.attacked and settings.attack.writes == "updates":
             malicious = np.isin(self.scenario.schedule.participants(round_), self.scenario.partition.malicious)
@@ -330,7 +330,7 @@ class Recorder:
         return dict(zip(COLUMNS, values, strict=True))
 
     def _detection(self, round_: int, updates: Tensor | None) -> list[float]:
-        """The values of `detect.MEASURES` for the updates (m, A, B) of a round; NaN where there is nothing to see."""
+        """The values of `detect.MEASURES` for the updates (m, A, B) of a round; NaN without updates or attack."""
         scenario = self.scenario
         if updates is None or not scenario.settings.attacked:
             return [math.nan] * len(MEASURES)

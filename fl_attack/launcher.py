@@ -56,7 +56,7 @@ class AllAtOnce(BasicSweeper):
         self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Launch all jobs of a command line's arguments at once."""
+        """Launch all jobs of a command line at once; gives a list of one list, of what the jobs returned."""
         assert self.launcher is not None
         return [self.launcher.launch(self.jobs(arguments), initial_job_idx=0)]
 
@@ -99,7 +99,12 @@ class SweepLauncher(Launcher):
         Returns
         -------
         sequence of JobReturn
-            Of each job its `objective`, for such sweepers.
+            Of each job the value in the column that `objective` names, for such sweepers; NaN where it broke off.
+
+        Raises
+        ------
+        InputError, RunError, Interrupted
+            As `multirun.run`; RunError also where something calls sys.exit.
         """
         try:
             cells = self.cells(job_overrides)
@@ -123,7 +128,7 @@ class SweepLauncher(Launcher):
         return str(self.config.hydra.sweeper._target_) == f"hydra_plugins.{NAME}.{AllAtOnce.__name__}"
 
     def _other(self) -> "Launch | None":
-        """A function that has units computed by the launcher that was chosen; None where that is this one."""
+        """A function that has files of units computed by the launcher that was chosen; None where that is this one."""
         if str(self.config.hydra.launcher._target_) == f"hydra_plugins.{NAME}.{SweepLauncher.__name__}":
             return None
 
@@ -143,7 +148,10 @@ class SweepLauncher(Launcher):
         return launch
 
     def cells(self, job_overrides: Sequence[Sequence[str]]) -> "list[Cell]":
-        """The cells that the overrides of each job make."""
+        """The cell that the overrides of each job make, named by its seed and the overrides that not all jobs share.
+
+        InputError where there are none, one is wrong, or they name several `out`.
+        """
         from fl_attack.config import Settings, check_names, typed
 
         constant = [set(overrides) for overrides in job_overrides]
@@ -175,7 +183,7 @@ class SweepLauncher(Launcher):
         return [Cell(*one) for one in shown_of]
 
     def _composed(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """The settings that overrides make, as a plain tree."""
+        """The unchecked settings that overrides make, as nested dicts."""
         groups = tuple(one for one in overrides if not self._is_value(one))
         plain: dict[str, Any] = pickle.loads(self._base(groups))  # ten times as fast as a deep copy
         for one in overrides:
@@ -197,7 +205,7 @@ class SweepLauncher(Launcher):
 
     @cache  # noqa: B019 - there are few launchers in a process
     def _base(self, groups: tuple[str, ...]) -> bytes:
-        """The pickled settings before any value is set, with these choices of files."""
+        """The settings with these choices of files, before any value is set, as pickled nested dicts."""
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(groups))
         with open_dict(config):
             del config["hydra"]
@@ -236,7 +244,7 @@ def compute_unit(config: DictConfig, threads: int) -> None:
 
 
 def _of_trials(settings: "Settings", first: int) -> "Settings":
-    """Settings whose results go to the folder of the trials from the number `first` on."""
+    """Settings whose results go to the folder `trials/<first>` in their `out`: those of jobs from that number on."""
     return settings.model_copy(update={"out": f"{settings.out}/trials/{first}"})
 
 
@@ -251,7 +259,7 @@ def _unused(config: DictConfig) -> None:
 
 
 def _joint_cases(param: str) -> list[list[str]]:
-    """The cases of a parameter that sets several keys, as overrides; InputError where their numbers differ."""
+    """The cases of a parameter such as `a+b=1+2,3+4`, here [[a=1, b=2], [a=3, b=4]]; InputError where one is short."""
     keys, _, values = param.partition("=")
     names = keys.split("+")
     cases = [case.strip().split("+") for case in values.split(",")]
@@ -262,7 +270,7 @@ def _joint_cases(param: str) -> list[list[str]]:
 
 
 def _key(override: str) -> str:
-    """The key of an override."""
+    """The key of an override, as in `lr` of `+lr=1`."""
     return override.partition("=")[0].lstrip("+~")
 
 
@@ -274,7 +282,7 @@ def _value(override: str) -> tuple[str, Any]:
 
 
 def _set(plain: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of a tree of settings; InputError where it is not there."""
+    """Set a key with dots of nested dicts, in place; InputError where it is not there."""
     *path, last = key.split(".")
     for part in path:
         plain = plain.get(part) if isinstance(plain, dict) else None  # type: ignore[assignment]
@@ -284,7 +292,7 @@ def _set(plain: dict[str, Any], key: str, value: Any) -> None:
 
 
 def register() -> None:
-    """Make both known to Hydra, under the names that conf/hydra/ gives them."""
+    """Make `AllAtOnce` and `SweepLauncher` known to Hydra, under the names that conf/hydra/ gives them."""
     _appear_in_hydra_plugins()
     for part in (AllAtOnce, SweepLauncher):
         part.__module__ = f"hydra_plugins.{NAME}"

@@ -51,12 +51,15 @@ def conf_folder() -> Path:
 
 
 def allow_new_args(overrides: Iterable[str]) -> list[str]:
-    """Overrides that may also set what no YAML names: the arguments of a model, a strategy or an attack."""
+    """Overrides, those of `args` with ++ in front: they may set arguments that no YAML names, as of a model."""
     return [re.sub(r"^\+*(?=(model|strategy|attack|partition)\.args[.=])", "++", override) for override in overrides]
 
 
 def completed(overrides: Iterable[str]) -> list[str]:
-    """Overrides as Hydra takes them, see `_joint`; grids of `ON_MNIST` on MNIST where its folder is named."""
+    """Overrides as Hydra takes them, see `allow_new_args` and `_joint`.
+
+    `dataset=mnist` is added to grids of `ON_MNIST` where `dataset.root` is given and no data set.
+    """
     found = [_joint(override) for override in allow_new_args(overrides)]
     keys = {override.partition("=")[0].lstrip("+") for override in found}
     if any(one.lstrip("+") in ON_MNIST for one in found) and "dataset.root" in keys and "dataset" not in keys:
@@ -65,7 +68,7 @@ def completed(overrides: Iterable[str]) -> list[str]:
 
 
 def _joint(override: str) -> str:
-    """Keys that are set together, `a+b=1+2,3+4`, as a parameter of Hydra's sweeper, since its command line has none."""
+    """An override that sets keys together, `a+b=1+2,3+4`, as a parameter of Hydra's sweeper; any other as it is."""
     keys, equals, cases = override.lstrip("+").partition("=")
     if "+" not in keys or not equals or override.startswith("-"):
         return override
@@ -74,7 +77,7 @@ def _joint(override: str) -> str:
 
 
 def as_multirun(arguments: list[str]) -> list[str]:
-    """Arguments of the program; one that names an experiment or sets keys together is a multirun, with or without -m.
+    """Arguments of the program, with -m in front, if it lacks, where they name an experiment or set keys together.
 
     InputError where they ask for what one command can't do.
     """
@@ -117,7 +120,7 @@ def written(key: str, value: Any) -> str:
 
 
 def _literal(value: Any, inside: bool = False) -> str:
-    """A value as Hydra's grammar has it; texts are left as they are where it reads them as one word."""
+    """A value as Hydra's grammar has it: a text quoted unless read as one word, `inside` lists and dicts or alone."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     if isinstance(value, Mapping):
@@ -172,7 +175,7 @@ def explain(error: Exception, words: Iterable[str] | None = None) -> str:
 
 
 def unknown_key(key: str) -> str:
-    """What is wrong with a key that is not there: it is of another choice, or misspelt."""
+    """The message on a key that is not there: which choice has it, or which key may be meant."""
     choices = known_keys().get(key)
     if choices:
         return f"{key} is not a known key here: it needs {' or '.join(choices)}"
@@ -202,7 +205,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 @cache
 def known_keys() -> dict[str, list[str]]:
-    """Every key of `conf/`, and the choices that have it: none where it is always there."""
+    """Every key of `conf/`, and the choices that have it, as in `attack=greedy`: none where it is always there."""
     found: dict[str, list[str]] = {}
     for file in sorted(conf_folder().glob("**/*.yaml")):
         group = file.parent.name if file.parent != conf_folder() else ""
@@ -220,7 +223,7 @@ def _groups() -> list[str]:
 
 
 def _keys(tree: dict[str, Any], before: str) -> Iterator[str]:
-    """Every key of a tree of settings, with dots, each after `before`."""
+    """Every key of nested dicts, of inner ones too, with dots, each after `before`."""
     for name, value in tree.items():
         yield f"{before}{name}"
         if isinstance(value, dict):

@@ -22,7 +22,10 @@ def is_path(name: str) -> bool:
 
 @cache
 def load(path: str) -> Callable[..., Any]:
-    """The function of an import path, looked for in the current directory too; InputError where there is none."""
+    """The function, or whatever can be called, of an import path, looked for in the current directory too.
+
+    InputError where there is none, or its module can't be imported.
+    """
     module, function = _parts(path)
     try:
         found = getattr(_from_file(Path(module)) if module.endswith(".py") else _imported(module), function, None)
@@ -34,7 +37,7 @@ def load(path: str) -> Callable[..., Any]:
 
 
 def spelled_out(name: str, folder: str) -> str:
-    """An import path for a process in another folder: a module that is a file of this folder by its full path.
+    """A name as a process in another folder understands it.
 
     Parameters
     ----------
@@ -46,7 +49,7 @@ def spelled_out(name: str, folder: str) -> str:
     Returns
     -------
     str
-        `name` itself where it is no import path, or of an installed module.
+        `/full/path.py:function` where the module is a file in the folder, else `name` as it is.
     """
     if not is_path(name):
         return name
@@ -56,7 +59,7 @@ def spelled_out(name: str, folder: str) -> str:
 
 
 def place_of(name: str) -> str:
-    """The function of an import path with the file and line where it begins, for messages."""
+    """The import path of a function with the file and line where it begins, for messages; alone where none is known."""
     code = getattr(inspect.unwrap(load(name)), "__code__", None)
     if code is None:
         return name
@@ -78,12 +81,17 @@ def unknown_name(key: str, name: str, what: str, known: Iterable[str], wanted: s
         The names of the table.
     wanted : str
         What an import path may lead to, such as "a function".
+
+    Returns
+    -------
+    str
+        The message, in one line.
     """
     return f"{key}={name} is not {what}; known: {', '.join(known)}, or the import path of {wanted}"
 
 
 def check_keywords(name: str, parameters: Sequence[inspect.Parameter], args: Iterable[str]) -> list[str]:
-    """The names of the arguments that can be given to a model or an attack.
+    """Check that a model or an attack takes arguments; gives the names of those that it takes.
 
     Parameters
     ----------
@@ -94,10 +102,15 @@ def check_keywords(name: str, parameters: Sequence[inspect.Parameter], args: Ite
     args : iterable of str
         The names of the arguments that it is given.
 
+    Returns
+    -------
+    list of str
+        Those of `parameters` that can be given by name.
+
     Raises
     ------
     InputError
-        Where one of the names is unknown.
+        Where one of `args` is none of them, unless it takes `**kwargs`.
     """
     named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     known = [one.name for one in parameters if one.kind in named]
@@ -159,7 +172,7 @@ def refuse(name: str, gave: str, wanted: str) -> NoReturn:
 
 
 def source_digest(name: str) -> str:
-    """A hash of the file that a function is defined in; empty for one of a table."""
+    """The SHA-256, in hex, of the file that a user's function is defined in; empty for a name of a table."""
     if not is_path(name):
         return ""
     file = sys.modules[load(name).__module__].__file__
@@ -181,7 +194,7 @@ def _imported(module: str) -> Any:
 
 
 def _from_file(file: Path) -> Any:
-    """The module that a file makes, executed once in a process."""
+    """The module that a file makes, executed once in a process; FileNotFoundError where there is none."""
     full = file.resolve()
     name = f"fl_attack_plugin_{hashlib.sha256(str(full).encode()).hexdigest()[:16]}"
     if name in sys.modules:

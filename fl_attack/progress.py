@@ -8,7 +8,10 @@ from tqdm import tqdm
 
 
 class Progress:
-    """How much is done, a second and still to come: one bar on a terminal, a line every tenth of the way elsewhere."""
+    """Shows how many of `total` units are done: by a bar on a terminal, elsewhere by a line every tenth of the way.
+
+    `name` stands before the count, and `unit` is what is counted.
+    """
 
     def __init__(self, total: int, name: str = "sweep", unit: str = "cell") -> None:
         self.total, self.name, self.unit, self.done, self.printed = total, name, unit, 0.0, 0
@@ -21,12 +24,12 @@ class Progress:
         self.bar.close()
 
     def extend(self, amount: int) -> None:
-        """Expect more than at first."""
+        """Expect this many units more than at first."""
         self.total += amount
         self.bar.total = self.total
 
     def skip(self, amount: float) -> None:
-        """Count what need not be computed."""
+        """Count units that need not be computed, which are left out of the rate."""
         if not self.bar.disable:
             self.bar.initial += amount  # so that the rate is that of the others
         self.add(amount)
@@ -60,7 +63,7 @@ class Progress:
         of : int
             How many rounds the cell has.
         done : float
-            How many more rounds of the cell are done.
+            How many further rounds of the cell are done.
         """
         self.add(done / of)
 

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,14 +20,12 @@ if TYPE_CHECKING:
 
     from fl_attack.config import Settings
 
-Read = Callable[[str], bytes | None]  # of a name in the folder of the result: its content, None where it is not there
-
 
 class Result:
     """What a run or a sweep left, in memory or in a folder.
 
     Tables are pandas frames where pandas is installed, else structured arrays: ``result.rounds["test_accuracy"]``
-    works with both.
+    works with both. What results of this kind do not have, or what is not written yet, raises InputError.
 
     Attributes
     ----------
@@ -45,19 +43,19 @@ class Result:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Result":
-        """The result in a folder, read as it is asked for; InputError where there is none."""
+        """The result in a folder, whose files are read as they are asked for; InputError where there is none."""
         return cls(_kind_of(folder), folder, {})
 
     @classmethod
     def of_files(cls, folder: Path) -> "Result":
-        """The result in a folder, read now, so that the folder may go."""
+        """The result in a folder, all of it read now, so that the folder may go; InputError where there is none."""
         kind = _kind_of(folder)
         found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
         return cls(kind, None, found)
 
     @cached_property
     def rounds(self) -> Any:
-        """The measures of each evaluated round, round 0 being the start model: a row each (of a run)."""
+        """The measures `history.COLUMNS` of each evaluated round (of a run), a row each; round 0 is the start model."""
         return frame(self.columns("rounds"))
 
     @cached_property
@@ -67,7 +65,11 @@ class Result:
 
     @cached_property
     def clients(self) -> Any:
-        """What each client holds, whether it is malicious, and how accurate the final model is on that (of a run)."""
+        """A row for each client (of a run).
+
+        Its columns are `client`, `malicious` (0 or 1), `samples` (how many it holds), `labels` (which occur) and
+        `final_accuracy` (of the final model on these samples, 0 to 1).
+        """
         return frame(self.columns("clients"))
 
     @cached_property
@@ -82,7 +84,10 @@ class Result:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The figures of a run: accuracies, F1 and shares from 0 to 1, times in seconds; of a sweep its extent."""
+        """The figures of a finished run, see `results.summary`: accuracies, F1, shares from 0 to 1, times in seconds.
+
+        Of a sweep the number of `cells`, and how many of them have `broken_off`.
+        """
         if self.kind == "sweep":
             errors = [str(one) for one in self.columns("table")["error"]]
             lost = sum(one not in ("", "nan") for one in errors)
@@ -165,7 +170,10 @@ class Result:
         return figure
 
     def save(self, folder: str | Path) -> Path:
-        """Write the files of a result that is in memory to a folder, as a command leaves them; gives the folder."""
+        """Write the files of a result that is in memory to a folder, as a command leaves them; gives the folder.
+
+        InputError where the result is in a folder already, or this one holds a result.
+        """
         out = Path(folder)
         if self.folder is not None:
             raise InputError(f"the result is in {self.folder} already")
@@ -208,7 +216,7 @@ class Result:
         return content
 
     def _arrays(self, name: str) -> dict[str, NDArray[Any]]:
-        """The arrays in a file of numpy's."""
+        """The arrays in an .npz of the result, by name; InputError where it is not there."""
         with np.load(io.BytesIO(self._content(name)), allow_pickle=False) as stored:
             return {key: stored[key] for key in stored}
 
@@ -241,14 +249,14 @@ class Result:
 
 
 def _png(figure: Any) -> bytes:
-    """A figure of matplotlib's as a notebook shows it."""
+    """A figure of matplotlib's as the content of a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
 
 
 def _kind_of(folder: Path) -> places.ResultKind:
-    """What a folder holds; InputError where it is no result that can be read."""
+    """The kind of result that a folder holds; InputError where it is none, or has no table yet."""
     kind = places.holds(folder)
     if kind is None:
         raise InputError(f"{folder} holds no result: neither {places.ROUNDS} nor {places.TABLE}")
@@ -260,7 +268,7 @@ def _kind_of(folder: Path) -> places.ResultKind:
 
 
 def column_of(texts: tuple[str, ...]) -> NDArray[Any]:
-    """The column of a table: whole numbers, numbers (NaN where there is none), or text."""
+    """The column (n,) of these texts: int64 where all are whole numbers, else float64 (an empty one NaN), else text."""
     for kind in (np.int64, np.float64):
         try:
             return np.array([kind(text) if text or kind is np.int64 else np.nan for text in texts], kind)

@@ -1,8 +1,7 @@
-"""What a run leaves behind in its folder; every file is written whole or not at all."""
+"""What a run leaves behind in its folder; every file is written whole, or not at all where the disk refuses."""
 
 import json
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +25,8 @@ from fl_attack.targets import target
 
 FILES = OF_RUN
 SAMPLES_AT_ONCE = 8192  # of the training set, whose predictions are worked out together
-PLAN_COLUMNS = ("first_round", "sweep", "start", "objective", "part")  # part: of the rounds that was chosen anew
+# sweep: the planner's pass over the rounds, 0 before any; part: of the rounds that was chosen anew in it
+PLAN_COLUMNS = ("first_round", "sweep", "start", "objective", "part")
 __all__ = [
     "BASELINE",
     "FILES",
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def write_rounds(out: Path, history: History) -> None:
-    """`rounds.csv`, a row for each evaluated round so far.
+    """Write `rounds.csv`, a row for each evaluated round so far.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def write_rounds(out: Path, history: History) -> None:
 
 
 def write_config(out: Path, settings: Settings) -> None:
-    """`config.yaml`, which also says whose the folder is while the run is not finished.
+    """Write `config.yaml`, which also says whose the folder is while the run is not finished.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def write_config(out: Path, settings: Settings) -> None:
     settings : Settings
         The settings of the run.
     """
-    _write(out / "config.yaml", lambda stream: stream.write(to_yaml(settings).encode()))
+    write_whole(out / "config.yaml", lambda stream: stream.write(to_yaml(settings).encode()))
 
 
 def is_of(out: Path, settings: Settings) -> bool:
@@ -96,7 +96,7 @@ def is_of(out: Path, settings: Settings) -> bool:
 
 
 def write(out: Path, scenario: Scenario, history: History) -> None:
-    """All files of a run, finished or not, but its figure and its summary.
+    """Write all files of a run, finished or not, but its figures, `clients.csv` and `summary.json`.
 
     Parameters
     ----------
@@ -118,13 +118,13 @@ def write(out: Path, scenario: Scenario, history: History) -> None:
     if settings.attacked and settings.attack.steers and not settings.attack.plans:
         arrays["target.npz"] = scenario.model.state(target(scenario))
     for name, content in arrays.items():
-        _write(out / name, partial(_savez, content))
+        write_whole(out / name, partial(_savez, content))
     if plans := plans_made(scenario):
         write_csv(out / PLAN, PLAN_COLUMNS, [row for one in plans for row in _plan_rows(one)])
 
 
 def _plan_rows(plan: Plan) -> list[list[Any]]:
-    """The rows of `plan.csv` of one plan: its objective after each sweep, by start."""
+    """The rows of `plan.csv` of one plan, see `PLAN_COLUMNS`: start after start, one for each pass over the rounds."""
     names = [STARTS[start] if start < len(STARTS) else f"random{start}" for start in range(plan.harm.shape[1])]
     return [
         [plan.first, sweep, name, float(plan.harm[sweep, start]), float(plan.part[sweep, start])]
@@ -134,7 +134,7 @@ def _plan_rows(plan: Plan) -> list[list[Any]]:
 
 
 def write_clients(out: Path, scenario: Scenario, history: History) -> None:
-    """`clients.csv`: what each client holds, whether it is malicious, and how accurate the final model is on that.
+    """Write `clients.csv`: what each client holds, if it is malicious, and how accurate the final model is on that.
 
     Parameters
     ----------
@@ -155,11 +155,11 @@ def write_clients(out: Path, scenario: Scenario, history: History) -> None:
             labels = " ".join(str(label) for label in np.unique(scenario.dataset.y_train[samples]).tolist())
             accuracy = float(correct[samples].mean())
         lines.append(f"{client},{int(client in malicious)},{len(samples)},{labels},{accuracy}")
-    _write(out / "clients.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
+    write_whole(out / "clients.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
 
 
 def _correct(scenario: Scenario, theta: Tensor) -> NDArray[np.bool_]:
-    """Which training samples (n,) a model predicts rightly; thousands together, as clients hold a few each."""
+    """Whether a model predicts the label of each training sample (n,)."""
     y, found = scenario.dataset.y_train, []
     for start in range(0, len(y), SAMPLES_AT_ONCE):
         samples = np.arange(start, min(start + SAMPLES_AT_ONCE, len(y)))
@@ -170,7 +170,7 @@ def _correct(scenario: Scenario, theta: Tensor) -> NDArray[np.bool_]:
 
 
 def write_summary(out: Path, facts: dict[str, Any]) -> None:
-    """`summary.json`, the last file of a run: it says that the run is finished.
+    """Write `summary.json`, the last file of a run: it says that the run is finished.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ def write_summary(out: Path, facts: dict[str, Any]) -> None:
         The content, as `summary` gives it.
     """
     text = json.dumps(facts, indent=2) + "\n"
-    _write(out / SUMMARY, lambda stream: stream.write(text.encode()))
+    write_whole(out / SUMMARY, lambda stream: stream.write(text.encode()))
 
 
 def summary(scenario: Scenario, history: History, twin: History | None = None) -> dict[str, Any]:
@@ -191,14 +191,15 @@ def summary(scenario: Scenario, history: History, twin: History | None = None) -
     scenario : Scenario
         The data and settings of the run.
     history : History
-        The measures of at least one round.
+        The measures of the start and of at least one round.
     twin : History, optional
         What was measured of the same run without the attack.
 
     Returns
     -------
     dict
-        The content of `summary.json`; `rounds_to_recover` is None where there is no such number.
+        The content of `summary.json`. `final_*` are of the model that `early_stop.restore` keeps, `minimum_*` over all
+        evaluations after the start; `rounds_to_recover` is None where there is no such number.
     """
     settings: Settings = scenario.settings
     last, best = history.rows[-1]["round"], history.given(settings.early_stop.restore)
@@ -232,7 +233,7 @@ def summary(scenario: Scenario, history: History, twin: History | None = None) -
 
 
 def _recovered(settings: Settings, history: History, twin: History | None) -> float | None:
-    """Rounds after the attack until the run recovers, see `history.rounds_to_recover`; None where it never does."""
+    """See `history.rounds_to_recover`; None where that is NaN, or the twin is missing or ended at another round."""
     if twin is None or len(twin.rows) != len(history.rows):
         return None
     rounds, accuracy, honest = (
@@ -244,7 +245,7 @@ def _recovered(settings: Settings, history: History, twin: History | None) -> fl
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
-    """Summaries side by side, one row each, for a terminal."""
+    """Summaries by the name of their run as a table in text, one row each, for a terminal."""
     columns = {
         "final accuracy": lambda s: f"{s['final_accuracy']:.4f}",
         "minimum accuracy": lambda s: f"{s['minimum_accuracy']:.4f}",
@@ -265,10 +266,3 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 def _savez(arrays: dict[str, NDArray[Any]], stream: IO[bytes]) -> None:
     """Write arrays as an .npz that needs no unpickling."""
     np.savez(stream, allow_pickle=False, **arrays)
-
-
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    try:
-        write_whole(path, write)
-    except OSError as error:
-        raise InputError(f"{path} can't be written: {error.strerror or error}") from None

@@ -38,7 +38,7 @@ Restore = Literal["best", "last"]
 
 
 class Strict(BaseModel):
-    """Settings that can't change and know all their keys."""
+    """Settings that can't change and refuse keys that they don't know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,6 +53,7 @@ class ClientSettings(Strict):
 
     @model_validator(mode="after")
     def _check_count(self) -> Self:
+        """The settings themselves; ValueError where more clients take part in a round than there are."""
         if isinstance(self.per_round, int) and self.per_round > self.total:
             raise ValueError(f"per_round={self.per_round} is more than the {self.total} clients")
         return self
@@ -60,6 +61,7 @@ class ClientSettings(Strict):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_total(cls, given: Any) -> Any:
+        """What is given, with `honest` and `total` filled in; ValueError where the numbers don't add up."""
         if not isinstance(given, dict):
             return given  # refused below
         honest, malicious, total = (given.get(key) for key in ("honest", "malicious", "total"))
@@ -111,7 +113,7 @@ class ModelSettings(Strict):
     loss: Literal["cross_entropy", "label_smoothing", "focal", "brier"] = "cross_entropy"
 
     def check_names(self) -> None:
-        """ValueError where the table has no such model, or it does not take these arguments."""
+        """ValueError where `name` is neither in `models.MODELS` nor a path, or arguments or loss don't fit."""
         from fl_attack import models
 
         if models.find(self.name).kind is None and self.loss != "cross_entropy":
@@ -120,7 +122,7 @@ class ModelSettings(Strict):
 
 
 class AttackSettings(Strict):
-    """What the malicious clients do; see `attack`."""
+    """What the malicious clients do; see the package `attack`."""
 
     name: str
     goal: Goal = "untargeted"
@@ -147,7 +149,10 @@ class AttackSettings(Strict):
     @model_validator(mode="before")
     @classmethod
     def _goal_of_direction(cls, given: Any) -> Any:
-        """The two directions that are goals, by the name of the goal."""
+        """What is given, with the directions `gradient` and `target` as the goals that they are.
+
+        ValueError where goal and direction contradict each other.
+        """
         if not isinstance(given, dict):
             return given  # refused below
         goals = {"gradient": "untargeted", "target": "targeted"}
@@ -160,17 +165,17 @@ class AttackSettings(Strict):
 
     @property
     def aim(self) -> str:
-        """The direction that the gradient is pushed against, of `attack.DIRECTIONS` or an import path."""
+        """The name of the direction that the gradient is pushed against: of `attack.DIRECTIONS`, or an import path."""
         return self.direction or {"untargeted": "gradient", "targeted": "target"}[self.goal]
 
     @property
     def plans(self) -> bool:
-        """Whether flips are planned ahead."""
+        """Whether flips are planned ahead: whether it is `attack=planned`."""
         return self.name == "planned"
 
     @property
     def steers(self) -> bool:
-        """Whether the attackers need theta_target."""
+        """Whether the attackers need the parameters of `targets.target`; InputError without an attack."""
         from fl_attack import attack
 
         return self.plans or ("goal" in attack.find(self.name).uses and self.aim in ("target", "target_far"))
@@ -182,7 +187,7 @@ class AttackSettings(Strict):
 
     @cached_property
     def writes(self) -> str:
-        """What the attack changes: labels or updates."""
+        """What the attack changes, `labels` or `updates`; `labels` also without an attack."""
         from fl_attack import attack
 
         return "labels" if self.name == "none" else attack.find(self.name).writes
@@ -220,7 +225,7 @@ class AttackSettings(Strict):
         return self
 
     def check_names(self) -> None:
-        """ValueError where the table has no such attack, or it does not take these arguments and settings."""
+        """ValueError where `name` is neither in `attack.ATTACKS` nor a path, or arguments or settings don't fit it."""
         from fl_attack import attack
 
         if self.name == "none":
@@ -257,7 +262,7 @@ class StrategySettings(Strict):
 
     @property
     def trusted(self) -> int:
-        """How many samples the server has itself; as many as in FLTrust's paper where a rule needs some."""
+        """How many training samples the server knows: `root`, else FLTrust's 100 if the rule asks for any, else 0."""
         from fl_attack.aggregate import needs
 
         return self.root or (ROOT if "root" in needs(self.name) else 0)
@@ -268,7 +273,7 @@ class StrategySettings(Strict):
         return self.name == "mean" and not self.pre
 
     def check_names(self) -> None:
-        """ValueError where the table has no such rule."""
+        """ValueError where `strategy.name` is no rule of `RULES`, no import path, and neither `byzfl` nor `flower`."""
         from fl_attack.aggregate import RULES, is_known
 
         if self.name != "flower" and not is_known(self.name):
@@ -280,6 +285,7 @@ class StrategySettings(Strict):
 
     @model_validator(mode="after")
     def _has_path(self) -> Self:
+        """The settings themselves; ValueError where `strategy=flower` has no path."""
         if self.name == "flower" and not self.path:
             raise ValueError(
                 "path is missing; give the import path of a Flower strategy, as in "
@@ -362,7 +368,7 @@ class Settings(Strict):
     @field_validator("tracker", mode="before")
     @classmethod
     def _as_list(cls, given: Any) -> Any:
-        """One name as a list of it."""
+        """What is given, one name as a list of it."""
         return [given] if isinstance(given, str) else given
 
     @property
@@ -374,7 +380,7 @@ class Settings(Strict):
 
     @property
     def per_round(self) -> int | None:
-        """Clients that take part in a round; None where all do."""
+        """How many clients take part in a round, a share of them rounded; None where all do."""
         wanted, total = self.clients.per_round, self.clients.total
         if isinstance(wanted, float):
             wanted = max(1, round(wanted * total))
@@ -382,7 +388,7 @@ class Settings(Strict):
 
     @property
     def assumed_malicious(self) -> int:
-        """The malicious clients f that the server's rule reckons with in a round."""
+        """How many malicious clients the rule expects in a round: `strategy.f`, else their mean number, rounded up."""
         if self.strategy.f is not None:
             return self.strategy.f
         share = 1.0 if self.per_round is None else self.per_round / self.clients.total
@@ -400,11 +406,11 @@ class Settings(Strict):
 
     @property
     def is_unattacked(self) -> bool:
-        """Whether it is an unattacked twin: no label is flipped, no update is changed."""
+        """Whether no label is flipped and no update changed: without an attack, or with a label budget of 0."""
         return not self.attacked or (self.attack.writes == "labels" and self.attack.budget == 0)
 
     def unattacked(self) -> "Settings":
-        """The unattacked twin: the same experiment with every client honest."""
+        """The unattacked twin: the same experiment and clients with `attack=none`, and without a baseline."""
         return self.model_copy(update={"attack": AttackSettings(name="none"), "baseline": False})
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The one reader and writer of sweeps' tables: columns of cells, the settings that part them, statistics over seeds.
+"""The one reader and writer of sweeps' tables: columns of cells, the settings they differ in, statistics over seeds.
 
 Arrays are (cells,): a value for each cell of a sweep. k is the write access, b the local budget, both shares of 1.
 """
@@ -38,7 +38,7 @@ RESULTS = (  # the columns of a sweep's table after the overrides
     "final_f1",
     "final_loss",
     "validation_loss",  # of that model on the server's validation split; empty without one
-    *MEASURES,  # means over the rounds measured in which there was an attack; empty unless detectability=true
+    *MEASURES,  # means over the evaluated rounds in which they are finite; empty unless detectability=true
     "drop",  # final accuracy of the cell's unattacked twin less its own, where the sweep holds the twin
     "rounds_to_recover",  # rounds after the attack until the accuracy is again the twin's; likewise
     "flips",
@@ -132,7 +132,7 @@ class NotDrawableError(InputError):
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic and the ends of its confidence interval, which are NaN with fewer than two seeds."""
+    """A statistic, the ends of its confidence interval, which are NaN with fewer than two seeds, and their number."""
 
     value: float
     low: float
@@ -141,7 +141,7 @@ class Interval:
 
     @property
     def half(self) -> float:
-        """Half the width of the interval."""
+        """Half the width of the interval, NaN with fewer than two seeds."""
         return self.high - self.value
 
     def __str__(self) -> str:
@@ -210,7 +210,7 @@ def pooled_deviation(groups: Iterable[Floats]) -> float:
 
 
 def _t_quantile(n: int, level: float) -> float:
-    """Quantile of Student's t for a two-sided interval from n values."""
+    """Quantile of Student's t, n - 1 degrees of freedom, for a two-sided interval that covers with this probability."""
     from scipy.special import stdtrit  # type: ignore[import-untyped]
 
     return float(stdtrit(n - 1, (1 + level) / 2))
@@ -253,11 +253,11 @@ class Cells:
         return len(next(iter(self.columns.values())))
 
     def only(self, mask: Array) -> "Cells":
-        """The cells of a mask (cells,), or of indices."""
+        """The cells of a mask (cells,), or of indices (n,)."""
         return Cells({name: column[mask] for name, column in self.columns.items()})
 
     def where(self, **wanted: Any) -> "Cells":
-        """The cells with these values; numbers are compared to nine digits."""
+        """The cells that have all these values, by column; floats are compared to nine decimal places."""
         mask = np.ones(len(self), bool)
         for name, value in wanted.items():
             column = self.columns[name]
@@ -271,9 +271,9 @@ class Cells:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The cells of a sweep that ended well, and what was varied among them.
+    """The cells of a sweep that have an accuracy and no error, and what was varied among them.
 
-    `write_access` is the mean over all cells with the same clients, since the deal of samples moves it with the seed;
+    `write_access` is the mean, to three digits, over all cells of equal `dealing`, since seeds deal differently;
     `global_budget` is its product with the budget.
     """
 
@@ -302,7 +302,7 @@ class Sweep:
         return column
 
     def varied(self, *shown: str) -> list[str]:
-        """The swept columns that the columns shown in a figure do not tell: a figure parts its cells by these.
+        """The swept columns that do not follow from the columns shown in a figure, which parts its cells by them.
 
         Cells that are equal in the columns shown and in these differ in their seed alone.
         """
@@ -314,14 +314,17 @@ class Sweep:
         return [name for name in self.swept if name not in covered]
 
     def _implied_by_access(self) -> set[str]:
-        """The columns of the deal that k tells: all where no two deals give the same k, else who is malicious."""
+        """The columns of the deal whose values follow from k: all where no two deals have the same k.
+
+        Else the malicious share or, where that is not swept, the number of malicious clients.
+        """
         deals = [self.cells[name] for name in self.dealing]
         if len(split(len(self), self.cells[K])) == len(split(len(self), self.cells[K], *deals)):
             return set(self.dealing)
         return {SHARE if SHARE in self.swept else "clients.malicious"}
 
     def labels(self, names: Sequence[str]) -> Array:
-        """(cells,) text that names the values of these columns; cells of equal text are equal in all of them."""
+        """(cells,) text that names the values of these columns, numbers to four digits; empty without columns."""
         label = np.full(len(self), "", object)
         for name in names:
             prefix = (", " if name != names[0] else "") + ("" if name == GOAL else f"{WORDS.get(name, name)} = ")
@@ -329,7 +332,7 @@ class Sweep:
         return label
 
     def label_attacks(self, unattacked: bool = True) -> "Sweep":
-        """The cells without attacks on updates, which have no budget of labels; NotDrawableError without any.
+        """The sweep without attacks on updates, which have no budget of labels; NotDrawableError if that leaves none.
 
         `unattacked` says whether cells without an attack are kept where attacks vary: they are those of budget 0.
         """
@@ -356,8 +359,8 @@ class Sweep:
         Returns
         -------
         array, (seeds,)
-            In the order of the seeds and the unit of the column's axis; NaN are left out, and seeds that have nothing
-            else.
+            In the order of the seeds and the unit of the column's axis; what is not finite is left out, and seeds
+            that have nothing else.
         """
         values, seed = self.column(column)[cells], self.seed_index[cells]
         finite = np.isfinite(values)
@@ -370,7 +373,10 @@ class Sweep:
         return f"mean over {seeds} seeds" if seeds > 1 else "one seed"
 
     def effective(self) -> str:
-        """The share of all labels that was flipped at each nominal global budget, in words where they are unlike."""
+        """A sentence on the share of all labels that was flipped at nominal global budgets, at most `SHOWN` of them.
+
+        Empty where none differs by `NOTABLE_DIFFERENCE` of the budget, or the table does not tell.
+        """
         if EFFECTIVE not in self.cells.columns:
             return ""
         nominal, found = self.column(KB), self.column(EFFECTIVE)
@@ -381,7 +387,7 @@ class Sweep:
         return "Labels flipped at k·b, of all used: " + ", ".join(f"{kb:.3g}: {value:.2g}" for kb, value in shown) + "."
 
     def note(self, *sentences: str) -> str:
-        """Sentences that belong under a figure, and how many cells it lacks."""
+        """The text under a figure: these sentences, and how many cells it lacks and why."""
         lost = self.total - len(self) - self.left_out
         lacking = [
             f"Left out: {self.left_out} cells that flip no labels.",
@@ -404,7 +410,7 @@ def read_sweep(folder: Path) -> Sweep:
     Returns
     -------
     Sweep
-        The cells that ended well.
+        The cells with an accuracy and no error; `write_access` and `global_budget` are averaged as `Sweep` says.
 
     Raises
     ------
@@ -462,7 +468,7 @@ def read_curves(folder: Path) -> tuple[Floats, Floats]:
 
 
 def read_mistakes(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-    """The mistakes of each cell's model on parts of the test set, to count the test images in an interval.
+    """How many test images each cell's model gets wrong in each part of the test set.
 
     Parameters
     ----------
@@ -475,6 +481,11 @@ def read_mistakes(folder: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]] |
         Rows in the order of the column `cell` of the table.
     images : (parts,) array
         Test images in each part; None in place of both where an earlier version did not count them.
+
+    Raises
+    ------
+    InputError
+        As `read_curves`.
     """
     with _stored_curves(folder) as stored:
         has_counts = "wrong" in stored.files and len(stored["wrong"])
@@ -543,6 +554,11 @@ def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], 
     -------
     Path
         The file that was written.
+
+    Raises
+    ------
+    InputError or RunError
+        Where the disk refuses, see `write_whole`.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -554,12 +570,15 @@ def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], 
 
 
 def format_value(value: Any) -> str:
-    """A value of a column as it is shown in figures: numbers to four digits."""
+    """A value of a column as figures show it: floats to four digits, an empty text as `(not given)`."""
     return f"{value:.4g}" if isinstance(value, float) else value or "(not given)"
 
 
 def _column(texts: list[str], name: str, file: Path) -> Array:
-    """A column as floats where it must or can be, else as text; only results may lack a number (NaN)."""
+    """A column as floats where all its texts are numbers, else as text; empty ones are NaN in results, of `LABELS`.
+
+    InputError where a text is in a column of `NUMBERS`.
+    """
     try:
         return np.array([float(text or "nan") if name in LABELS else float(text) for text in texts])
     except ValueError:

@@ -33,7 +33,7 @@ IMPORTED = ["fl_attack.multirun.execute", "fl_attack.plots", "matplotlib.figure"
 
 
 def processors() -> int:
-    """Processors that this process may use: those of the machine, of its affinity, or of its control group."""
+    """How many processors this process may use: the least that its affinity and its control group allow."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # without control groups, or without a limit in them
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -42,7 +42,7 @@ def processors() -> int:
 
 
 def warm_up() -> None:
-    """Begin, in the background, with what workers need to start at once."""
+    """Start the process that workers are forked from, which imports in the background what they need."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return
     from multiprocessing import forkserver
@@ -63,7 +63,7 @@ def side_by_side(
     Parameters
     ----------
     function : callable
-        A function of a module, of a job and of what it can tell its steps to.
+        Gets a job and a function that it may call with the number of its further steps; it can be pickled.
     jobs : sequence
         What can be pickled; they are begun in this order.
     workers : int
@@ -74,7 +74,10 @@ def side_by_side(
 
     Yields
     ------
-    position, result
+    position : int
+        Of the job in `jobs`.
+    result : object
+        What the function returned.
 
     Raises
     ------
@@ -177,13 +180,13 @@ def reported(report: Callable[[int], None], every: float) -> Step:
 
 
 def _without_steps(job: tuple[Callable[[Given], Found], Given], step: Step) -> Found:
-    """A function of one argument as a job."""
+    """The result of a function of one argument, both of which are the job."""
     function, given = job
     return function(given)
 
 
 class _Worker:
-    """A process that does one job after the other, as seen by who hands them out."""
+    """A process that does one job after the other, as seen by who hands them out; `job` is the position of the last."""
 
     def __init__(self, function: Callable[[Any, Step], Any]) -> None:
         self.pipe, there = multiprocessing.Pipe()
@@ -218,7 +221,10 @@ class _Worker:
         self.process.kill()
 
     def end(self) -> int | None:
-        """Wait for the end of the process; gives its exit code, or the negative number of the signal that killed it."""
+        """Wait, at most `WAITS` seconds, for the end of the process.
+
+        Gives its exit code, or the negative number of the signal that killed it; None where it still runs.
+        """
         self.process.join(WAITS)
         self.pipe.close()
         code: int | None = self.process.exitcode
@@ -226,7 +232,7 @@ class _Worker:
 
 
 def _why_lost(code: int | None) -> str:
-    """A worker that ended with this code, in one line."""
+    """The message on a worker that ended with this exit code, as `_Worker.end` gives it."""
     number = -(code or 0)
     how = f"was killed by {signal.Signals(number).name}" if number in set(signal.Signals) else f"ended with code {code}"
     short = "; if memory is short, use a smaller engine.memory_gb, or fewer workers" if number == 9 else ""
@@ -263,7 +269,7 @@ def _tell(pipe: connection.Connection, what: tuple[str, Any]) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """An exception that survives the way to another process, with its traceback as a note."""
+    """The exception with its traceback as a note or, where it can't be pickled, a RuntimeError with its text."""
     error.add_note(traceback.format_exc())
     try:
         pickle.loads(pickle.dumps(error))
@@ -274,7 +280,7 @@ def _portable(error: Exception) -> Exception:
 
 @contextmanager
 def _ctrl_c_blocked() -> Iterator[None]:
-    """What is started in the block never sees Ctrl-C, which a terminal sends to all of a program's processes."""
+    """A block in which processes are started that never see Ctrl-C, which a terminal sends to all of a program's."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; the exit code is 0, 2 for bad input, 1 for a run that broke off, 130 after Ctrl-C."""
+    """Run the command; gives the exit code: 0, 2 for bad input, 1 for a run that broke off, 130 after a signal."""
     options = parser().parse_args(arguments)
     try:
         from fl_attack.replication import pipeline, plan, report  # slow to import; --help does not need them

@@ -74,7 +74,10 @@ def read(folder: Path, lr: float | None = None) -> Cells:
 
 
 def with_drops(columns: dict[str, Array]) -> Cells:
-    """Cells with `drop`, `late_drop` and `minimum_drop` computed from the unattacked cells among them."""
+    """Cells of these columns with those of `DROPS`: the measure of the unattacked cell less that of the cell.
+
+    Compared are cells of the same `TRAINING`; NaN where there is no unattacked one.
+    """
     cells = Cells(columns)
     twins: dict[tuple[Any, ...], int] = {}
     for i in np.flatnonzero(columns["b"] == 0):
@@ -103,7 +106,7 @@ def without_part(cells: Cells, part: int) -> Cells:
     Returns
     -------
     Cells
-        With other values of the measures.
+        With the measures and drops, in points, that the other parts of the test images give.
     """
     measures = [name for name in ("accuracy", "late", "minimum", "f1") if name in cells.columns]
     moved: dict[str, Array] = dict.fromkeys(measures, cells["moved"][:, part])
@@ -117,6 +120,6 @@ def joined(*several: Cells) -> Cells:
 
 
 def _late(curve: NDArray[np.float64]) -> float:
-    """Mean of the last evaluations that a cell reached; NaN where it reached none."""
+    """Mean of the last `LATE` evaluations that a cell reached; NaN where it reached none."""
     reached = curve[np.isfinite(curve)][-LATE:]
     return float(reached.mean()) if len(reached) else float("nan")

@@ -16,7 +16,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def format_interval(found: Evidence) -> str:
-    """A statistic with its interval, where it has one; empty where it is NaN."""
+    """A statistic with its 95 % interval, where it has one, as in `2.31 [1.90, 2.72]`; empty where it is NaN."""
     if np.isnan(found.value):
         return ""
     return str(found) if np.isfinite(found.error) else f"{found.value:.2f}".replace("-", MINUS)
@@ -34,7 +34,7 @@ def _section(title: str, text: str, rows: list[tuple[str, ...]]) -> str:
 
 
 def _difference(cells: Cells, factor: str, one: object, other: object) -> str:
-    """The mean drop at one value of a factor less that at another, with its interval, as text."""
+    """The mean drop at one value of a column less that at another, over seeds, with its interval, as text."""
 
     def gap(some: Cells) -> Floats:
         return by_seed(some, lambda of: mean(of["drop"][of[factor] == one]) - mean(of["drop"][of[factor] == other]))
@@ -43,12 +43,12 @@ def _difference(cells: Cells, factor: str, one: object, other: object) -> str:
 
 
 def _drop(cells: Cells, name: str = "drop") -> Evidence:
-    """The mean of a drop over cells, with its interval."""
+    """The mean over seeds of a column of drops, in points, with its error."""
     return measured(lambda some: by_seed(some, lambda of: mean(of[name])), cells)
 
 
 def selection(results: Sequence[RunCells]) -> str:
-    """The section on the exact selection against the printed one."""
+    """The section on the exact selection against the printed one, in Markdown; empty where it was not run."""
     rows: list[tuple[str, ...]] = []
     for result in (one for one in results if one.run.preset == "selection"):
         for goal in GOALS:
@@ -68,7 +68,7 @@ def selection(results: Sequence[RunCells]) -> str:
 
 
 def frequency(results: Sequence[RunCells]) -> str:
-    """The section on few large attacks against many small ones, at equal total flips."""
+    """The section on few large attacks against many small ones at equal total flips; empty where it was not run."""
     counts = {1: "round", 2: "2nd", 5: "5th", 10: "10th"}
     rows: list[tuple[str, ...]] = []
     for result in (one for one in results if one.run.preset == "frequency"):
@@ -87,7 +87,7 @@ def frequency(results: Sequence[RunCells]) -> str:
 
 
 def rounding(results: Sequence[RunCells]) -> str:
-    """The section on `carry` against `floor` at small budgets."""
+    """The section on `carry` against `floor` at small budgets; empty where it was not run."""
     rows: list[tuple[str, ...]] = []
     for result in (one for one in results if one.run.preset == "rounding"):
         for goal in GOALS:
@@ -105,7 +105,7 @@ def rounding(results: Sequence[RunCells]) -> str:
 
 
 def noise(results: Sequence[RunCells]) -> str:
-    """The section on whether 0.1 % of the labels do harm or the last step is noisy."""
+    """The section on whether 0.1 % of the labels do harm or the last step is noisy; empty where it was not run."""
     rows: list[tuple[str, ...]] = []
     for result in (one for one in results if (one.run.preset, one.run.protocol) == ("smallest", STEP)):
         whole = result.cells.where(k=1.0)
@@ -135,11 +135,12 @@ def cause(last: Evidence, late: Evidence) -> str:
     Parameters
     ----------
     last, late : Evidence
-        The drop at the last iterate, and that of the average over late rounds.
+        The drop at the last iterate, and that of the average over late rounds, in points.
 
     Returns
     -------
     str
+        "the attack", "the noise of the last step", "no harm", or that it is too noisy to tell.
     """
     of_last, of_late = (decide([(Criterion(LEAST_EFFECT), found)])[0] for found in (last, late))
     if of_late == REPLICATED:
@@ -193,12 +194,12 @@ def short_answer(results: Sequence[RunCells], lines: Sequence[Line]) -> list[str
 
 
 def _goal(line: Line) -> str:
-    """The goal of the attack that a line on 0.1 % of the labels is about."""
+    """The goal of the attack that a line on 0.1 % of the labels is about, as its label begins with it."""
     return line.finding.label.partition(",")[0]
 
 
 def _sizes(lines: Sequence[Line]) -> str:
-    """In words, the goals of lines and the least and the largest drop of each."""
+    """In words, the goals of lines and the least and the largest drop of each, as in `targeted 3.1 to 5.2`."""
     ranges = []
     for goal in GOALS:
         sizes = [line.finding.found.value for line in lines if _goal(line) == goal]
@@ -260,7 +261,7 @@ LOSS = 6.0  # points that the paper's single runs lose
 
 
 def noise_map(results: Sequence[RunCells]) -> str:
-    """The section on how far apart unattacked runs end, over learning rate and batch size."""
+    """The section on how far apart unattacked runs end, by learning rate and batch size; empty where it was not run."""
     found: dict[tuple[str, float], dict[str, str]] = {}
     batches: dict[str, None] = {}
     for title, lr, batch, ends in _unattacked(results):
@@ -276,7 +277,7 @@ def noise_map(results: Sequence[RunCells]) -> str:
 
 
 def _unattacked(results: Sequence[RunCells]) -> Iterator[tuple[str, float, str, Floats]]:
-    """Data set, learning rate, batch size and final accuracy over seeds of each map of unattacked runs."""
+    """Data set, learning rate, batch size and final accuracies (seeds,), in points, of unattacked runs at each."""
     for result in (one for one in results if one.run.preset == "noise"):
         for (lr,), at in result.cells.parts("lr"):
             yield result.run.source.title, float(lr), f"batches of {result.run.batch}", result.cells["accuracy"][at]

@@ -17,7 +17,7 @@ from fl_attack.sweep_table import Cells, jackknife_interval, pooled_deviation, w
 LOST = "accuracy lost (points)"
 DIGITS = 6  # significant digits of the tables
 BANDS = "Bands: 95 % intervals over seeds."
-FigureRow = tuple[str, str, float, float, float]  # panel, line, x, mean, half interval
+FigureRow = tuple[str, str, float, float, float]  # panel, line, x, mean, half interval (NaN with a single seed)
 
 
 def means(cells: Cells, panel: Callable[[Cells], str], line: Callable[[Cells], str], x: str, y: str) -> list[FigureRow]:
@@ -52,23 +52,23 @@ def goal(cells: Cells) -> str:
 
 
 def access(cells: Cells) -> str:
-    """The write access that all cells of a point share."""
+    """The write access that all cells of a point share, as in `k = 0.5`."""
     return f"k = {cells['k'][0]:g}"
 
 
 def rate(cells: Cells) -> str:
-    """The learning rate that all cells of a point share; empty where none was swept."""
+    """The learning rate that all cells of a point share, as in `, lr 0.1`; empty where none was swept."""
     lr = cells["lr"][0]
     return "" if lr == "" else f", lr {lr:g}"
 
 
 def by_budget(file: Path, cells: Cells, title: str) -> None:
-    """Figures 5 and 9: accuracy against the global budget, a line for each k.
+    """Draw figures 5 and 9: accuracy against the global budget, a line for each k.
 
     Parameters
     ----------
     file : Path
-        The table to write; figures take its name.
+        The table (.csv) to write; the figure, a .png and a .pdf, takes its name.
     cells : Cells
         The cells of a run.
     title : str
@@ -99,12 +99,12 @@ def standard_deviation(cells: Cells, goal: str) -> float:
 
 
 def _deviation_among(cells: Cells, goal: str, mask: NDArray[np.bool_]) -> float:
-    """The `standard_deviation` of the cells of a mask."""
+    """The `standard_deviation` of the cells of a mask (cells,)."""
     return standard_deviation(cells.only(mask), goal)
 
 
 def deviation(file: Path, cells: Cells, title: str) -> None:
-    """Figure 6: standard deviation over seeds, pooled over b, against k; arguments as of `by_budget`."""
+    """Draw figure 6: standard deviation over seeds, pooled over b, against k; arguments as of `by_budget`."""
     rows = []
     for (k,), at in cells.parts("k"):
         on_line = cells.only(np.isin(np.arange(len(cells)), at))
@@ -116,7 +116,7 @@ def deviation(file: Path, cells: Cells, title: str) -> None:
 
 
 def stopped(file: Path, cells: Cells, title: str) -> None:
-    """Figure 12: accuracy with and without early stopping; arguments as of `by_budget`."""
+    """Draw figure 12: accuracy with and without early stopping; arguments as of `by_budget`."""
     rows = means(
         cells,
         goal,
@@ -129,7 +129,7 @@ def stopped(file: Path, cells: Cells, title: str) -> None:
 
 
 def optimizers(file: Path, cells: Cells, title: str) -> None:
-    """Figure 14: accuracy under SGD and Adam, each at its best learning rate; arguments as of `by_budget`."""
+    """Draw figure 14: accuracy under SGD and Adam, each at its best learning rate; arguments as of `by_budget`."""
     rows = []
     for name in ("sgd", "adam"):
         best = at_best(cells.where(optimizer=name))
@@ -139,7 +139,10 @@ def optimizers(file: Path, cells: Cells, title: str) -> None:
 
 
 def compared(factor: str) -> Callable[[Path, Cells, str], None]:
-    """A figure of the drop against the global budget, with a line for each value of a factor."""
+    """A function that draws the drop against the global budget, with a line for each value of a column.
+
+    It takes the arguments of `by_budget`.
+    """
 
     def draw(file: Path, cells: Cells, title: str) -> None:
         rows = means(cells, goal, lambda point: str(point[factor][0]), "kb", "drop")
@@ -150,7 +153,7 @@ def compared(factor: str) -> Callable[[Path, Cells, str], None]:
 
 
 def frequencies(file: Path, cells: Cells, title: str) -> None:
-    """Drop against the rounds between attacks, a line for each share of labels flipped; arguments as of `by_budget`."""
+    """Draw the drop against the rounds between attacks, a line for each share flipped; arguments as of `by_budget`."""
     attacked = cells.only(cells["b"] > 0)
     rows = means(
         attacked, goal, lambda point: f"{100 * point['kb'][0] / point['every'][0]:g} % a round", "every", "late_drop"
@@ -161,7 +164,7 @@ def frequencies(file: Path, cells: Cells, title: str) -> None:
 
 
 def map_of(kind: str, *columns: str) -> Callable[[Path, Cells, str], None]:
-    """A figure made by a kind of `fl_attack.plots`, with its table of means.
+    """A function that draws a kind of `fl_attack.plots`, and writes a table of means.
 
     Parameters
     ----------

@@ -92,7 +92,7 @@ def decided(lines: Sequence[Line]) -> list[Line]:
 
 
 def _by_rate(claim: Claim, result: RunCells, chosen: float = 0.0, but: float | None = None) -> list[Line]:
-    """Findings at each learning rate of a sweep except `but`; `chosen` is the rate of a sweep that has one."""
+    """Findings at each learning rate swept except `but`; cells without one are labelled `chosen` if `but` is None."""
     rates = sorted({float(lr) for lr in result.cells["lr"].tolist() if lr != ""} - {but})
     lines = []
     parts = {f"{rate:g}": result.cells.where(lr=rate) for rate in rates}

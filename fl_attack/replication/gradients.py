@@ -20,7 +20,7 @@ RANDOM_SETS = 2000  # random sets of flips for each budget
 
 
 def draw(folder: Path, source: PaperDataset, rate: float) -> str:
-    """Draw `fig1-<data set>.{png,pdf,csv}` after 200 rounds of an attacked run.
+    """Draw `fig1-<data set>.{png,pdf,csv}`: gradients after 200 rounds of an untargeted run at each of `BUDGETS`.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def points(
     Parameters
     ----------
     scenarios : dict
-        The experiment by goal of its attack.
+        The experiment by goal of its attack, "untargeted" and "targeted"; two classes.
     theta : (C, d) tensor
         The parameters that the round begins with, in float64.
     round_ : int

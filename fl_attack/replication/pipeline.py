@@ -52,7 +52,7 @@ def _one_source(
     progress: multirun.Progress | None,
     only: str | None,
 ) -> None:
-    """Run and draw all that is planned on a data set; without `progress` nothing is computed."""
+    """Run and draw all that is planned on a data set, adding it to `found`; without `progress` nothing is computed."""
     runs = [one for one in todo.runs if one.source == source]
     first = [one for one in runs if one.preset == "honest"]  # it decides the learning rate of the others
     clock = plan.folder_of(out, plan.cells(first[0], todo.epochs, None)).with_suffix(".seconds")
@@ -94,7 +94,10 @@ def _extended(honest: Run, todo: ReplicationPlan, out: Path, cells: Cells, progr
 
 
 def _draw(folder: Path, place: Path, found: ReplicationRecord, only: str | None) -> None:
-    """Draw the figure of the last result, where it has one; that of the unattacked runs shows the gradients."""
+    """Draw the figure of the last result in `found`, where it has one, and note its name there.
+
+    Of unattacked runs it shows the gradients; they also decide the learning rate, which is noted too.
+    """
     result = found.results[-1]
     one, source = result.run, result.run.source
     if one.preset == "honest":

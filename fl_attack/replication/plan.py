@@ -88,6 +88,11 @@ def sources(quick: bool, root: Path | None) -> tuple[PaperDataset, ...]:
     root : Path, optional
         The folder of MNIST and CIFAR-10, by default `data`.
 
+    Returns
+    -------
+    tuple of PaperDataset
+        Those of two classes and those of ten.
+
     Raises
     ------
     InputError
@@ -128,6 +133,11 @@ def make(quick: bool, only: str | None, root: Path | None) -> ReplicationPlan:
         The one figure that is wanted, a name of `FIGURES`.
     root : Path, optional
         The folder of MNIST and CIFAR-10.
+
+    Returns
+    -------
+    ReplicationPlan
+        On each data set an unattacked run comes first: it decides the learning rate of the others.
 
     Raises
     ------
@@ -240,7 +250,7 @@ def _quick(source: PaperDataset) -> Iterator[Run]:
 
 
 def samples(source: PaperDataset) -> int:
-    """The number of training samples of a data set."""
+    """The number of training samples of a data set; InputError where it can't be had."""
     return len(_dataset(source.overrides).y_train)
 
 
@@ -267,6 +277,11 @@ def cells(run: Run, epochs: int, lr: float | None) -> list[multirun.Cell]:
         The length of training, where the run has none of its own.
     lr : float, optional
         The learning rate chosen, used beside those of the run; by default the preset's own are used.
+
+    Returns
+    -------
+    list of multirun.Cell
+        Of "frequency" only those that flip `MEAN_SHARE` of the labels a round on average, or none.
     """
     batches = 1 if run.batch == "full" else -(-samples(run.source) // int(run.batch))
     rounds = (run.epochs or epochs) * batches
@@ -300,6 +315,7 @@ def folder_of(out: Path, cells: Sequence[multirun.Cell]) -> Path:
     Returns
     -------
     Path
+        A folder in `out/runs`, which need not be there.
     """
     fingerprint = _loaded(cells[0].settings.dataset.model_dump_json()).fingerprint
     return out / RUNS / key_of_grid(fingerprint, (cell.settings for cell in cells))
@@ -338,7 +354,7 @@ def _with_place(cells: Sequence[multirun.Cell], place: Path) -> list[multirun.Ce
 
 @contextmanager
 def timed(file: Path, worth: Callable[[], bool]) -> Iterator[None]:
-    """A block whose seconds are added to a file, also when it is interrupted.
+    """A block whose duration is added to a file, in seconds, also when it is interrupted.
 
     Parameters
     ----------
@@ -357,7 +373,7 @@ def timed(file: Path, worth: Callable[[], bool]) -> Iterator[None]:
 
 
 def is_there(place: Path) -> bool:
-    """Whether a sweep has been finished."""
+    """Whether the sweep of a folder has been finished."""
     return (place / TABLE).exists()
 
 
@@ -387,14 +403,17 @@ def tied_rates(honest: Cells) -> list[float]:
 
 
 def extension(honest: Cells) -> float | None:
-    """The learning rate that is to be tried too where the best one is at an edge of the grid; None where it is not."""
+    """The learning rate, about a third or three times the best one, to try where that is at an edge of the grid.
+
+    None where it is at none, or the next is not within `LEAST_RATE` and `MOST_RATE`.
+    """
     rates, best = sorted({float(lr) for lr in honest["lr"].tolist()}), best_rate(honest)
     wider = {rates[0]: float(f"{best / 3:.0e}"), rates[-1]: float(f"{best * 3.3:.0e}")}.get(best)
     return wider if wider is not None and LEAST_RATE <= wider <= MOST_RATE else None
 
 
 def _unpacked(archive: Path) -> Path:
-    """The folder of an archive's images, unpacked once."""
+    """The folder of an archive's images, unpacked once; InputError where that can't be done."""
     stamp = f"{archive.stat().st_size}-{int(archive.stat().st_mtime)}"
     place = cache_folder() / "unpacked" / f"{archive.stem}-{stamp}"
     if not place.exists():
@@ -409,6 +428,6 @@ def _unpacked(archive: Path) -> Path:
 
 
 def _quoted(path: Path) -> str:
-    """A path as an override that Hydra takes as it is."""
+    """The full path, quoted as the value of an override."""
     text = str(path.expanduser().resolve()).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{text}"'

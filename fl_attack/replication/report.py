@@ -56,7 +56,7 @@ COLUMNS = (
 
 
 def write(out: Path, plan: ReplicationPlan, found: ReplicationRecord, command: str) -> Path:
-    """Write the report and its table; gives the report's file.
+    """Write the report and its table.
 
     Parameters
     ----------
@@ -68,6 +68,11 @@ def write(out: Path, plan: ReplicationPlan, found: ReplicationRecord, command: s
         The results of the runs that are done.
     command : str
         The command that did it, to be named in the report.
+
+    Returns
+    -------
+    Path
+        `REPLICATION.md` in `out`; `claims.csv` is beside it.
     """
     results, lines = found.results, findings(found.results, found.rates)
     write_csv(out / TABLE, COLUMNS, [_csv(line) for line in lines], DIGITS)
@@ -117,7 +122,7 @@ def publish(out: Path, docs: Path) -> Path:
 
 
 def _csv(line: Line) -> tuple[object, ...]:
-    """A row of `claims.csv`."""
+    """The row of `claims.csv` for a line, in the order of `COLUMNS`."""
     claim, found = line.claim, line.finding.found
     return (
         *(claim.figure, claim.text, line.source.title, line.protocol, line.rate, int(line.primary)),
@@ -162,7 +167,7 @@ def _by_verdict(lines: Sequence[Line]) -> list[str]:
 
 
 def _by_figure(lines: Sequence[Line]) -> str:
-    """The section on what holds and what does not: a line for the claims of each figure."""
+    """The section on what holds and what does not, a line for the claims of each figure; empty without lines."""
     page = ["## What holds and what does not", ""] if lines else []
     groups: dict[tuple[str, int], list[Claim]] = {}
     for number, claim in enumerate(CLAIMS):
@@ -192,12 +197,29 @@ def _extent(lines: Sequence[Line]) -> str:
 
 
 def _method(plan: ReplicationPlan, found: ReplicationRecord, command: str) -> str:
-    results = found.results
-    software = ", ".join(f"{name} {version}" for name, version in versions().items())
+    """The section on how it was done: setup, protocols, learning rates, the rules of verdicts; in Markdown."""
     text = [
         "## How it was done",
         "",
-        f"`{command}`: {len(_distinct(results))} sweeps, {sum(len(one.cells) for one in _distinct(results)):,} "
+        *_setup(plan, found, command),
+        *_protocols(plan),
+        *_choice_of_rate(plan, found),
+        _rules_of_verdicts(),
+    ]
+    if any("JPEG" in source.title for source in plan.sources):
+        text += [
+            "",
+            "CIFAR-10 is a copy as JPEG files, which lose a little: figures are near the true ones, not equal.",
+        ]
+    return "\n".join(text)
+
+
+def _setup(plan: ReplicationPlan, found: ReplicationRecord, command: str) -> list[str]:
+    """Lines of Markdown on the command, the machine and the time it took, and on what each experiment is."""
+    sweeps = _distinct(found.results)
+    software = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return [
+        f"`{command}`: {len(sweeps)} sweeps, {sum(len(one.cells) for one in sweeps):,} "
         f"experiments, {_duration(found)} on {os.cpu_count()} processors that together make {_gigaflops():.0f} Gflop/s "
         f"in single precision ({software}).",
         "",
@@ -208,6 +230,12 @@ def _method(plan: ReplicationPlan, found: ReplicationRecord, command: str) -> st
         "one, *targeted* steers to the model of fully flipped labels (two classes) or of labels moved to the next "
         "class (ten).",
         "",
+    ]
+
+
+def _protocols(plan: ReplicationPlan) -> list[str]:
+    """Lines of Markdown that say what each of `PROTOCOLS` means and, in a full replication, what was left out."""
+    return [
         "Protocols, since the source allows each reading:",
         "",
         f"- *{STEP}*: flips are chosen in each minibatch of {plan.batch}, and forgotten after it;",
@@ -222,14 +250,26 @@ def _method(plan: ReplicationPlan, found: ReplicationRecord, command: str) -> st
         f"- *{MLP}*, *{CNN}*: a network in place of logistic regression, trained for fewer epochs.",
         "",
         *([] if plan.quick else [REDUCED, ""]),
+    ]
+
+
+def _choice_of_rate(plan: ReplicationPlan, found: ReplicationRecord) -> list[str]:
+    """Lines of Markdown on how the learning rate was chosen, with the unattacked accuracy at each rate tried."""
+    return [
         "The learning rate is not in the source at hand. Ours is that of the lowest loss of the unattacked model on a "
         f"validation split of a tenth of the training samples, with minibatches of {plan.batch}; where the choice is "
         "at an edge of the grid, the grid is extended. Test accuracy at each; **chosen**, *no worse for all that can "
         "be told*:",
         "",
-        *_rates(results, found),
+        *_rates(found.results, found),
         "",
-        *_larger_batches(results),
+        *_larger_batches(found.results),
+    ]
+
+
+def _rules_of_verdicts() -> str:
+    """A paragraph of Markdown on intervals, and on when a claim has which verdict."""
+    return (
         "Intervals are 95 %, over seeds and test images: every cell is paired with the unattacked run of its seed, the "
         "variance over seeds and that of a jackknife over twenty parts of the test set are added (Student's t, degrees "
         "of freedom by Satterthwaite). **The rules, stated before the runs.** A claim is *replicated* where its "
@@ -240,18 +280,12 @@ def _method(plan: ReplicationPlan, found: ReplicationRecord, command: str) -> st
         "runs do (Benjamini and Yekutieli). Where the paper gives a size, the bounds are half and one and a half times "
         f"of it; where it gives a direction, at least {LEAST_EFFECT:g} points count. Several measurements are counted; "
         "together they are replicated where all are, partly where at least half are replicated or partly, and not "
-        f"where at least half are refuted. [All of them]({TABLE}).",
-    ]
-    if any("JPEG" in source.title for source in plan.sources):
-        text += [
-            "",
-            "CIFAR-10 is a copy as JPEG files, which lose a little: figures are near the true ones, not equal.",
-        ]
-    return "\n".join(text)
+        f"where at least half are refuted. [All of them]({TABLE})."
+    )
 
 
 def _gigaflops(size: int = 1500, repeats: int = 10) -> float:
-    """The speed of this machine in products of matrices in single precision, in Gflop/s: the best of some."""
+    """The speed of this machine in Gflop/s: the fastest of several products of (size, size) matrices in float32."""
     one, seconds = torch.ones(size, size), []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -261,7 +295,7 @@ def _gigaflops(size: int = 1500, repeats: int = 10) -> float:
 
 
 def _duration(found: ReplicationRecord) -> str:
-    """In words, the minutes that were computed, in all and for each data set."""
+    """In words, the minutes that were computed, in all and for each data set, and in how many calls."""
     each = {title: sum(calls) for title, calls in found.seconds.items() if calls}
     calls = max(map(len, found.seconds.values()), default=0)
     minutes = ", ".join(f"{title} {seconds / 60:.1f}" for title, seconds in each.items())
@@ -269,7 +303,7 @@ def _duration(found: ReplicationRecord) -> str:
 
 
 def _accuracy(cells: Cells) -> str:
-    """The mean accuracy of cells with half its interval, as text."""
+    """The mean accuracy of cells, over seeds and in percent, with half its 95 % interval, as text."""
     found = measured(lambda some: by_seed(some, lambda of: mean(of["accuracy"])), cells)
     return f"{found.value:.2f} ± {found.half:.2f}"
 

@@ -20,13 +20,13 @@ DEVIATION = (np.pi / 2) ** 0.5  # standard deviation over mean absolute deviatio
 
 
 def mean(values: Floats) -> float:
-    """Mean of the finite values; NaN without any."""
+    """Mean of those of the values that are finite; NaN without any."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
 
 
 def by_seed(cells: Cells, function: Callable[[Cells], float]) -> Floats:
-    """A function of the cells of each seed.
+    """The value of a function for the cells of each seed.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def by_seed(cells: Cells, function: Callable[[Cells], float]) -> Floats:
     Returns
     -------
     (seeds,) array
-        The numbers, without those that are not finite.
+        The numbers in the order of the seeds; a seed whose number is not finite has none.
     """
     found = np.array([function(cells.only(at)) for _, at in cells.parts("seed")] if len(cells) else [], float)
     return _finite(found)
@@ -61,6 +61,7 @@ def drop_at(cells: Cells, goal: str, b: float, k: float = 1.0, measure: str = "d
     Returns
     -------
     (seeds,) array
+        In points.
     """
     return by_seed(cells.where(goal=goal, b=b, k=k), lambda of_seed: mean(of_seed[measure]))
 
@@ -69,7 +70,8 @@ def trend(cells: Cells, goal: str) -> Floats:
     """Kendall's tau of accuracy and global budget under full write access, from -1 to 1: 1 where it always falls.
 
     Of the pairs of budgets, the share in which the larger one costs at least `LEAST_EFFECT` points more, less the share
-    in which it costs as much less: an attack that does nothing has 0, and so has noise.
+    in which it costs as much less: an attack that does nothing has 0, and so has noise. Empty where there
+    are not three budgets.
 
     Parameters
     ----------
@@ -96,10 +98,10 @@ def accuracy_at(cells: Cells, goal: str, k: float, b: float) -> Floats:
 
 
 def absolute_deviation(cells: Cells, goal: str) -> Floats:
-    """Absolute deviation of the accuracy from its mean over seeds, over attacked settings; arguments as of `drop_at`.
+    """Absolute deviation of the accuracy from its mean over seeds, averaged over attacked settings, for each seed.
 
-    Scaled so that its mean is the standard deviation of normal values. Differences of such values hold their level
-    where those of standard deviations do not.
+    In points; arguments as of `drop_at`. Scaled so that its mean is the standard deviation of normal values.
+    Differences of such values hold their level where those of standard deviations do not.
 
     References
     ----------
@@ -117,12 +119,12 @@ def absolute_deviation(cells: Cells, goal: str) -> Floats:
 
 
 def spread_gap(cells: Cells) -> Floats:
-    """`absolute_deviation` under the untargeted attack less that under the targeted one."""
+    """`absolute_deviation` under the untargeted attack less that under the targeted one, for each seed."""
     return _difference_by_seed(absolute_deviation(cells, "untargeted"), absolute_deviation(cells, "targeted"))
 
 
 def gap_growth(cells: Cells) -> Floats:
-    """`spread_gap` of the larger half of the write accesses less that of the smaller half."""
+    """`spread_gap` of the larger half of the write accesses, the middle one in it, less that of the smaller half."""
     ks = np.unique(cells["k"])
     middle = ks[len(ks) // 2]
     halves = [spread_gap(cells.only(mask)) for mask in (cells["k"] >= middle, cells["k"] < middle)]
@@ -130,7 +132,7 @@ def gap_growth(cells: Cells) -> Floats:
 
 
 def goal_gaps(cells: Cells, mask: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
-    """Accuracy of the targeted less that of the untargeted attack.
+    """Accuracy of the targeted less that of the untargeted attack, by seed and setting (k, b).
 
     Parameters
     ----------
@@ -158,7 +160,7 @@ def goal_gaps(cells: Cells, mask: Callable[[Floats], NDArray[np.bool_]]) -> Floa
 
 
 def small_gap(cells: Cells) -> Floats:
-    """By how much the untargeted attack does more harm at small global budgets.
+    """By how many points the untargeted attack does more harm at global budgets up to `SMALL`, for each seed.
 
     Signed, since the size of a difference that is not there is never zero.
     """
@@ -167,7 +169,7 @@ def small_gap(cells: Cells) -> Floats:
 
 
 def large_gap(cells: Cells) -> Floats:
-    """By how much the untargeted attack does more harm at large global budgets."""
+    """By how many points the untargeted attack does more harm at global budgets from `LARGE` on, for each seed."""
     gaps = goal_gaps(cells, lambda kb: kb >= LARGE - 1e-9)
     return _finite(gaps.mean(1)) if gaps.size else np.empty(0)
 
@@ -225,7 +227,7 @@ def correlation(cells: Cells, goal: str) -> Floats:
 def at_best(cells: Cells) -> Cells:
     """The cells at the learning rate whose unattacked models have the lowest validation loss.
 
-    Where nothing was held out it is the rate of their best accuracy.
+    Where nothing was held out it is the rate of their best accuracy; without unattacked ones these are all cells.
     """
     honest = cells.only(cells["b"] == 0)
     has_validation = "validation" in honest.columns and np.isfinite(honest["validation"]).all()
@@ -271,7 +273,7 @@ def adam_lowest(cells: Cells, goal: str) -> Floats:
 
 
 def _difference_by_seed(one: Floats, other: Floats) -> Floats:
-    """Differences of two statistics by seed; none where they are not of the same seeds."""
+    """Differences of two statistics by seed, in points; empty where they are of different numbers of seeds."""
     return one - other if len(one) == len(other) else np.empty(0)
 
 

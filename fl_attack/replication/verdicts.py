@@ -24,7 +24,7 @@ class Evidence:
 
     @property
     def half(self) -> float:
-        """Half the width of the 95 % interval (Student's t)."""
+        """Half the width of the 95 % interval (Student's t), NaN with fewer than two seeds."""
         from scipy.special import stdtrit  # type: ignore[import-untyped]  # comes with scikit-learn
 
         return 0.0 if self.error == 0 else float(stdtrit(self.freedom, 0.975) * self.error)
@@ -40,7 +40,7 @@ class Evidence:
         return self.value + self.half
 
     def above(self, bound: float) -> float:
-        """The probability of a value so high, or higher, were the true one at most `bound`."""
+        """The probability of a value so high, or higher, were the true one at most `bound`; 1 without an error."""
         from scipy.special import stdtr
 
         if bound == -INF:
@@ -52,7 +52,7 @@ class Evidence:
         return float(stdtr(self.freedom, -(self.value - bound) / self.error))
 
     def below(self, bound: float) -> float:
-        """The probability of a value so low, or lower, were the true one at least `bound`."""
+        """The probability of a value so low, or lower, were the true one at least `bound`; 1 without an error."""
         return Evidence(-self.value, self.error, self.freedom, self.seeds).above(-bound)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ def evidence(values: NDArray[np.float64], without: NDArray[np.float64] | None = 
     -------
     Evidence
         The variance is that over seeds and that of the jackknife over parts of the images, added; degrees of freedom
-        by Welch and Satterthwaite.
+        by Welch and Satterthwaite. The value is NaN without seeds, the error with fewer than two.
 
     References
     ----------
@@ -107,7 +107,7 @@ class Criterion:
     side: float | None = None
 
     def doubts(self, found: Evidence) -> dict[str, float]:
-        """For each verdict of `DECIDED` the probability of such numbers, were it false."""
+        """The p-value of each verdict of `DECIDED`: the probability of numbers so clear, or clearer, were it false."""
         one, other = found.below(self.low), found.above(self.high)
         outside = other if self.low == -INF else one if self.high == INF else min(1.0, 2 * min(one, other))
         side = 1.0
@@ -126,7 +126,7 @@ class Criterion:
 
 
 def decide(rows: Sequence[tuple[Criterion, Evidence]]) -> list[str]:
-    """The verdict on each row, such that of each kind of verdict at most `FALSE` are false on average.
+    """The verdict on each row, of `DECIDED` or `NOISY`: of each of `DECIDED` at most `FALSE` are false on average.
 
     Rows may depend on each other in any way, as those of the same runs do.
 
@@ -171,7 +171,7 @@ def overall(verdicts: Iterable[str]) -> str:
     """The verdict on several measurements together.
 
     Replicated where all are; else partly where at least half are replicated or partly; else not replicated where at
-    least half are refuted.
+    least half are not; else, and without any, too noisy to tell.
     """
     found = list(verdicts)
     if not found:
