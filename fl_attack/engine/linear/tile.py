@@ -121,7 +121,7 @@ class Tile:
         return {"attackers": self.attackers.state(round_), "way": way, "rule": self.aggregator.remembered}
 
     def restore(self, state: State, round_: int) -> None:
-        """Go back to the state after a round, given what `state` gave then."""
+        """Go back to the state after a round, given what `state` gave then; see `Attackers.restore`."""
         self.attackers.restore(state["attackers"], round_)
         if state["rule"] is not None:
             self.aggregator.remembered = {key: part.to(self.theta.device) for key, part in state["rule"].items()}
