@@ -16,22 +16,22 @@ from fl_attack.scenario import Scenario
 
 
 class _Last(NamedTuple):
-    """What was worked out last, and the key of all that it depends on."""
+    """The result that was worked out last, and the key of all that it depends on."""
 
     key: tuple[object, ...] = ()
     found: Any = None
 
 
 class RoundAccess(NamedTuple):
-    """What the attackers of M cells can do in a round, and know of it; they can write the first n columns alone."""
+    """What the attackers of M cells can do and know in a round; no column after the first n is any cell's to write."""
 
     n: int
-    malicious: torch.Tensor  # (M, m) bool, of the clients of the round in ascending order
-    write_mask: torch.Tensor | None  # (M, n) -inf where a column is not the cell's to write; None: all are
-    known: torch.Tensor | None  # (M, columns) 1 where the cell knows a sample's clean gradient; None: all
+    malicious: torch.Tensor  # (M, m) bool: which clients of the round, ascending, are malicious, attacking or not
+    write_mask: torch.Tensor | None  # (M, n) -inf where a column is not the cell's to write, else 0; None: all are
+    known: torch.Tensor | None  # (M, columns) 1 where the cell knows a sample's clean gradient, else 0; None: all
     groups: list[slice]  # the columns that each budget is for
-    selection_plans: list[kernels.SelectionPlan] | None  # what may be taken of each; None where nobody may flip
-    allowed: NDArray[np.int64]  # (M,) flips allowed
+    selection_plans: list[kernels.SelectionPlan] | None  # one for each of `groups`; None where no cell may flip
+    allowed: NDArray[np.int64]  # (M,) flips allowed, all budgets of a cell together
 
 
 class Access:
@@ -40,7 +40,7 @@ class Access:
     Parameters
     ----------
     cells : sequence of Scenario
-        With one `kind_of` them all, but for what `Kind.tile_key` leaves out; some of them attacked.
+        Attacked cells of one `Kind.tile_key`.
     layout : Layout
         The columns of a round in which every client takes part.
     device : torch.device
@@ -81,6 +81,7 @@ class Access:
         Returns
         -------
         RoundAccess
+            Shared between rounds: not to be changed.
         """
         known_in = (knowledge_round or round_) if self._kind.knowledge == "noisy" else 0
         key = layout.key, known_in
@@ -102,15 +103,15 @@ class Access:
         return found
 
     def past(self, round_: int) -> NDArray[np.int64]:
-        """How many samples could be written so far, see `Allowances.past`."""
+        """How many samples (M, G) could be written before a round to come, see `Allowances.past`."""
         return self._allowances.past(round_)
 
     def restore(self, round_: int, past: NDArray[np.int64]) -> None:
-        """Take back how many samples could be written so far, see `Allowances.restore`."""
+        """Go back to before a round, given the value of `past` then; see `Allowances.restore`."""
         self._allowances.restore(round_, past)
 
     def _without_budgets(self, layout: Layout, knowledge_round: int) -> RoundAccess:
-        """The access in a round of a layout, whose budgets are still to be filled in."""
+        """The access in a round of a layout, as if no flip were allowed: budgets are still to be filled in."""
         clients, sizes = layout.clients, layout.sizes
         is_malicious = self._is_malicious[:, clients]  # (M, m) in the order of the columns
         writable = is_malicious.repeat(sizes, 1)
@@ -128,7 +129,7 @@ class Access:
         return RoundAccess(n, malicious, write_mask, columns, groups, None, np.zeros(len(malicious), np.int64))
 
     def _writable(self, layout: Layout) -> NDArray[np.int64]:
-        """The samples (M, G) that each budget of a cell is for in a round of a layout."""
+        """How many samples each of the G budgets of a cell is for in a round of a layout, (M, G)."""
         if self._kind.scope == "pooled":
             return np.asarray((self._is_malicious[:, layout.clients] * layout.sizes).sum(1, keepdims=True))
         # every client that any cell holds, so that budgets that carry over keep their places from round to round
@@ -139,7 +140,7 @@ class Access:
     def _known_clients(
         self, round_: int, clients: NDArray[np.int64], is_malicious: NDArray[np.bool_]
     ) -> NDArray[np.bool_] | None:
-        """The clients whose clean gradient each cell knows, (M, m) of bool, see `knowledge`; None where it is all."""
+        """Whether each cell knows the clean gradient of each of `clients`, (M, m) of bool; None where it knows all."""
         if self._kind.knowledge == "full":
             return None
         if self._kind.knowledge != "noisy":
@@ -155,7 +156,7 @@ class Access:
     def _selection_plans(
         self, groups: list[slice], table: NDArray[np.int64], layout: Layout
     ) -> Iterator[list[kernels.SelectionPlan] | None]:
-        """The plans of all groups for each round of a table of allowances (rounds, M, G); None without any flip."""
+        """For each round of a table of allowances (rounds, M, G) one plan a group; None where no cell may flip."""
         if self._kind.scope == "pooled":
             budgets = [table[:, :, 0]]
         else:  # those of the clients that there are in this round

@@ -20,7 +20,7 @@ class Attackers:
     Parameters
     ----------
     cells : sequence of Scenario
-        With one kind of attack, but for what `Kind.tile_key` leaves out.
+        Cells of one `Kind.tile_key`.
     batches : Batches
         The minibatches of the cells.
     layout : Layout
@@ -40,17 +40,17 @@ class Attackers:
         return self._access.at(round_, layout, knowledge_round) if self._access is not None else None
 
     def attacked(self, round_: int) -> NDArray[np.bool_]:
-        """Which of the cells (M,) are attacked in a round."""
+        """Which of the cells (M,) are attacked in a round; not to be called where nobody attacks in any round."""
         assert self._access is not None
         return self._access.rounds.attacked(round_)
 
     def note(self, count: NDArray[np.int64] | None, allowed: NDArray[np.int64] | None) -> None:
-        """Note what was flipped in a round.
+        """Note what was flipped in a round: `last` and `allowed` are replaced, `flips` goes up.
 
         Parameters
         ----------
         count, allowed : array of int, (M,), or None
-            The flips of each cell and those allowed; None where there are none.
+            How many flips of each cell there were and how many were allowed; None is zero for all.
         """
         none = np.zeros(self.M, np.int64)
         self.last = none if count is None else count
@@ -59,7 +59,7 @@ class Attackers:
             self.flips += count
 
     def seeking(self, goal: str) -> int:
-        """The number of cells whose greedy attackers choose by scores for this goal in every round."""
+        """How many of the cells have this goal, where attackers are greedy and choose in every round; else 0."""
         return sum(part.size for part in self.parts if part.goal == goal) if self.kind.exact else 0
 
     def state(self, round_: int) -> State:

@@ -1,7 +1,7 @@
 """The samples of a round, shared by all cells: which they are, and their features.
 
-Columns: the distinct samples of a round, client after client, those first that most cells hold for malicious; a
-client's share of them is the same in every round, so that a cell's writable samples are always the same columns.
+Columns: the distinct samples of a round, client after client, those first that are malicious in most cells. A client
+has as many of them in every round, so that a cell's writable samples are the same columns wherever all take part.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class Layout:
 
     clients: NDArray[np.int64]  # (m,) in the order of their columns
     ends: NDArray[np.int64]  # (m,) the column after the last of each
-    kept: NDArray[np.int64] | None = None  # (n,) of all clients' columns those that there are; None: all
+    kept: NDArray[np.int64] | None = None  # (n,) where some sit the round out: which of all clients' columns these are
 
     @cached_property
     def key(self) -> tuple[bytes, bytes]:
@@ -41,7 +41,7 @@ class Layout:
 
     @cached_property
     def rank(self) -> NDArray[np.int64]:
-        """The place of each client among those of the round in ascending order, (m,)."""
+        """The place of each of `clients` among them in ascending order, (m,)."""
         return self.clients.argsort().argsort()
 
     def columns(self, client: int) -> slice:
@@ -51,10 +51,11 @@ class Layout:
 
 
 class Batch:
-    """The minibatch of a round: n columns, C outputs, d features that are not zero everywhere."""
+    """The minibatch of a round: n columns, C outputs, d features as `Features` keeps them."""
 
     def __init__(self, at: Tensor, X: Tensor, y_train: Tensor, encoded: int, layout: Layout) -> None:
-        self.at = at  # (n,) sample of each column
+        """`y_train` are the labels of all training samples, `encoded` is the `one_hot` of `Features`."""
+        self.at = at  # (n,) position in the training set of the sample of each column
         self.X = X  # (n, d) features, signed for two classes of a linear model
         self.layout = layout
         self._y_train, self._encoded = y_train, encoded  # classes of one-hot labels, or 0
@@ -63,7 +64,7 @@ class Batch:
 
     @cached_property
     def samples(self) -> NDArray[np.int64]:
-        """The sample of each column, (n,)."""
+        """The position in the training set of the sample of each column, (n,)."""
         return self.at.numpy()
 
     @cached_property
@@ -96,9 +97,9 @@ class Batches:
     device : torch.device
         The device that minibatches are on.
     memory : float
-        Bytes that features may take.
+        Bytes: features of all samples are held where they take no more, else those of each minibatch are computed.
     every_feature : bool
-        Whether features stay that are zero in every sample.
+        Whether features that are zero in every sample stay, and rows keep their width.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Batches:
 
     @property
     def bytes(self) -> int:
-        """The memory that features take, in bytes."""
+        """The memory that features held and a minibatch's take, in bytes."""
         resident = 0 if self.features.resident is None else self.features.resident.nbytes
         minibatch = self.width * self.features.d * self.dtype.itemsize
         return max(resident, minibatch) if self._keep else resident + minibatch
@@ -145,6 +146,7 @@ class Batches:
         Returns
         -------
         Batch
+            The same object in every round where all clients use all that they hold.
         """
         if self._kept is not None:
             return self._kept
@@ -176,7 +178,7 @@ class Batches:
         Yields
         ------
         batch : Batch
-            The samples of a piece.
+            The samples of a piece; its layout is `whole_layout`, of all samples.
         place : slice
             The place of the piece among all n samples.
         """
@@ -219,7 +221,7 @@ class Batches:
         return batch
 
     def _samples(self, round_: int) -> NDArray[np.int64]:
-        """The samples of a round of one local step, by column; worked out for many rounds at a time."""
+        """The samples (width,) of a round of one local step, as if every client took part; many rounds at a time."""
         block, place = divmod(round_ - 1, self._rounds_at_once)
         if block != self._of_rounds[0]:
             first, schedule = 1 + block * self._rounds_at_once, self.cell.schedule

@@ -8,17 +8,19 @@ from numpy.typing import NDArray
 from fl_attack.config import AttackSettings
 
 EXACT = 2**62  # above this, whole numbers of 64 bits are not enough
-AHEAD, NUMBERS_AHEAD = 64, 2**20  # rounds that are worked out together, and numbers
+AHEAD, NUMBERS_AHEAD = 64, 2**20  # rounds that are worked out together at most, and numbers
 
 
 class Rounds:
     """The attacked rounds of each of M cells; see `attack.attacked_before`."""
 
     def __init__(self, threats: Sequence[AttackSettings], rounds: int) -> None:
+        """`threats` are the attacks of the cells, `rounds` is the number of rounds of a run."""
         self._every, self._first, self._stop = (
             np.array(values)
             for values in zip(*((t.every, t.start, rounds if t.stop is None else t.stop) for t in threats), strict=True)
         )
+        # whether every cell is attacked in every round
         self.always = bool((self._every == 1).all() and (self._first == 1).all() and (self._stop >= rounds).all())
 
     def attacked(self, round_: int | NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -35,7 +37,7 @@ class Allowances:
     """
 
     def __init__(self, threats: Sequence[AttackSettings], max_samples: int, rounds: int) -> None:
-        """`max_samples` is the largest number of samples that a budget can be for in a round."""
+        """As `Rounds` takes them; `max_samples` is the largest number of samples that a budget is for in a round."""
         exact = [threat.exact_budget for threat in threats]
         small = all(max(b.numerator, b.denominator) * max_samples * (rounds + AHEAD) < EXACT for b in exact)
         kind = np.int64 if small else object
@@ -45,7 +47,7 @@ class Allowances:
             np.array([threat.rounding == rounding for threat in threats])[:, None] for rounding in ("carry", "ceil")
         )
         self.rounds = Rounds(threats, rounds)
-        self._writable = np.empty((0, 0), np.int64)  # the samples (M, G) that the table is for
+        self._writable = np.empty((0, 0), np.int64)  # (M, G) the numbers of samples that the table is for
         self._first = 1  # round of the table
         self._steady = self.rounds.always and not self._carries.any()
         self.table, self._past = np.empty((0, 0, 0), np.int64), np.zeros((1, 1, 1), np.int64)
@@ -81,9 +83,9 @@ class Allowances:
         Returns
         -------
         first : int
-            The round of the first row of the table.
+            The round that the table begins with.
         place : int
-            The row of the table that is of this round.
+            The row of the table that holds for this round.
         """
         place = 0 if self._steady else round_ - self._first
         same = writable is self._writable or np.array_equal(writable, self._writable)
@@ -93,7 +95,10 @@ class Allowances:
         return self._first, place
 
     def past(self, round_: int) -> NDArray[np.int64]:
-        """The samples (M, G), or of a shape that broadcasts to it, that could be written before a round to come."""
+        """How many samples could be written in the attacked rounds before a round to come, broadcasting to (M, G).
+
+        Right only where some budget carries over; else nobody needs it, and one row of the table may be for all rounds.
+        """
         past: NDArray[np.int64] = self._past[min(round_ - self._first, len(self._past) - 1)]
         return past
 
@@ -111,7 +116,7 @@ class Allowances:
         self.table, self._writable = np.empty((0, 0, 0), np.int64), np.empty((0, 0), np.int64)
 
     def _work_out(self, round_: int, writable: NDArray[np.int64], ahead: int) -> None:
-        """Fill the table from a round on, and the samples that could be written before each of its rounds."""
+        """Fill the table for `ahead` rounds at most, and how many samples could be written before each of them."""
         ahead = max(1, min(ahead, NUMBERS_AHEAD // max(1, writable.size)))
         past = self.past(round_)
         self._writable, self._first = writable, round_
@@ -125,7 +130,7 @@ class Allowances:
             total = self._floor(self._past)
             self.table = np.where(self._carries, total[1:] - total[:-1], self.table)
 
-    def _floor(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The whole part of the budgets times samples (..., M, G), exactly."""
-        whole: NDArray[np.int64] = (self._over * samples // self._under).astype(np.int64)
+    def _floor(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The budgets, as shares, times numbers of samples (..., M, G), rounded down exactly, also below zero."""
+        whole: NDArray[np.int64] = (self._over * counts // self._under).astype(np.int64)
         return whole

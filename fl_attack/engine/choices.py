@@ -19,11 +19,11 @@ from fl_attack.engine.kinds import Part
 
 
 class Change(NamedTuple):
-    """The labels that attackers change, by cell and column."""
+    """The labels that attackers write, each with its cell and its column of the minibatch."""
 
     cells: Tensor  # (flips,) int64
-    columns: Tensor
-    labels: Tensor
+    columns: Tensor  # (flips,) int64
+    labels: Tensor  # (flips,) int64, the new ones
 
     def differing(self, y: Tensor) -> "Change":
         """The changes that differ from the true labels y (n,)."""
@@ -43,7 +43,7 @@ def no_change(device: torch.device) -> Change:
 
 
 def of_mask(flipped: Tensor, y: Tensor) -> Change:
-    """The change that flips of a binary task are.
+    """The change that flips the labels of a binary task where a mask says so.
 
     Parameters
     ----------
@@ -74,7 +74,8 @@ def greedy_of_two(
     Parameters
     ----------
     gains : (M, n) tensor
-        How much each flip gains: the signed score. Overwritten by the result, 1 where a label is flipped, else 0.
+        The signed scores: what a flip gains by one use of its sample. Overwritten by the result, 1 where a label is
+        flipped, else 0.
     batch : Batch
         The minibatch.
     access : RoundAccess
@@ -145,7 +146,7 @@ def of_proposal(proposal: attack.Proposal, batch: Batch, access: RoundAccess, sc
     batch : Batch
         The minibatch, whose first n samples these are.
     access : RoundAccess
-        What may be written, and how much of it.
+        What may be written, and how much of it; its `selection_plans` must not be None.
     scratch : (M, n) tensor
         Memory that is overwritten.
 

@@ -39,22 +39,23 @@ def outcomes(
     theta : (M rows, columns) tensor
         The parameters of the cells after the last round.
     parameters
-        Gives the whole parameters (A, B) of a cell from its rows of theta; None where they are not kept.
+        A function that gives the whole parameters (A, B) of a cell from its rows of theta; None: they are not kept.
     log : Log
         The rows and flips of the cells.
     flips : (M,) array of int64
         The number of flips of each cell in all rounds.
     stopping : Stopping or None
-        The models that they give, where they stop early.
+        Their early stopping, whose models they give in place of theta; None where they have none.
     seconds : float
-        The time that all cells took together.
+        The time that all cells took together, of which each gets an equal share.
     ended : bool
         False before the last round: then the outcomes are those so far, and no cell is run again.
 
     Returns
     -------
     list of Outcome
-        In the order of the cells.
+        In the order of the cells. One that is run again holds its flips, its parameters and all columns of its rows,
+        whatever is kept of the others.
     """
     M = len(cells)
     finite = theta.view(M, -1).isfinite().all(1).cpu().numpy()

@@ -49,12 +49,12 @@ class Features:
         return 0 if self.signed else self.cell.classes
 
     def drop(self, rows: Tensor) -> Tensor:
-        """The used ones of all features (n, features), filled up with zeros to (n, d)."""
+        """The columns that this class keeps of rows (n, features), padded with zeros to (n, d)."""
         rows = rows[:, self.seen]
         return functional.pad(rows, (0, self.d - rows.shape[1])) if rows.shape[1] < self.d else rows
 
     def restore(self, rows: Tensor) -> Tensor:
-        """All features (n, features) from the used ones (n, d), with zeros for those that are not used."""
+        """Rows (n, features) from those of the kept columns (n, d), zero where a column was dropped; on the CPU."""
         whole = torch.zeros(len(rows), len(self.seen), dtype=rows.dtype)
         whole[:, self.seen] = rows[:, : int(self.seen.sum())].cpu()
         return whole
@@ -65,13 +65,14 @@ class Features:
         Parameters
         ----------
         at : (n,) tensor of int64
-            Positions in the training set.
+            Positions in the training set, of samples that the clients hold.
         workspace : Workspace
             Memory that they may be put in: they hold until the next call.
 
         Returns
         -------
         (n, d) tensor
+            Not to be changed: it may be `resident` itself.
         """
         if self.resident is not None:
             rows = self.row[at]
@@ -96,7 +97,7 @@ class Features:
         return X
 
     def _piece(self, at: Tensor) -> Tensor:
-        """Features (n, d) of samples (n,), computed from the data set."""
+        """Features (n, d) of samples (n,) from the data set, as this class keeps them: dropped, padded, signed."""
         dataset, constant = self.cell.dataset, self.cell.model.constant
         X = data.features(dataset.x_train[at.numpy()], dataset.scaling, self.dtype, constant)
         X = self.drop(X if constant else dataset.images(X).flatten(1))  # a network's own order of the pixels
@@ -106,13 +107,16 @@ class Features:
 
 
 def padded(features: int) -> int:
-    """The width of rows of features: at least `features`, so that rows begin at cache lines, and at different ones."""
+    """The least width, a multiple of `LINE` but not of 16 lines, that holds so many features.
+
+    So rows begin at lines of the cache, and not all at ones that displace each other.
+    """
     columns = -(-features // LINE) * LINE
     return columns + LINE * (columns % (16 * LINE) == 0)
 
 
 def _nonzero_columns(x: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which features of x (n, p) are not zero in every sample, (p,) of bool: no gradient ever reaches the others."""
+    """Whether each feature of x (n, p) is nonzero in any sample, (p,) of bool: no gradient ever reaches the others."""
     found = np.zeros(x.shape[1], bool)
     for start in range(0, len(x), ROWS_AT_ONCE):
         found |= x[start : start + ROWS_AT_ONCE].any(0)

@@ -17,7 +17,7 @@ HELD = 4  # copies of the parameters of a cell: with those of the optimizer, the
 
 
 def check(chosen: Scenario) -> None:
-    """InputError where this engine can't run the experiment, or not on this machine."""
+    """Raise InputError where this engine can't run the experiment, or not on this machine."""
     device = chosen.settings.engine.device
     if torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise InputError(f"engine.device={device} is not there: {torch.cuda.device_count()} CUDA devices; use cpu")
@@ -28,7 +28,7 @@ def check(chosen: Scenario) -> None:
 
 
 def group_key(chosen: Scenario) -> Hashable:
-    """The key of the experiments that can run together: equal where they see the same minibatches in every round."""
+    """The key of experiments that can run together: equal where model, minibatches, precision and evaluations are."""
     settings = chosen.settings
     return (
         chosen.dataset.fingerprint,
@@ -48,13 +48,16 @@ def group_key(chosen: Scenario) -> Hashable:
 
 
 def is_alone(cell: Scenario) -> bool:
-    """Whether the rounds of a cell are run by themselves: those of plans, of flips that stay, of other directions."""
+    """Whether an attack plans, leaves its flips in the data, or sets `attack.direction`: most such cells run alone.
+
+    Those of a linear model whose plan is of the whole run do not, see `run.is_linear`.
+    """
     threat = cell.settings.attack
     return cell.settings.attacked and (threat.plans or threat.remembers or threat.direction is not None)
 
 
 def group(scenarios: Sequence[Scenario]) -> list[list[int]]:
-    """Positions of the scenarios that can run together, in the order in which each group first appears."""
+    """The positions of the scenarios, one list for each `group_key`, in the order in which the keys first appear."""
     members: dict[Hashable, list[int]] = {}
     for i, chosen in enumerate(scenarios):
         members.setdefault(group_key(chosen), []).append(i)
@@ -62,7 +65,7 @@ def group(scenarios: Sequence[Scenario]) -> list[list[int]]:
 
 
 def memory_of(cells: Sequence[Scenario]) -> int:
-    """Roughly the bytes that cells hold which are run together: the samples, and the parameters with their copies."""
+    """Roughly the bytes that cells of one group hold, at most `engine.memory_gb`: samples, and copies of parameters."""
     cell = cells[0]
     size = cell.settings.torch_dtype.itemsize
     samples = (len(cell.dataset.y_train) + len(cell.dataset.y_test)) * cell.dataset.x_train[0].size * size
@@ -121,5 +124,5 @@ class _Same:
 
 @lru_cache(maxsize=1024)
 def _digest(same: _Same) -> str:
-    """A hash of the contents of an array, computed once for each array."""
+    """A hash of the contents of an array, in hex digits, computed once for each array."""
     return hashlib.sha256(np.ascontiguousarray(same.array).tobytes()).hexdigest()

@@ -55,7 +55,7 @@ class Workspace:
 
 
 def residuals_(Z: Tensor, C: int, encoded: Tensor) -> Tensor:
-    """Turn logits into residuals, in place: times the features they are the gradient.
+    """Turn logits into residuals under given labels, in place: times the features they are the summed gradient.
 
     Parameters
     ----------
@@ -80,20 +80,20 @@ def residuals_(Z: Tensor, C: int, encoded: Tensor) -> Tensor:
 
 
 class SelectionPlan(NamedTuple):
-    """Where the threshold of each row of priorities is, once these are sorted; worked out ahead for many rounds."""
+    """Where to cut M rows of n priorities, sorted ascending, to take the largest; places count through all rows."""
 
-    allowed: NDArray[np.int64]  # (M,)
+    allowed: NDArray[np.int64]  # (M,) how many of a row may be taken
     taken: NDArray[np.int64]  # (M,) how many are, if as many reach the floor
-    last: NDArray[np.int64]  # (M,) its place among all rows'
+    last: NDArray[np.int64]  # (M,) the place of the smallest that is taken
     cut: NDArray[np.bool_]  # (M,) whether some are taken and some left
-    before: NDArray[np.int64]  # (M,) where it is cut the place of the largest left, else any
+    before: NDArray[np.int64]  # (M,) where a row is cut the place of the largest left, else any
     bound: NDArray[np.float64]  # (M,) below which nothing is taken: infinite where nothing may be
 
 
 def selection_plans(
     allowed: NDArray[np.int64], n: int, floor: float | NDArray[np.float64], dtype: torch.dtype
 ) -> Iterator[SelectionPlan]:
-    """The plan of each round, for M rows of n priorities of which the largest `allowed` are taken.
+    """For each round, where to cut M sorted rows of n priorities so that at most `allowed` of each are taken.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ class ServerOptimizer:
     """The server's optimizer for many cells, in place; see `protocol.server_step`."""
 
     def __init__(self, optimizer: protocol.Optimizer, theta: Tensor, lr: Tensor, weight_decay: Tensor) -> None:
-        """`theta` (M C, d); `lr` and `weight_decay` (M C, 1)."""
+        """`theta` (M C, d) is moved in place; `lr` and `weight_decay` (M C, 1) are those of each row."""
         self.optimizer, self.theta, self.lr = optimizer, theta, lr
         self.weight_decay = weight_decay if weight_decay.any() else None
         self.one_lr = lr[0].item() if (lr == lr[0]).all() else None
@@ -195,7 +195,7 @@ class ServerOptimizer:
         self.step = 0
 
     def descend(self, R: Tensor, X: Tensor, workspace: Workspace, factor: float) -> None:
-        """Step along the gradient of residuals, `R X / n`.
+        """Step against the gradient of residuals, `R X / n`, and the weight decay.
 
         Parameters
         ----------
@@ -224,7 +224,7 @@ class ServerOptimizer:
             self.step += 1
 
     def take(self, gradient: Tensor, factor: float, decayed: bool = False) -> None:
-        """Step along an aggregated gradient.
+        """Step against an aggregated gradient, and the weight decay.
 
         Parameters
         ----------
@@ -233,7 +233,7 @@ class ServerOptimizer:
         factor : float
             The factor of the learning rates in this round.
         decayed : bool
-            Whether it holds the weight decay already, as where the clients have decayed it.
+            Whether the gradient holds the weight decay already, as where it is made of clients' updates.
         """
         self.step += 1
         if self.weight_decay is not None and not decayed:
@@ -264,7 +264,7 @@ class ServerOptimizer:
                 own.copy_(kept)
 
     def _follow(self, way: Tensor, factor: float) -> None:
-        """Go along a step (M C, d) at `factor` times the learning rate."""
+        """Take `way` (M C, d), times `factor` and the learning rates, from theta."""
         if self.one_lr is None:
             self.theta.addcmul_(way, self.lr, value=-factor)
         else:

@@ -9,7 +9,7 @@ from fl_attack.scenario import Scenario
 
 
 class Kind(NamedTuple):
-    """The attack of a cell, without its malicious clients and its budget."""
+    """The attack of a cell, without its malicious clients, its budget and its rounds; `NOBODY` where there is none."""
 
     name: str  # none where nobody attacks
     goal: str = ""
@@ -23,12 +23,12 @@ class Kind(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether greedy flips are chosen in every round: the way that is made fast."""
+        """Whether the attack is greedy and chooses in every round, for which there is a fast way."""
         return self.name == "greedy" and self.refresh == "step"
 
     @property
     def tile_key(self) -> "Kind":
-        """The part of the kind that all cells of a tile have in common."""
+        """The kind as all cells of a tile have it in common: without goal and selection where it is `exact`."""
         return self._replace(goal="", selection="") if self.exact else self
 
 
@@ -36,7 +36,7 @@ NOBODY = Kind("none")
 
 
 def kind_of(cell: Scenario) -> Kind:
-    """The kind of attack of a cell."""
+    """The kind of attack of a cell; `NOBODY` where it is not attacked."""
     threat = cell.settings.attack
     if not cell.settings.attacked:
         return NOBODY
@@ -67,7 +67,7 @@ class Part(NamedTuple):
 
 
 def parts_of(cells: Sequence[Scenario]) -> list[Part]:
-    """The parts of a tile of these cells, in their order."""
+    """The parts of a tile of these cells: they are cut, in their order, where goal or selection changes."""
     wanted = [(kind.goal, kind.selection) for kind in map(kind_of, cells)]
     edges = [0, *(i for i in range(1, len(cells)) if wanted[i] != wanted[i - 1]), len(cells)]
     return [Part(slice(start, end), *wanted[start]) for start, end in itertools.pairwise(edges)]

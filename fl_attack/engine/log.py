@@ -1,4 +1,4 @@
-"""What is noted of a chunk's rounds: the labels flipped, and a row of measures for each evaluation."""
+"""What is noted of the rounds of cells: the labels flipped, and a row of measures for each evaluation."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from fl_attack.scenario import Flips
 
 
 class Report(NamedTuple):
-    """The flips and measures of a tile in a round in which it is watched."""
+    """The flips of a tile of M cells in a round, and measures that may be taken of it."""
 
     change: Change
-    allowed: NDArray[np.int64]  # (M,)
+    allowed: NDArray[np.int64]  # (M,) flips that the budgets allowed
     cosine: Tensor | None  # (M,) between the aggregate and the clean gradient, NaN where one of them is zero
     detection: Tensor | None  # (M, detect.MEASURES)
 
 
 class Log:
-    """Rows, one for each column of `history.COLUMNS`, and flips of M cells."""
+    """The rows of M cells, each of the columns `history.COLUMNS`, and their flips."""
 
     def __init__(self, M: int, samples: int, keep_flips: bool, full_rows: bool) -> None:
-        """`M` is the number of cells, `samples` that of the training samples."""
+        """`samples` is the number of training samples; `keep_flips`, `full_rows` are those of `engine.run_cells`."""
         self.M, self.samples, self.keep_flips, self.full_rows = M, samples, keep_flips, full_rows
         self._rows: list[NDArray[np.float64]] = []  # (M, columns) each
         self._flips: list[list[tuple[int, Flips]]] = [[] for _ in range(M)]
@@ -56,7 +56,7 @@ class Log:
         return np.stack([rows[cell] for rows in self._rows if rows[cell, 0] <= last])
 
     def flips(self, cell: int, last: int) -> list[tuple[int, Flips]]:
-        """The flips of a cell, with their rounds.
+        """The flips of a cell, with their rounds; rounds without any are left out.
 
         Parameters
         ----------
@@ -92,7 +92,7 @@ class Log:
         round_ : int
             The round, from 1.
         start : int
-            The number of the first cell.
+            The number of the tile's first cell.
         batch : Batch
             The minibatch of the round.
         report : Report
@@ -134,7 +134,7 @@ class Log:
         validation_loss : (M,) array or float
             NaN without a validation split.
         attackers : sequence of Attackers
-            What they did in the round; none where it is not attacked.
+            Those of all tiles, in their order, after the round; none where `round_` is 0.
         """
         flips, allowed = np.zeros(self.M), np.zeros(self.M)
         repeated, relabelled = np.zeros((2, self.M))

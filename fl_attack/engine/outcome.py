@@ -23,11 +23,11 @@ class Outcome:
     error: str | None = None  # why the rounds end before the last one
 
     def history(self) -> History:
-        """The history that a run of this experiment alone would record."""
+        """The outcome as a History: flips and columns not kept are empty or NaN; the parameters must have been kept."""
         assert self.theta is not None
         rows = [row_of(values) for values in self.table.tolist()]
         return History(self.theta.double(), rows, self.flips, self.seconds)
 
 
-OnRounds = Callable[[int], None]  # gets the number of rounds of one cell that were done since the last call
+OnRounds = Callable[[int], None]  # gets how many rounds were done since the last call, summed over cells
 Watch = Callable[[list[int], Callable[[], list[Outcome]]], None]  # gets numbers of cells, and what gives their outcomes

@@ -40,24 +40,26 @@ def run_cells(
     device
         `cpu` or `cuda`, as in `engine.device`.
     memory_gb
-        What may be held at a time, in 2^30 bytes, except flips that are kept.
+        What cells that run together may hold at a time, in 2^30 bytes, except flips that are kept.
     progress
-        Is called with the number of rounds of one cell that were done since the last call.
+        Is called with the number of rounds done since the last call, summed over the experiments; those that a
+        checkpoint spares, or that follow an early end, count as done.
     watch
         Is called after every round with the numbers of the cells that run, and what gives their outcomes so far.
     checkpoints
-        One for each experiment, or none: where they keep how far they are, and go on.
+        One for each experiment, or none: where they keep how far they are, and go on. Not used by experiments of dense
+        layers that run together, or of a linear model where they don't fit in memory together.
     keep_flips, keep_theta
         Whether outcomes hold the flips and the last parameters.
     full_rows
-        Whether the columns `cosine`, `repeated` and those of `detect.MEASURES`, which cost extra work, are measured;
-        else they are NaN.
+        Whether the columns `cosine`, `repeated`, `relabelled` and those of `detect.MEASURES`, which cost extra work,
+        are measured; else they are NaN, but for `repeated` and `relabelled` of experiments that run one by one.
 
     Returns
     -------
     list of Outcome
         In the order of the experiments. One whose parameters are not finite any more ends there, with an error, and
-        disturbs no other.
+        disturbs no other; what was not to be kept or measured may be there for it.
 
     Raises
     ------
@@ -98,7 +100,7 @@ def run_cells(
 
 
 def _numbered(watch: Watch, numbers: Sequence[int], cells: Sequence[int], so_far: Callable[[], list[Outcome]]) -> None:
-    """Call `watch` for cells of a part of the experiments, whose numbers among all are `numbers`."""
+    """Call `watch` for `cells`, positions in a part of the experiments, by their numbers among all: `numbers`."""
     watch([numbers[i] for i in cells], so_far)
 
 
@@ -161,7 +163,7 @@ def cells_at_once(cell: Scenario) -> int:
 
 
 def is_linear(cell: Scenario) -> bool:
-    """Whether the matrix products of a linear model are all that the rounds of a cell take."""
+    """Whether a cell runs in `engine.linear`: the products of a linear model are all that its rounds take."""
     settings = cell.settings
     own_rule = aggregate.sees(settings.strategy.name) and not aggregate.is_builtin(settings.strategy.name)
     tries_labels = adaptive.searches(cell) and settings.attack.writes == "labels"

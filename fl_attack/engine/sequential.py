@@ -39,9 +39,9 @@ def run(
     device
         The device that gradients are computed on.
     progress
-        Is called with 1 after every round, and at an early end with the number of rounds that need not be run.
+        Is called with the number of rounds done since the last call: 1, and what a checkpoint or an early end spares.
     watch
-        Gets after every round what gives the outcome so far.
+        Gets after every round a function that gives the outcome so far.
     checkpoint
         Where the run keeps how far it is, and goes on from what it finds.
     full_rows
@@ -52,7 +52,8 @@ def run(
     Returns
     -------
     Outcome
-        With `error` where the parameters became infinite; the rows then end before.
+        With `error` where a round has raised RunError, as where the parameters are not finite any more; the rows then
+        end before it.
     """
     recorder, settings = Recorder(cell), cell.settings
     recorder.measure_on(torch.device(device))
@@ -133,9 +134,11 @@ class Training:
         Returns
         -------
         aggregate : (A, B) tensor
+            The gradient that the server has stepped against.
         flips : Flips
+            The labels of the round that are not the true ones.
         updates : (m, A, B) tensor or None
-            None where they were not computed.
+            What the clients of the round, ascending, have sent; None where it was not computed.
         """
         cell, settings = self.cell, self.cell.settings
         if adversary.epoch_start(cell, round_) == round_:
@@ -157,13 +160,13 @@ class Training:
         return aggregate, flips, updates
 
     def _updates_sent(self, round_: int, flips: Flips, server: adaptive.KnownServer) -> Tensor:
-        """The updates (m, A, B) that the clients of a round send."""
+        """The updates (m, A, B) that the clients of a round send, whose momenta are noted."""
         honest = adversary.updates(self.cell, self.theta, round_, flips, server.momenta)
         self.momenta.note(self.cell.schedule.participants(round_), honest)
         return adaptive.best_crafted(self.cell, self.theta, round_, honest, server)
 
     def _combined(self, round_: int, updates: Tensor) -> Tensor:
-        """The aggregate (A, B) of updates (m, A, B) by the server's rule."""
+        """The aggregate (A, B) of updates (m, A, B) by the server's rule; what the rule remembers is noted."""
         cell, device = self.cell, self.theta.device
         clients = cell.schedule.participants(round_)
         order = torch.from_numpy(protocol.shuffled(cell.settings.seed, round_, len(clients))).to(device)
@@ -184,12 +187,12 @@ class Training:
         }
 
     def restore(self, state: State, device: torch.device | str) -> None:
-        """Go back to a state.
+        """Go back to a state that `state` gave.
 
         Parameters
         ----------
         state : dict
-            The value of `state` after that round.
+            What `state` gave; other keys are not looked at.
         device : torch.device or str
             The device that the run goes on with.
         """
@@ -223,6 +226,7 @@ def aggregate_state(state: Any, device: torch.device | str) -> Any:
     Returns
     -------
     object
+        A new dict, or what was given.
     """
     if not isinstance(state, dict):
         return state

@@ -38,7 +38,7 @@ COPIES = 6  # of the parameters, that a step holds at most: with the optimizer's
 
 
 def can_run(cell: Scenario) -> bool:
-    """Whether a cell can be in a stack: dense layers, the mean, and flips that are of one round alone."""
+    """Whether a cell can be in a stack: dense layers, the plain mean, and flips that are chosen round by round."""
     labels = not cell.settings.attacked or (cell.settings.attack.refresh == "step" and not groups.is_alone(cell))
     return isinstance(cell.model, Mlp) and sequential.mean_is_enough(cell) and labels
 
@@ -87,6 +87,7 @@ class Attacked:
     """Consecutive cells of a stack whose attackers choose their flips together."""
 
     def __init__(self, cells: Sequence[Scenario], rows: slice, batches: Batches) -> None:
+        """`rows` are the cells' rows of the stack's theta."""
         self.cells, self.rows = cells, rows
         self.attackers = Attackers(cells, batches, batches.all)
 
@@ -97,6 +98,7 @@ class Stack:
     def __init__(
         self, cells: Sequence[Scenario], device: torch.device, memory: float, keep_flips: bool, keep_theta: bool
     ) -> None:
+        """`memory` is in bytes, as `Batches` takes it; the cells are of one `group_key`."""
         self.cells, self.settings = cells, cells[0].settings
         self.model = cast(Mlp, cells[0].model)
         total = self.settings.clients.total
@@ -148,13 +150,14 @@ class Stack:
         Parameters
         ----------
         progress : callable
-            Called with how many more rounds of a cell are done.
+            Called with how many more rounds are done, summed over the cells; those after an early end count.
         watch : callable
-            Gets after each round what gives the outcomes so far.
+            Gets after each round a function that gives the outcomes so far.
 
         Returns
         -------
         list of Outcome
+            In the order of the cells.
         """
         began, evaluated = time.perf_counter(), ending.evaluated_rounds(self.settings)
         ended = self._measure(0)
@@ -174,11 +177,11 @@ class Stack:
         return ending.outcomes(self.cells, self.theta, whole, self.log, self._flips(), self.stopping, seconds, ended)
 
     def _flips(self) -> NDArray[np.int64]:
-        """Flips of each cell in all rounds, (M,)."""
+        """The number of flips of each cell in all rounds so far, (M,)."""
         return np.concatenate([tile.attackers.flips for tile in self.tiles])
 
     def _measure(self, round_: int) -> bool:
-        """Note how good the cells are after a round; gives whether all have stopped early."""
+        """Note how good the cells are after a round; gives whether none need go on, see `Stopping.note`."""
         losses = self.stopping.losses(self.theta) if self.stopping else np.nan
         attackers = [tile.attackers for tile in self.tiles] if round_ else []
         self.log.measure(round_, self.test_set.quality(self.theta), losses, attackers)
@@ -215,7 +218,7 @@ class Stack:
             optimizer.take(gradient[tile.rows], factor)
 
     def _along_targets(self, X: Tensor, first: Tensor, accesses: Sequence[RoundAccess | None]) -> dict[int, Tensor]:
-        """By the number of a targeted tile the outputs (cells, n, width) of its first layer along `target - theta`."""
+        """By a targeted tile's number, its first layer's outputs with parameters `target - theta`, (M, n, width)."""
         of_targets = shared_product(X, *self.model.layers(self.targets[:, None])[0])
         found = {}
         for number, (tile, access) in enumerate(zip(self.tiles, accesses, strict=True)):
@@ -277,7 +280,7 @@ class Measured:
 
 
 def _once(work_out: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A function that gives the result of `work_out`, which it calls when it is first asked."""
+    """A function that gives the result of `work_out`, which it calls the first time only."""
     found: list[Tensor] = []
 
     def ask() -> Tensor:

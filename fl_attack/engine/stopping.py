@@ -1,4 +1,4 @@
-"""Early stopping of the cells of a chunk: the model that each keeps, and where its rows end."""
+"""Early stopping of cells that run together: the model that each keeps, and where its rows end."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,7 +17,7 @@ class Split(Protocol):
     """Samples that cells are measured on."""
 
     def quality(self, theta: Tensor) -> NDArray[np.float64]:
-        """Accuracy, F1 and mean loss of each cell, (M, 3)."""
+        """Accuracy, F1 and mean loss of each of M cells, whose parameters theta holds, (M, 3)."""
 
 
 class Stopping:
@@ -55,17 +55,17 @@ class Stopping:
         return self.split.quality(theta)[:, 2]
 
     def note(self, round_: int, losses: NDArray[np.float64], theta: Tensor, flips: NDArray[np.int64]) -> bool:
-        """Note what a round has led to.
+        """Note what a round has led to, in which the cells were measured.
 
         A cell whose parameters are not finite is left to run on: it has diverged, which its outcome says in the end.
 
         Parameters
         ----------
         round_ : int
-            The round, from 1.
+            The round; 0 is before the first.
         losses : (M,) array
             Validation losses after the round.
-        theta : (M, ...) tensor
+        theta : (M rows, columns) tensor
             Parameters after the round.
         flips : array of int, (M,)
             Flips so far.
@@ -73,7 +73,7 @@ class Stopping:
         Returns
         -------
         bool
-            Whether all cells have ended.
+            Whether no cell need go on: each has stopped or diverged.
         """
         M = len(losses)
         better = (self.rule.lower(losses) | self._last) & ~self.over

@@ -28,7 +28,7 @@ def side_by_side(work: Callable[[Given], Found], parts: Sequence[Given]) -> list
     Returns
     -------
     list
-        In the order of the parts.
+        In the order of the parts. Where a call raises, so does this, and no further part is begun.
     """
     threads = torch.get_num_threads()
     if min(threads, len(parts)) < 2:
@@ -55,5 +55,5 @@ def side_by_side(work: Callable[[Given], Found], parts: Sequence[Given]) -> list
 
 @lru_cache(maxsize=1)
 def pool(threads: int) -> ThreadPoolExecutor:
-    """A pool of this number of threads, which stays."""
+    """A pool of this number of threads, kept until one of another number is asked for."""
     return ThreadPoolExecutor(threads)

@@ -23,7 +23,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """What the package offers, imported on first use."""
+    """What the package offers under a name of `__all__`, imported on first use; AttributeError for other names."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

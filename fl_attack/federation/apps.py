@@ -21,9 +21,18 @@ JOINING = 60.0  # seconds that Flower's nodes have to come up
 
 
 def serve(main: "Callable[[dict[str, Any], Runner, Make], None]") -> ServerApp:
-    """A server app for `flwr run`: main gets the run's configuration, and what runs federations on its grid.
+    """A server app for `flwr run`.
 
-    It also gets what makes a scenario of settings: of nodes that train on data of their own, they do not say all.
+    Parameters
+    ----------
+    main : callable
+        What the app does. It gets the run's configuration, a dict; a `session.Runner`, which runs federations on
+        Flower's grid; and a function that gives the scenario of settings, which with `partition=own` asks the nodes
+        what they hold. Both functions may raise InputError or RunError.
+
+    Returns
+    -------
+    ServerApp
     """
     server_app = ServerApp()
 

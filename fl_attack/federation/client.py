@@ -37,7 +37,7 @@ class OmniscientHook:
         self._last: dict[str, tuple[tuple[int, bytes], Any]] = {}
 
     def flips(self, request: wire.Request) -> Flips:
-        """The labels that all malicious clients together write in a round."""
+        """The labels that all malicious clients together write in a round; the last answer is remembered."""
         scenario, theta, round_, stored = self.scenario, request.theta, request.round_, request.stored
         server = self._server(request)
 
@@ -55,7 +55,7 @@ class OmniscientHook:
         return adaptive.KnownServer(self._rule, request.rule, request.momentum)
 
     def updates(self, request: wire.Request) -> tuple[Tensor, Tensor]:
-        """The updates that all clients of a round would send honestly, and those that they send, (m, A, B) each."""
+        """What all clients of a round, ascending, would send honestly, and what they send: updates, (m, A, B) each."""
         scenario, theta, round_ = self.scenario, request.theta, request.round_
 
         def honest_and_sent() -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ class OmniscientHook:
     def _once(
         self, what: str, round_: int, theta: Tensor, work_out: Callable[[], Found], stored: Flips = NO_FLIPS
     ) -> Found:
-        """The result of `work_out` for a round and its parameters, remembered until others are asked for."""
+        """The result of `work_out`, remembered under `what` until another round, theta or `stored` is asked for."""
         key = round_, b"".join([theta.cpu().numpy().tobytes(), stored.samples.tobytes(), stored.labels.tobytes()])
         if what not in self._last or self._last[what][0] != key:
             self._last[what] = key, work_out()
@@ -165,7 +165,7 @@ def client(settings_json: str, number: int) -> HonestClient:
 
 @cache
 def _one_thread() -> None:
-    """Have torch use one thread in this process."""
+    """Have torch use one thread in this process from now on."""
     # many clients share a machine; and then no sum depends on how many cores it has
     torch.set_num_threads(1)
 
@@ -195,12 +195,12 @@ def node_of(context: Context, own: bool) -> Node:
     Returns
     -------
     Node
-        The number of the node, and where and what its data are.
+        The number of the node, where its data are, and whether it is malicious.
 
     Raises
     ------
     RuntimeError
-        Where it can't be told which client it is, or what it trains on.
+        Where what the node was started with is missing, has another form, or does not fit the run.
     """
     given = context.node_config
     number, data = str(given.get("partition-id", "")), given.get("data-path")
@@ -272,7 +272,12 @@ def client_of_node(settings_json: str, node: Node, own: wire.Own) -> HonestClien
     Returns
     -------
     HonestClient
-        A `MaliciousClient` where the node is one; it then knows of no other attacker.
+        A `MaliciousClient` where the node is malicious and the run has an attack; it then knows of no other attacker.
+
+    Raises
+    ------
+    InputError
+        Where the data can't be read, or are not as the server says.
     """
     settings = settings_from(json.loads(settings_json))
     assert settings.dataset.scale is not None  # spelled out by the server
@@ -337,7 +342,7 @@ def _on(request: wire.Request, device: str) -> wire.Request:
 
 @client_app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """Tell which client is behind a node, which Flower leaves to each grid, and what data of its own it has.
+    """Answer which client is behind a node, which Flower leaves to each grid, and what data of its own it has.
 
     Parameters
     ----------

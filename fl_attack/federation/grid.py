@@ -25,7 +25,7 @@ CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPT
 
 
 class ClientBlock:
-    """The process of a block of clients."""
+    """The clients of one Ray actor, in its process."""
 
     def __init__(self, app: ClientApp, clients: Sequence[int], total: int) -> None:
         gc.freeze()  # or every few rounds Python would search all of its libraries for the garbage of messages
@@ -42,7 +42,7 @@ class ClientBlock:
         }
 
     def handle(self, messages: bytes) -> bytes:
-        """The clients' replies, in order; an error reply where a client raises."""
+        """The clients' replies to a list of messages, in its order, both pickled; an error reply where one raises."""
         return pickle.dumps([self._reply(message) for message in pickle.loads(messages)], PICKLE)
 
     def _reply(self, message: Message) -> Message:
@@ -53,7 +53,7 @@ class ClientBlock:
             return Message(Error(CLIENT_APP_RAISED, str(error)), reply_to=message)
 
     def place(self) -> tuple[str, int]:
-        """The Ray node and the process id that this block runs in."""
+        """The id of the Ray node, and of the process, that this block runs in."""
         import os
 
         return ray.get_runtime_context().get_node_id(), os.getpid()
@@ -63,6 +63,7 @@ class BlockGrid(Grid):
     """Clients in blocks on Ray actors, spread over the cluster's nodes."""
 
     def __init__(self, app: ClientApp, clients: int, actors: int, cpus_each: float, gpus_each: float = 0.0) -> None:
+        """`clients` and `actors` are numbers; `cpus_each` and `gpus_each` are what Ray sets aside for each actor."""
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, TASK_ID
         self._run = Run.create_empty(RUN_ID)
         self._ids = itertools.count(1)
@@ -101,17 +102,17 @@ class BlockGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """The nodes of the clients, in their order."""
+        """The ids of the clients' nodes, in the order of the clients."""
         return list(self._actor_of)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Have messages answered; the ids are for `pull_messages`."""
+        """Have messages answered, which takes until all are, and give their ids, for `pull_messages`."""
         replies = list(self.send_and_receive(messages))
         self._replies |= {reply.metadata.reply_to_message_id: reply for reply in replies}
         return [reply.metadata.reply_to_message_id for reply in replies]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to messages that were pushed, once each."""
+        """The replies to pushed messages of these ids, once each: those already given, or unknown, are left out."""
         return [self._replies.pop(id_) for id_ in message_ids if id_ in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

@@ -32,7 +32,7 @@ def introduced(grid: Grid, scenario: Scenario) -> dict[int, int] | None:
     Raises
     ------
     RunError
-        Unless each client is there once.
+        Where a node can't be asked, or not every client is there exactly once; checked only if the nodes are asked.
     """
     settings = scenario.settings
     no_memory = not settings.worker_momentum and not (settings.attacked and settings.attack.remembers)
@@ -56,19 +56,19 @@ def introductions(grid: Grid, clients: int) -> dict[int, int]:
 
 
 def ask_nodes(grid: Grid, question: RecordDict) -> dict[int, wire.Introduction]:
-    """What each node of a grid says to the question who it is.
+    """What each node of a grid answers to the question which client it is.
 
     Parameters
     ----------
     grid : Grid
         Its nodes are asked, one message each.
     question : RecordDict
-        The content of the message.
+        The content of the message: empty, or `wire.question`, which also asks what data of its own a node holds.
 
     Returns
     -------
     dict of int to wire.Introduction
-        The answer by node.
+        The answer by node; without nodes that do not reply.
 
     Raises
     ------
@@ -135,9 +135,10 @@ def with_own_data(grid: Grid, settings: Settings) -> tuple[Scenario, dict[int, i
     Raises
     ------
     InputError
-        Where the server's own data set can't be had.
+        Where the server's own data set can't be had, or what nodes hold doesn't fit the settings.
     RunError
-        Where a node can't be asked, some have numbers and some have none, or other than `clients.malicious` attack.
+        Where a node can't be asked, some have numbers and not each client is there exactly once, or not as many nodes
+        as `clients.malicious` are malicious.
     """
     dataset = data.load(**settings.dataset.model_dump())
     answers = ask_nodes(grid, wire.question(settings.model_dump_json(), wire.Own(own.layout_of(dataset))))

@@ -32,9 +32,9 @@ from fl_attack.history import Recorder
 from fl_attack.scenario import Scenario
 from fl_attack.waiting import waiting
 
-Federate = Callable[[Recorder], None]
+Federate = Callable[[Recorder], None]  # runs one federation, and leaves its history in the recorder
 Drive = Callable[[Federate], None]  # uses what runs one federation, as often as it likes
-Runner = Callable[[Drive, Settings], None]
+Runner = Callable[[Drive, Settings], None]  # brings clients up, and gives `Drive` what runs a federation on them
 PATIENCE, AT_ONCE = 60.0, 5.0  # seconds that Ray's start has after the first Ctrl-C, and Python after the second
 LEAST_STORE, MOST_STORE = 200 * 2**20, 2 * 2**30  # bytes of the object store, through which only messages pass
 SHARED_MEMORY = Path("/dev/shm")
@@ -48,7 +48,10 @@ def _object_store() -> int:
 
 
 def check(scenario: Scenario) -> None:
-    """Raise InputError where the settings name no usable strategy; cheap, to be called before Ray starts."""
+    """Raise InputError where strategy, attack or client device can't be used; cheap, to be called before Ray starts.
+
+    Flower's log is silenced from now on, unless the settings are `verbose`.
+    """
     engine = scenario.settings.engine
     if engine.client_device == "cuda" and not engine.ray_address and not torch.cuda.is_available():
         raise InputError("engine.client_device=cuda needs a GPU, but this machine has none; use cpu")
@@ -69,6 +72,13 @@ def run(drive: Drive, settings: Settings, app: ClientApp = client_app) -> None:
         What the federations have in common: the number of clients, and the engine.
     app : ClientApp
         The app that each client runs.
+
+    Raises
+    ------
+    InputError
+        Where nothing listens at `engine.ray_address`, or the cluster has no GPU for `engine.client_device=cuda`.
+    RunError
+        Where Ray can't be started or joined, or not as many nodes come up as there are clients.
     """
     engine, clients = settings.engine, settings.clients.total
     with ray_session(engine.ray_address, settings.verbose):
@@ -89,12 +99,12 @@ def run(drive: Drive, settings: Settings, app: ClientApp = client_app) -> None:
 
 
 def _share(resources: float, actors: int) -> float:
-    """What each of the actors gets of a resource, at most one; Ray counts in ten-thousandths."""
+    """What each of the actors gets of a resource, at most 1, rounded down to ten-thousandths, in which Ray counts."""
     return int(min(1.0, resources / actors) * 1e4) / 1e4
 
 
 def _gpus() -> float:
-    """GPUs of the Ray cluster; InputError where it has none."""
+    """The number of GPUs of the Ray cluster; InputError where it has none."""
     gpus = float(ray.cluster_resources().get("GPU", 0.0))
     if not gpus:
         raise InputError("engine.client_device=cuda needs a GPU, but the Ray cluster has none; use cpu")
@@ -108,9 +118,16 @@ def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
     Parameters
     ----------
     address : str or None
-        The cluster to join; None starts Ray here, for this machine alone, unless this process has it already.
+        The cluster to join; None starts Ray here, for this machine alone. Not looked at where this process has Ray.
     verbose : bool
         Whether Ray prints what it does.
+
+    Raises
+    ------
+    InputError
+        Where nothing listens at the address.
+    RunError
+        Where Ray can't be started or joined.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray about GPUs
     if ray.is_initialized():
@@ -170,7 +187,10 @@ def _signals_postponed() -> Iterator[None]:
 
 @contextmanager
 def _signals_end_compiled_code() -> Iterator[None]:
-    """Within the block a SIGINT or SIGTERM ends the process in the end, even while compiled code does not return."""
+    """Within the block a SIGINT or SIGTERM ends the process even if compiled code does not return, after a while.
+
+    After the first that is `PATIENCE` seconds, for Ray to start; after a second one `AT_ONCE`, for Python to obey.
+    """
     # Python calls its handlers between its own steps only; the byte of a signal is written whatever it does
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -207,7 +227,7 @@ def _signals_end_compiled_code() -> Iterator[None]:
 
 
 def _refuse_unreachable(address: str | None) -> None:
-    """InputError where nothing listens at the host and port of a Ray address."""
+    """Raise InputError where nothing listens at the host and port of a Ray address; one without a port is let pass."""
     # Ray itself tries for minutes
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not port.isdigit():

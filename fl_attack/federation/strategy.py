@@ -28,7 +28,10 @@ CRASHED = 8  # flwr.common.constant.ErrorCode.CLIENT_APP_CRASHED is not public
 
 
 class RuleStrategy(FedAvg):
-    """FedAvg with one of our aggregation rules in place of its average, and our server optimizers."""
+    """FedAvg with one of our aggregation rules in place of its average, and our server optimizers.
+
+    After each round its attributes hold what the round was: `answers`, `updates` and `aggregate`.
+    """
 
     def __init__(self, scenario: Scenario) -> None:
         super().__init__(**all_clients(scenario))
@@ -44,7 +47,10 @@ class RuleStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The parameters after the server's step on the aggregate of the clients' updates, see `flwr`'s `Strategy`."""
+        """The parameters after the server's step on the aggregate of the clients' updates; no metrics.
+
+        For the arguments see `flwr`'s `Strategy`; replies are in the order of the clients.
+        """
         self.answers = [wire.read_answer(reply.content) for reply in replies]
         weights = torch.tensor([answer.weight for answer in self.answers])
         client_order = torch.from_numpy(protocol.shuffled(self.settings.seed, server_round, len(self.answers)))
@@ -68,7 +74,10 @@ class RuleStrategy(FedAvg):
 
 
 def state_of(strategy: Strategy) -> State:
-    """The state that a strategy, ours or another, keeps between rounds; TypeError where it can't be stored."""
+    """The state that a strategy keeps between rounds: of one that is not ours all attributes but functions.
+
+    A checkpoint may not be able to store these, which `checkpoint.storable` tells.
+    """
     if isinstance(strategy, RuleStrategy):
         return strategy.state()
     return {
@@ -147,7 +156,8 @@ class WatchedStrategy(Strategy):
         """The messages of the wrapped strategy to the clients that take part in a round, see `flwr`'s `Strategy`.
 
         To them is added what clients, who keep nothing, must know of earlier rounds: momenta, the parameters at the
-        start of the epoch, flips that stay, and the state of the server's rule.
+        start of the epoch, flips that stay, and the state of the server's rule; and of the others' data, where each
+        brings its own. RunError where `attack.adapt=rule` meets a rule whose state can't be sent.
         """
         scenario, server_round = self.recorder.scenario, server_round + self._done
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
@@ -193,8 +203,9 @@ class WatchedStrategy(Strategy):
     def _asked_again(self, replies: list[Message], round_: int) -> list[Message]:
         """Replies, those of client apps that crashed replaced by what their nodes say to the same messages again.
 
-        Clients keep nothing, so no number depends on how often they are asked; Flower counts a task as crashed, too,
-        whose process a busy machine leaves no time to say that it is alive.
+        They are asked again at most `ASKED_AGAIN` times; replies that still report a crash then stay. Clients keep
+        nothing, so no number depends on how often they are asked; Flower counts a task as crashed, too, whose process a
+        busy machine leaves no time to say that it is alive.
         """
         for _ in range(ASKED_AGAIN):
             crashed = {one.metadata.src_node_id for one in replies if one.has_error() and one.error.code == CRASHED}
@@ -213,7 +224,7 @@ class WatchedStrategy(Strategy):
         return replies
 
     def _momentum_for(self, client: int, round_: int) -> ConfigRecord:
-        """The record of the momentum for a client: its own, or for an attacker on updates those of all of the round."""
+        """The record of the momentum for a client: its own, or for attackers who use them those of all of the round."""
         scenario = self.recorder.scenario
         settings = scenario.settings
         uses_all = settings.attacked and (settings.attack.writes == "updates" or adaptive.searches(scenario))
@@ -227,8 +238,8 @@ class WatchedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The result of the wrapped strategy on replies in the order of the clients, see `flwr`'s `Strategy`.
 
-        The round is measured before the next one begins. RunError where a reply is missing, or the strategy gives no
-        parameters.
+        The round is measured before the next one begins. RunError where a reply is missing or an error, or the strategy
+        gives no parameters, or such as are not finite; `_StoppedEarly` where the run is to end with this round.
         """
         server_round += self._done
         ordered = complete(self._asked_again(list(replies), server_round), self._asked, server_round)
@@ -265,7 +276,7 @@ class WatchedStrategy(Strategy):
         return arrays, metrics
 
     def state(self) -> State | None:
-        """How far the federation is; None where the strategy keeps what can't be stored."""
+        """What `run` needs to go on after the last round; None where the strategy keeps what can't be stored."""
         try:
             strategy = checkpoint.storable(state_of(self.strategy))
         except TypeError:
@@ -281,7 +292,10 @@ class WatchedStrategy(Strategy):
         }
 
     def run(self, grid: Grid) -> None:
-        """Run all rounds, or those that an earlier process has not done."""
+        """Run all rounds, or those that an earlier process has not done; the recorder then holds the history.
+
+        RunError where a round fails, see `configure_train` and `aggregate_train`.
+        """
         recorder, kept = self.recorder, self.recorder.checkpoint
         history, settings = recorder.history, recorder.scenario.settings
         state = kept.load() if kept else None
@@ -375,7 +389,7 @@ def all_flips(replies: Iterable[Message], apart: bool = False) -> Flips:
     Returns
     -------
     Flips
-        `NO_FLIPS` where no client flips labels.
+        `NO_FLIPS` where no reply says anything of flips.
     """
     parts = [flips for reply in replies if (flips := wire.flips_of(reply.content)) is not None]
     if not parts:
@@ -390,7 +404,7 @@ def all_flips(replies: Iterable[Message], apart: bool = False) -> Flips:
 
 
 def make_strategy(scenario: Scenario) -> Strategy:
-    """The strategy of the settings; InputError where a path or its arguments don't give one."""
+    """A `RuleStrategy`, or the one of `strategy.path`; InputError where the settings don't give one."""
     settings = scenario.settings.strategy
     if settings.path is None or settings.name != "flower":
         return RuleStrategy(scenario)
@@ -413,7 +427,10 @@ def make_strategy(scenario: Scenario) -> Strategy:
 
 
 def all_clients(scenario: Scenario) -> dict[str, Any]:
-    """Flower's settings for asking every client in every round; by default it waits for two."""
+    """Arguments for Flower's strategies, to ask every client in every round; by default they wait for two.
+
+    They also say under which keys our messages hold what these strategies look for.
+    """
     clients = scenario.settings.clients.total
     return {
         "fraction_train": 1.0,
@@ -437,6 +454,13 @@ def start(grid: Grid, recorder: Recorder, client_of: Mapping[int, int] | None = 
         What measures the rounds; it holds the scenario, and what an interrupted run has left.
     client_of : mapping of int to int, optional
         The client by node, where it is known; else nodes are asked where it matters.
+
+    Raises
+    ------
+    InputError
+        Where the settings give no strategy.
+    RunError
+        Where a round fails, or nodes that are asked are not the clients.
     """
     strategy = make_strategy(recorder.scenario)
     WatchedStrategy(strategy, recorder, client_of or introduced(grid, recorder.scenario)).run(grid)

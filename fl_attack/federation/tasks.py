@@ -31,7 +31,7 @@ class Board:
         self.done[i] = done
 
     def read(self) -> dict[int, int]:
-        """The steps done of each job, by its number."""
+        """The number of steps done of each job, by the job's number; without jobs that have noted none."""
         return self.done
 
 
@@ -58,7 +58,7 @@ def scatter(
     verbose : bool
         Whether Ray prints what it does.
     on_progress : callable
-        Gets a job's position and the number of steps that it has done.
+        Gets a job's position and the number of steps that it has done so far.
 
     Yields
     ------

@@ -79,7 +79,7 @@ def pack(theta: Tensor, raw: bool) -> ArrayRecord:
     Returns
     -------
     ArrayRecord
-        With one array, `theta`.
+        With one array, named `theta`.
     """
     values = theta.numpy()
     arrays = ArrayRecord()
@@ -88,7 +88,7 @@ def pack(theta: Tensor, raw: bool) -> ArrayRecord:
 
 
 def unpack(arrays: ArrayRecord) -> Tensor:
-    """Parameters (A, B) in float64."""
+    """The parameters (A, B) of a record of `pack`, in float64."""
     array = arrays["theta"]
     if array.stype == RAW:
         return torch.frombuffer(bytearray(array.data), dtype=torch.float64).view(array.shape)
@@ -96,7 +96,7 @@ def unpack(arrays: ArrayRecord) -> Tensor:
 
 
 def to_plain(arrays: ArrayRecord) -> dict[str, dict[str, Any]]:
-    """A record as what a checkpoint can store, to the bit."""
+    """A record as a dict that a checkpoint can store: type, shape, format and bytes of each array, by name."""
     return {
         name: {
             "dtype": array.dtype,
@@ -109,7 +109,7 @@ def to_plain(arrays: ArrayRecord) -> dict[str, dict[str, Any]]:
 
 
 def from_plain(plain: dict[str, dict[str, Any]]) -> ArrayRecord:
-    """The record that `to_plain` was given."""
+    """The record of which `to_plain` made this, to the bit."""
     arrays = ArrayRecord()
     for name, parts in plain.items():
         arrays[name] = Array(parts["dtype"], parts["shape"], parts["stype"], parts["data"].tobytes())
@@ -117,7 +117,7 @@ def from_plain(plain: dict[str, dict[str, Any]]) -> ArrayRecord:
 
 
 def read_request(content: Any) -> Request:
-    """The request in a message to a client."""
+    """The request in the content of a message to a client."""
     array, config = content[ARRAYS]["theta"], content[CONFIG]
     raw = array.stype == RAW
     theta = _broadcast(array.data, array.shape) if raw else unpack(content[ARRAYS])
@@ -194,7 +194,7 @@ def question(settings: str, own: Own) -> RecordDict:
 
 
 def stored_record(stored: Flips) -> ConfigRecord:
-    """A record of the flips that stay in the attackers' data."""
+    """A record of the flips that stay in the attackers' data, as `read_request` reads it."""
     return ConfigRecord({"samples": stored.samples.tobytes(), "labels": stored.labels.tobytes()})
 
 
@@ -204,7 +204,7 @@ def momentum_record(momentum: Tensor) -> ConfigRecord:
 
 
 def state_record(state: dict[str, Tensor]) -> ConfigRecord:
-    """A record of what a rule remembers."""
+    """A record of what a rule remembers, tensors by name, in float64."""
     parts: dict[str, Any] = {}
     for name, part in state.items():
         parts[f"{name}.shape"] = list(part.shape)
@@ -213,19 +213,19 @@ def state_record(state: dict[str, Tensor]) -> ConfigRecord:
 
 
 def _state(record: ConfigRecord) -> dict[str, Tensor]:
-    """What a rule remembers, of a record of `state_record`."""
+    """The tensors that a rule remembers, by name, from a record of `state_record`."""
     names = [key.removesuffix(".values") for key in record if key.endswith(".values")]
     return {name: _numbers(record[f"{name}.values"]).view(list(record[f"{name}.shape"])) for name in names}  # type: ignore[arg-type]
 
 
 def _numbers(values: bytes) -> Tensor:
-    """Numbers in float64 from their bytes."""
+    """The tensor (n,) of float64 that these bytes are."""
     return torch.frombuffer(bytearray(values), dtype=torch.float64)
 
 
 @lru_cache(maxsize=1)
 def _broadcast(data: bytes, shape: tuple[int, ...]) -> Tensor:
-    """Parameters in float64 from their bytes, of which the last are remembered."""
+    """The parameters of this shape that bytes of float64 are; the last are shared, and not to be changed."""
     # the clients of a block are sent the same bytes
     return torch.frombuffer(bytearray(data), dtype=torch.float64).view(shape)
 
@@ -259,7 +259,7 @@ def answer(answer: Answer, raw: bool) -> RecordDict:
 
 
 def introduction(introduced: Introduction) -> RecordDict:
-    """A node's reply to the question which client it is."""
+    """The content of a node's reply to the question which client it is, as `read_introduction` reads it."""
     numbers = MetricRecord({CLIENT: -1 if introduced.client is None else introduced.client})
     own = ConfigRecord(
         {"samples": introduced.samples, "fingerprint": introduced.fingerprint, "malicious": introduced.malicious}
@@ -284,12 +284,12 @@ def read_introduction(content: Any) -> Introduction:
 
 
 def client_of(content: Any) -> int:
-    """The client that a reply is from."""
+    """The number of the client that the content of a reply is from; below 0 where its node was given none."""
     return int(content[METRICS][CLIENT])
 
 
 def flips_of(content: Any) -> Flips | None:
-    """The flips in a reply, where it is from a client that flips."""
+    """The flips in the content of a client's reply; None where it is not from a client that flips."""
     if FLIPS not in content:
         return None
     record = content[FLIPS]
@@ -298,13 +298,13 @@ def flips_of(content: Any) -> Flips | None:
 
 
 def read_answer(content: Any) -> Answer:
-    """The answer in a client's reply."""
+    """The answer in the content of a client's reply."""
     theta = unpack(content[ARRAYS])
     momentum = _numbers(content[MOMENTUM]["values"]).view(theta.shape) if MOMENTUM in content else None
     return Answer(theta, client_of(content), content[METRICS][WEIGHT], flips_of(content), momentum)
 
 
 def reason_of(reply: Message) -> str:
-    """Why a client gave an error for a reply."""
+    """What the client says in a reply that is an error: its own text, without what Flower puts around it."""
     reason = (reply.error.reason or "").rsplit("Message: ", 1)[-1].strip().removesuffix("'>")
     return reason.replace("\\'", "'") or "a client gave no reason"

@@ -22,7 +22,7 @@ class Block:
     Parameters
     ----------
     tiles : sequence of Tile
-        With one optimizer; one of which `needs_client_updates` is true has a block of its own.
+        Of one `tiling.training_key`; one whose `needs_client_updates` is true is alone in its block.
     theta : (M C, d) tensor
         The parameters, tile after tile, changed in place.
     """
@@ -49,7 +49,7 @@ class Block:
         shared, workspace, watched, measured
             As `Tile.step` takes them.
         accesses : sequence of RoundAccess or None
-            What the attackers of each tile can write.
+            What the attackers of each tile can write; None for a tile where nobody attacks in any round.
 
         Returns
         -------
@@ -71,9 +71,9 @@ class Block:
 
 
 def blocks_of(tiles: Sequence[Tile], theta: Tensor, fits: int) -> list[Block]:
-    """The blocks of consecutive tiles, as many together as fit.
+    """Blocks of consecutive tiles, each of as many as fit.
 
-    Tiles share a block under one optimizer, if none of them needs the updates of clients.
+    Tiles share a block where their `tiling.training_key` is the same and none of them needs the updates of clients.
 
     Parameters
     ----------
@@ -82,11 +82,12 @@ def blocks_of(tiles: Sequence[Tile], theta: Tensor, fits: int) -> list[Block]:
     theta : (M C, d) tensor
         The parameters of all cells, which the blocks change in place.
     fits : int
-        How many cells a block may have.
+        How many cells a block of several tiles may have.
 
     Returns
     -------
     list of Block
+        In the order of their tiles.
     """
     together: list[list[Tile]] = []
     for tile in tiles:

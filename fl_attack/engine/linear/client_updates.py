@@ -28,12 +28,12 @@ BYTES_AT_ONCE = 6 * 2**20  # of updates: what a rule goes over several times sho
 
 
 class Residuals(NamedTuple):
-    """The residuals of a round and what else the updates of cells are computed from."""
+    """The residuals of a round and what else the updates of clients are computed from, in M cells."""
 
     theta: Tensor  # (M C, d)
     R: Tensor  # (M C, n) residuals with the labels as written
     written: Tensor | None  # (M C, n) R less the clean ones, where clients take several steps
-    lr: Tensor  # (M C, 1)
+    lr: Tensor  # (M C, 1) of this round
     weight_decay: Tensor | None  # (M C, 1)
 
     def rows(self, part: slice) -> "Residuals":
@@ -44,7 +44,7 @@ class Residuals(NamedTuple):
 
 
 def by_client(residuals: Residuals, batch: Batch, C: int) -> Iterator[tuple[int, Tensor]]:
-    """The updates of clients, one after the other: gradients, over the local steps.
+    """The update of each client: what its local steps take from theta, over the learning rate.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def by_client(residuals: Residuals, batch: Batch, C: int) -> Iterator[tuple[int,
     Yields
     ------
     place : int
-        The place of a client among the clients of the round.
+        The place of a client among the clients of the round, ascending.
     update : (M C, d) tensor
         The update that this client sends, in each cell.
     """
@@ -84,7 +84,7 @@ def by_client(residuals: Residuals, batch: Batch, C: int) -> Iterator[tuple[int,
 
 
 def pieces(cells: int, bytes_each: int) -> list[slice]:
-    """The cells whose updates are computed together, so that they fit into `BYTES_AT_ONCE`.
+    """The cells in parts whose updates are computed together, each of one cell or within `BYTES_AT_ONCE`.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ class Aggregator:
         self.needed = self.crafts or not strategy.averages
 
     def _mean(self, residuals: Residuals, batch: Batch) -> Tensor:
-        """The mean (M C, d) of the updates of all clients, where no attack replaces any."""
+        """The mean (M C, d) of the clients' updates, weighted by their minibatches, where no attack replaces any."""
         sizes = self.cell.schedule.sizes[np.sort(batch.layout.clients)]
         total = torch.zeros_like(residuals.theta)
         for place, update in by_client(residuals, batch, self.C):
@@ -130,7 +130,7 @@ class Aggregator:
     def take(
         self, residuals: Residuals, shared: Shared, access: RoundAccess | None, measured: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The aggregate of the updates that the clients of a round send.
+        """The aggregate of the updates that the clients of a round send; what the rule remembers is noted.
 
         Parameters
         ----------
@@ -139,7 +139,7 @@ class Aggregator:
         shared : Shared
             The round and its minibatch.
         access : RoundAccess or None
-            What the attackers can do; None where nobody attacks.
+            What the attackers can do; None where nobody attacks in any round.
         measured : bool
             Whether `detect.MEASURES` are wanted.
 
@@ -189,7 +189,7 @@ class Aggregator:
         return out, torch.cat([one for one, _ in found if one is not None]) if measured and access is not None else None
 
     def _seen(self, residuals: Residuals, rows: slice, round_: int) -> aggregate.Seen:
-        """What the server knows of a round besides the updates of the cells in some rows."""
+        """What the server knows of a round besides the updates, in the cells that some rows of theta are of."""
         if not self.rule.sees:
             return aggregate.Seen()
         cell, theta = self.cell, residuals.theta[rows]
@@ -214,7 +214,7 @@ class Aggregator:
         round_: int,
         rule: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The updates (cells, m, C, d) of some cells with those of malicious clients replaced, in attacked rounds.
+        """The updates (cells, m, C, d) of some cells, with those of malicious clients replaced where these attack now.
 
         Attackers who adapt send what gives the rule's aggregate the smallest inner product with their direction.
         """

@@ -42,13 +42,14 @@ class EpochFlips:
         ]
         self.planners = Attackers(planners, batches, batches.whole_layout)  # whose rounds are epochs
         self.written: Tensor | None = None  # (M, n) the label of each sample that they hold, or -1; None: no flips
-        self.flipped: Tensor | None = None  # (M, n + 1) of two classes besides: 1 where a label is flipped, last 0
+        # for two classes besides: (M, n + 1) 1 where a label is flipped, else 0, as in the last column
+        self.flipped: Tensor | None = None
         self.allowed = np.zeros(len(cells), np.int64)  # flips in the epoch
 
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """Labels that were chosen for the whole epoch, see `labels.Way.write`."""
+        """Those of the minibatch's labels that were chosen for the epoch, see `labels.Way.write`."""
         kernels.residuals_(Z, self.attackers.C, shared.batch.encoded)
         if access is None:
             return None
@@ -86,7 +87,7 @@ class EpochFlips:
         return (round_ - 1) // self.rounds_per_epoch + 1
 
     def renew(self, round_: int) -> None:
-        """Choose the flips of the epoch that begins with a round."""
+        """Choose the flips of the epoch that begins with a round, and keep them in `written` and `allowed`."""
         planners = self.planners
         access = planners.access(self._epoch(round_), self.batches.whole_layout, round_)
         assert access is not None
@@ -121,7 +122,7 @@ class EpochFlips:
             self.flipped = functional.pad((written >= 0).to(self.theta), (0, 1))
 
     def _flipped(self, flipped: Tensor, batch: Batch, attacked: NDArray[np.bool_], n: int) -> Tensor:
-        """The flips of two classes among the first n columns of a minibatch, (M, n): 1 for a flipped label, else 0."""
+        """1 for each flipped label of the first n columns of a minibatch, else 0, (M, n), by the mask `flipped`."""
         columns = self.batches.features.row[batch.at[:n]].to(flipped.device)
         found = flipped.index_select(1, columns.clamp(max=flipped.shape[1] - 1))
         return found if attacked.all() else found.mul_(torch.from_numpy(attacked).to(found)[:, None])
@@ -139,7 +140,7 @@ class EpochFlips:
         return Change(cells, at, labels[cells, at])
 
     def _pieces(self, n: int) -> Iterator[tuple[Batch, slice]]:
-        """The first n of the samples that the clients hold, a piece at a time."""
+        """The first n of the samples that the clients hold, in the pieces that `Batches.pieces` gives."""
         return self.batches.pieces(n, NUMBERS_AT_ONCE // (len(self.theta) + self.batches.features.d))
 
     def _proposal(self, v: Tensor, batch: Batch, part: slice, round_: int) -> attack.Proposal:

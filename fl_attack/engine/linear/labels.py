@@ -27,10 +27,10 @@ from fl_attack.scenario import Scenario
 class Written(NamedTuple):
     """The labels that the attackers of M cells write in a round, in one of two forms."""
 
-    flipped: Tensor | None  # (M, writable) two classes: 1 where a label is the other one, else 0
-    change: Change | None  # else
-    flips: NDArray[np.int64]  # (M,) of each cell
-    allowed: NDArray[np.int64]  # (M,) those that its budget allows
+    flipped: Tensor | None  # (M, writable) two classes: 1 where a label is the other one, else 0; None: see `change`
+    change: Change | None
+    flips: NDArray[np.int64]  # (M,) how many each cell flips
+    allowed: NDArray[np.int64]  # (M,) how many its budget allows
 
     def put_into(self, R: Tensor, batch: Batch, C: int) -> None:
         """Give residuals the written labels, in place.
@@ -76,16 +76,16 @@ class Way(Protocol):
         Z : (M C, n) tensor
             Logits, which become residuals under the true labels, in place.
         shared : Shared
-            The minibatch, and what tiles need of it in common.
+            The minibatch, and products with it that tiles share.
         access : RoundAccess or None
-            What may be written; None where nobody attacks.
+            What may be written; None where nobody attacks in any round.
         workspace : Workspace
             Memory for intermediate values.
 
         Returns
         -------
         Written or None
-            None in a round in which nothing is written.
+            None, or without flips, where no label is written.
         """
 
 
@@ -98,13 +98,13 @@ class Nobody:
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """No labels, only residuals; see `Way.write`."""
+        """None: only the residuals are worked out, see `Way.write`."""
         kernels.residuals_(Z, self.C, shared.batch.encoded)
         return None
 
 
 class Greedy:
-    """Greedy flips, chosen anew in every round along the direction of each cell: the way that is made fast."""
+    """Greedy flips, chosen anew in every round along the direction of each cell."""
 
     def __init__(self, attackers: Attackers, targets: TargetsOf) -> None:
         self.attackers, self.targets = attackers, targets
@@ -216,7 +216,7 @@ class Proposed:
 
 
 def known_residuals(R: Tensor, batch: Batch, known: Tensor | None, C: int, cells: slice) -> Tensor:
-    """The residuals (rows, n) that times the features are the gradient that the attackers of cells know.
+    """The residuals (rows, n) that times the features are a positive multiple of the gradient that attackers know.
 
     Parameters
     ----------
@@ -273,7 +273,7 @@ def by_class(signed: Tensor, batch: Batch, C: int) -> Tensor:
     Returns
     -------
     (M, n, classes) tensor
-        Logits or scores by class, without the sign.
+        Logits or scores by class, without the sign; of two classes those of the first are 0.
     """
     n = signed.shape[1]
     if C > 1:

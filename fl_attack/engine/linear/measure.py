@@ -1,4 +1,4 @@
-"""How good many models are on a set of samples, as `model.quality` says it of one."""
+"""How good many models are on a set of samples, as `Model.measure` says it of one."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ LOGITS_AT_ONCE = 2**21
 
 
 class MeasuredSamples:
-    """Samples on a device, without the features that no model uses."""
+    """Samples on the device of minibatches, with the features that these keep, sorted by label."""
 
     def __init__(self, batches: Batches, x: NDArray[Any], y: NDArray[np.int64]) -> None:
         """`x` (n, p) raw values as of the data set of these batches, `y` (n,) their labels."""
@@ -37,7 +37,7 @@ class MeasuredSamples:
         return np.concatenate([measure(part).cpu().numpy() for part in theta.split(cells * C)])
 
     def _two(self, theta: Tensor) -> Tensor:
-        """`quality` of two classes, by sorted labels: the first `zeros` samples are of label 0."""
+        """What `quality` gives, (M, 3), for two classes: the first `zeros` samples are of label 0."""
         Z = theta @ self.X.mT
         positive = Z > 0
         false, true = positive[:, : self.zeros].sum(1), positive[:, self.zeros :].sum(1)
@@ -48,7 +48,7 @@ class MeasuredSamples:
         return torch.stack([(true + self.zeros - false).double() / len(self.y), f1, loss / len(self.y)], 1)
 
     def _several(self, theta: Tensor) -> Tensor:
-        """`quality` of several classes, from a confusion matrix for each cell."""
+        """What `quality` gives, (M, 3), for several classes, from a confusion matrix for each cell."""
         n, C = len(self.y), self.classes
         Z = (theta @ self.X.mT).view(-1, C, n)
         loss = Z.logsumexp(1) - Z.gather(1, self.y.expand(len(Z), 1, n))[:, 0]

@@ -41,7 +41,7 @@ def run_cells(
 ) -> list[Outcome]:
     """The outcomes of cells of a linear model, whose clients have no momentum.
 
-    Cells that fit in memory together go on from the last of `checkpoints`, which is that of all of them.
+    Where all of them fit in memory together, the last of `checkpoints` is that of them all; else none is used.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def run_cells(
 
 @contextmanager
 def _threads(scenarios: Sequence[Scenario]) -> Iterator[None]:
-    """One thread where a round is too small to be worth waking others, which takes milliseconds on a busy machine."""
+    """Within the block torch uses one thread if a round is too small for more: to wake them can take milliseconds."""
     C, d = scenarios[0].theta_shape
     multiplications = len(scenarios) * C * d * int(scenarios[0].schedule.sizes.sum())
     before = torch.get_num_threads()
@@ -81,7 +81,7 @@ class Kept:
     """The checkpoint of cells that run together."""
 
     def __init__(self, checkpoint: Checkpoint, cells: list[str]) -> None:
-        """`cells` are the keys of the cells, without any of which the others' numbers differ in the last digit."""
+        """`cells` are the keys of all the cells, since in other company their numbers differ in the last digit."""
         self.checkpoint, self.cells = checkpoint, cells
 
     def labelled(self, state: State) -> State:
@@ -93,7 +93,7 @@ class Kept:
         self.checkpoint.save(self.labelled(state))
 
     def load(self) -> State | None:
-        """The state of these cells; None where there is none."""
+        """The state of these cells; None where there is none, or one of other cells."""
         found = self.checkpoint.load()
         if found is None or found.get("cells") != self.cells:
             return None
@@ -113,6 +113,7 @@ class Work:
         keep_theta: bool,
         full_rows: bool,
     ) -> None:
+        """`memory` is in bytes, and `keep_flips` and the others are as `engine.run_cells` takes them."""
         self.cells, self.device, self.memory = cells, device, memory
         self.keep_flips, self.keep_theta, self.full_rows = keep_flips, keep_theta, full_rows
         total = cells[0].settings.clients.total
@@ -134,7 +135,7 @@ class Work:
         return self.cells[0].theta_shape[0] * self.batches.features.d * self.batches.dtype.itemsize
 
     def chunks(self) -> list[list[int]]:
-        """The cells in the order in which they are run, as many at a time as fit in memory."""
+        """The numbers of the cells in the order in which they are run, as many at a time as fit in memory."""
         C, d = self.cells[0].theta_shape
         held = self.batches.bytes + self.test_set.X.nbytes + (self.validation.X.nbytes if self.validation else 0)
         held += len(self.cells) * C * d * self.batches.dtype.itemsize * self.keep_theta
@@ -171,11 +172,12 @@ class Chunk:
         Parameters
         ----------
         progress : callable
-            Called with how many more rounds of a cell are done.
+            Called with how many more rounds are done, summed over the cells; those of `kept`, or after an early end,
+            count.
         watch : callable
-            Gets after each round the numbers of the cells, and what gives their outcomes so far.
+            Gets after each round the numbers of the cells, and a function that gives their outcomes so far.
         kept : Kept, optional
-            The checkpoints of the cells: rounds that they hold are not done again.
+            The checkpoint of the cells: rounds that it holds are not done again.
 
         Returns
         -------
@@ -250,7 +252,7 @@ class Chunk:
             place = of_block.stop
 
     def measure(self, round_: int) -> bool:
-        """Note how good the cells are after a round; gives whether all have stopped early."""
+        """Note how good the cells are after a round; gives whether none need go on, see `Stopping.note`."""
         losses = self.stopping.losses(self.theta) if self.stopping else np.nan
         attackers = [tile.attackers for tile in self.tiles] if round_ else []
         self.log.measure(round_, self.work.test_set.quality(self.theta), losses, attackers)
@@ -265,5 +267,5 @@ class Chunk:
         return ending.outcomes(self.cells, self.theta, whole, self.log, self._flips(), self.stopping, seconds, ended)
 
     def _flips(self) -> NDArray[np.int64]:
-        """Flips of each cell in all rounds, (M,)."""
+        """The number of flips of each cell in all rounds so far, (M,)."""
         return np.concatenate([tile.attackers.flips for tile in self.tiles])

@@ -20,8 +20,8 @@ class Shared(NamedTuple):
 
     round_: int
     batch: Batch
-    gram: Tensor | None  # (n, writable) inner products of the samples; None where a product with X is cheaper
-    target_logits: Tensor | None  # (T, C, writable) logits of the targets
+    gram: Tensor | None  # (n, writable) inner products of samples; None where not needed, or dearer than X
+    target_logits: Tensor | None  # (T, C, writable) logits of the targets; None where not needed
 
 
 def shared_by(asking: Asking, round_: int, batch: Batch, targets: Targets, workspace: Workspace) -> Shared:
@@ -43,7 +43,7 @@ def shared_by(asking: Asking, round_: int, batch: Batch, targets: Targets, works
     Returns
     -------
     Shared
-        The products, without a Gram matrix where it does not pay.
+        Of the products those that a tile asks for, without a Gram matrix where it does not pay.
     """
     columns, rows = {"untargeted": 0, "targeted": 0}, 0  # of which greedy attackers need scores
     for attackers, access in asking:
@@ -60,7 +60,7 @@ def shared_by(asking: Asking, round_: int, batch: Batch, targets: Targets, works
 
 
 def _gram_pays(batch: Batch, n: int, rows: int) -> bool:
-    """Whether inner products of n samples with all cost less than `rows` products with the features."""
+    """Whether scores of n samples, from `rows` rows of residuals, cost less by inner products with all samples."""
     # multiplications: once for the matrix and once for each row, or there and back through the features
     size, d = batch.X.shape
     return size * n * (d + rows) < rows * d * (size + n)

@@ -38,7 +38,7 @@ class Targets:
         self._logits_of_all: Tensor | None = None
 
     def of(self, cells: Sequence[int]) -> "TargetsOf":
-        """The targets of some cells (M,), by their numbers."""
+        """The targets of some cells, given by their numbers among all."""
         one = len(self.theta) == self.C
         number = torch.zeros(len(cells), dtype=torch.int64) if one else torch.from_numpy(self.number[cells])
         return TargetsOf(self, number.to(self.batches.device), one)
@@ -70,10 +70,11 @@ class TargetsOf:
     """The targets of the M cells of a tile."""
 
     def __init__(self, all_: Targets, number: Tensor, one: bool) -> None:
+        """`number` (M,) says which of `all_` each cell has; `one`, whether there is but one."""
         self._all, self._number, self._one = all_, number, one
 
     def rows(self, cells: slice) -> Tensor:
-        """The targets (cells C, d) of some of the cells."""
+        """The targets (cells C, d) of some of the cells, all of which have one."""
         theta = self._all.theta
         return theta.view(-1, self._all.C, theta.shape[-1])[self._number[cells]].reshape(-1, theta.shape[-1])
 
@@ -90,6 +91,6 @@ class TargetsOf:
         Returns
         -------
         (cells, C, n) tensor
-            With one row where all cells have the same target.
+            `logits`, which is (1, C, n), where there is one target alone.
         """
         return logits if self._one else logits[self._number[cells]]

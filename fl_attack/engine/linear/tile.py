@@ -52,7 +52,7 @@ class Tile:
         self.needs_client_updates = self.aggregator.needed or cells[0].settings.local_steps > 1
 
     def _way(self, cells: Sequence[Scenario], batches: Batches, targets: TargetsOf) -> Way:
-        """The way in which the cells' attackers come to the labels that they write."""
+        """The one of the classes of `labels`, or `EpochFlips`, by which the cells' attackers write."""
         kind = self.attackers.kind
         if kind.name == "none" or self.aggregator.crafts:
             return Nobody(self.C)
@@ -91,11 +91,12 @@ class Tile:
         Returns
         -------
         report : Report or None
+            None where it is not `watched`.
         aggregate : (M C, d) tensor or None
             Where the tile `needs_client_updates`; else the residuals times the features are the sum of all updates.
         """
         written = self.way.write(Z, shared, access, workspace)
-        clean = self._mean_gradient(Z, shared.batch) if measured else None
+        clean = self._gradient_sum(Z, shared.batch) if measured else None
         if written is None:
             self.attackers.note(None, None)
         else:
@@ -109,7 +110,7 @@ class Tile:
         cosine = None
         if clean is not None:
             of_clients = aggregate if self.needs_client_updates else None
-            cosine = _cosine(self._mean_gradient(Z, shared.batch) if of_clients is None else of_clients, clean, self.M)
+            cosine = _cosine(self._gradient_sum(Z, shared.batch) if of_clients is None else of_clients, clean, self.M)
         change = written.as_change(shared.batch) if written is not None else no_change(Z.device)
         report = Report(change, self.attackers.allowed, cosine, detection)
         return report, aggregate if self.needs_client_updates else None
@@ -120,15 +121,15 @@ class Tile:
         return {"attackers": self.attackers.state(round_), "way": way, "rule": self.aggregator.remembered}
 
     def restore(self, state: State, round_: int) -> None:
-        """Go back to the state after a round, see `Attackers.restore`."""
+        """Go back to the state after a round, given what `state` gave then; see `Attackers.restore`."""
         self.attackers.restore(state["attackers"], round_)
         if state["rule"] is not None:
             self.aggregator.remembered = {key: part.to(self.theta.device) for key, part in state["rule"].items()}
         if isinstance(self.way, EpochFlips):
             self.way.restore(state["way"], round_)
 
-    def _mean_gradient(self, R: Tensor, batch: Batch) -> Tensor:
-        """The gradient of residuals R with the weight decay, up to the number of samples, (M C, d)."""
+    def _gradient_sum(self, R: Tensor, batch: Batch) -> Tensor:
+        """The gradient (M C, d) of residuals R with the weight decay, summed over the samples, not their mean."""
         gradient = (R if batch.counts is None else R * batch.counts) @ batch.X
         if self._decay is not None:
             n = batch.X.shape[0] if batch.counts is None else float(batch.counts.sum())

@@ -38,12 +38,12 @@ def order(cells: Sequence[Scenario], targets: NDArray[np.int64]) -> list[int]:
     cells : sequence of Scenario
         M cells.
     targets : array of int, (M,)
-        The number of the target of each.
+        The number of the target of each, -1 for none.
 
     Returns
     -------
     list of int
-        The numbers of the cells.
+        The positions of the cells.
     """
 
     def sort_key(i: int) -> tuple[object, ...]:
@@ -58,7 +58,7 @@ def order(cells: Sequence[Scenario], targets: NDArray[np.int64]) -> list[int]:
 def chunks(
     cells: Sequence[Scenario], order: Sequence[int], memory: float, held: float, row: int, early: bool
 ) -> list[list[int]]:
-    """Cells in their order, cut into as few parts of equal size as fit in memory.
+    """Cells in their order, cut into as few parts of about equal size as fit in memory.
 
     Parameters
     ----------
@@ -78,6 +78,7 @@ def chunks(
     Returns
     -------
     list of list of int
+        The numbers of the cells of each part, of which there is at least one.
     """
     copies = max(COPIES[cell.settings.server_optimizer] for cell in cells) + early
     each = row * copies + 8 * len(ending.evaluated_rounds(cells[0].settings)) * len(COLUMNS) + 200
@@ -86,7 +87,10 @@ def chunks(
 
 
 def tiles(cells: Sequence[Scenario], fits: int) -> list[slice]:
-    """The cells of each tile, cut at another key, once there are enough at other attackers, and where no more fit.
+    """The cells of each tile.
+
+    A new tile begins where `tile_key` changes, or where attackers change after `FEWEST` cells; tiles of more cells than
+    fit are split evenly.
 
     Parameters
     ----------
@@ -98,6 +102,7 @@ def tiles(cells: Sequence[Scenario], fits: int) -> list[slice]:
     Returns
     -------
     list of slice
+        In order, and each cell in one.
     """
     cuts: list[slice] = []
     start = 0
@@ -118,20 +123,21 @@ def fitting(cells: int, row: int, device: str) -> int:
     Parameters
     ----------
     cells : int
-        The number of cells.
+        The number of cells that are in memory together.
     row : int
         Bytes of the parameters of a cell.
     device : str
-        Where they are; only a processor has a cache to fit in.
+        The type of their device.
 
     Returns
     -------
     int
+        On `cpu` as many as fit in the cache, but at least `FEWEST`; on other devices all.
     """
     return cells if device != "cpu" else max(FEWEST, CACHE // row)
 
 
 def _same_attackers(cell: Scenario, other: Scenario) -> bool:
-    """Whether the same clients are malicious in two cells of a tile, and want the same."""
+    """Whether the same clients are malicious in two cells, with one kind of attack."""
     same = np.array_equal(cell.partition.malicious, other.partition.malicious)
     return same and kind_of(cell) == kind_of(other)
