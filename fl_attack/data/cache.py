@@ -83,7 +83,7 @@ def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool =
     Parameters
     ----------
     key : str
-        The name of the entry, which must be another one where the content would be.
+        The name of the entry; where the content would differ, so must the name.
     build : callable
         Gives its arrays and facts. Of several processes one builds, the others wait for it.
     verify : bool
@@ -116,9 +116,9 @@ def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool =
 
 @contextmanager
 def lock(name: str) -> Iterator[None]:
-    """Hold the lock of this name while the block runs, after any other process; InputError where it can't be made.
+    """Hold the lock of this name, which one process has at a time, while the block runs; it ends with the process.
 
-    It ends with the process, however that ends.
+    InputError or RunError where its file can't be written.
     """
     file = folder() / f"{name}.lock"
     held = FileLock(file)
@@ -134,7 +134,7 @@ def lock(name: str) -> Iterator[None]:
 
 
 def _opened(place: Path, verify: bool) -> CacheEntry | None:
-    """The entry at `place`, or None where a part of it is missing, truncated or, if we `verify`, altered."""
+    """The entry at `place`, or None where a part of it is missing, truncated or, looked for with `verify`, altered."""
     try:
         meta = json.loads((place / "meta.json").read_bytes())
         fingerprint = meta.pop("fingerprint")

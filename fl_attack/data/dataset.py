@@ -326,7 +326,7 @@ def _numbers(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def _compact_type(x: np.ndarray) -> type[np.generic]:
-    """The type to store numbers as: uint8 for integers of 0 to 255, float64 for such floats, else float32."""
+    """The type to store numbers as: uint8 for integers from 0 to 255, float64 for wider floats, else float32."""
     if x.dtype.kind == "f":
         return np.float64 if x.dtype.itemsize > 4 else np.float32
     return np.uint8 if x.dtype == np.uint8 or (x.min() >= 0 and x.max() <= 255) else np.float32
@@ -348,7 +348,7 @@ def _labels(y: np.ndarray, count: int, name: str) -> np.ndarray:
 def _picked(raw: Raw, wanted: list[int | str] | None, where: str) -> tuple[cache.Arrays, tuple[str, ...]]:
     """Arrays of the samples of the wanted classes, labels in the order wanted, and the names of these classes.
 
-    InputError where they are fewer than two, or the test set holds none of them, or without `wanted` any other.
+    InputError where these are fewer than two, no test sample is of them, or with all wanted one is of another.
     """
     labels = np.unique(raw.y_train).tolist()
     names = [raw.names[label] if raw.names else str(label) for label in labels]

@@ -217,8 +217,8 @@ def dirichlet(
     alpha : float
         Above 0.
     balanced : bool
-        Whether all clients get as many samples, up to one. A client's proportions of the C classes are then drawn from
-        a Dirichlet distribution of parameters alpha C q, for shares q of the classes among all samples.
+        Whether the clients' numbers of samples differ by at most one. A client's proportions of the C classes are then
+        drawn from a Dirichlet distribution of parameters alpha C q, for shares q of the classes among all samples.
     least : int
         All is drawn anew, up to `DIRICHLET_DRAWS` times, while a client has fewer samples; not if `balanced`.
 

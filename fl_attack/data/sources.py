@@ -159,7 +159,7 @@ def _read_svhn(root: Path) -> Raw:
 
 
 def _read_cifar10(root: Path) -> Raw:
-    """CIFAR-10; see `_read_cifar`."""
+    """CIFAR-10 as stored under `root`; see `_read_cifar`."""
     return _read_cifar(root, "CIFAR10", CIFAR10_FILES)
 
 
@@ -296,7 +296,7 @@ def _files(folder: Path) -> list[Path]:
 def _decoded(images: list[tuple[Path, int]], first: Path, shape: tuple[int, ...], channels: int) -> np.ndarray:
     """Images of one shape as (n, height, width, channels) uint8, or where one has 16 bits float32 from 0 to 1.
 
-    InputError where one has another shape than `first`.
+    InputError where one is not of the `shape`, which is that of the file `first`.
     """
     from tqdm import tqdm
 

@@ -27,11 +27,11 @@ class Children:
             self._cells[at].append(cell)
 
     def observer(self, at: int, history: History) -> OnRound | None:
-        """The observer that logs the first of the cells sharing experiment `at`, or None; `done` logs the others."""
+        """The observer that logs the first of the cells sharing experiment `at`, or None; for others see `done`."""
         return self.tracked.observer(self._cells[at][0], history) if self.tracked else None
 
     def done(self, unit: Unit, numbers: Numbers) -> None:
-        """Log all cells whose numbers are those of a unit's experiments, and save what is known of them."""
+        """Log all cells that share the experiments of a unit, with its numbers; see `by_cell`."""
         if self.tracked is None or not self.tracked.names:
             return
         for at, one in by_cell(unit, numbers).items():

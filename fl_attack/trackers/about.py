@@ -73,5 +73,5 @@ class Store(Protocol):
 
 
 def tagged(part: str, name: str) -> str:
-    """The name that a measure is logged by: `part/name`, or for the run itself, whose part is empty, `name`."""
+    """The name that a measure is logged by: `part/name`, or `name` where the part is empty; see `Store`."""
     return f"{part}/{name}" if part else name
