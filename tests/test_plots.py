@@ -56,6 +56,14 @@ def full(folder, **more):
     return sweep(folder, malicious=[1, 2, 4], budget=[0.25, 0.5, 1.0], goal=GOALS, seed=range(3), **more)
 
 
+def without(text, name):
+    """A table whose column of this name is empty."""
+    header, *rows = csv.reader(text.splitlines())
+    at = header.index(name)
+    cleared = ([*row[:at], "", *row[at + 1 :]] for row in rows)
+    return "".join(",".join(row) + "\n" for row in [header, *cleared])
+
+
 def is_whole(file):
     content = file.read_bytes()
     if file.suffix == ".pdf":
@@ -515,6 +523,15 @@ def test_every_word_is_of_a_setting_that_there_is():
     assert set(WORDS) <= {*known_keys(), "attack", "dataset", "model", "partition", "sanitize", "strategy"}
 
 
+def test_a_matrix_frames_no_row_where_nobody_attacks(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    folder = sweep(tmp_path, attack=["none"], strategy=["mean", "median"], malicious=[1, 2])
+    plots.matrix(folder, "strategy.name", "clients.malicious")
+    assert not figures[0].axes[0].patches
+    with (folder / "matrix.csv").open() as lines:
+        assert {row["worst"] for row in csv.DictReader(lines)} == {"0"}
+
+
 def test_a_matrix_of_several_budgets_is_several(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     swept = {"attack": ["none", "greedy"], "strategy": ["mean", "krum"], "budget": [0.5, 1.0]}
@@ -686,6 +703,8 @@ def test_gradients_are_drawn_where_the_table_has_them(tmp_path, monkeypatch):
         (["spread"], "a plot by k needs several values of k"),
         (["columns", "budget", "accuracy"], "no column accuracy; known: cell, clients.malicious,"),
         (["columns", "budget", "strategy.name"], "strategy.name is a column of text"),
+        (["heatmap", "drop"], "no cell has a number in drop"),
+        (["all", "drop"], "usage: python -m fl_attack.plots"),
         (
             ["columns", "budget", "flips", "cell"],
             "at most 12, the sweep has 14 (0, 1, ...)",
@@ -694,10 +713,20 @@ def test_gradients_are_drawn_where_the_table_has_them(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_drawn_is_told_in_one_line(arguments, message, tmp_path, capsys):
     sweep(tmp_path, strategy=["mean", "median"], budget=[i / 7 for i in range(7)])
+    table = tmp_path / "sweep.csv"
+    table.write_text(without(table.read_text(), "drop"))
     assert plots.main([str(tmp_path), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert [file.name for file in tmp_path.iterdir()] == ["sweep.csv"]
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["FOLDER", "heatmap", "--help"]])
+def test_help_is_printed_and_is_no_error(arguments, capsys):
+    assert plots.main(arguments) == 0
+    assert capsys.readouterr() == (plots.USAGE + "\n", "")
+    assert plots.main([]) == 2  # while a line that names no folder is one
+    assert capsys.readouterr() == ("", f"fl-attack: {plots.USAGE}\n")
 
 
 def test_one_seed_has_no_spread(tmp_path):

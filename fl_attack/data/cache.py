@@ -36,14 +36,14 @@ class CacheEntry:
 
 
 def folder() -> Path:
-    """Of the cache: `$FL_ATTACK_CACHE`, else `$XDG_CACHE_HOME/fl_attack`, else `~/.cache/fl_attack`."""
+    """The folder of the cache: `$FL_ATTACK_CACHE`, else `$XDG_CACHE_HOME/fl_attack`, else `~/.cache/fl_attack`."""
     if own := os.environ.get("FL_ATTACK_CACHE"):
         return Path(own).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fl_attack"
 
 
 def digest(value: object) -> str:
-    """Short hash of a JSON value."""
+    """24 hex digits, the same for equal JSON values; what JSON does not have counts by its `repr`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()[:24]
 
 
@@ -60,7 +60,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises
     ------
     InputError or RunError
-        Where the disk refuses: RunError where it is full.
+        Where the disk refuses: RunError where it is full or fails.
     """
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -83,7 +83,7 @@ def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool =
     Parameters
     ----------
     key : str
-        The name of the entry: of all that its content depends on.
+        The name of the entry; where the content would differ, so must the name.
     build : callable
         Gives its arrays and facts. Of several processes one builds, the others wait for it.
     verify : bool
@@ -98,6 +98,8 @@ def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool =
     ------
     InputError
         Where the folder can't be written to.
+    RunError
+        Where the disk is full.
     """
     place = folder() / key
     if found := _opened(place, verify):
@@ -114,7 +116,10 @@ def entry(key: str, build: Callable[[], tuple[Arrays, Facts]], *, verify: bool =
 
 @contextmanager
 def lock(name: str) -> Iterator[None]:
-    """Held by one process at a time; ends with the process, however that ends."""
+    """Hold the lock of this name, which one process has at a time, while the block runs; it ends with the process.
+
+    InputError or RunError where its file can't be written.
+    """
     file = folder() / f"{name}.lock"
     held = FileLock(file)
     try:
@@ -129,7 +134,7 @@ def lock(name: str) -> Iterator[None]:
 
 
 def _opened(place: Path, verify: bool) -> CacheEntry | None:
-    """The entry at `place`, or None where a part of it is missing, truncated or altered."""
+    """The entry at `place`, or None where a part of it is missing, truncated or, looked for with `verify`, altered."""
     try:
         meta = json.loads((place / "meta.json").read_bytes())
         fingerprint = meta.pop("fingerprint")
@@ -167,12 +172,12 @@ def _store(place: Path, arrays: Arrays, facts: Facts) -> None:
 
 
 def _checksum(file: Path) -> int:
-    """A hash of the content of a file."""
+    """The CRC-32 of the content of a file."""
     return zlib.crc32(np.memmap(file, np.uint8, "r"))  # type: ignore[arg-type]  # mapped: half the time of reading
 
 
 def _refusal(path: Path, error: OSError) -> InputError | RunError:
-    """The error that says in one line that a file can't be written, and why."""
+    """The error that says that a file can't be written, and why: a RunError where the disk is full or fails."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):  # nothing that the user typed is wrong
         return RunError(f"{path} can't be written: {error.strerror}")
     way_out = "; set FL_ATTACK_CACHE to a writable folder" if path.is_relative_to(folder()) else ""

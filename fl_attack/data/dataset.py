@@ -127,7 +127,7 @@ def load(
     classes : sequence of int or str, optional
         The classes to pick, by label or name, in that order: label 1 is `classes[1]`.
     scale : float, optional
-        What raw values are divided by; 255 for integers, 1 for floats, 16 for digits.
+        What raw values are divided by; by default 255 for integers, 1 for floats, 16 for digits.
     standardize : bool
         Whether each channel gets mean 0 and deviation 1 over the training samples; plain features are a channel each.
     channels : {1, 3}, optional
@@ -194,15 +194,15 @@ def _read(
 
 
 def _usual_scale(facts: cache.Facts, loader: str, place: Path, verify: bool) -> float:
-    """What raw values are divided by where no setting says it; InputError where that can't be told."""
+    """What raw values are divided by where no setting says it; InputError or a note as `_doubt_scale` has them."""
     scale: float = facts["scale"]
     if scale == 255 and facts["largest"] <= 1:
-        _refuse_to_guess(loader, place, verify)
+        _doubt_scale(loader, place, verify)
     return scale
 
 
-def _refuse_to_guess(loader: str, place: Path, verify: bool) -> None:
-    """InputError for whole numbers of at most 1, which are hardly pixels of 0 to 255; images are only spoken of."""
+def _doubt_scale(loader: str, place: Path, verify: bool) -> None:
+    """Tell that whole numbers of at most 1 are hardly pixels of 0 to 255: for an .npz by an InputError, else a note."""
     if loader == "npz":
         raise InputError(
             f"{place} holds whole numbers of at most 1, which don't look like pixels of 0 to 255; say by what they are "
@@ -260,7 +260,7 @@ class Stored:
         self._features = torch.empty(0, dtype=dtype)
 
     def take(self, samples: NDArray[np.int64]) -> torch.Tensor:
-        """`features` of samples (k,), (k, p) or (k, p + 1), which the next call overwrites."""
+        """`features` (k, p) or (k, p + 1) of the raw samples at positions (k,); the next call overwrites them."""
         at = torch.from_numpy(samples)
         if len(self._taken) != len(at):
             self._taken = self._raw.new_empty(len(at), self._raw.shape[1])
@@ -275,7 +275,7 @@ class Stored:
 
 
 def stamp(file: Path) -> tuple[str, int, int]:
-    """What tells one state of a file from another, without reading it."""
+    """Path, bytes and time of change (ns) of a file, which tell one state of it from another; InputError without it."""
     with reading(file):
         state = file.stat()
     return str(file), state.st_size, state.st_mtime_ns
@@ -294,11 +294,12 @@ def checked(raw: Raw, where: str) -> Raw:
     Returns
     -------
     Raw
+        Samples (n, p), each kind in the type that both can be stored as; the names are those given.
 
     Raises
     ------
     InputError
-        With what stands in the way.
+        Where samples are no finite numbers, differ in shape or kind, or labels are not whole numbers, one a sample.
     """
     x_train = _numbers(raw.x_train, f"{where}: x_train")
     x_test = _numbers(raw.x_test, f"{where}: x_test")
@@ -314,7 +315,7 @@ def checked(raw: Raw, where: str) -> Raw:
 
 
 def _numbers(x: np.ndarray, name: str) -> np.ndarray:
-    """The samples as finite numbers; InputError where they are something else."""
+    """The samples as they are; InputError where there are none, or they are no finite numbers."""
     if x.dtype.kind not in "uif":
         raise InputError(f"{name} holds {x.dtype}; images are integers or floats")
     if not x.ndim or not x.size:
@@ -325,14 +326,14 @@ def _numbers(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def _compact_type(x: np.ndarray) -> type[np.generic]:
-    """The type to store numbers as: bytes where all are, single precision unless they come in double."""
+    """The type to store numbers as: uint8 for integers from 0 to 255, float64 for wider floats, else float32."""
     if x.dtype.kind == "f":
         return np.float64 if x.dtype.itemsize > 4 else np.float32
     return np.uint8 if x.dtype == np.uint8 or (x.min() >= 0 and x.max() <= 255) else np.float32
 
 
 def _labels(y: np.ndarray, count: int, name: str) -> np.ndarray:
-    """The labels as whole numbers; InputError where they are something else."""
+    """The labels (count,) as int64; InputError where they are not as many, or no whole numbers."""
     if y.shape != (count,):
         raise InputError(f"{name} has shape {y.shape}; with a label per image it is ({count},)")
     if y.dtype.kind not in "buif":
@@ -345,7 +346,10 @@ def _labels(y: np.ndarray, count: int, name: str) -> np.ndarray:
 
 
 def _picked(raw: Raw, wanted: list[int | str] | None, where: str) -> tuple[cache.Arrays, tuple[str, ...]]:
-    """Samples of the wanted classes, renumbered in the order wanted, and the names of these classes."""
+    """Arrays of the samples of the wanted classes, labels in the order wanted, and the names of these classes.
+
+    InputError where these are fewer than two, no test sample is of them, or with all wanted one is of another.
+    """
     labels = np.unique(raw.y_train).tolist()
     names = [raw.names[label] if raw.names else str(label) for label in labels]
     chosen = range(len(labels)) if wanted is None else _places(wanted, labels, names)
@@ -367,7 +371,10 @@ def _picked(raw: Raw, wanted: list[int | str] | None, where: str) -> tuple[cache
 
 
 def _places(wanted: list[int | str], labels: list[int], names: list[str]) -> list[int]:
-    """Where each wanted class stands among the labels or, if it's a word, the names; numbers as names are both."""
+    """Positions of the wanted classes: of words among the names, of numbers among the labels.
+
+    Where all names are numbers, a number wanted is a name. InputError where one is unknown, or wanted twice.
+    """
     places: list[int] = []
     if all(name.isdecimal() for name in names):  # of folders: the third may be called 10
         labels = [int(name) for name in names]

@@ -109,14 +109,14 @@ def cifar_names(file: Path) -> list[str]:
 
 
 def _unpickled(file: Path) -> dict[str, Any]:
-    """The content of a file of Python 2, whose sum has been checked: it holds what its makers put there."""
+    """The dictionary in a pickled file of Python 2, whose sum must have been checked: to unpickle is to run."""
     with file.open("rb") as stream:
         found: dict[str, Any] = pickle.load(stream, encoding="latin1")
     return found
 
 
 def read_svhn(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 3, 32, 32) and labels (n,), of which the 0 is stored as a 10."""
+    """Images (n, 3, 32, 32) of uint8 and labels (n,), 0 to 9, of a file that has 10 for 0."""
     from scipy.io import loadmat  # type: ignore[import-untyped]
 
     content = loadmat(file)

@@ -21,7 +21,7 @@ LABELS = ("label", "labels", "fine_label", "y")  # columns, where none says that
 
 
 def hub_name(place: Path) -> str | None:
-    """The name of a data set of the Hub in a path; None where the path is one of this machine."""
+    """The name, as in owner/name, of a data set of the Hub in a path; None where the path is one of this machine."""
     parts = place.parts
     return "/".join(parts[parts.index(ON_THE_HUB) + 1 :]) if ON_THE_HUB in parts else None
 
@@ -34,12 +34,13 @@ def files(place: Path) -> list[Path]:
 
 
 def arrays(place: Path) -> tuple[list[np.ndarray], list[str] | None]:
-    """Samples and labels to train on and to test with, and the names of the labels if there are any.
+    """Training samples, their labels, test samples, their labels; and the names of the labels, None without any.
 
     Raises
     ------
     InputError
-        Where the extra is not installed, or there are no samples and labels of one kind.
+        Where the extra is not installed, a split or the labels are missing, or samples are no images of one size and no
+        numbers.
     """
     splits = _splits(place)
     if missing := [name for name in ("train", "test") if name not in splits]:
@@ -53,7 +54,7 @@ def arrays(place: Path) -> tuple[list[np.ndarray], list[str] | None]:
 
 
 def partitioned(name: str, args: dict[str, Any], labels: np.ndarray, clients: int, seed: int) -> np.ndarray:
-    """Deal samples with a partitioner of Flower Datasets.
+    """Assign samples to clients with a partitioner of Flower Datasets.
 
     Parameters
     ----------
@@ -108,7 +109,7 @@ def partitioned(name: str, args: dict[str, Any], labels: np.ndarray, clients: in
 
 
 def _splits(place: Path) -> Any:
-    """The splits of a data set by name, as tables of Hugging Face's."""
+    """The splits of a data set by name, as tables of Hugging Face's; InputError without the extra."""
     with _imported("dataset=hf"):
         import datasets
         from flwr_datasets import FederatedDataset
@@ -123,7 +124,7 @@ def _splits(place: Path) -> Any:
 
 
 def _label_column(features: Any, place: Path) -> str:
-    """The column that holds classes, or has a usual name."""
+    """The name of a column of classes, else of one in `LABELS`, best of one that is both; InputError without any."""
     classes = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
     named = [name for name in LABELS if name in features]
     if not classes + named:
@@ -132,7 +133,10 @@ def _label_column(features: Any, place: Path) -> str:
 
 
 def _samples(split: Any, label: str, place: Path) -> np.ndarray:
-    """The images of a split, or where there are none its numbers side by side."""
+    """The images of a split, (n, H, W) or (n, H, W, 3), else its columns of numbers, (n, columns) or of a list's shape.
+
+    InputError where it has neither, or images of several sizes.
+    """
     images = [name for name, kind in split.features.items() if type(kind).__name__ == "Image"]
     if images:
         pictures = (row[images[0]] for row in split.select_columns(images[:1]))
@@ -167,4 +171,5 @@ def _imported(what: str) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
+    """The message of an error in one line; its type where there is none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -71,13 +71,14 @@ def held(
     loader : str, optional
         Another name of `SOURCES`, for a folder as `dataset.root` or `dataset.path` names it.
     classes, channels, split, verify
-        As of `load`: where classes are picked, samples of others are left out.
+        As of `load`: where classes are picked, samples of others than the layout's are left out. Other settings of
+        `dataset` may be given, and are not used.
 
     Returns
     -------
     Held
-        In the order of the files. Labels without names count the classes of the layout, or name them where its own
-        are numbers.
+        In the order of the files. A label without a name is the number of a class of the layout, or where all of its
+        names are numbers, the name of one.
 
     Raises
     ------
@@ -95,7 +96,7 @@ def held(
 
 
 def _loader_of(place: Path, loader: str | None) -> str:
-    """The source that reads a place, by default that of a folder of images or of an .npz; InputError without any."""
+    """The name of the source of a place: `loader`, else that of image folders or .npz; InputError if unknown."""
     kind = loader or ("image_folder" if place.is_dir() else "npz")
     if kind not in SOURCES or SOURCES[kind].setting is None:
         names = ", ".join(name for name, source in SOURCES.items() if source.setting)
@@ -106,7 +107,7 @@ def _loader_of(place: Path, loader: str | None) -> str:
 def _read(
     kind: str, place: Path, option: list[object], layout: DataLayout, picked: bool
 ) -> tuple[cache.Arrays, cache.Facts]:
-    """The samples and labels at a place, by a source; InputError where they are not of the layout."""
+    """The arrays `x` and `y` at a place, as a cache entry of no facts; InputError where they don't fit the layout."""
     x, y, names = read_training(kind, place, *option)
     shape = x.shape[1:] or (1,)
     if shape != layout.shape:
@@ -126,7 +127,7 @@ def _read(
 
 
 def _labels(raw: Raw, layout: DataLayout, where: str, picked: bool) -> np.ndarray:
-    """The labels (n,) of the layout; -1 where a sample is of another class, an error unless some are `picked`."""
+    """The labels (n,) in the layout; -1 where a sample is of no class there, an InputError unless some are `picked`."""
     numbers = all(name.isdigit() for name in layout.classes)
     found = np.full(len(raw.y_train), -1)
     for label in np.unique(raw.y_train).tolist():

@@ -27,13 +27,13 @@ class Partition:
 
     @property
     def shards(self) -> list[np.ndarray]:
-        """The samples of each client, ascending."""
+        """The positions of each client's samples, ascending, by client."""
         by_client = np.argsort(self.client, kind="stable")[len(self.validation) :]
         return np.split(by_client, np.cumsum(np.bincount(self.client[by_client]))[:-1])
 
     @property
     def validation(self) -> np.ndarray:
-        """The samples of no client, ascending: the server's validation split."""
+        """The positions of the samples of no client, ascending: the server's validation split."""
         return np.flatnonzero(self.client < 0)
 
 
@@ -122,7 +122,7 @@ def _check_share(name: str, share: float, honest: int, malicious: int) -> None:
 
 
 def _kept(samples: int, held_out: float, seed: int) -> np.ndarray:
-    """The samples, ascending, that clients get: all but the share that the server holds out."""
+    """Positions, ascending, of the samples that clients get: all but those held out; InputError if these are none."""
     if not held_out:
         return np.arange(samples)
     count = round(held_out * samples)
@@ -137,10 +137,13 @@ class Deal(NamedTuple):
     name: str  # of `PARTITIONERS`
     options: Mapping[str, object]  # of its function
     seed: int
-    least: int  # samples that each client gets
+    least: int  # samples that each client must get
 
     def __call__(self, labels: np.ndarray, clients: int, stream: int, kind: str = "") -> np.ndarray:
-        """The client, from 0, of each sample with labels (n,), drawn from a stream; `kind` is of them, for messages."""
+        """The client (n,), from 0, of each sample with labels (n,), drawn from a stream of random numbers.
+
+        InputError where a client gets too few; `kind` says in the message which clients they are.
+        """
         if clients > len(labels):
             raise InputError(f"{len(labels)} samples are too few for {clients} {kind}clients; each needs one")
         rng = np.random.default_rng([self.seed, stream])
@@ -162,7 +165,7 @@ def _dealt_by_share(labels: np.ndarray, deal: Deal, chosen: np.ndarray, clients:
 
 
 def _chosen(seed: int, clients: int, malicious: int) -> np.ndarray:
-    """The malicious clients, ascending."""
+    """The malicious clients, ascending: the first so many of an order of all that the seed draws."""
     return np.sort(np.random.default_rng([seed, MALICIOUS]).permutation(clients)[:malicious])
 
 
@@ -214,10 +217,10 @@ def dirichlet(
     alpha : float
         Above 0.
     balanced : bool
-        Whether each client gets as many samples, of classes in proportions drawn from Dir(alpha) times their shares
-        of all.
+        Whether the clients' numbers of samples differ by at most one. A client's proportions of the C classes are then
+        drawn from a Dirichlet distribution of parameters alpha C q, for shares q of the classes among all samples.
     least : int
-        All is drawn anew while a client has fewer samples.
+        All is drawn anew, up to `DIRICHLET_DRAWS` times, while a client has fewer samples; not if `balanced`.
 
     Returns
     -------
@@ -267,7 +270,7 @@ def _shared_out(count: int, shares: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def _balanced(labels: np.ndarray, clients: int, rng: np.random.Generator, alpha: float) -> np.ndarray:
-    """Places are filled in turn by client, from the classes that are left, by the client's proportions."""
+    """The client (n,) of each sample: in turns, clients draw one of a class by their proportions of those left."""
     classes, of_class = np.unique(labels, return_inverse=True)
     left = np.bincount(of_class)
     prior = left / len(labels) * len(classes)
@@ -294,7 +297,7 @@ def given(
     labels, clients, rng
         As `iid` takes them; `rng` is not used, and the file must hold as many clients.
     path : str or Path
-        An .npz with `client`, an .npy, or a text with a number in each line.
+        An .npz with an array `client`, an .npy, or a text with a number in each line: each sample's client, from 0.
 
     Returns
     -------
@@ -310,7 +313,7 @@ def given(
 
 
 def _given(path: str | Path | None, clients: int, samples: int) -> np.ndarray:
-    """The client of each sample from a file: `client` of an .npz, an .npy, or a number in each line of a text."""
+    """The client (samples,) of each sample from a file, as `given` describes it."""
     if path is None:
         raise InputError("partition=given needs partition.path, a file with the client of each training sample")
     file = Path(path).expanduser()
@@ -361,6 +364,11 @@ def of_flower(
     array of int, (n,)
         The client of each sample.
 
+    Raises
+    ------
+    InputError
+        As `hugging_face.partitioned` raises it.
+
     References
     ----------
     https://flower.ai/docs/datasets/
@@ -386,7 +394,7 @@ def shards(labels: np.ndarray, clients: int, rng: np.random.Generator, *, s: int
     Raises
     ------
     InputError
-        Where there are fewer samples than pieces.
+        Where `s` is below 1, or there are fewer samples than pieces.
 
     References
     ----------

@@ -56,13 +56,13 @@ class Source:
     option: str | None = None  # the setting that both get as well
 
     def options(self, **settings: object) -> list[object]:
-        """What `files` and `read` get beside the place: the value of `option` among settings, or nothing."""
+        """What `files` and `read` get after the place: the value of `option` among settings in a list, or none."""
         return [] if self.option is None else [settings[self.option]]
 
 
 @contextmanager
 def reading(file: Path | str) -> Iterator[None]:
-    """Whatever a library raises on a damaged file, as an InputError that names the file."""
+    """Turn whatever the block raises into an InputError that names the file; an InputError stays as it is."""
     try:
         yield
     except InputError:
@@ -72,10 +72,12 @@ def reading(file: Path | str) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
+    """The message of an error in one line; its type where there is none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _read_digits(place: Path) -> Raw:
+    """The 1797 digits (n, 8, 8) that scikit-learn brings, the last 360 to test with; the place is not used."""
     from sklearn.datasets import load_digits
 
     bundled = load_digits()
@@ -84,16 +86,19 @@ def _read_digits(place: Path) -> Raw:
 
 
 def _read_mnist(root: Path) -> Raw:
+    """MNIST as stored under `root`, images (n, 28, 28)."""
     x_train, y_train, x_test, y_test = _read_idx(root, MNIST_FILES)
     return Raw(x_train, y_train, x_test, y_test)
 
 
 def _read_fashion_mnist(root: Path) -> Raw:
+    """Fashion-MNIST as stored under `root`, images (n, 28, 28), with its names."""
     x_train, y_train, x_test, y_test = _read_idx(root, FASHION_MNIST_FILES)
     return Raw(x_train, y_train, x_test, y_test, formats.CLOTHES)
 
 
 def _read_emnist(root: Path, split: str | None) -> Raw:
+    """A split of EMNIST stored under `root`, images (n, 28, 28) upright, labels from 0, with its names."""
     x_train, y_train, x_test, y_test = _read_idx(root, _emnist_files(split))
     first = int(split == "letters")  # letters count from 1
     upright = x_train.swapaxes(1, 2), x_test.swapaxes(1, 2)  # they are stored lying on their side
@@ -101,6 +106,7 @@ def _read_emnist(root: Path, split: str | None) -> Raw:
 
 
 def _emnist_files(split: str | None) -> list[str]:
+    """The files of a split of EMNIST, in the order of `IDX`; InputError for an unknown one."""
     if split not in formats.EMNIST:
         raise InputError(f"dataset.split={split} is unknown; use one of {', '.join(formats.EMNIST)}")
     return [f"EMNIST/raw/emnist-{split}-{name.replace('t10k', 'test')}" for name in IDX]
@@ -117,7 +123,7 @@ def _torchvision() -> ModuleType | None:
 
 
 def _read_idx(root: Path, files: list[str]) -> list[np.ndarray]:
-    """Images and labels to train on and to test with, in MNIST's format."""
+    """Training images, their labels, test images, their labels from files in MNIST's format."""
     library = _torchvision()
     arrays: list[np.ndarray] = []
     for name, kind in zip(files, 2 * ("image", "label"), strict=True):
@@ -130,13 +136,14 @@ def _read_idx(root: Path, files: list[str]) -> list[np.ndarray]:
 
 
 def _refuse_damaged(root: Path, files: list[str]) -> None:
-    """InputError where a file does not have its sum."""
+    """InputError where a file does not have the MD5 sum that was published."""
     for name in files:
         if not formats.is_as_published(root, name):
             raise InputError(f"{root / name} is damaged: its MD5 sum is wrong; delete it to download it anew")
 
 
 def _read_svhn(root: Path) -> Raw:
+    """SVHN as stored under `root`, images (n, 3, 32, 32), labels 0 to 9."""
     library = _torchvision()
     arrays: list[np.ndarray] = []
     for part, name in zip(("train", "test"), SVHN_FILES, strict=True):
@@ -152,14 +159,17 @@ def _read_svhn(root: Path) -> Raw:
 
 
 def _read_cifar10(root: Path) -> Raw:
+    """CIFAR-10 as stored under `root`; see `_read_cifar`."""
     return _read_cifar(root, "CIFAR10", CIFAR10_FILES)
 
 
 def _read_cifar100(root: Path) -> Raw:
+    """CIFAR-100 with its fine labels; see `_read_cifar`."""
     return _read_cifar(root, "CIFAR100", CIFAR100_FILES)
 
 
 def _read_cifar(root: Path, name: str, files: list[str]) -> Raw:
+    """Images (n, 32, 32, 3) and labels under `root`, with names; `name` is that of torchvision's class."""
     _refuse_damaged(root, files)
     library = _torchvision()
     *parts, test, meta = files
@@ -213,12 +223,13 @@ def read_training(loader: str, place: Path, *option: object) -> tuple[np.ndarray
 
 
 def _read_npz(file: Path) -> Raw:
+    """The four arrays of an .npz file, as they are; InputError where one is missing."""
     x_train, y_train, x_test, y_test = _arrays_of(file, Raw._fields[:4])
     return Raw(x_train, y_train, x_test, y_test)
 
 
 def _arrays_of(file: Path, keys: Sequence[str]) -> list[np.ndarray]:
-    """The arrays of these names in an .npz file."""
+    """The arrays of these names in an .npz file, in their order; InputError where one is missing."""
     if file.is_file() and not zipfile.is_zipfile(file):
         raise InputError(f"{file} is not an .npz file, or damaged; an .npz dataset holds {', '.join(keys)}")
     with reading(file), file.open("rb") as stream:  # numpy leaves a damaged file that it has opened open
@@ -229,6 +240,10 @@ def _arrays_of(file: Path, keys: Sequence[str]) -> list[np.ndarray]:
 
 
 def _read_image_folder(folder: Path, channels: int | None) -> Raw:
+    """Images (n, height, width, channels) in `train/CLASS/` and `test/CLASS/`, with the classes as names.
+
+    InputError where classes or sizes differ, or there is no image.
+    """
     classes = {part: _class_names(folder / part) for part in ("train", "test")}
     if odd := sorted(set(classes["train"]) ^ set(classes["test"])):
         raise InputError(f"{folder}: train and test need the same classes; only one has {', '.join(odd)}")
@@ -247,13 +262,14 @@ def _read_image_folder(folder: Path, channels: int | None) -> Raw:
 
 
 def _read_hf(place: Path) -> Raw:
+    """A data set of Hugging Face's; see `hugging_face.arrays`."""
     with reading(place):
         (x_train, y_train, x_test, y_test), names = hugging_face.arrays(place)
         return Raw(x_train, y_train, x_test, y_test, names)
 
 
 def _class_names(folder: Path) -> list[str]:
-    """The folders in a folder; those that are all numbers in the order of these."""
+    """Names of the folders in a folder: by number if every name is one, else by text; InputError without any."""
     with reading(folder):
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not names:
@@ -262,7 +278,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _images(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
-    """The images of each class, by their path, with its label."""
+    """The paths of the images in each class's folder, each with the position of the class as its label."""
     return [
         (file, label)
         for label, name in enumerate(names)
@@ -272,12 +288,16 @@ def _images(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
 
 
 def _files(folder: Path) -> list[Path]:
+    """All files at any depth of a folder, by folder and name."""
     walk = os.walk(folder, followlinks=True)
     return [Path(base, name) for base, _, found in sorted(walk) for name in sorted(found)]
 
 
 def _decoded(images: list[tuple[Path, int]], first: Path, shape: tuple[int, ...], channels: int) -> np.ndarray:
-    """Images of one shape as (n, height, width, channels) uint8, or where one has 16 bits float32 from 0 to 1."""
+    """Images of one shape as (n, height, width, channels) uint8, or where one has 16 bits float32 from 0 to 1.
+
+    InputError where one is not of the `shape`, which is that of the file `first`.
+    """
     from tqdm import tqdm
 
     pixels: np.ndarray = np.empty((len(images), *shape), np.uint8)
@@ -296,7 +316,7 @@ def _decoded(images: list[tuple[Path, int]], first: Path, shape: tuple[int, ...]
 
 
 def _decoded_one(file: Path, channels: int) -> np.ndarray:
-    """An image as (height, width, channels) uint8 or uint16; of an animation the first picture."""
+    """An image as (height, width, channels) uint8 or uint16, of an animation the first; InputError for other files."""
     from PIL import Image, UnidentifiedImageError
 
     with reading(file):
@@ -315,12 +335,12 @@ def _decoded_one(file: Path, channels: int) -> np.ndarray:
 
 
 def _under(folder: Path) -> list[Path]:
-    """All files below a folder of images."""
+    """All files below `train` and `test` in a folder of images, sorted."""
     return sorted(file for part in ("train", "test") for file in _files(folder / part))
 
 
 def _fetched(name: str, files: list[str], root: Path, **how: str) -> list[Path]:
-    """The files under `root`, downloaded by torchvision's class of that name if one is not there."""
+    """The paths of files under `root`, downloaded by torchvision's class `name` if one is missing; else InputError."""
     expected = [root / file for file in files]
     missing = next((file for file in expected if not file.is_file()), None)
     if missing is None:
@@ -338,7 +358,7 @@ def _fetched(name: str, files: list[str], root: Path, **how: str) -> list[Path]:
 
 
 def _download(name: str, root: Path, **how: str) -> None:
-    """With a progress bar for those who watch, and no long wait for a network that is not there."""
+    """Download with torchvision's class `name`: with a progress bar on terminals, and no long wait for the network."""
     library = _torchvision()
     if library is None:
         raise InputError("torchvision, which downloads, does not import")

@@ -1,7 +1,7 @@
 """A multirun: all cells of a grid, in one folder, batched where they share minibatches, and resumed where it stopped.
 
 Cells are cut into units of work. A unit that is done is kept under a key of everything that its numbers depend on;
-when all are there, the tables are written, which holds no times and so comes out the same however often it was cut.
+when all are there, the tables are written, which hold no times and so come out the same however often it was cut.
 """
 
 import csv
@@ -46,7 +46,7 @@ __all__ = [
     "tabulate_together",
 ]
 WORTH_WORKERS = 200  # cells, of which figures are drawn in workers
-Drawn = Callable[[Path], object]
+Drawn = Callable[[Path], object]  # draws the figures of the sweep whose tables are in a folder
 
 
 def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch | None = None) -> Path:
@@ -59,7 +59,7 @@ def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch 
     progress : Progress, optional
         What counts the cells that are done; by default it writes to the terminal.
     launch : callable, optional
-        With it the units are jobs of another launcher of Hydra's, see `elsewhere`.
+        With it the units are jobs of another of Hydra's launchers; see `elsewhere.Launch`.
 
     Returns
     -------
@@ -71,7 +71,7 @@ def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch 
     InputError
         Before any work starts, where a cell can't be run, a figure can't be drawn, or `out` holds what would be lost.
     RunError
-        Where all cells broke off.
+        Where all cells broke off, or as `tabulate` raises it.
     Interrupted
         Where a signal ends it; the message says what is kept and where.
     """
@@ -94,7 +94,7 @@ def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch 
 
 
 def broken_off(out: Path) -> tuple[int, int]:
-    """How many cells a sweep has, and how many of them broke off."""
+    """How many cells the table of a sweep in a folder has, and how many of them broke off."""
     with (out / folder.TABLE).open() as lines:
         errors = [row["error"] for row in csv.DictReader(lines)]
     return len(errors), sum(map(bool, errors))
@@ -114,6 +114,13 @@ def column(out: Path, name: str) -> list[float]:
     -------
     list of float
         One of each cell, in their order; NaN where there is none.
+
+    Raises
+    ------
+    KeyError
+        Where the table has no such column.
+    ValueError
+        Where the column holds text.
     """
     with (out / folder.TABLE).open() as lines:
         return [float(row[name] or "nan") for row in csv.DictReader(lines)]
@@ -149,6 +156,10 @@ def tabulate(
     ------
     InputError
         Before any work starts, where a cell can't be run or `out` holds what would be lost.
+    RunError
+        Where jobs left no numbers, were lost with their workers, or the disk is full; what is done is kept.
+    Interrupted
+        Where a signal ends it.
     """
     out = Path(cells[0].settings.out)
     tabulate_together([cells], None, progress, draw, launch, tracked)
@@ -163,14 +174,15 @@ def tabulate_together(
     launch: Launch | None = None,
     tracked: trackers.TrackedSweep | None = None,
 ) -> None:
-    """Compute grids that have an `out` each, and what they have in common once.
+    """Compute grids that have an `out` each, what they have in common once, and leave the tables of each in its `out`.
 
     Parameters
     ----------
     grids : sequence of sequences of Cell
         The cells of each grid.
     kept : Path or None
-        The folder of what an interrupted call leaves for the next one; None is one in the `out` of a single grid.
+        The folder of what an interrupted call leaves for the next one, removed when all is done; None: the folder
+        `units` in the `out` of a single grid.
     progress : Progress, optional
         The progress bar, which counts the cells of all grids.
     draw, launch, tracked
@@ -178,8 +190,8 @@ def tabulate_together(
 
     Raises
     ------
-    InputError
-        As `tabulate` raises it, for any of the grids.
+    InputError, RunError, Interrupted
+        As `tabulate` raises them, for any of the grids.
     """
     cells = list(itertools.chain(*grids))
     scenarios = engine.make_scenarios([cell.settings for cell in cells])
@@ -194,6 +206,7 @@ def tabulate_together(
     own = {f"{unit.key}.npz" for unit in work}
 
     def goes_on(at: Path) -> bool:
+        """Whether what an earlier call kept in a folder is of this work: one of its units, or nothing at all."""
         there = {file.name for file in (at / folder.UNITS).glob("*.npz")}
         return bool(there & own) or not there
 
@@ -225,7 +238,7 @@ def tabulate_together(
 
 
 def _on_a_processor(scenario: Scenario) -> Scenario:
-    """An experiment as it is without a GPU."""
+    """The experiment with its engine and its clients on the processor."""
     update = {"device": "cpu", "client_device": "cpu"}
     chosen = scenario.settings.model_copy(update={"engine": scenario.settings.engine.model_copy(update=update)})
     return Scenario(chosen, scenario.dataset, scenario.partition, scenario.schedule)
@@ -241,7 +254,10 @@ def _computed(
     launch: Launch | None,
     children: Children,
 ) -> dict[int, Numbers]:
-    """The numbers of all scenarios: what is kept, unless all is done `anew`, and the others computed."""
+    """The numbers of scenarios by their positions: read from `kept` unless `anew`, the others computed and kept there.
+
+    `cells` are what the progress bar counts to, more than scenarios where cells share one.
+    """
     done: dict[int, Numbers] = {}
     with nullcontext(progress) if progress else Progress(cells) as progress:
         progress.skip(cells - len(scenarios))
@@ -274,7 +290,7 @@ def _computed(
 
 @contextmanager
 def _explain_interruption(out: Path, kept: Path) -> Iterator[None]:
-    """A signal that ends the block says what is kept."""
+    """Turn a signal's KeyboardInterrupt in the block into an Interrupted that says what is kept."""
     try:
         yield
     except KeyboardInterrupt as signalled:
@@ -284,7 +300,7 @@ def _explain_interruption(out: Path, kept: Path) -> Iterator[None]:
 
 
 def _check_figures(cells: Sequence[Cell], scenarios: Sequence[Scenario]) -> None:
-    """InputError where a figure that is asked for can't be drawn: it is, of numbers drawn by lot."""
+    """InputError where a figure of `figures` can't be drawn: each is tried with random numbers, and not kept."""
     if not cells[0].settings.figures:
         return
     rng = np.random.default_rng(0)
@@ -302,7 +318,7 @@ def _check_figures(cells: Sequence[Cell], scenarios: Sequence[Scenario]) -> None
 def _draw_all(out: Path, settings: Settings) -> None:
     """Draw the figures that a sweep's table allows and those asked for; none where all cells broke off.
 
-    Those of many cells are drawn side by side, in worker processes.
+    The former are drawn in worker processes where there are many cells, or `settings.workers` asks for several.
     """
     cells, lost = broken_off(out)
     if cells == lost:

@@ -15,23 +15,23 @@ OF_SEVERAL = ("drop", "rounds_to_recover")  # results that need the cell of the 
 
 
 class Children:
-    """What a sweep's trackers are told of its cells; nothing without trackers."""
+    """Tells a sweep's trackers of its cells; does nothing without trackers."""
 
     def __init__(
         self, tracked: trackers.TrackedSweep | None, scenarios: Sequence[Scenario], place: Sequence[int]
     ) -> None:
-        """`place` tells of each cell which of the experiments that are computed gives its numbers."""
+        """`scenarios` are of all cells; `place` has the position of each cell's among the experiments computed."""
         self.tracked, self.scenarios = tracked, scenarios
         self._cells: defaultdict[int, list[int]] = defaultdict(list)
         for cell, at in enumerate(place):
             self._cells[at].append(cell)
 
     def observer(self, at: int, history: History) -> OnRound | None:
-        """What logs the first cell of an experiment while it runs, others when done; see `trackers.TrackedSweep`."""
+        """The observer that logs the first of the cells sharing experiment `at`, or None; for others see `done`."""
         return self.tracked.observer(self._cells[at][0], history) if self.tracked else None
 
     def done(self, unit: Unit, numbers: Numbers) -> None:
-        """Log the cells of a unit; of both see `by_cell`."""
+        """Log all cells that share the experiments of a unit, with its numbers; see `by_cell`."""
         if self.tracked is None or not self.tracked.names:
             return
         for at, one in by_cell(unit, numbers).items():
@@ -44,7 +44,7 @@ class Children:
 
 
 def number(value: str | int | float) -> str | int | float:
-    """A value of a table as a number, where it is one."""
+    """Text that reads as a float as that float, any other value as it is."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

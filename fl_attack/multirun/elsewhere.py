@@ -1,4 +1,4 @@
-"""Units of a sweep as jobs of another launcher of Hydra's: a SLURM array, processes of joblib.
+"""Units of a sweep as jobs of another of Hydra's launchers: a SLURM array, processes of joblib.
 
 A job is told the file of its unit, and leaves the unit's numbers beside it. So the folder of the sweep must be one that
 all machines see; in return a job that ends after the sweep was broken off is not lost.
@@ -19,7 +19,7 @@ from fl_attack.multirun.units import Numbers, Unit, read, saver
 from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 
-Launch = Callable[[Sequence[Path]], None]  # has `compute_file` called with each of these, on whatever machines
+Launch = Callable[[Sequence[Path]], None]  # has `compute_file` called with each file, and returns when all have ended
 
 
 def launched(
@@ -42,12 +42,12 @@ def launched(
     launch : callable
         Gets the files of the jobs and returns when they have ended.
     done : callable
-        Called with each unit and its numbers.
+        Called here, once all jobs have ended, with each unit that has numbers, and these.
 
     Raises
     ------
     RunError
-        Where a job left no numbers; those of the others are kept.
+        Where a job left no numbers; those of the others are kept. An error of the launcher counts only then.
     """
     if not todo:
         return
@@ -76,12 +76,12 @@ def launched(
 
 
 def compute_file(file: Path, threads: int) -> None:
-    """Compute the unit that a file tells, and leave its numbers beside it: what a job does.
+    """Compute the unit that a file describes, and leave its numbers beside it in a .npz: what a job does.
 
     Parameters
     ----------
     file : Path
-        The settings of the unit's cells, as JSON.
+        A list in JSON of the settings of the unit's cells, each a text in JSON; named by the key of the unit.
     threads : int
         Threads of torch.
     """

@@ -24,7 +24,7 @@ from fl_attack.progress import Progress
 from fl_attack.scenario import Scenario
 
 OnNumbers = Callable[[Unit, Numbers], None]
-Observe = Callable[[int, History], OnRound | None]  # of a cell, what looks on while it runs
+Observe = Callable[[int, History], OnRound | None]  # of an experiment's position and history, its observer
 OnSteps = Callable[[int, int], None]  # gets the position of a job and how many rounds of its cells are done
 Packed = tuple[int, list[str]]  # the threads to use, and the settings of cells in JSON
 WORTH_WORKERS = 4.0  # seconds of computing below which workers would take longer to start
@@ -37,14 +37,15 @@ class UnitJob:
     cells: list[Scenario]
 
     def packed(self, threads: int) -> Packed:
-        """The job as what another process can take, see `numbers_of_job`."""
+        """The job for another process, see `numbers_of_job`, where this number of threads is free."""
         return self.threads(threads), [cell.settings.model_dump_json() for cell in self.cells]
 
     def threads(self, free: int) -> int:
-        """The threads that it uses of those that are free."""
+        """The number of threads that it uses where `free` are: all for a linear model, one for others."""
         return free if engine.is_linear(self.cells[0]) else 1  # convolutions sum otherwise with another number
 
 
+# gets jobs and the settings of any of their cells; yields the position and numbers of each job as it is done
 Launcher = Callable[[Sequence[UnitJob], Settings, OnSteps], Iterator[tuple[int, Numbers]]]
 
 
@@ -62,13 +63,19 @@ def compute(
     todo : sequence of Unit
         The units; the order in which they are done may be another.
     scenarios : sequence of Scenario
-        The experiments of all cells of the sweep.
+        The experiments; units have their positions.
     progress : Progress
         The progress bar, which counts cells.
     keep : callable
         Called with each unit and its numbers, in this process.
     observe : callable
-        Gives what looks on while a cell runs on Flower, of the cell and its history; None for nobody.
+        Called with the position and the history of an experiment that is about to run on Flower; gives the observer of
+        its rounds, or None.
+
+    Raises
+    ------
+    RunError
+        Where a unit of the batched engine was lost with its workers. On Flower a cell that breaks off is kept as such.
     """
     batched = [unit for unit in todo if scenarios[unit.cells[0]].settings.engine.name == "batched"]
     if batched:
@@ -101,7 +108,7 @@ def launcher_of(settings: Settings) -> str:
 
 
 def _local(jobs: Sequence[UnitJob], settings: Settings, on_steps: OnSteps) -> Iterator[tuple[int, Numbers]]:
-    """Compute jobs on the processors of this machine."""
+    """The launcher of this machine: worker processes where they are worth their start, else this process."""
     count = worker_count([job.cells for job in jobs], settings)
     if count > 1:
         threads = max(1, (settings.workers or workers.processors()) // count)
@@ -122,7 +129,7 @@ def _local(jobs: Sequence[UnitJob], settings: Settings, on_steps: OnSteps) -> It
 
 
 def _on_ray(jobs: Sequence[UnitJob], settings: Settings, on_steps: OnSteps) -> Iterator[tuple[int, Numbers]]:
-    """Compute jobs on the workers of a Ray cluster."""
+    """The launcher of a Ray cluster, on its workers."""
     from fl_attack import federation
 
     threads, address = torch.get_num_threads(), settings.engine.ray_address
@@ -146,7 +153,7 @@ def worker_count(jobs: Sequence[Sequence[Scenario]], settings: Settings) -> int:
     Returns
     -------
     int
-        1 where the units are best computed in this process.
+        From 1, for units best computed in this process, to `workers` or the number of processors.
     """
     wanted = settings.workers or workers.processors()
     if torch.device(settings.engine.device).type != "cpu":
@@ -189,7 +196,10 @@ def _threads(number: int) -> Iterator[None]:
 def _one_by_one(
     todo: Sequence[Unit], scenarios: Sequence[Scenario], progress: Progress, keep: OnNumbers, observe: Observe
 ) -> None:
-    """Run cells of the Flower engine one after the other, over the same clients where they have as many."""
+    """Run cells of the Flower engine one after the other, over the same clients where number and engine are equal.
+
+    A cell that breaks off is kept with its error and what it has recorded.
+    """
     by_grid: dict[str, list[Unit]] = {}
     for unit in todo:
         settings = scenarios[unit.cells[0]].settings
@@ -218,7 +228,7 @@ def _one_by_one(
 
 
 def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] = lambda rounds: None) -> Numbers:
-    """The numbers of cells that can run together.
+    """The numbers of cells of one group of `engine.group`, computed together in this process.
 
     Parameters
     ----------
@@ -252,7 +262,7 @@ def batched_numbers(cells: Sequence[Scenario], progress: Callable[[int], None] =
 
 
 def numbers_of_job(job: Packed, progress: Callable[[int], None]) -> Numbers:
-    """The numbers of cells that another process has packed: what a worker does.
+    """Set the threads of torch, and compute cells that another process has packed: what a worker does.
 
     Parameters
     ----------

@@ -36,7 +36,7 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
     out : Path
         The folder that the tables are written to.
     cells, scenarios, numbers : sequences
-        What was asked of each cell, its experiment, and what it gave; of equal length.
+        The overrides and settings of each cell, its experiment, and its numbers, without an axis of cells.
     """
     rounds = [one.table[:, COLUMNS.index("round")] for one in numbers]
     evaluations = max(rounds, key=lambda column: np.isfinite(column).sum())  # others broke off or stopped earlier
@@ -68,7 +68,7 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
 
 
 def columns_of(cells: Sequence[Cell]) -> list[str]:
-    """The columns of the table of these cells."""
+    """Names of the columns of these cells' table: `cell`, the keys that they override, and `RESULTS`."""
     swept = dict.fromkeys(key for cell in cells for key in cell.overrides if key not in RESULTS)
     return ["cell", *swept, *RESULTS]
 
@@ -83,12 +83,13 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
     numbers : Numbers
         The numbers that are kept of this one cell.
     twin : Numbers, optional
-        The numbers of the unattacked twin, where the sweep holds it.
+        The numbers of the unattacked twin; without it, `drop` and `rounds_to_recover` are empty.
 
     Returns
     -------
     dict
-        Floats as text of nine digits; empty text where a result is not defined.
+        Floats as text of nine digits; empty text where a result is not defined, as all of the model (`OF_MODEL`) of a
+        cell that broke off.
     """
     values = {name: numbers.table[:, i] for i, name in enumerate(COLUMNS)}
     rounds = values["round"][~np.isnan(values["round"])]
@@ -126,7 +127,7 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
 
 
 def final_accuracy(numbers: Numbers, scenario: Scenario) -> float:
-    """Test accuracy of the model that a cell ends with.
+    """Test accuracy of the model that a cell gives: the last, or the best where early stopping restores it.
 
     Parameters
     ----------
@@ -145,15 +146,15 @@ def final_accuracy(numbers: Numbers, scenario: Scenario) -> float:
     return float(rows[row, COLUMNS.index("test_accuracy")])
 
 
-def _detectability(values: dict[str, NDArray[np.float64]], rounds: int) -> dict[str, Any]:
-    """Means of `MEASURES` over the rounds in which they have a value; empty text where there is no such round."""
-    found = {name: values[name][:rounds] for name in MEASURES}
+def _detectability(values: dict[str, NDArray[np.float64]], rows: int) -> dict[str, Any]:
+    """Means of `MEASURES` over those of the first `rows` evaluations in which they are finite, else empty text."""
+    found = {name: values[name][:rows] for name in MEASURES}
     finite = {name: column[np.isfinite(column)] for name, column in found.items()}
     return {name: float(column.mean()) if len(column) else "" for name, column in finite.items()}
 
 
 def _recovered(scenario: Scenario, numbers: Numbers, twin: Numbers) -> float | str:
-    """Rounds after the attack until the accuracy is again the twin's; empty text where it never is."""
+    """`rounds_to_recover` of a cell; empty text where it never does, nobody attacks, or the rows are not the twin's."""
     rounds, accuracy, honest = (
         table[:, COLUMNS.index(name)]
         for table, name in ((numbers.table, "round"), (numbers.table, "test_accuracy"), (twin.table, "test_accuracy"))

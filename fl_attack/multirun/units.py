@@ -18,26 +18,29 @@ from fl_attack.scenario import Scenario
 
 @dataclass(frozen=True)
 class Unit:
-    """Cells that are computed together."""
+    """Experiments that are computed together."""
 
-    cells: list[int]
-    key: str
+    cells: list[int]  # their positions among the experiments of the sweep that are computed
+    key: str  # of all that their numbers depend on
 
 
 PARTS = 20  # of the test set: the images i, i + 20, i + 40, ... each
 
 
 class Numbers(NamedTuple):
-    """The numbers that are kept of the cells of a unit."""
+    """The numbers that are kept of the cells of a unit; of a single cell without the first axis."""
 
-    table: NDArray[np.float64]  # (cells, evaluations, columns of `history.COLUMNS`); NaN after a cell broke off
-    flips: NDArray[np.int64]  # (cells,)
+    table: NDArray[np.float64]  # (cells, evaluations, columns of `history.COLUMNS`); NaN after a cell ended early
+    flips: NDArray[np.int64]  # (cells,) flipped labels used in all rounds
     error: NDArray[np.str_]  # (cells,) empty where a cell ended well
     wrong: NDArray[np.int64]  # (cells, PARTS) mistakes of the model given on each part of the test set
 
 
 def plain(scenario: Scenario) -> Scenario:
-    """An experiment without the settings that change none of its numbers: unattacked ones of a seed become equal."""
+    """An unattacked experiment without settings that change none of its numbers, so that those of a seed become equal.
+
+    Attacked ones, and those with `detectability`, are given back as they are.
+    """
     settings = scenario.settings
     if not settings.is_unattacked or settings.detectability:
         return scenario
@@ -50,7 +53,7 @@ def plain(scenario: Scenario) -> Scenario:
 
 
 def distinct_experiments(scenarios: Sequence[Scenario]) -> tuple[list[Scenario], list[int]]:
-    """The experiments of which no two give the same numbers, and which of them each one is."""
+    """The different experiments, each `plain`, and the position of each of `scenarios` among them."""
     places: dict[str, int] = {}
     kept: list[Scenario] = []
     place = []
@@ -64,7 +67,7 @@ def distinct_experiments(scenarios: Sequence[Scenario]) -> tuple[list[Scenario],
 
 
 def units(scenarios: Sequence[Scenario]) -> list[Unit]:
-    """The work, cut: groups of batched cells into pieces as large as suits their model, cells of Flower one by one."""
+    """Units of all experiments: groups of batched ones cut as suits their model, those of Flower one by one."""
     batched = [i for i, scenario in enumerate(scenarios) if scenario.settings.engine.name == "batched"]
     cuts = [[i] for i, scenario in enumerate(scenarios) if scenario.settings.engine.name != "batched"]
     for group in engine.group([scenarios[i] for i in batched]):
@@ -75,7 +78,7 @@ def units(scenarios: Sequence[Scenario]) -> list[Unit]:
 
 
 def mistakes(scenario: Scenario, theta: Tensor, test_set: tuple[Tensor, Tensor]) -> NDArray[np.int64]:
-    """The mistakes of a model on each part of the test set.
+    """How many samples of each part of the test set a model gets wrong.
 
     Parameters
     ----------
@@ -89,7 +92,7 @@ def mistakes(scenario: Scenario, theta: Tensor, test_set: tuple[Tensor, Tensor])
     Returns
     -------
     array of int, (PARTS,)
-        Image i belongs to the part i modulo `PARTS`.
+        Sample i belongs to the part i modulo `PARTS`.
     """
     X, y = test_set
     found = scenario.model.class_logits(theta.to(X.dtype), X).argmax(-1) != y
@@ -97,7 +100,10 @@ def mistakes(scenario: Scenario, theta: Tensor, test_set: tuple[Tensor, Tensor])
 
 
 def stacked(outcomes: Sequence[tuple[NDArray[np.float64], int, str, NDArray[np.int64]]]) -> Numbers:
-    """The tables (evaluations, columns), flips, errors and mistakes of cells as one; what is shorter ends with NaN."""
+    """The numbers of cells from each one's table (evaluations, columns), flips, error and mistakes (PARTS,).
+
+    Tables of fewer evaluations end with NaN.
+    """
     longest = max(len(table) for table, *_ in outcomes)
     table = np.full((len(outcomes), longest, len(COLUMNS)), np.nan)
     for i, (rows, *_) in enumerate(outcomes):
@@ -107,25 +113,25 @@ def stacked(outcomes: Sequence[tuple[NDArray[np.float64], int, str, NDArray[np.i
 
 
 def by_cell(unit: Unit, numbers: Numbers) -> dict[int, Numbers]:
-    """The numbers of each cell of a unit.
+    """The numbers of each experiment of a unit.
 
     Parameters
     ----------
     unit : Unit
-        The positions of its cells in the sweep.
+        The unit, which has the positions of its experiments.
     numbers : Numbers
         The numbers of all cells of the unit, along the first axis.
 
     Returns
     -------
     dict of int to Numbers
-        The numbers of a cell by its position.
+        The numbers of each experiment, without an axis of cells, by its position.
     """
     return {cell: Numbers(*(part[i] for part in numbers)) for i, cell in enumerate(unit.cells)}
 
 
 def random_numbers(scenario: Scenario, rng: np.random.Generator) -> Numbers:
-    """Random numbers in place of those of a cell, to try figures with; see `stacked`."""
+    """Random numbers (see `stacked`) in place of those of one cell, of two evaluations, to try figures with."""
     table = rng.uniform(0.2, 0.8, (2, len(COLUMNS)))
     table[:, COLUMNS.index("round")] = 0, scenario.settings.rounds
     if scenario.settings.early_stop.patience is None:
@@ -152,7 +158,7 @@ def saver(numbers: Numbers, key: str) -> Callable[[Any], None]:
 
 
 def read(file: Path) -> Numbers | None:
-    """Numbers kept in a file that has the name of their unit; None where there is none, or it is damaged or another."""
+    """The numbers in a file named by their unit's key; None where it is missing, damaged, or of another unit."""
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             if str(stored["key"]) != file.stem:

@@ -56,7 +56,10 @@ __all__ = [
 
 
 def all_of_sweep(folder: Path, mapped: Callable[..., Iterable[list[Path]]] = map) -> list[Path]:
-    """Draw every figure that the swept columns allow; settings besides k, b, goal and seed by `columns`.
+    """Draw `heatmap`, `budget`, `difference`, `spread` where the swept columns allow them, and `columns` of others.
+
+    That is the final accuracy against each setting that was swept besides k, b, goal and seed; against the goal where
+    nothing else can be drawn.
 
     Parameters
     ----------
@@ -68,7 +71,7 @@ def all_of_sweep(folder: Path, mapped: Callable[..., Iterable[list[Path]]] = map
     Returns
     -------
     list of Path
-        The files written.
+        The files written; none where all cells broke off.
 
     Raises
     ------
@@ -88,7 +91,7 @@ def all_of_sweep(folder: Path, mapped: Callable[..., Iterable[list[Path]]] = map
 
 
 def _if_drawable(folder: Path, figure: Sequence[str]) -> list[Path]:
-    """The files of a figure, its kind and columns; none where the sweep does not hold what it shows."""
+    """Draw a figure, its kind and columns, and give its files; none where the sweep does not hold what it shows."""
     try:
         return draw(folder, *figure)
     except NotDrawableError:
@@ -145,7 +148,7 @@ def draw(folder: Path, kind: str, *names: str) -> list[Path]:
 
 
 def columns_of(kind: str, *names: str) -> list[str]:
-    """The columns that a figure is of, those by default included.
+    """The columns that a figure takes, those by default included and empty ones left out.
 
     Parameters
     ----------
@@ -166,14 +169,15 @@ def columns_of(kind: str, *names: str) -> list[str]:
     """
     if kind not in PLOTS:
         raise InputError(f"{kind} is not a kind of plot; known: {', '.join(PLOTS)}{did_you_mean(kind, PLOTS)}")
-    takes = list(signature(PLOTS[kind]).parameters.values())[1:]
+    _, *others = signature(PLOTS[kind]).parameters.values()
+    takes = [one for one in others if one.default is Parameter.empty or not callable(one.default)]  # columns
     if not sum(one.default is Parameter.empty for one in takes) <= len(names) <= len(takes):
         raise InputError(USAGE)
     return [name for name in (*names, *(one.default for one in takes[len(names) :])) if name]
 
 
 def all_asked(folder: Path) -> list[Path]:
-    """Every figure that the swept columns allow, and those that the `config.yaml` of the sweep asks for."""
+    """Draw `all_of_sweep` and what the `config.yaml` of the sweep asks for; gives the files, each once."""
     written = all_of_sweep(folder)
     for figure in asked(folder):
         written += draw(folder, *figure)
@@ -190,10 +194,13 @@ def asked(folder: Path) -> list[list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Draw what the command line names and print the files; the exit code is 0, or 2 for bad input."""
+    """Draw what the command line names and print the files, or with --help the usage; gives 0, or 2 for bad input."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return 0
     try:
         titled, arguments = BARE not in arguments, [one for one in arguments if one != BARE]
-        if not arguments or arguments[-1] in ("-h", "--help"):
+        if not arguments:
             raise InputError(USAGE)
         folder, *rest = arguments
         with nullcontext() if titled else untitled():

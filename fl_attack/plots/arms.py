@@ -21,11 +21,14 @@ class Meeting(NamedTuple):
     defence: str
     attack: str
     accuracy: NDArray[np.float64]  # (seeds,) in percent
-    harm: NDArray[np.float64]  # (seeds,) the accuracy of the same defence and seed without attackers, less this one
+    harm: NDArray[np.float64]  # (cells,) the accuracy of the same defence and seed without attackers, less this one
 
     @property
     def verdict(self) -> str:
-        """The side of zero that the interval of the harm is on: harm, gain, or neither; empty where nobody attacks."""
+        """Where the interval of the harm is: "harm" above zero, "gain" below, else "includes zero".
+
+        Empty where nobody attacks, and "one seed" where there is no interval.
+        """
         mean, half = mean_interval(self.harm)
         if self.attack == UNATTACKED:
             return ""
@@ -98,14 +101,14 @@ def arms(folder: Path) -> list[Path]:
 
 
 def _shown(one: Meeting) -> str:
-    """The accuracy of a meeting with its interval, marked where the interval of its harm includes zero."""
+    """Mean accuracy and half its interval in percent, as text that ends with ° where the harm's includes zero."""
     mean, half = mean_interval(one.accuracy)
     spread = f" ± {half:.0f}" if np.isfinite(half) else ""
     return f"{mean:.0f}{spread}" + ("°" if one.verdict == "includes zero" else "")
 
 
 def meetings(sweep: Sweep) -> list[Meeting]:
-    """Every defence and attack of a sweep, by setting, in the order of the table."""
+    """A meeting for each setting, defence and attack of a sweep, in the order in which the table has them first."""
     setting = sweep.labels(sweep.varied(NAME, ADAPT, STRATEGY, PRE, SANITIZE))
     defence, attack = _defences(sweep), _attacks(sweep)
     accuracy = sweep.column(ACCURACY)
@@ -126,7 +129,7 @@ def meetings(sweep: Sweep) -> list[Meeting]:
 
 
 def _defences(sweep: Sweep) -> list[str]:
-    """The defence of each cell: pre-aggregators, rule, and what clients leave out."""
+    """The defence of each cell in one text: pre-aggregators, rule, and label sanitization if there is one."""
     pre, rule, left_out = (
         _texts(sweep, name, plain) for name, plain in ((PRE, "[]"), (STRATEGY, "mean"), (SANITIZE, "none"))
     )
@@ -138,7 +141,7 @@ def _defences(sweep: Sweep) -> list[str]:
 
 
 def _attacks(sweep: Sweep) -> list[str]:
-    """The attack of each cell, and whether it adapts."""
+    """The name of each cell's attack, which ends with ", adapted" where it adapts to the rule."""
     name, adapt = (_texts(sweep, column, UNATTACKED) for column in (NAME, ADAPT))
     return [
         f"{one}, adapted" if how == "rule" and one != UNATTACKED else one for one, how in zip(name, adapt, strict=True)
@@ -146,7 +149,7 @@ def _attacks(sweep: Sweep) -> list[str]:
 
 
 def _texts(sweep: Sweep, column: str, plain: str) -> list[str]:
-    """A column as text; where the sweep has none such, `plain`."""
+    """A column as text, one of each cell; `plain` where the sweep has none such."""
     if column not in sweep.cells.columns:
         return [plain] * len(sweep)
     return [str(value) for value in sweep.column(column).tolist()]

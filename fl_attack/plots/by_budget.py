@@ -92,7 +92,8 @@ def budget(folder: Path) -> list[Path]:
 def spread(folder: Path) -> list[Path]:
     """Draw the standard deviation of the final accuracy over seeds by k, pooled over b: a line for each setting.
 
-    Returns `spread.png` and `.pdf`; NotDrawableError where k does not vary or there is one seed.
+    Returns `spread.png` and `.pdf`; NotDrawableError where k does not vary, no setting has two seeds, or there are more
+    settings than panels.
     """
     sweep = read_sweep(folder)
     require_several(sweep.column(K), "a plot by k", "k")
@@ -124,7 +125,7 @@ def panel_and_line(sweep: Sweep, *shown: str) -> tuple[Array, Array]:
     sweep : Sweep
         Its swept columns that those shown do not tell are the settings.
     shown : str
-        Columns that the figure shows otherwise.
+        Columns that are on an axis of the figure.
 
     Returns
     -------
@@ -151,7 +152,7 @@ def deviations_over_seeds(sweep: Sweep, panel: Array, line: Array) -> dict[tuple
     Returns
     -------
     dict of (str, str, float) to float
-        In points (of 100), by panel, line and write access k; NaN where no setting has two seeds.
+        In percentage points, by panel, line and write access k; NaN where no setting has two seeds.
     """
     k, accuracy = sweep.column(K), sweep.column(ACCURACY)
     groups: dict[tuple[str, str, float], list[Floats]] = {}

@@ -80,7 +80,7 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
 
 
 def _places(across: Array) -> tuple[Array, list[str]]:
-    """Where values stand along an axis: numbers at themselves, text at the number of its name; and these names."""
+    """Positions of values (n,) along an axis, and the texts that stand at 0, 1, ...; numbers are at themselves."""
     if across.dtype.kind == "f":
         return across, []
     levels = sorted(set(across))
@@ -88,7 +88,7 @@ def _places(across: Array) -> tuple[Array, list[str]]:
 
 
 def _scale(axes: Any, levels: list[str], across: Array) -> None:
-    """Name the places of an axis of text, or stretch one of positive numbers that span a factor of 50."""
+    """Name the ticks of an axis of text, or make one of positive numbers that span a factor of 50 logarithmic."""
     if levels:
         names = [canvas.shortened(format_value(one)) for one in levels]
         long = len("  ".join(names)) > 60

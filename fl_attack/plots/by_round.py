@@ -37,19 +37,24 @@ def curves(folder: Path) -> list[Path]:
 
 
 def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
-    """Draw `curves`, with a summary that is not in the folder yet, since it says that the run is whole.
+    """Draw `curves` with a summary that is given: its file is written last, since it marks the run as finished.
 
     Parameters
     ----------
     folder : Path
         The folder of the run, with its table of rounds; the figure goes there.
     summary : mapping
-        The content that `summary.json` will have.
+        The content that `summary.json` will have: `budget` and, unless that is 0, `write_access`.
 
     Returns
     -------
     list of Path
-        The files written.
+        `curves.png` and `.pdf`.
+
+    Raises
+    ------
+    InputError
+        Where the folder has no readable `rounds.csv`.
     """
     figure, panels = canvas.panels([""], 6.4, 3.8, "round", "test accuracy")
     axes = panels[""]
@@ -69,7 +74,7 @@ def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
 
 
 def plan(folder: Path) -> list[Path]:
-    """Draw how the objective of planned flips rose, sweep by sweep, from each start.
+    """Draw how the objective of planned flips rose from each start, with the planner's passes over the rounds (sweeps).
 
     Parameters
     ----------
@@ -79,7 +84,7 @@ def plan(folder: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        `plan.png`. Where plans were made anew now and then, a panel for each of the first ones.
+        `plan.png`. Where plans were made anew now and then, a panel for each of the first `PANELS`.
 
     Raises
     ------
@@ -122,7 +127,7 @@ def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
     Raises
     ------
     InputError
-        Where there is no such column, or there are more lines or panels than a figure bears.
+        Where there is no such column, no readable `curves.npz`, or more lines or panels than a figure bears.
     """
     sweep = read_sweep(folder)
     accuracy, at = read_curves(folder)
@@ -151,13 +156,13 @@ def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
 
 
 def read_rounds(folder: Path) -> dict[str, list[float]]:
-    """The columns of a run's `rounds.csv`; InputError where it can't be read."""
+    """The columns of a run's `rounds.csv`, NaN where one is empty; InputError where it can't be read."""
     header, rows = read_csv(folder / "rounds.csv", "a run")
     return {column: [float(row[column] or "nan") for row in rows] for column in header}
 
 
 def _band(accuracy: Floats, seed: Floats) -> tuple[Floats, Floats]:
-    """Mean over seeds (evaluations,) of the curves of cells, and half its confidence interval; NaN left out."""
+    """Mean over seeds (cells,) of curves (cells, evaluations), NaN left out, and half its interval; (evaluations,)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # evaluations that no cell of a seed reached stay NaN
         of_seeds = np.array([np.nanmean(accuracy[seed == one], 0) for one in np.unique(seed)])

@@ -26,12 +26,12 @@ _titled: ContextVar[bool] = ContextVar("whether figures have titles and notes", 
 
 
 def panels(names: Sequence[str], width: float, height: float, x: str, y: str) -> tuple[Any, dict[str, Any]]:
-    """A figure with axes for each name, all of one scale.
+    """A figure with axes for each name, which share both scales.
 
     Parameters
     ----------
     names : sequence of str
-        The titles of the panels.
+        The titles of the panels, all different.
     width, height : float
         Size of a panel in inches.
     x, y : str
@@ -66,7 +66,7 @@ def panels(names: Sequence[str], width: float, height: float, x: str, y: str) ->
 
 
 def distinct_values(values: Array, limit: int, what: str) -> list[Any]:
-    """The different values of a column, in order.
+    """The different values of a column, ascending.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def distinct_values(values: Array, limit: int, what: str) -> list[Any]:
 
 
 def shortened(text: str, limit: int = 32) -> str:
-    """The end of a long text, which of the path of a user's function is its name.
+    """A text, of a long one the end: of a user's function that is its name.
 
     Parameters
     ----------
@@ -123,15 +123,15 @@ def limits(values: Floats) -> tuple[float, float, str]:
     Parameters
     ----------
     values : array
-        The values of all cells; NaN are left out.
+        The values of all cells, one of them finite; others are left out.
 
     Returns
     -------
     low, high : float
-        The least and the largest value; or, where a fiftieth of the cells, at least one, lie farther off than all
-        others are from each other, those of the others.
+        The least and the largest value; but at an end where the last fiftieth of the cells (at least one) reaches
+        farther beyond the others than these are spread, the last value of the others.
     beyond : str
-        Where cells lie beyond an end: matplotlib's `extend` of a colour bar.
+        The ends that cells lie beyond, as matplotlib's `extend` of a colour bar: neither, min, max or both.
     """
     ordered = np.sort(values[np.isfinite(values)])
     few = max(1, len(ordered) // 50)
@@ -187,7 +187,7 @@ def has_titles() -> bool:
 
 @contextmanager
 def captured() -> Iterator[list[Any]]:
-    """Figures that are saved while the block runs are put in this list instead of being written."""
+    """Yield a list, which figures that are saved while the block runs are put in instead of being written."""
     figures: list[Any] = []
     token = _captured.set(figures)
     try:
@@ -214,6 +214,11 @@ def save(figure: Any, folder: Path, name: str, kinds: Sequence[str] = ("png", "p
     -------
     list of Path
         The files; none where figures are captured.
+
+    Raises
+    ------
+    InputError or RunError
+        Where a file can't be written, as `write_whole` raises them.
     """
     from matplotlib import rc_context
 

@@ -70,8 +70,9 @@ def matrix(folder: Path, rows: str = NAME, columns: str = "strategy.name") -> li
             text = "\N{MULTIPLICATION SIGN}" if np.isnan(value) else f"{value:.0f}{spread}"
             ink = ink_on(image, value)
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
-        for column, row in enumerate(grid.worst):
-            frame = Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2)
+        for column in np.flatnonzero(grid.worst >= 0):
+            corner = column + 0.04, grid.worst[column] + 0.04
+            frame = Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2)
             axes.add_patch(frame)
     colour_bar(figure, panels, image, NUMBERS[ACCURACY][0], beyond)
     several_seeds = sweep.seed_index.any()
@@ -138,5 +139,5 @@ def harm(folder: Path) -> list[Path]:
 
 
 def _values(sweep: Sweep, settings: list[str], mask: versus.Mask) -> list[str]:
-    """The values that all cells of a mask share, as they are shown."""
+    """The text of the value of each of these settings, which all cells of a mask share."""
     return [format_value(sweep.cells[name][mask].tolist()[0]) for name in settings]

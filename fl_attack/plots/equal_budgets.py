@@ -40,7 +40,7 @@ class Point(NamedTuple):
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the flips are chosen by the gradient."""
+        """Whether the attack is `greedy`, of whatever goal."""
         return self.attack.startswith(GREEDY)
 
 
@@ -114,7 +114,7 @@ def points(sweep: Sweep, by: str) -> list[Point]:
     Returns
     -------
     list of Point
-        With one accuracy a seed.
+        In the order in which the table has them first.
     """
     goal = sweep.column(GOAL) if GOAL in sweep.cells.columns else np.full(len(sweep), "untargeted")
     attack = np.array(
@@ -128,7 +128,7 @@ def points(sweep: Sweep, by: str) -> list[Point]:
 
 
 def sentence(found: list[Point]) -> str:
-    """Where an attack that looks at no gradient has a lower mean accuracy than greedy flips of either goal."""
+    """One sentence: at which settings another attack has a lower mean accuracy than the better goal of greedy flips."""
     settings = dict.fromkeys((point.model, point.k, point.b) for point in found if point.attack != UNATTACKED)
     lost = []
     for setting in settings:

@@ -16,19 +16,18 @@ def lines(file: Path, title: str, note: str, log: bool = False, floor: float | N
     Parameters
     ----------
     file : Path
-        A table with columns panel, line, x, y and half interval; x and y are named as their axis. The figure gets its
-        name.
+        A table of the columns panel, line, x, y and half interval; the third and fourth are named as their axis is.
     title, note : str
         What stands above and below the panels.
     log : bool
-        Whether small values of x are stretched, down to 0.
+        Whether x is logarithmic from its least positive value up, and linear from there down to 0.
     floor : float, optional
         The lower end of the axis y.
 
     Returns
     -------
     list of Path
-        PNG and PDF.
+        A PNG and a PDF of the table's name, beside it.
     """
     header, rows = _table(file)
     x, y = header[2], header[3]
@@ -68,14 +67,14 @@ def gradients(file: Path, title: str, note: str) -> list[Path]:
     Parameters
     ----------
     file : Path
-        A table with columns panel, kind, x, y. The figure gets its name.
+        A table with columns panel, kind, x, y: the coordinates of a gradient.
     title, note : str
         What stands above and below the panels.
 
     Returns
     -------
     list of Path
-        PNG and PDF.
+        A PNG and a PDF of the table's name, beside it.
     """
     _, rows = _table(file)
     panels = list(dict.fromkeys(row[0] for row in rows))
@@ -100,7 +99,7 @@ def gradients(file: Path, title: str, note: str) -> list[Path]:
 
 
 def _table(file: Path) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a table."""
+    """The header and the rows of a table, as text."""
     with file.open(newline="", encoding="utf-8") as stream:
         header, *rows = csv.reader(stream)
     return header, rows

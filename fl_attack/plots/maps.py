@@ -44,9 +44,13 @@ def heatmap(folder: Path, column: str = ACCURACY) -> list[Path]:
     Raises
     ------
     NotDrawableError
-        Where k or b has a single value, or there are more settings than panels.
+        Where k or b has a single value, no cell has a number in the column, or there are more settings than panels.
+    InputError
+        Where there is no such column, or it holds text.
     """
     sweep = read_sweep(folder).label_attacks(unattacked=False)
+    if not np.isfinite(sweep.numbers(column)).any():
+        raise NotDrawableError(f"no cell has a number in {column}")
     panel = sweep.labels(sweep.varied(KB))
     figure = _maps(sweep.column(K), sweep.column(B), sweep.numbers(column), panel, "cividis", canvas.label(column))
     name = "Final test accuracy" if column == ACCURACY else canvas.label(column)
@@ -79,7 +83,7 @@ def goal_differences(sweep: Sweep) -> tuple[NDArray[np.intp], Floats]:
     cells : (pairs,) array of int
         The index of one cell of each pair.
     values : (pairs,) array
-        Accuracy of the untargeted attack less that of the targeted one, in points of 100.
+        Accuracy of the untargeted attack less that of the targeted one, in percentage points.
 
     Raises
     ------
@@ -124,7 +128,10 @@ def means_on_grid(x: Floats, y: Floats, values: Floats, xs: Floats, ys: Floats) 
 
 
 def _maps(x: Floats, y: Floats, values: Floats, panel: Array, colours: str, unit: str) -> Any:
-    """A figure with a heat map for each panel, all on one colour scale, which is centred at 0 unless sequential."""
+    """A figure with a heat map of mean values for each panel; all arrays are (n,).
+
+    All maps have one colour scale, centred at 0 unless `colours` is cividis. NotDrawableError where x or y is single.
+    """
     xs, ys = np.unique(x), np.unique(y)
     require_several(xs, "a heat map", "k")
     require_several(ys, "a heat map", "b")

@@ -12,7 +12,9 @@ PRINTED = 12  # rows or columns of the largest map whose values are printed
 
 
 def heat(axes: Any, xs: Floats, ys: Floats, grid: Floats, signed: bool, **scale: Any) -> Any:
-    """Draw a heat map whose cells are equal in size however xs and ys are spaced, with a cross for NaN.
+    """Draw a heat map of cells of equal size, however xs and ys are spaced, and lines of equal products over it.
+
+    NaN is a cross. Values are printed in maps of up to `PRINTED` rows and columns, in larger ones only minus signs.
 
     Parameters
     ----------
@@ -22,7 +24,7 @@ def heat(axes: Any, xs: Floats, ys: Floats, grid: Floats, signed: bool, **scale:
     grid : (len(ys), len(xs)) array
         The values to draw.
     signed : bool
-        Whether values are printed with their sign.
+        Whether values are printed with their sign; in larger maps, whether minus signs are.
     scale
         Arguments of matplotlib's `pcolormesh`: `cmap`, `vmin`, `vmax`.
 
@@ -104,7 +106,7 @@ def equal_products(axes: Any, xs: Floats, ys: Floats) -> None:
     axes : matplotlib.axes.Axes
         What the map is drawn on, a cell a unit.
     xs, ys : (columns,) and (rows,) arrays
-        The values of its cells, rising.
+        The values of its cells, rising, two or more.
     """
     x_values, x_places = _edges_and_centres(xs)
     y_values, y_places = _edges_and_centres(ys)
@@ -126,7 +128,7 @@ def equal_products(axes: Any, xs: Floats, ys: Floats) -> None:
 
 
 def products_to_label(xs: Floats, ys: Floats) -> list[float]:
-    """A few products, spread over those of a grid; where possible such that several of its cells share.
+    """A few products, spread over those of a grid whose lines reach its right edge.
 
     Parameters
     ----------
@@ -136,7 +138,7 @@ def products_to_label(xs: Floats, ys: Floats) -> list[float]:
     Returns
     -------
     list of float
-        Rising, four at most, whose lines reach the right edge of the grid.
+        Rising, four at most: products that several cells share, or where few are, products rounded to one digit.
     """
     every = np.round(np.outer(xs, ys).ravel(), 9)
     every = every[(every > 0) & (every >= xs[-1] * ys[0])]  # whose lines reach the right edge
@@ -198,7 +200,7 @@ def require_several(values: Floats, figure: str, name: str) -> None:
 
 
 def caption(figure: Any, title: str, note: str) -> None:
-    """Write a title above the panels and a note below them, both wrapped to the figure's width.
+    """Write a title above the panels and a note below them, both wrapped to the figure's width; none if `untitled`.
 
     Parameters
     ----------
@@ -218,7 +220,7 @@ def caption(figure: Any, title: str, note: str) -> None:
 
 
 def _edges_and_centres(values: Floats) -> tuple[Floats, Floats]:
-    """Values at the outer edges and the centres of a row of cells of size 1, and the places of these."""
+    """Values at the first edge, the centres and the last edge of n cells in a row, and the places of these, 0 to n."""
     first, last = (values[1] - values[0]) / 2, (values[-1] - values[-2]) / 2
     places = np.concatenate([[0], np.arange(len(values)) + 0.5, [len(values)]])
     return np.concatenate([[values[0] - first], values, [values[-1] + last]]), places

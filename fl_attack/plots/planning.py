@@ -42,7 +42,7 @@ class Gap(NamedTuple):
 
     @property
     def is_sure(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether there is an interval and it leaves zero out."""
         return abs(self.mean) > self.half
 
 
@@ -99,6 +99,7 @@ def attackers(sweep: Sweep) -> NDArray[np.object_]:
     """(cells,) who attacks, in words: an attack and what distinguishes it from others of its name."""
 
     def column(name: str, usual: str | float) -> list[str | float]:
+        """The values of a column; `usual` for each cell where there is none such."""
         return sweep.cells[name].tolist() if name in sweep.cells.columns else [usual] * len(sweep)
 
     found = []
@@ -114,7 +115,7 @@ def attackers(sweep: Sweep) -> NDArray[np.object_]:
 
 
 def _measures(sweep: Sweep, folder: Path) -> Iterator[tuple[str, Floats]]:
-    """What is compared, and its value for each cell in percent."""
+    """Yield the names of what is compared, each with its values (cells,) in percent."""
     yield "final accuracy", sweep.numbers(ACCURACY)
     accuracy, _ = read_curves(folder)
     yield "average over the evaluations", np.nanmean(accuracy[sweep.column("cell").astype(int), 1:], 1)
@@ -130,6 +131,7 @@ def _by_seed(sweep: Sweep, values: Floats, mask: NDArray[np.bool_]) -> Floats:
 
 
 def _gaps(sweep: Sweep, names: NDArray[np.object_], values: Floats) -> Iterator[Gap]:
+    """Yield the gap of each k, b and plan in values (cells,), where greedy flips were there too."""
     for (k, b), cells in sweep.cells.parts(K, B):
         here = np.zeros(len(sweep), bool)
         here[cells] = True
@@ -148,6 +150,7 @@ def _gaps(sweep: Sweep, names: NDArray[np.object_], values: Floats) -> Iterator[
 
 
 def _write_accuracies(folder: Path, sweep: Sweep, names: NDArray[np.object_], measures: dict[str, Floats]) -> Path:
+    """Write `planning.csv`, the mean over seeds of each measure by k, b and attacker, and give the file."""
     rows = []
     for what, values in measures.items():
         for (k, b), cells in sweep.cells.parts(K, B):
@@ -163,6 +166,7 @@ def _write_accuracies(folder: Path, sweep: Sweep, names: NDArray[np.object_], me
 
 
 def _write_gaps(folder: Path, gaps: dict[str, list[Gap]]) -> Path:
+    """Write `planning_gaps.csv`, a row for each gap, and give the file; `gaps` are by measure."""
     header = ["write_access", "budget", "measure", "better_goal", "plan", "gap", "interval", "includes_zero"]
     rows = [
         [gap.k, gap.b, what, gap.goal, gap.plan, gap.mean, gap.half, "no" if gap.is_sure else "yes"]

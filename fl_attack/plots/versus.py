@@ -26,8 +26,8 @@ class Grid(NamedTuple):
     rows: list[Any]  # the values of the one column, in the order of the cells
     columns: list[Any]  # of the other
     mean: Floats  # (rows, columns) in percent; NaN where no cell is
-    half: Floats  # (rows, columns) half the confidence interval of the mean over seeds
-    worst: NDArray[np.intp]  # (columns,) the attacked row of the lowest mean
+    half: Floats  # (rows, columns) half the interval of the mean over seeds, in points; NaN with fewer than two
+    worst: NDArray[np.intp]  # (columns,) the attacked row of the lowest mean; -1 where none is
 
 
 def grid(sweep: Sweep, rows: str, columns: str, mask: Mask) -> Grid:
@@ -45,7 +45,7 @@ def grid(sweep: Sweep, rows: str, columns: str, mask: Mask) -> Grid:
     Returns
     -------
     Grid
-        Means over seeds with half the width of their intervals, in points; NaN where there is no cell.
+        Means over seeds in percent, NaN where there is no cell; half widths, NaN where there are fewer than two seeds.
 
     Raises
     ------
@@ -78,9 +78,10 @@ def worst_attacks(mean: Floats, attacked: Mask) -> NDArray[np.intp]:
     Returns
     -------
     array of int, (columns,)
-        The row of the lowest mean among the attacks, for each column.
+        The row of the lowest mean among the attacks, for each column; -1 where none has a mean.
     """
-    lowest: NDArray[np.intp] = np.where(attacked[:, None] & np.isfinite(mean), mean, np.inf).argmin(0)
+    harmful = np.where(attacked[:, None] & np.isfinite(mean), mean, np.inf)
+    lowest: NDArray[np.intp] = np.where(np.isfinite(harmful).any(0), harmful.argmin(0), -1)
     return lowest
 
 
@@ -116,14 +117,15 @@ def ratios(sweep: Sweep, mask: Mask) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        By rising write access: the names of the two attacks, the drop (points of 100) by each, half its confidence
-        interval, and the ratio of labels to updates. Drops are from the unattacked cells of the same seed, intervals
-        over seeds; what is worst is decided on the means.
+        By rising `write_access`, where clients are malicious. `flips` names the attack on labels, `drop_by_flips` is
+        its mean drop in percentage points from the unattacked cells of the same seeds, `drop_by_flips_interval` half
+        the interval over seeds; likewise `gradients` of updates. `ratio` is of the first drop to the second, NaN
+        unless that is above 0. The worst attacks are those of the largest mean drop.
 
     Raises
     ------
     NotDrawableError
-        Where there are no unattacked cells, or no attacks of a kind.
+        Where there are no unattacked cells, or at some write access no attacks of a kind.
     """
     name, writes, accuracy = (sweep.column(column) for column in (NAME, WRITES, ACCURACY))
     if "none" not in writes[mask]:

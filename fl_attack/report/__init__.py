@@ -21,7 +21,7 @@ ABOUT = "Leave one HTML file that shows what runs and sweeps were like; it needs
 
 
 def write(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of runs and sweeps, side by side in their order.
+    """Write the page of runs and sweeps, one after the other.
 
     Parameters
     ----------
@@ -39,6 +39,8 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     ------
     InputError
         Where a folder holds no result that can be read, or the file can't be written.
+    RunError
+        Where the disk is full.
     """
     from fl_attack.data.cache import write_whole
 
@@ -46,15 +48,12 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     parts = [of_run(one) if one.kind == "run" else of_sweep(one) for one in results]
     file = out or folders[0] / REPORT
     text = render(parts).encode()
-    try:
-        write_whole(file, lambda stream: stream.write(text))
-    except OSError as error:
-        raise InputError(f"{file} can't be written: {error.strerror or error}") from None
+    write_whole(file, lambda stream: stream.write(text))
     return file
 
 
 def offer(folders: Sequence[Path]) -> None:
-    """Write the page at the end of a run or a sweep, see `write`; an error is printed, since the results are whole."""
+    """Write the page of these folders, see `write`; an error is only printed, since the results are whole."""
     try:
         write(folders)
     except Exception as error:
@@ -62,7 +61,7 @@ def offer(folders: Sequence[Path]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command `fl-attack report`; the exit code is 0, or 2 for bad input."""
+    """Write the page that the command line asks for and print its file; gives the exit code 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="fl-attack report", description=ABOUT)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="the out of a run or a sweep")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"the file; by default {REPORT} in the first folder")

@@ -13,7 +13,7 @@ DIGITS = 6  # of numbers in the page
 
 
 def render(parts: Sequence[PagePart]) -> str:
-    """The page of these parts, which are those of `runs` and `sweeps`."""
+    """The text of an HTML page of these parts, which `runs.of_run` and `sweeps.of_sweep` give."""
     here = files("fl_attack.report")
     # "</" would end the script in which the data stands
     data = json.dumps(_plain({"parts": parts}), allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
@@ -28,7 +28,7 @@ def render(parts: Sequence[PagePart]) -> str:
 
 
 def _plain(tree: Any) -> Any:
-    """A tree as JSON has it: arrays as lists, numbers to six digits, what is not finite as null."""
+    """A tree as JSON has it: arrays as lists, floats to six digits, None for what is not finite."""
     if isinstance(tree, Mapping):
         return {str(key): _plain(value) for key, value in tree.items()}
     if isinstance(tree, np.ndarray):

@@ -23,7 +23,7 @@ SAMPLES = 24  # that were flipped most
 
 
 def of_run(result: Result) -> PagePart:
-    """The part of a run: its settings, curves, flips and clients; figures of an unfinished one are left out."""
+    """The part of a run: its settings, curves, flips and clients; of an unfinished one no summary and no clients."""
     assert result.folder is not None
     settings, twin = result.settings, result.baseline
     finished = (result.folder / SUMMARY).exists()
@@ -46,7 +46,7 @@ def of_run(result: Result) -> PagePart:
 
 
 def _curves(result: Result) -> dict[str, NDArray[Any]]:
-    """The columns of a run by round, thinned out evenly, the last round kept."""
+    """The columns of a run's table of rounds, of which at most `POINTS` are left, spread evenly from first to last."""
     columns = result.columns("rounds")
     count = len(columns["round"])
     at = np.unique(np.linspace(0, count - 1, min(count, POINTS)).astype(int))
@@ -54,7 +54,7 @@ def _curves(result: Result) -> dict[str, NDArray[Any]]:
 
 
 def _clients(result: Result) -> dict[str, Any]:
-    """The table of clients, with the flips of each."""
+    """Columns of the table of clients, and `flips`: how many flips in all rounds were of each one's samples."""
     table = result.columns("clients")
     names = ("client", "malicious", "samples", "labels", "final_accuracy")
     columns: dict[str, Any] = {name: table[name] for name in names}
@@ -75,7 +75,10 @@ def _dataset(settings: Settings) -> Dataset | None:
 
 
 def _flips(result: Result, settings: Settings, dataset: Dataset | None) -> dict[str, Any]:
-    """Flips counted by spans of rounds, true class and written class, and the samples that were flipped most."""
+    """The entries `flips`, counts by span of rounds, true and written class, and `samples`, those flipped most.
+
+    `flips` is None where there are none; without the data set all true classes are one, "any".
+    """
     flips = result.columns("flips")
     rounds, samples, labels = (flips[name] for name in ("round", "sample", "label"))
     if not len(rounds):
@@ -107,7 +110,7 @@ def _flips(result: Result, settings: Settings, dataset: Dataset | None) -> dict[
 def _most_flipped(
     samples: NDArray[np.int64], labels: NDArray[np.int64], dataset: Dataset | None, classes: list[str]
 ) -> list[dict[str, Any]]:
-    """The samples that were flipped in most rounds, each with its true label, the written ones and its picture."""
+    """The `SAMPLES` flipped most often, each with how often, its true label, the written ones and its picture."""
     found, times = np.unique(samples, return_counts=True)
     order = np.lexsort((found, -times))[:SAMPLES]
     shown = []
@@ -150,11 +153,12 @@ def picture(dataset: Dataset, sample: int) -> str | None:
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
-    """An image (H, W, C) with 1, 3 or 4 channels in the format PNG."""
+    """The bytes of a PNG file of an image (H, W, C) with 1, 3 or 4 channels."""
     height, width, channels = pixels.shape
     lines = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], 1)  # 0: no filter
 
     def chunk(kind: bytes, content: bytes) -> bytes:
+        """A chunk of the format: length, kind, content and checksum."""
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)

@@ -16,7 +16,7 @@ SEEDS = 60  # up to which intervals are exact
 
 
 def of_sweep(result: Result) -> PagePart:
-    """The part of a sweep: its cells, what was varied, and the command of each cell."""
+    """The part of a sweep: its first `ROWS` cells with the command of each, and what was varied among all."""
     assert result.folder is not None
     columns = result.columns("table")
     names, cells = list(columns), len(columns["cell"])
@@ -74,13 +74,15 @@ def command_of(first: list[str], row: dict[str, Any]) -> str:
 
 
 def _is_group(key: str) -> bool:
-    """Whether a key chooses a file of `conf/`."""
+    """Whether a key, such as `attack`, chooses a file of `conf/`."""
     return any(f"{key}=" in choice for choices in known_keys().values() for choice in choices)
 
 
 def _has_numbers(column: Any) -> bool:
+    """Whether a column is of numbers, and one of them finite."""
     return column.dtype.kind in "if" and bool(np.isfinite(column.astype(float)).any())
 
 
 def _deviation(n: int) -> float:
+    """Standard deviation of 0, 1, ..., n - 1, with n - 1 degrees of freedom."""
     return float(np.arange(n, dtype=float).std(ddof=1))

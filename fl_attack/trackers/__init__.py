@@ -25,7 +25,7 @@ class TrackerEntry:
 
     @property
     def begin(self) -> Callable[[About, str | None], Store]:
-        """What begins a run in its store, or with an id continues the one that has it."""
+        """The function that begins a run in its store, or with an id continues the one that has it."""
         found: Callable[[About, str | None], Store] = importlib.import_module(self.home).begin
         return found
 
@@ -38,7 +38,7 @@ TRACKERS = {
 
 
 def check(names: Sequence[str]) -> None:
-    """See that the libraries of trackers are installed, without importing them.
+    """Check that the libraries of trackers are installed, without importing them.
 
     Parameters
     ----------

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from fl_attack.history import Row
 
-How = Literal["finished", "failed", "killed"]
+How = Literal["finished", "failed", "killed"]  # how a run ended; killed: by a signal
 Value = str | int | float | bool | None
 PROJECT = "fl-attack"  # where the user's own settings name no other
 
@@ -44,21 +44,21 @@ class Store(Protocol):
         """
 
     def summary(self, part: str, facts: Mapping[str, Value]) -> None:
-        """Log the figures of a whole run.
+        """Log the results of a whole run.
 
         Parameters
         ----------
         part : str
-            The part of the run that the figures are of; see `Store`.
+            The part of the run that the results are of; see `Store`.
         facts : mapping
-            The figures by their names.
+            The results by their names.
         """
 
     def leave(self) -> None:
         """Close what is open in the folder of the run, which is about to be moved."""
 
     def files(self, folder: Path, files: Sequence[Path]) -> None:
-        """Keep figures and files.
+        """Keep the files of a finished result, and show its figures where the tracker can.
 
         Parameters
         ----------
@@ -73,5 +73,5 @@ class Store(Protocol):
 
 
 def tagged(part: str, name: str) -> str:
-    """The name of a measure of a part; see `Store`."""
+    """The name that a measure is logged by: `part/name`, or `name` where the part is empty; see `Store`."""
     return f"{part}/{name}" if part else name

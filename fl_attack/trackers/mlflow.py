@@ -16,7 +16,7 @@ STATES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 
 
 class MLflow:
-    """One run in MLflow's store."""
+    """One run in MLflow's store: a new one, or the one with this id, which goes on."""
 
     def __init__(self, about: About, id: str | None) -> None:
         from mlflow.entities import Metric, Param
@@ -36,7 +36,7 @@ class MLflow:
             self._client.log_batch(self.id, params=params[start : start + PARAMS_AT_ONCE])
 
     def _experiment(self) -> str:
-        """The experiment that MLflow's own settings name, else ours, which is made where it is missing."""
+        """The id of the experiment that MLflow's own settings name, else of ours; one that is missing is made."""
         if chosen := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             return chosen
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
@@ -55,7 +55,7 @@ class MLflow:
         )
 
     def summary(self, part: str, facts: Mapping[str, Value]) -> None:
-        """Log numbers as metrics, the rest as tags; see `Store.summary`."""
+        """Log finite numbers as metrics, the rest as tags unless empty; see `Store.summary`."""
         numbers = {}
         for name, value in facts.items():
             key = tagged(part, f"summary/{name}")
@@ -66,17 +66,17 @@ class MLflow:
         self._log([(key, number, 0) for key, number in numbers.items()])
 
     def _log(self, values: Sequence[tuple[str, float, int]]) -> None:
-        """Log names, values and steps."""
+        """Log metrics, of which each is a name, a value and a step."""
         now = int(time.time() * 1000)
         metrics = [self._metric(name, value, now, step) for name, value, step in values]
         for start in range(0, len(metrics), AT_ONCE):
             self._client.log_batch(self.id, metrics=metrics[start : start + AT_ONCE])
 
     def leave(self) -> None:
-        """Nothing is open in the folder of the run."""
+        """Do nothing: no file is open in the folder of the run."""
 
     def files(self, folder: Path, files: Sequence[Path]) -> None:
-        """Keep files as artifacts, in the folders that they have there; see `Store.files`."""
+        """Keep files as artifacts under their paths within the folder; see `Store.files`."""
         for file in files:
             within = file.parent.relative_to(folder).as_posix()
             self._client.log_artifact(self.id, str(file), None if within == "." else within)

@@ -15,7 +15,10 @@ LONGEST = 150  # characters of the name of a cell's folder
 
 
 class TensorBoard:
-    """The event files of one run: its own, and a folder beside them for each of its parts, which share charts."""
+    """The event files of one run: its own, and a folder beside them for each of its parts, which share charts.
+
+    Its id is the folder within `tensorboard/` that holds them all.
+    """
 
     def __init__(self, about: About, id: str) -> None:
         self.id, self.about = id, about
@@ -32,7 +35,7 @@ class TensorBoard:
         writer.flush()
 
     def summary(self, part: str, facts: Mapping[str, Value]) -> None:
-        """Log numbers as scalars, all as text, and settings for the tab HPARAMS; see `Store.summary`."""
+        """Log finite numbers as scalars, all as text, and of the run itself its HPARAMS; see `Store.summary`."""
         from torch.utils.tensorboard.summary import hparams
 
         writer = self._writer(part)
@@ -53,7 +56,7 @@ class TensorBoard:
         self._writers.clear()
 
     def files(self, folder: Path, files: Sequence[Path]) -> None:
-        """Keep figures; the files are beside the event files in any case; see `Store.files`."""
+        """Log the files that are PNG as images; all lie beside the event files in any case; see `Store.files`."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self.at = folder / TENSORBOARD / self.id
@@ -69,7 +72,7 @@ class TensorBoard:
         self.leave()
 
     def _writer(self, part: str) -> Any:
-        """What writes the events of a part."""
+        """The `SummaryWriter` of a part, opened when it is first needed."""
         from torch.utils.tensorboard import SummaryWriter
 
         if part not in self._writers:
@@ -78,7 +81,7 @@ class TensorBoard:
 
 
 def begin(about: About, id: str | None) -> TensorBoard:
-    """Begin the event files of a run, or with the folder that is its id continue them; see `Store`."""
+    """Begin the event files of a run, or with an id continue them in their folder; see `TensorBoard`."""
     store = TensorBoard(about, id or (_safe(about.name) if about.kind == "cell" else "."))
     if id is None:
         writer = store._writer("")
@@ -89,7 +92,7 @@ def begin(about: About, id: str | None) -> TensorBoard:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a number that can be drawn."""
+    """Whether a value is a finite number, which a chart can show; no bool is."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -100,5 +103,5 @@ def _table(facts: Mapping[str, Value]) -> str:
 
 
 def _safe(name: str) -> str:
-    """The name of a cell as that of a folder."""
+    """The name of a cell as that of a folder: with "_" for characters that not all can have, and cut to `LONGEST`."""
     return re.sub(r"[^\w.,=+-]+", "_", name)[:LONGEST]

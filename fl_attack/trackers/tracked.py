@@ -26,7 +26,10 @@ LOG_EVERY = 1.0  # seconds between two looks at what was recorded
 
 
 class Journal:
-    """The file that tells, by run and tracker, the id that the tracker gave and the last round that it knows."""
+    """The file that tells, by run and tracker, the id that the tracker gave and the last round that it knows.
+
+    `content` is what the file in the folder tells; empty where there is none that can be read, or all is done anew.
+    """
 
     def __init__(self, folder: Path, anew: bool = False) -> None:
         self.folder = folder
@@ -36,7 +39,7 @@ class Journal:
             self.content = {}
 
     def entry(self, key: str, tracker: str) -> dict[str, Any]:
-        """What is known of a run in a tracker.
+        """What is known of a run in a tracker; begun where nothing is.
 
         Parameters
         ----------
@@ -44,12 +47,18 @@ class Journal:
             The key of a cell of a sweep; empty for the run or sweep itself.
         tracker : str
             The name of the tracker.
+
+        Returns
+        -------
+        dict
+            `id`, None before the run has one, and `rounds`, the last round known of each part. What is changed in it
+            is saved with the journal.
         """
         entry: dict[str, Any] = self.content.setdefault(key, {}).setdefault(tracker, {"id": None, "rounds": {}})
         return entry
 
     def save(self) -> None:
-        """Write the journal; where the disk refuses, an interrupted run begins a new one in trackers."""
+        """Write the file; where the disk refuses, warn: after an interruption trackers would begin new runs."""
         text = json.dumps(self.content).encode()
         try:
             write_whole(self.folder / places.TRACKERS, lambda stream: stream.write(text))
@@ -63,7 +72,11 @@ class Tracked:
     def __init__(
         self, names: Sequence[str], about: About, journal: Journal, key: str = "", failed: set[str] | None = None
     ):
-        """`failed` are the trackers that are left out, which grow; with None one that can't begin is an InputError."""
+        """Begin or continue with each tracker; see `Journal.entry` for `key`.
+
+        `failed` names the trackers that are left out, and those that fail are added; where it is None, a tracker that
+        can't begin is an InputError.
+        """
         from fl_attack.trackers import TRACKERS
 
         self.journal, self.about, self.failed = journal, about, set() if failed is None else failed
@@ -100,11 +113,11 @@ class Tracked:
         return store
 
     def is_due(self, part: str = "") -> bool:
-        """Whether it is time to look at what was recorded; never where no tracker is in use."""
+        """Whether rows of a part were last logged `LOG_EVERY` seconds ago or more; never without a tracker in use."""
         return bool(self.stores) and time.monotonic() >= self._due.get(part, 0.0)
 
     def last(self, part: str = "") -> int:
-        """The last round of a part that every tracker knows; -1 before round 0."""
+        """The last round of a part that every tracker in use knows: -1 before round 0, `sys.maxsize` without any."""
         return min((self._entries[name]["rounds"].get(part, -1) for name in self.stores), default=sys.maxsize)
 
     def observer(self, history: History, part: str = "") -> OnRound:
@@ -133,7 +146,7 @@ class Tracked:
         self._due[part] = time.monotonic() + LOG_EVERY
 
     def summary(self, facts: Mapping[str, Any], part: str = "") -> None:
-        """Log the figures of a whole run, of a tree its leaves; of the part see `Store`."""
+        """Log the results of a whole run, those in a dict as `name/key`; of the part see `Store`."""
         flat: dict[str, Value] = {}
         for name, value in facts.items():
             flat |= {f"{name}/{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
@@ -144,13 +157,13 @@ class Tracked:
         self._each(lambda name, store: store.leave())
 
     def files(self, folder: Path) -> None:
-        """Keep figures and files of a finished result, from the folder where it is now."""
+        """Keep the files of a finished result, from the folder where it is now."""
         self.journal.folder = folder
         files = [file for file in _files_of(folder) if file.is_file()]
         self._each(lambda name, store: store.files(folder, files))
 
     def end(self, how: How) -> None:
-        """Say how it ended."""
+        """Say how it ended; no tracker is in use any more."""
         self._each(lambda name, store: store.end(how))
         self.stores = {}
 
@@ -176,7 +189,7 @@ class TrackedSweep:
     """A sweep in the trackers: a run of its own, and a child for each cell as it is done, or while it runs."""
 
     def __init__(self, cells: Sequence[tuple[Mapping[str, str], Settings]]) -> None:
-        """`cells` are the overrides that tell each from the others, and its settings; nothing is begun yet."""
+        """`cells` has of each the overrides that tell it from the others, and its settings; nothing is begun yet."""
         self.cells, self.names = cells, cells[0][1].tracker
         self.whole: Tracked | None = None
         self._failed: set[str] = set()
@@ -210,7 +223,7 @@ class TrackedSweep:
         self.whole.failed = self._failed
 
     def observer(self, cell: int, history: History) -> OnRound | None:
-        """What logs a cell while it runs.
+        """The observer that logs a cell while it runs.
 
         Parameters
         ----------
@@ -222,12 +235,12 @@ class TrackedSweep:
         Returns
         -------
         OnRound or None
-            The observer of the recorder; None without trackers.
+            The observer of the recorder; None without trackers, before `begin`, or where the cell is already done.
         """
         return self._child(cell).observer(history) if self.whole and not self._is_done(cell) else None
 
     def done(self, cell: int, rows: Sequence[Row], facts: Mapping[str, Any], error: str) -> None:
-        """Log what is not logged yet of a cell, and end its run.
+        """Log what is not logged yet of a cell, and end its run; nothing before `begin` or where it is done.
 
         Parameters
         ----------
@@ -236,7 +249,7 @@ class TrackedSweep:
         rows : sequence of Row
             All rows of the cell.
         facts : mapping
-            The results of the cell.
+            The results of the cell, by name.
         error : str
             Why the cell broke off; empty where it did not.
         """
@@ -255,21 +268,21 @@ class TrackedSweep:
             self.whole.leave()
 
     def files(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        """Keep the figures and files of the finished sweep.
+        """Keep the files of the finished sweep, and log how large it was.
 
         Parameters
         ----------
         folder : Path
             The folder where the sweep is now.
         facts : mapping
-            The extent of the sweep.
+            The numbers of its cells and of those that broke off, by name.
         """
         if self.whole:
             self.whole.files(folder)
             self.whole.summary(facts)
 
     def save(self) -> None:
-        """Keep what was logged so far."""
+        """Write down what was logged so far, for after an interruption; see `Journal.save`."""
         if self.whole:
             self.whole.journal.save()
 
@@ -282,14 +295,16 @@ class TrackedSweep:
             self.whole.end(how)
 
     def _note(self, cell: int) -> dict[str, Any]:
+        """What the journal has of a cell: an entry for each tracker, and `done` once it is logged whole."""
         assert self.whole is not None
         return self.whole.journal.content.setdefault(self._key(cell), {})
 
     def _is_done(self, cell: int) -> bool:
+        """Whether a cell is logged whole, by this call or an interrupted one."""
         return "done" in self._note(cell)
 
     def _key(self, cell: int) -> str:
-        """What a cell is known by after an interruption, also where the grid has grown since."""
+        """16 hex digits that a cell is known by after an interruption, also where the grid has grown since."""
         overrides, settings = self.cells[cell]
         text = f"{dict(overrides)}{settings.model_dump_json(exclude=NOT_NUMBERS)}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -321,7 +336,7 @@ def of_run(settings: Settings, folder: Path) -> Iterator[Tracked]:
     Yields
     ------
     Tracked
-        What is told of it; without trackers it does nothing.
+        The run; without trackers its methods do nothing.
 
     Raises
     ------
@@ -351,7 +366,7 @@ def of_sweep(cells: Sequence[tuple[Mapping[str, str], Settings]]) -> Iterator[Tr
     Yields
     ------
     TrackedSweep
-        What is told of its cells; without trackers it does nothing.
+        The sweep; without trackers its methods do nothing.
 
     Raises
     ------
@@ -370,7 +385,7 @@ def of_sweep(cells: Sequence[tuple[Mapping[str, str], Settings]]) -> Iterator[Tr
 
 @contextmanager
 def _ended(end: Callable[[How], None]) -> Iterator[None]:
-    """A block at whose end the trackers are told how what runs in it ended."""
+    """Call `end` as the block ends: with "killed" after a signal, "failed" after another error, else "finished"."""
     how: How = "failed"
     try:
         yield
@@ -383,7 +398,7 @@ def _ended(end: Callable[[How], None]) -> Iterator[None]:
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
-    """The files that a result may have, its own alone: other files in the folder are nobody's business."""
+    """Yield the files that the result in a folder may have, there or not; the folder's other files are not its own."""
     if places.holds(folder) == "sweep":
         yield from (folder / name for name in ("config.yaml", places.TABLE, places.CURVES, places.REPORT))
         for pattern in places.FIGURES:
@@ -394,7 +409,7 @@ def _files_of(folder: Path) -> Iterator[Path]:
 
 
 def _as_values(leaves: Mapping[str, Any]) -> dict[str, Value]:
-    """Settings by key, values that are no plain ones as JSON."""
+    """Settings by key without those of the output; lists and the like as JSON."""
     plain = str, int, float, bool, type(None)
     return {
         key: value if isinstance(value, plain) else json.dumps(value)
@@ -404,9 +419,10 @@ def _as_values(leaves: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def _line(error: Exception) -> str:
-    """An error in one line."""
+    """The message of an error in one line, cut to 300 characters; its type where there is none."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _warn(text: str) -> None:
+    """Print a line on standard error."""
     print(text, file=sys.stderr, flush=True)

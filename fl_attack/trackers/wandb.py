@@ -50,14 +50,14 @@ class WandB:
             self._run.log({tagged(part, name): value for name, value in row.items() if math.isfinite(value)})
 
     def summary(self, part: str, facts: Mapping[str, Value]) -> None:
-        """Set the figures of the run, beside those that it has of its last row; see `Store.summary`."""
+        """Add results to the run's summary, which has the values of its last row too; see `Store.summary`."""
         self._run.summary.update({tagged(part, f"summary/{name}"): value for name, value in facts.items()})
 
     def leave(self) -> None:
-        """Nothing is open in the folder of the run."""
+        """Do nothing: no file is open in the folder of the run."""
 
     def files(self, folder: Path, files: Sequence[Path]) -> None:
-        """Keep figures as images and all files as files; see `Store.files`."""
+        """Log files that are PNG as images, and keep copies of all; see `Store.files`."""
         # copies, since the folder may be gone when they are sent
         for file in files:
             name = file.relative_to(folder)
