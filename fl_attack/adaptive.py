@@ -85,12 +85,17 @@ def best_crafted(scenario: Scenario, theta: Tensor, round_: int, honest: Tensor,
 
 
 def variants(scenario: Scenario) -> list[Scenario]:
-    """An experiment with each of the other values that its attack on updates tries.
+    """An experiment with each of the values that its attack on updates tries in place of the one that is set.
 
     Parameters
     ----------
     scenario : Scenario
         The experiment, whose attackers adapt.
+
+    Returns
+    -------
+    list of Scenario
+        One for each value of `attack.Attack.tries`, in their order; empty where the attack has none.
     """
     if "variants" not in scenario.memo:
         threat = scenario.settings.attack
@@ -103,7 +108,7 @@ def variants(scenario: Scenario) -> list[Scenario]:
 
 
 def _worst(scenario: Scenario, theta: Tensor, round_: int, server: KnownServer, candidates: list[Tensor]) -> int:
-    """Which of some updates (m, A, B) that could be sent does most harm; of equal ones the first."""
+    """The index of those updates (m, A, B), of some that could be sent, that do most harm; of equal ones the first."""
     clients = scenario.schedule.participants(round_)
     weights = torch.from_numpy(scenario.schedule.sizes[clients]).to(theta.device)
     order = torch.from_numpy(protocol.shuffled(scenario.settings.seed, round_, len(clients))).to(theta.device)

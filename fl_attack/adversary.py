@@ -99,8 +99,8 @@ def flips(
     stored : Flips
         The labels that stand in the attackers' data before the round, where they stay there; see `remembered`.
     percent : int
-        The part of the budget that is used, in percent. Less than 100 is dealt out to the clients in proportion to what
-        they can write, so that none sticks out.
+        The part of the budget that is used, in percent, by attackers who choose anew in every round; others use all of
+        it. Less than 100 is dealt out to the clients in proportion to what they can write, so that none sticks out.
 
     Returns
     -------
@@ -183,11 +183,15 @@ def _chosen_for_epoch(scenario: Scenario, theta: Tensor, first_round: int) -> Fl
     return _chosen(scenario, theta, first_round, malicious, epochs * writable, writable)
 
 
-def _writable_before(scenario: Scenario, round_: int, attacked: int, malicious: ClientIds) -> NDArray[np.int64]:
-    """The samples (m,) that clients could write in the rounds `attacked` so far, for budgets that carry over."""
+def _writable_before(scenario: Scenario, round_: int, rounds: int, malicious: ClientIds) -> Counts:
+    """How many samples (m,) each client could write in the attacked `rounds` before this one, with repeats.
+
+    Only budgets that carry over need it to be exact. Of a pooled one, where not all clients take part in a round, entry
+    0 holds the sum over all malicious clients, and the others hold 0.
+    """
     schedule, threat = scenario.schedule, scenario.settings.attack
     if schedule.per_round is None or threat.rounding != "carry":
-        return attacked * schedule.used[malicious]
+        return rounds * schedule.used[malicious]
     times = scenario.participation[threat.start - 1 : round_ - 1 : threat.every][:, scenario.partition.malicious].sum(0)
     past = times * schedule.used[scenario.partition.malicious]
     if threat.scope == "pooled":  # one budget, of them all
@@ -206,7 +210,8 @@ def _chosen(
 ) -> Flips:
     """The flips that clients `malicious` (m,) choose among the samples that they use or, by epoch, hold.
 
-    `before` and `writable` (m,) are the samples that each could write in rounds gone by, and can write now.
+    `before` and `writable` (m,) are the numbers of samples that each could write in attacked rounds gone by, and can
+    write now.
     """
     budgets = _allowances(scenario, before, writable)
     if not any(budgets):
@@ -269,7 +274,7 @@ def _added(
 
 
 def _left_of_total(scenario: Scenario, malicious: ClientIds, fixed: NDArray[np.int64]) -> list[int]:
-    """The labels that may still be written where one budget is for all rounds: one number, or one for each client.
+    """How many labels may still be written where one budget is for all rounds: one number, or one for each client.
 
     It is of all samples that the clients hold, less those that are flipped already and not chosen anew, `fixed`.
     """
@@ -286,7 +291,10 @@ def _left_of_total(scenario: Scenario, malicious: ClientIds, fixed: NDArray[np.i
 
 
 def _allowances(scenario: Scenario, before: Counts, writable: Counts) -> list[int]:
-    """The labels that may be written in a round of `writable` (m,) samples: one number, or one for each client."""
+    """How many labels may be written in a round: one number for all clients together, or one for each.
+
+    `before` and `writable` (m,) are numbers of samples, as for `_chosen`.
+    """
     threat = scenario.settings.attack
     writables = [(before.sum(), writable.sum())]
     if threat.scope != "pooled":
@@ -302,7 +310,7 @@ def _within(
     budgets: list[int],
     pooled: bool,
 ) -> Tensor:
-    """The samples (n,) of largest priority (n,) within the budgets of clients, or the pooled one, (n,) of bool."""
+    """Which samples are those of largest priority (n,) within the clients' budgets, or the pooled one, (n,) of bool."""
     group = np.zeros(len(samples), np.int64)
     if not pooled:
         group = np.searchsorted(malicious, scenario.partition.client[samples])

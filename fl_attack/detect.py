@@ -66,7 +66,7 @@ def auc(score: Tensor, positive: Tensor) -> Tensor:
     Parameters
     ----------
     score : (..., m) tensor
-        Scores are equal within rounding: otherwise the last bit would decide between two clients.
+        Scores that differ by rounding alone count as equal: otherwise the last bit would decide between two clients.
     positive : (..., m) tensor of bool
 
     Returns

@@ -31,7 +31,7 @@ def twin_key(settings: Settings) -> str:
 
 
 def key_of(scenarios: Sequence[Scenario]) -> str:
-    """A hash of all that the numbers of these cells depend on, and of the version of the numerics."""
+    """A hash, 32 hexadecimal digits, of all that the numbers of these cells depend on, with versions of libraries."""
     parts = [f"{__version__}/{NUMERICS}/{torch.__version__}/{np.__version__}"]
     for scenario in scenarios:
         target = scenario.settings.attack.target_path
@@ -63,7 +63,8 @@ def key_of_grid(fingerprint: str, all_settings: Iterable[Settings]) -> str:
     Returns
     -------
     str
-        Another one with any setting that a number depends on.
+        16 hexadecimal digits, others with any other setting that a number depends on; but of `partition.path` neither
+        the name nor what the file holds counts, of `attack.target_path` the name alone.
     """
     return _digest([str(NUMERICS), fingerprint, *(one.model_dump_json(exclude=ON_DATA) for one in all_settings)], 16)
 

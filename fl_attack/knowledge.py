@@ -1,7 +1,6 @@
 """What the malicious clients of an experiment know in a round: the views from which their attack chooses.
 
-A view holds what is at hand, and functions for the rest, which an attack that asks for it calls: they are of rooms
-below this one, so that the parameters go down from here and never come back.
+A view holds what is at hand, and functions for the rest, which are called only if the attack asks for it.
 """
 
 import math
@@ -28,7 +27,7 @@ class VisibleSamples(NamedTuple):
     y: Tensor  # (n,) true labels of the samples that they can write
     counts: Tensor | None  # (n,) how often each of them is used; None: once
     samples: SampleIds  # (n,) which samples of the training set they are
-    all_samples: Callable[[], SampleIds]  # those of all clients in this round, among which they have their noise
+    all_samples: Callable[[], SampleIds]  # those of all clients in this round, see `streams.label_noise`
     scores: Callable[[], Tensor]  # (..., n, classes), see `attack.View`
     logits: Callable[[], Tensor]  # (..., n, classes)
 

@@ -26,7 +26,7 @@ OnSweep = Callable[[int], None]  # gets the number of the sweep that is done
 STARTS = ("gradient", "target", "mean_feature", "-mean_feature")  # what plans begin with; others begin at random
 ROWS_AT_ONCE = 4096  # samples turned into features in one piece
 WORTH_THREADS = 2**23  # multiplications of a product
-RESIDENT = 4  # the part of the memory that features may take
+RESIDENT = 4  # features may take one part in so many of the memory
 
 
 class Plan(NamedTuple):
@@ -38,10 +38,10 @@ class Plan(NamedTuple):
     labels: NDArray[np.int64]  # (flips,)
     allowed: NDArray[np.int64]  # (T,) flips that the budget allows in each round from the first on
     harm: NDArray[np.float64]  # (sweeps + 1, starts) the objective after each sweep
-    part: NDArray[np.float64]  # (sweeps + 1, starts) of the rounds that was chosen anew
+    part: NDArray[np.float64]  # (sweeps + 1, starts) share of the rounds whose labels the sweep chose anew
 
     def flips(self, round_: int) -> Flips:
-        """The flips of a round, samples ascending."""
+        """The flips of one of the planned rounds, samples ascending; none where its budget is zero."""
         here = slice(*np.searchsorted(self.rounds, [round_, round_ + 1]))
         if not self.allowed[round_ - self.first]:
             return NO_FLIPS
@@ -52,6 +52,7 @@ class Maker:
     """Makes the plans of cells that share minibatches, from several starts each: plan p is of cell p // starts."""
 
     def __init__(self, cells: Sequence[Scenario], first: int, thetas: Sequence[Tensor]) -> None:
+        """`thetas` (A, B) are the parameters of the cells before round `first`, with which the plans begin."""
         self.cells, self.first = cells, first
         self.template_cell = template = cells[0]
         settings, self.threat = template.settings, template.settings.attack
@@ -103,6 +104,7 @@ class Maker:
             sweeps.start_from(self._start)
 
         def after() -> None:
+            """Tell that a sweep is done, and offer the state after it."""
             on_sweep(len(sweeps.harm) - 1)
             checkpoint.offer(sweeps.state)
 
@@ -174,7 +176,7 @@ class Maker:
         Returns
         -------
         Minibatch
-            The one of another round may be overwritten by the next that is asked for.
+            Its inputs may be overwritten when another round is asked for.
         """
         last = self._last.get(imagined)
         if last is not None and last[0] == round_:
@@ -194,7 +196,7 @@ class Maker:
 
     @cached_property
     def _resident(self) -> Tensor | None:
-        """The features of all samples that the clients hold; None where they take more than their part."""
+        """The features of all samples that clients hold; None where they take over 1 / `RESIDENT` of the memory."""
         held = np.flatnonzero(self._row >= 0)
         one = self.template_cell.features(held[:1]).double()
         if len(held) * one.nbytes > self.memory / RESIDENT:
@@ -239,6 +241,7 @@ class Maker:
         return self._access[key]
 
     def _round_access(self, round_: int, imagined: bool) -> WriteAccess | None:
+        """What `access` gives of a round that it has not seen; equal ones of several rounds are one object."""
         budgets = self.budgets[round_ - self.first]  # (M, G)
         if not budgets.any():
             return None
@@ -314,6 +317,8 @@ class Maker:
         return {}
 
     def _direction(self, theta: Tensor, name: str) -> Tensor:
+        """The direction (A, B) of a name of `attack.DIRECTIONS` that looks at theta (A, B) and the sample alone."""
+
         def none() -> None:
             """Neither the gradient nor the target is asked for."""
 
@@ -333,6 +338,7 @@ class Maker:
         found: planning.Labels = [None] * len(self.rounds)
 
         def choose(t: int, theta: Tensor, v: Tensor, scores: Tensor) -> None:
+            """Put the labels of a round that comes into `found`; scores in the imagined one are of no use."""
             round_ = self.rounds[t]
             access, batch = self.access(round_, False), self.batch(round_, False)
             if access is not None:
@@ -385,7 +391,7 @@ def allowances(cell: Scenario, rounds: range) -> NDArray[np.int64]:
     -------
     array of int, (T, G)
         The flips allowed in each round: of all malicious clients together, G = 1; with `attack.scope=per_client` of
-        each client.
+        each client by its number, 0 of honest ones. Rounds that are not attacked have 0.
     """
     threat, schedule = cell.settings.attack, cell.schedule
     pooled = threat.scope == "pooled"

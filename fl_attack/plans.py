@@ -68,7 +68,7 @@ def first_round(scenario: Scenario, round_: int) -> int:
     Returns
     -------
     int
-        1 where all rounds are planned at once.
+        1 where all rounds are planned at once, or the round is before the first that is attacked.
     """
     threat = scenario.settings.attack
     if threat.horizon is None or round_ < threat.start:
@@ -115,7 +115,10 @@ def note_start(scenario: Scenario, round_: int, theta: Tensor) -> None:
 
 
 def plans_made(scenario: Scenario) -> list[Plan]:
-    """The plans of a run so far, by the round that they begin with; of those before an interruption only the sweeps."""
+    """The plans of a run so far, ordered by the round that they begin with.
+
+    Those from before an interruption hold how the objective rose (`harm`, `part`), but no flips.
+    """
     held: dict[int, tuple[bytes, Plan]] = scenario.memo.get("plans", {})
     found: dict[int, Plan] = scenario.memo.get("plans before", {}) | {first: one for first, (_, one) in held.items()}
     for first, theta in scenario.memo.get("plan starts", {}).items():
@@ -130,7 +133,7 @@ def sweeps_of(scenario: Scenario) -> list[dict[str, Any]]:
 
 
 def restore_sweeps(scenario: Scenario, kept: Sequence[dict[str, Any]]) -> None:
-    """Know the plans again that an earlier process has made, where a run looks further ahead now and then.
+    """Make `plans_made` list the plans that an earlier process of this run has made.
 
     Parameters
     ----------
@@ -162,7 +165,7 @@ def load_plans(
     thetas : sequence of (A, B) tensors, optional
         The parameters broadcast in that round, by default those that runs begin with.
     on_sweep
-        Is called with the number of each sweep that is done.
+        Is called with the number of each sweep, a pass over all planned rounds, that is done.
 
     Returns
     -------
@@ -202,7 +205,7 @@ def _make_and_keep(cells: Sequence[Scenario], first: int, thetas: Sequence[Tenso
 
 @contextmanager
 def _held(work: Path) -> Iterator[None]:
-    """Hold a folder that whoever held it before may have removed."""
+    """Hold the lock of a folder, which is made again where whoever held it before has removed it."""
     lock = FileLock(work / ".lock")
     while not lock.is_locked:
         work.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ ADAM_EPS = 1e-8
 
 
 def batch_sizes(shard_sizes: NDArray[np.int64], batch_size: int | None) -> NDArray[np.int64]:
-    """Samples that each client takes a step, proportional to its shard, at least one.
+    """How many samples each client takes in a local step: proportional to its shard, at least one.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class Schedule:
     """Which clients take part in a round, and which samples each of them uses."""
 
     shards: tuple[NDArray[np.int64], ...]  # each client's samples, ascending
-    sizes: NDArray[np.int64]  # samples a local step, by client
+    sizes: NDArray[np.int64]  # how many samples a local step takes, by client
     local_steps: int
     seed: int
     per_round: int | None = None  # clients that take part in a round; None: all
@@ -97,7 +97,7 @@ class Schedule:
 
     @cached_property
     def used(self) -> NDArray[np.int64]:
-        """Different samples that each client uses in a round; the same number in every round."""
+        """How many different samples each client uses in a round in which it takes part, (clients,)."""
         lengths = np.array([len(shard) for shard in self.shards])
         return np.minimum(self.local_steps, lengths // self.sizes) * self.sizes
 
@@ -223,7 +223,7 @@ class Schedule:
     def _order(self, size: int, client: int, pass_: int, *again: int) -> NDArray[np.int64]:
         """The random order (size,) in which a client visits its samples in a pass: a function of seed and numbers.
 
-        The last one of each client is kept: as many numbers as those whom a process asks for hold samples.
+        The last one of each client is kept: one number for each sample of the clients that a process asks for.
         """
         key = client, *again
         kept = self._orders.get(key)
@@ -297,7 +297,7 @@ def local_update(
     Parameters
     ----------
     gradient
-        Gradient (A, B) of the mean loss, given theta, inputs and labels.
+        Gradient (A, B) of the mean loss, given theta, inputs, labels and, with `kept`, how often each counts.
     theta : (A, B) tensor
         Keeps its own precision; gradients are computed in that of X.
     X : (steps, size, ...) tensor
@@ -379,9 +379,9 @@ def with_momentum(beta: float, before: Tensor | None, update: Tensor) -> Tensor:
 class ServerState(NamedTuple):
     """What the server's optimizer remembers between rounds."""
 
-    step: int
-    first: Tensor
-    second: Tensor
+    step: int  # the number of steps taken
+    first: Tensor  # momentum, or adam's mean of gradients, shaped as theta
+    second: Tensor  # adam's mean of squared gradients, shaped as theta
 
 
 def initial_state(theta: Tensor) -> ServerState:

@@ -43,7 +43,7 @@ def contradicted_by_neighbours(labels: Tensor, of_neighbours: Tensor, classes: i
 
 
 def contradicted_by_model(labels: Tensor, probability: Tensor) -> Tensor:
-    """Which samples the model finds likelier to be of another class, and as likely as what has that label.
+    """Which samples the model takes for another class than that of their label, by confident learning.
 
     A sample counts as of class j where its probability of j is at least the mean over the samples labelled j; of
     several such classes, of the likeliest. It is contradicted where that is not its label.
@@ -100,6 +100,6 @@ def nearest(X: Tensor, k: int) -> NDArray[np.int64]:
 
 
 def step_weights(kept: Tensor) -> Tensor:
-    """How much each sample of a minibatch counts in its mean (..., n): n over those kept, 0 where it is left out."""
+    """How much each sample counts in a mean over all n (..., n): n over the number kept, 0 where it is left out."""
     weight = kept.double()
     return weight * kept.shape[-1] / weight.sum(-1, keepdim=True).clamp(min=1)

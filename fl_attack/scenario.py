@@ -100,11 +100,11 @@ class Scenario:
         return X if self.model.constant else self.dataset.images(X)
 
     def test_set(self) -> tuple[Tensor, Tensor]:
-        """Inputs and labels that the server measures the model on."""
+        """Inputs (n, ...) and labels (n,) that the server measures the model on."""
         return self._inputs(self.dataset.x_test), torch.tensor(self.dataset.y_test)
 
     def validation_set(self) -> tuple[Tensor, Tensor]:
-        """Inputs and labels that the server holds out to see when to stop."""
+        """Inputs (n, ...) and labels (n,) that the server holds out to see when to stop."""
         samples = self.partition.validation
         return self.features(samples), torch.from_numpy(self.dataset.y_train[samples])
 
@@ -210,7 +210,10 @@ class Scenario:
 
     @cached_property
     def trusted(self) -> NDArray[np.int64]:
-        """The training samples, ascending, whose true labels the server has too; clients hold them as well."""
+        """The training samples, ascending, whose true labels the server has too; clients hold them as well.
+
+        InputError where it is to have more than there are.
+        """
         held = np.flatnonzero(self.partition.client >= 0)
         count = self.settings.strategy.trusted
         if count > len(held):
@@ -235,6 +238,7 @@ class Scenario:
         """
 
         def root() -> Tensor:
+            """The server's own update (A, B)."""
             X, y, _ = self.batch(self.trusted, np.ones_like(self.trusted), theta.device)
             return server_update(self, theta, self.lr(round_), self.settings.weight_decay, X, y)
 
@@ -483,7 +487,7 @@ def kept_samples(scenario: Scenario, client: int, theta: Tensor, round_: int, fl
 def server_update(
     scenario: Scenario, theta: Tensor, lr: float | Tensor, weight_decay: float | Tensor, X: Tensor, y: Tensor
 ) -> Tensor:
-    """The server's own update (..., A, B), by as many local steps as clients take, each on all the samples it trusts.
+    """The server's own update (..., A, B), as a gradient: its way over lr in as many local steps as clients take.
 
     Parameters
     ----------
@@ -493,7 +497,7 @@ def server_update(
         The parameters that the server has broadcast; leading axes as the model allows.
     lr, weight_decay : float or (..., 1, 1) tensor
     X, y : tensors
-        Inputs (n, ...) and labels (n,).
+        Inputs (n, ...) and labels (n,) of the samples that it trusts, on all of which each step is taken.
     """
     steps = scenario.settings.local_steps
     X, y = X.expand(steps, *X.shape), y.expand(steps, *y.shape)

@@ -33,14 +33,14 @@ def label_noise(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The random numbers of some samples in a round, whoever else asks for which others.
+    """Random numbers of samples in a round; those of a sample do not depend on which others are asked for.
 
     Parameters
     ----------
     seed, round_ : int
         The seed of the experiment, and the round, counted from 1.
     samples : array of int, (n,)
-        The samples of the training set.
+        Positions in the training set.
     all_samples : callable
         A function without arguments that gives the samples of all clients in the round, in any order, these among them.
     device, dtype

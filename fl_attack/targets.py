@@ -151,12 +151,16 @@ def train_all(scenarios: Sequence[Scenario], on_round: OnRound = lambda round_: 
 
 
 def _of_unions(first: Scenario) -> Callable[[Sequence[Tensor], int], list[Tensor]]:
-    """A function of thetas and a round: each model's gradient over the union of the minibatches, fetched once."""
+    """A function of thetas and a round: the gradient (A, B) of each model on all samples of that round.
+
+    The samples are fetched once for all models, and not again in a round of the same ones.
+    """
     take, schedule = _taker(first), first.schedule
     last: NDArray[np.int64] = np.empty(0, np.int64)
     batch: tuple[Tensor, Tensor] | None = None
 
     def gradients(thetas: Sequence[Tensor], round_: int) -> list[Tensor]:
+        """The gradient (A, B) of each model on the samples of a round."""
         nonlocal last, batch
         samples, _ = schedule.round_samples(round_)  # each once: clients share none
         if batch is None or not np.array_equal(samples, last):  # full batches are all the same
@@ -179,6 +183,7 @@ def _gradients(first: Scenario, thetas: Sequence[Tensor], X: Tensor, y: Tensor) 
     """Gradients (A, B) of several linear models; samples go a piece at a time, which all read from the cache."""
 
     def gradient(theta: Tensor, X: Tensor, y: Tensor) -> Tensor:
+        """The gradient (A, B) of one model in the precision of theta, computed in that of X."""
         return first.model.gradient(theta.to(X.dtype), X, y).to(theta.dtype)
 
     rows = max(1, PIECE // X.shape[1])
@@ -192,7 +197,7 @@ def _gradients(first: Scenario, thetas: Sequence[Tensor], X: Tensor, y: Tensor) 
 
 
 def _mean_update(cell: Scenario, theta: Tensor, round_: int, momenta: protocol.Momenta) -> Tensor:
-    """The mean (A, B) of the updates that the clients of a round send honestly, as a gradient."""
+    """The mean (A, B) of the updates that the clients of a round send honestly, as a gradient; `momenta` go on."""
     clients, sizes, lr = cell.schedule.participants(round_), cell.schedule.sizes, cell.lr(round_)
     weights = sizes[clients] / sizes[clients].sum()
     if not cell.settings.worker_momentum:
@@ -220,7 +225,7 @@ def _target_file(scenario: Scenario) -> Path:
 
 
 def _is_target(file: Path, scenario: Scenario) -> bool:
-    """Whether a target is there; one of ours that is damaged is trained anew, one of the user's is an error."""
+    """Whether a file need not be trained: it holds a target, or is the user's own, which is not looked into yet."""
     if scenario.settings.attack.target_path is not None:
         return True
     try:

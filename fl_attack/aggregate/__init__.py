@@ -75,12 +75,12 @@ def is_known(name: str) -> bool:
 
 
 def needs(name: str) -> frozenset[str]:
-    """What a rule uses of `Seen`, of "root", "noise" and "classes"; nothing that is made up for it, of others."""
+    """Which of "root", "noise" and "classes" a rule of the table uses of `Seen`; empty for rules that are not of it."""
     return RULES[name].needs if name in RULES else frozenset()
 
 
 def sees(name: str) -> bool:
-    """Whether a rule asks for what the server knows besides the updates, or keeps something between rounds."""
+    """Whether a rule's function has an argument `seen` (what the server knows besides the updates) or `state`."""
     if name in RULES:
         return bool(_asks(RULES[name].combine))
     return plugins.is_path(name) and bool(_asks(plugins.load(name)))
@@ -104,7 +104,7 @@ def is_builtin(name: str, pre: Sequence[PreEntry] = ()) -> bool:
 
 
 class Combine:
-    """A rule after its pre-aggregators, for a number of clients."""
+    """What the server calls to combine updates: the pre-aggregators in their order, then the rule, for m clients."""
 
     def __init__(self, steps: Sequence[Callable[..., tuple[Tensor, Tensor]]], f: int, rule: "_Step", asks: set[str]):
         """`asks` holds which of `seen` and `state` the rule has as arguments."""
@@ -115,7 +115,7 @@ class Combine:
     def __call__(
         self, updates: Tensor, weights: Tensor, client_order: Tensor, seen: Seen = NOTHING, state: Any = None
     ) -> Tensor:
-        """The aggregate alone; see `step`."""
+        """The aggregate (..., C, d) alone, without what the rule keeps; see `step` for the arguments."""
         return self.step(updates, weights, client_order, seen, state)[0]
 
     def step(
@@ -181,7 +181,7 @@ def make(
     Returns
     -------
     Combine
-        Updates, weights and a random order of the clients to the aggregate. Its input is not changed.
+        To be called with updates, weights and a random order of the clients; what it is given is not changed.
 
     Raises
     ------
@@ -252,7 +252,7 @@ def _called(
     seen: Seen,
     state: Any,
 ) -> tuple[Tensor, Any]:
-    """The aggregate of a function, and its state."""
+    """The aggregate that a rule's function gives, and its state: None where it has no argument `state`."""
     found = function(updates, weights, f, **args, **_asked_for(asks, seen, state))
     return found if "state" in asks else (found, None)
 

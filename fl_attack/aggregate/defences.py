@@ -22,7 +22,7 @@ BITS = 36  # likewise of a score
 
 
 class Seen(NamedTuple):
-    """What the server knows of a round besides the updates; what is left out is as in a federation of its own."""
+    """What the server knows of a round besides the updates; a field that is None is read as its comment says."""
 
     clients: Tensor | None = None  # (m,) int64, the number of each client; None: 0 to m - 1
     total: int | None = None  # clients there are, in this round or not; None: m
@@ -48,6 +48,10 @@ def fltrust(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tensor:
         As all rules take them, see `rules`; the last two are not used.
     seen : Seen
         Its `root` gives the server's own update.
+
+    Returns
+    -------
+    (..., C, d) tensor
 
     Raises
     ------
@@ -108,7 +112,7 @@ def cosine_history(
 
 
 def class_norms(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tensor:
-    """Mean without the f updates whose rows of the last layer, one a class, have the strangest norms.
+    """Mean (..., C, d) without the f updates whose rows of the last layer, one a class, have the strangest norms.
 
     A flipped label adds to the rows of two classes. The norms of a client's rows are a point, and those f farthest from
     the coordinate-wise median of all clients' points are left out. That flipped labels show in these rows is Jebreel
@@ -119,7 +123,7 @@ def class_norms(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tens
     updates, weights, f
         See `rules`; weights are not used.
     seen : Seen
-        Its `by_class` gives the rows of the last layer.
+        Its `by_class` gives the rows of the last layer; without it they are the updates' own rows, C of them.
     """
     m = updates.shape[-3]
     rows = _by_class(seen, updates)
@@ -132,7 +136,7 @@ def class_norms(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tens
 
 
 def spectral(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Mean without the f updates that stick out along the top principal component, left out one by one.
+    """Mean (..., C, d) without the f updates that stick out along the top principal component, left out one by one.
 
     Each time the component is worked out anew from those that remain, so that one far away does not hide the next.
     Shejwalkar and Houmansadr leave all of them out at once, on random coordinates.
@@ -184,8 +188,9 @@ def foolsgold(
     Returns
     -------
     aggregate : (..., C, d) tensor
-        With weights of 1 it is the plain mean. Where all clients are the same, nobody stands out, and so it is.
+        The plain mean where every weight is 1, as where all clients are alike, so that nobody stands out.
     state : dict
+        What the rule is given as `state` in the next round.
 
     Raises
     ------
@@ -320,7 +325,7 @@ def directions(updates: Tensor) -> Tensor:
 
 
 def significant(score: Tensor) -> Tensor:
-    """Scores to so many digits that a rounding error does not tell two equal ones apart."""
+    """Scores rounded to `BITS` binary digits, so that a rounding error does not tell two equal ones apart."""
     mantissa, exponent = torch.frexp(score)
     found: Tensor = torch.ldexp((mantissa * 2.0**BITS).round() / 2.0**BITS, exponent)
     return found

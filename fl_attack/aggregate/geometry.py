@@ -32,6 +32,7 @@ def combined(updates: Tensor, shares: Tensor) -> Tensor:
     Returns
     -------
     (..., C, d) tensor
+        In the precision of the updates.
     """
     shares = shares.to(updates)
     found = weighted(updates, shares)
@@ -82,12 +83,17 @@ def along(updates: Tensor, v: Tensor) -> Tensor:
 class Distances(NamedTuple):
     """Squared distances between the clients of each federation."""
 
-    squared: Tensor  # (..., m, m) Inf on the diagonal, `FAR` to updates that are not finite; float64 if there are any
+    # (..., m, m) Inf on the diagonal, `FAR` to updates that are not finite, or too long to be told from such
+    squared: Tensor
     ordered: Tensor  # (..., m, m) the same with each row ascending
 
 
 def distances(updates: Tensor) -> Distances:
-    """Squared distances between clients, in the precision of the updates unless that costs digits, else in float64."""
+    """Squared distances between clients: in float64 if any federation needs it, else in the updates' precision.
+
+    Those of a federation whose products would lose digits are computed anew, about the median. Where its typical
+    length is not from about 2^-400 to 2^400, they are in another unit, since their squares can't be held.
+    """
     gram = gram_of(updates)
     squared = _squared_distances(gram)
     ordered = ascending(squared)
@@ -109,9 +115,10 @@ def products(updates: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     gram : (..., m, m) tensor of float64
-        The centre is zero where that costs the differences no digits, else the coordinate-wise median.
+        About zero and in plain units where that costs a federation's differences no digits. Else about the
+        coordinate-wise median, in the square of a power of two near the typical update's largest difference from it.
     finite : (..., m) tensor of bool
-        Which updates are finite.
+        False where an update is not finite, or 2^LONGEST times as far from the median as the typical one.
     """
     gram = gram_of(updates)
     exact = _are_exact(gram, ascending(_squared_distances(gram)))
@@ -130,14 +137,17 @@ def _squared_distances(gram: Tensor) -> Tensor:
 
 
 def _are_exact(gram: Tensor, ordered: Tensor) -> Tensor:
-    """Whether all updates are finite and the distances from their products as exact as they are, (...) of bool."""
+    """Whether a federation's updates are finite and their products keep the digits of the distances, (...) of bool.
+
+    `ordered` are the squared distances (..., m, m) from `gram`, each row ascending.
+    """
     shortest, longest = gram.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)  # NaN or Inf if any of them is
     typical = ordered[..., max(0, gram.shape[-1] // 2 - 1)]  # each client's median distance to the others
     return (longest > UNDERFLOW) & (shortest > SMALLEST * longest) & (typical.amin(-1) > CLOSE * longest)
 
 
 def gram_of(updates: Tensor) -> Tensor:
-    """Inner products (..., m, m) of the updates."""
+    """Inner products (..., m, m) of the updates about zero, in their precision."""
     whole = updates.flatten(-2)
     m = whole.shape[-2]
     gram = whole.new_empty(*whole.shape[:-1], m)
@@ -150,17 +160,17 @@ def gram_of(updates: Tensor) -> Tensor:
 
 
 def careful_products(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """As `products`, but in units of the square of the typical update."""
+    """As `products`, but of every federation about the median, as it is there where zero would cost digits."""
     gram, finite, _ = _careful(updates)
     return gram, finite
 
 
 def _careful(updates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inner products (..., m, m), which updates are finite (..., m), and the exponent of the unit of length (..., 1).
+    """Inner products (..., m, m), which updates are usable (..., m), and the exponent of the unit of length (..., 1).
 
-    They are about the coordinate-wise median, so that a common shift costs no digits, in units of the typical update.
-
-    All scales are powers of two, so that a change of scale by one changes no bit, and whole numbers stay exact.
+    They are about the coordinate-wise median, so that a common shift costs no digits. The unit is a power of two near
+    the typical update's largest difference from it; usable is what is finite and at most 2^LONGEST units long. All
+    scales are powers of two, so that a change of scale by one changes no bit, and whole numbers stay exact.
     """
     m, finite = updates.shape[-3], finite_rows(updates)
     centre = middle(updates, (m - 1) // 2, m // 2 + 1).unsqueeze(-3)
@@ -197,7 +207,7 @@ def upper_median(values: Tensor) -> Tensor:
 
 
 def exponent_of(values: Tensor) -> Tensor:
-    """The exponent of a power of two near each value, 0 for zero; its power is a number of full precision."""
+    """The whole number e with 2^(e-1) <= |value| < 2^e, 0 for zero; from -1000 to 1000, so that 2^e has all digits."""
     found: Tensor = torch.frexp(values.double()).exponent.clamp(-1000, 1000)
     return found
 

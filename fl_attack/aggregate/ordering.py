@@ -160,6 +160,8 @@ def middle(updates: Tensor, start: int, stop: int) -> Tensor:
     Returns
     -------
     (..., C, d) tensor
+        Updates that are not finite are Inf in every coordinate, unless all places are averaged: then they stay as they
+        are.
     """
     if start == 0 and stop == updates.shape[-3]:
         return updates.mean(-3)

@@ -2,7 +2,7 @@
 
 Each maps updates (..., m, C, d) and weights (m,) to new ones, of which there may be fewer. f is how many clients may be
 malicious; `client_order` (m,) is a random order of the clients, for those that draw lots. An update that is not finite
-stays so or becomes zero: it never gets into another.
+stays so or becomes zero, and gets into no other than the mean of its bucket.
 """
 
 import torch
@@ -59,7 +59,7 @@ def bucketing(updates: Tensor, weights: Tensor, f: int, client_order: Tensor, *,
     Returns
     -------
     means : (..., ceil(m / s), C, d) tensor
-        One for each bucket.
+        One for each bucket, not finite where one of its updates is not.
     weights : (ceil(m / s),) tensor
         The sum of the weights in each bucket.
 
@@ -95,5 +95,10 @@ def clipping(
         The updates at most this long; those that are not finite are zero.
     weights : (m,) tensor
         The weights as they were given.
+
+    Raises
+    ------
+    ValueError
+        Where c is not above 0.
     """
     return clip(updates, c), weights

@@ -3,7 +3,8 @@
 Parameters that all rules share: updates (..., m, C, d), one for each client in the order of the clients; weights (m,),
 the samples that each used; f, how many clients may be malicious. All give the aggregate (..., C, d) in the precision of
 the updates. Only the mean uses the weights. An update that is not finite counts as one that is infinitely far from all
-others: no rule but the mean lets it through. Ties go to the client of the lower index.
+others: no rule but the mean lets it through while at most f updates, and fewer than half, are like it. Ties go to the
+client of the lower index.
 """
 
 import math
@@ -90,7 +91,7 @@ def in_range(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Mean weighted by samples: of gradients, the gradient of all clients' batches together. It is not robust.
+    """Mean (..., C, d) weighted by samples: of gradients, that of all clients' batches together. It is not robust.
 
     Parameters
     ----------
@@ -103,7 +104,7 @@ def mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
 
 @in_range
 def median(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Coordinate-wise median; of an even number of values the mean of the two middle ones.
+    """Coordinate-wise median (..., C, d); of an even number of values the mean of the two middle ones.
 
     References
     ----------
@@ -120,7 +121,7 @@ def median(updates: Tensor, weights: Tensor, f: int) -> Tensor:
 
 @in_range
 def trimmed_mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Coordinate-wise mean without the f smallest and the f largest values.
+    """Coordinate-wise mean (..., C, d) without the f smallest and the f largest values.
 
     References
     ----------
@@ -139,7 +140,7 @@ def trimmed_mean(updates: Tensor, weights: Tensor, f: int) -> Tensor:
 
 @in_range
 def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Coordinate-wise mean of the m - f values nearest to the median.
+    """Coordinate-wise mean (..., C, d) of the m - f values nearest to the median.
 
     References
     ----------
@@ -176,7 +177,7 @@ def meamed(updates: Tensor, weights: Tensor, f: int) -> Tensor:
 
 
 def krum(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """The update with the least summed squared distance to its m - f - 2 nearest others.
+    """The update (..., C, d) with the least summed squared distance to its m - f - 2 nearest others.
 
     References
     ----------
@@ -187,14 +188,14 @@ def krum(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     updates, weights
         See the head of this module.
     f : int
-        At most `max_f_of_krum` of the clients.
+        At most `max_f_of_krum(m)`.
     """
     score = _krum_scores(distances(updates).ordered, f)
     return _clients(updates, score.argmin(-1, keepdim=True)).squeeze(-3)
 
 
 def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = None) -> Tensor:
-    """Mean of the `keep` updates of the smallest Krum scores, by default m - f.
+    """Mean (..., C, d) of the `keep` updates of the smallest Krum scores, by default m - f.
 
     References
     ----------
@@ -222,7 +223,9 @@ def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = N
 
 @in_range
 def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
-    """Coordinate-wise mean of the m - 4f values nearest to the median, of m - 2f updates chosen one by one by Krum.
+    """Coordinate-wise mean (..., C, d) of the m - 4f values nearest to the median, of m - 2f updates chosen by Krum.
+
+    Krum chooses one by one: each time among those that remain.
 
     References
     ----------
@@ -234,7 +237,7 @@ def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
     updates, weights
         See the head of this module.
     f : int
-        At most `max_f_of_bulyan` of the clients.
+        At most `max_f_of_bulyan(m)`.
     """
     squared = distances(updates).squared
     m = squared.shape[-1]
@@ -336,7 +339,7 @@ def _centered_clipping(updates: Tensor, norm: Tensor, tau: float | None, iterati
 
 
 def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None = None) -> Tensor:
-    """Mean of the updates, each scaled down to the norm c; by default to the median of their norms.
+    """Mean (..., C, d) of the updates, each scaled down to the norm c; by default to the median of their norms.
 
     References
     ----------
@@ -347,7 +350,12 @@ def norm_clipping(updates: Tensor, weights: Tensor, f: int, *, c: float | None =
     updates, weights, f
         See the head of this module; neither weights nor f are used.
     c : float, optional
-        The largest norm, above 0.
+        The largest norm.
+
+    Raises
+    ------
+    ValueError
+        Where c is not above 0.
     """
     share, finite = clip_shares(updates, c)
     if not bool(finite.all()):
@@ -363,11 +371,16 @@ def clip(updates: Tensor, c: float | None) -> Tensor:
     updates : (..., m, C, d) tensor
         The updates of all clients, which are not changed.
     c : float or None
-        The largest norm; None is the median of their norms.
+        The largest norm; None is the median of the norms that are finite, the lower of two middle ones.
 
     Returns
     -------
     (..., m, C, d) tensor
+
+    Raises
+    ------
+    ValueError
+        Where c is not above 0.
     """
     share, finite = clip_shares(updates, c)
     if not bool(finite.all()):
@@ -406,7 +419,10 @@ def clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
 
 
 def _krum_scores(ordered: Tensor, f: int, neighbours: int | None = None) -> Tensor:
-    """Sum (..., m) of each client's smallest squared distances, from rows (..., m, m) in order."""
+    """Sum (..., m) of each client's `neighbours` smallest squared distances, from rows (..., m, m) in order.
+
+    By default these are m - f - 2, but at least one.
+    """
     count = max(1, ordered.shape[-1] - f - 2) if neighbours is None else neighbours
     return ordered[..., :count].sum(-1, dtype=torch.float64).clamp(max=LARGEST)
 

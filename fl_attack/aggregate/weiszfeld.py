@@ -1,6 +1,7 @@
 """The geometric median of updates, by Weiszfeld's iteration.
 
-Shapes as in `rules`: updates (..., m, C, d). Its iterates are known by the shares (..., m) of the updates in them.
+Shapes as in `rules`: updates (..., m, C, d). A point is a weighted mean of the updates, given by their shares (..., m),
+which add up to 1.
 """
 
 from functools import partial
@@ -34,7 +35,7 @@ def geometric_median(updates: Tensor, weights: Tensor, f: int, *, tolerance: flo
     Parameters
     ----------
     updates, weights, f
-        As in all rules.
+        As in all rules; neither weights nor f are used.
     tolerance : float
         The iteration ends when no share of an update changes by more.
     most : int
@@ -77,7 +78,7 @@ def _geometric_median(updates: Tensor, norm: Tensor, tolerance: float, most: int
 
 
 def _few_iterations(updates: Tensor, norm: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
-    """Shares (..., m) after `most` iterations without inner products, and where they do not suffice, (...)."""
+    """Shares (..., m) after at most `most` iterations without inner products, and where these fail, (...) of bool."""
     # in numpy: torch takes several times as long for rows as short as these, and threads would wait for each other
     square = norm.square().cpu().numpy()
     share, moving = np.full_like(square, 1 / square.shape[-1]), np.ones_like(square[..., 0], dtype=np.bool_)
@@ -105,7 +106,10 @@ def _few_iterations(updates: Tensor, norm: Tensor, tolerance: float, most: int) 
 
 
 def _weiszfeld(gram: Tensor, finite: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
-    """Shares (..., m) of the updates in their geometric median, and whether it is nearly one of them, (...) of bool."""
+    """Shares (..., m) of the updates in their geometric median, and whether a point on the way there was nearly one.
+
+    Parameters are `gram` and `finite` as `products` gives them; the second result is (...) of bool.
+    """
     share = finite.double() / finite.sum(-1, keepdim=True)
     square = gram.diagonal(dim1=-2, dim2=-1)
     # in units of the typical update, over which a minority has no power

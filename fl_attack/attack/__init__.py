@@ -52,7 +52,6 @@ __all__ = [
     "attacked_before",
     "craft",
     "dealt_out",
-    "direction",
     "direction_of",
     "find",
     "find_direction",
@@ -126,7 +125,7 @@ def check_args(name: str, args: Mapping[str, Any]) -> None:
     Raises
     ------
     InputError
-        Where one is unknown, missing or of another type.
+        Where the attack is not known, or an argument is unknown, missing or of another type.
     """
     parameters = list(signature(find(name).function).parameters.values())[1:]
     known = plugins.check_keywords(name, parameters, args)
@@ -248,8 +247,9 @@ def craft(name: str, view: Updates, args: Mapping[str, Any]) -> Tensor:
 
     Returns
     -------
-    (..., m, C, d) tensor
-        An update for each client, of which those of the malicious ones count.
+    (..., m, C, d), (m, C, d) or (..., 1, C, d) tensor
+        What each client would send as a malicious one, to be broadcast to (..., m, C, d): with one client in the place
+        of m, all send the same.
 
     Raises
     ------
@@ -276,38 +276,8 @@ def _describe(given: Any) -> str:
     return f"shape {tuple(given.shape)}, {str(given.dtype).removeprefix('torch.')}"
 
 
-def direction(goal: Goal, theta: Tensor, clean_gradient: Tensor | None, target: Tensor | None) -> Tensor:
-    """The direction v whose inner product with the gradient is minimised.
-
-    Parameters
-    ----------
-    goal : {"untargeted", "targeted"}
-        Untargeted, the update is turned away from the honest one; targeted, towards the target.
-    theta : (..., C, d) tensor
-        The parameters that the server has broadcast.
-    clean_gradient : (..., C, d) tensor or None
-        The gradient on the true labels, for an untargeted goal.
-    target : (..., C, d) tensor or None
-        The parameters to steer to, for a targeted goal.
-
-    Returns
-    -------
-    (..., C, d) tensor
-        The clean gradient, or `target - theta`.
-
-    Raises
-    ------
-    ValueError
-        Where the one that the goal needs is None.
-    """
-    v = clean_gradient if goal == "untargeted" else target - theta if target is not None else None
-    if v is None:
-        raise ValueError(f"an attack with goal={goal} needs its clean gradient or target")
-    return v
-
-
 def flipped_target(y: Tensor, classes: int) -> Tensor:
-    """The fully flipped labels of the training that gives theta_target.
+    """The labels, all of them flipped, on which the parameters that a targeted attacker steers to are trained.
 
     Parameters
     ----------

@@ -22,12 +22,12 @@ def dealt_out(flips: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.
     flips : (...) array of int64
         The number of flips of all clients together.
     sizes : (..., m) array of int64
-        The samples that each client can write.
+        The number of samples that each client can write.
 
     Returns
     -------
     (..., m) array of int64
-        Their sum is `flips`, where there is anything to write.
+        The flips of each client, whose sum is `flips`; zero where there is nothing to write.
     """
     total = np.maximum(sizes.sum(-1, keepdims=True), 1)
     whole, rest = np.divmod(flips[..., None] * sizes, total)
@@ -42,7 +42,7 @@ def most_harmful(products: Sequence[Tensor]) -> Tensor:
     Parameters
     ----------
     products : sequence of (...) tensors
-        The inner product of each; of equal ones the first is taken. One that is no number is never taken.
+        The inner product of each; of equal ones the first is taken. NaN counts as infinite.
     """
     every = torch.stack(list(products))
     return every.where(~every.isnan(), torch.inf).argmin(0)

@@ -47,7 +47,7 @@ def flip_allowance(budget: Fraction, writable_before: int, writable: int, roundi
     budget : Fraction
         Share b of the writable samples, exact.
     writable_before : int
-        How many samples could be written in the rounds attacked so far.
+        How many samples could be written in the attacked rounds before this one; only `carry` uses it.
     writable : int
         The number of samples that can be written in this round.
     rounding : {"floor", "carry", "ceil"}

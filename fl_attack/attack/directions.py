@@ -26,6 +26,7 @@ class Aim:
     """What attackers know as they choose a direction. What takes work is worked out when it is first asked for."""
 
     def __init__(self, theta: Tensor, round_: int, model: Model, *, gradient: Lazy, target: Lazy, sample: Lazy) -> None:
+        """The last three are functions without arguments that give what the properties of these names hold."""
         self.theta = theta  # (..., A, B) the broadcast parameters
         self.round = round_  # counted from 1
         self.model = model
@@ -66,7 +67,7 @@ def target(aim: Aim) -> Tensor:
 
 
 def target_far(aim: Aim) -> Tensor:
-    """The target itself: always the same way, and beyond the target too."""
+    """The parameters of the target as they are: the same direction in every round, beyond the target too."""
     return aim.target
 
 
@@ -130,7 +131,7 @@ def find_direction(name: str) -> Direction:
 
 
 def scores_along(name: str, aim: Aim, X: Tensor) -> Tensor:
-    """The scores (n, classes) of samples X (n, ...) along the direction of a name, see `Model.scores`."""
+    """The scores (..., n, classes) of samples X (n, ...) along the direction of a name, see `Model.scores`."""
     return aim.model.scores(aim.theta.to(X.dtype), direction_of(name, aim).to(X.dtype), X)
 
 

@@ -20,6 +20,7 @@ class Updates:
     """What a gradient attack sees of a round: everything. What takes work is worked out when first asked for."""
 
     def __init__(self, updates: Tensor, malicious: Tensor, *, direction: Lazy, noise: Lazy) -> None:
+        """The last two are functions without arguments that give what the properties of these names hold."""
         self.updates = updates  # (..., m, C, d) what each client of the round would send, were all honest
         self.malicious = malicious  # (..., m) bool
         self._direction, self._noise = direction, noise
@@ -51,12 +52,12 @@ class Updates:
 
     @cached_property
     def mean(self) -> Tensor:
-        """(..., 1, C, d) of the honest updates."""
+        """(..., 1, C, d) mean of the honest updates, each counting alike."""
         return self._honest_mean(self.updates)
 
     @cached_property
     def deviation(self) -> Tensor:
-        """(..., 1, C, d) standard deviation of the honest updates, coordinate by coordinate."""
+        """(..., 1, C, d) standard deviation (divided by their number) of the honest updates in each coordinate."""
         return self._honest_mean((self.updates - self.mean) ** 2).sqrt()
 
     def _honest_mean(self, values: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class Updates:
 
 
 def sign_flip(view: Updates, *, scale: float = 1.0) -> Tensor:
-    """Each client sends its own update, turned round and scaled.
+    """Each client sends its own update, turned round and scaled: (..., m, C, d).
 
     Parameters
     ----------
@@ -84,7 +85,7 @@ def sign_flip(view: Updates, *, scale: float = 1.0) -> Tensor:
 
 
 def gaussian(view: Updates, *, sigma: float = 200.0) -> Tensor:
-    """Noise of mean 0, for each client its own.
+    """Normal noise of mean 0, for each client its own: (m, C, d).
 
     Parameters
     ----------
@@ -92,6 +93,11 @@ def gaussian(view: Updates, *, sigma: float = 200.0) -> Tensor:
         What the attackers see of the round, with its noise.
     sigma : float
         Standard deviation of each coordinate, at least 0; 200 is that of the source.
+
+    Raises
+    ------
+    ValueError
+        Where `sigma` is negative, infinite or NaN.
 
     References
     ----------
@@ -103,7 +109,7 @@ def gaussian(view: Updates, *, sigma: float = 200.0) -> Tensor:
 
 
 def ipm(view: Updates, *, epsilon: float = 1.0) -> Tensor:
-    """Inner-product manipulation: the honest mean, turned round.
+    """Inner-product manipulation: the honest mean, turned round, (..., 1, C, d), which all send.
 
     Parameters
     ----------
@@ -120,7 +126,7 @@ def ipm(view: Updates, *, epsilon: float = 1.0) -> Tensor:
 
 
 def alie(view: Updates, *, z: float | None = None) -> Tensor:
-    """A little is enough: the honest mean less z honest standard deviations, coordinate by coordinate.
+    """A little is enough: all send the honest mean less z standard deviations of each coordinate, (..., 1, C, d).
 
     Parameters
     ----------
@@ -146,14 +152,14 @@ def alie(view: Updates, *, z: float | None = None) -> Tensor:
 
 
 def mimic(view: Updates) -> Tensor:
-    """All send the update of one honest client, the first: over-represented. https://arxiv.org/abs/2006.09365."""
+    """All send the update of the first honest client again, (..., 1, C, d). https://arxiv.org/abs/2006.09365."""
     first = view.honest.to(torch.uint8).argmax(-1)[..., None, None, None]
     shape = view.updates.shape
     return view.updates.gather(-3, first.expand(*shape[:-3], 1, *shape[-2:]))
 
 
 def gradient_max(view: Updates) -> Tensor:
-    """The most misaligned vector of the norm that each would have sent honestly: `-|u| v / |v|`.
+    """The most misaligned vector of the norm that each would have sent honestly: `-|u| v / |v|`, (..., m, C, d).
 
     No update of that norm has a smaller inner product with the direction; where it is zero, so is what is sent.
     """

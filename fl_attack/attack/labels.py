@@ -36,6 +36,7 @@ class View:
         noise: MaybeLazy,
         selection: Selection = "gain",
     ) -> None:
+        """Scores, logits and noise are what the properties hold, or functions without arguments that give it."""
         self.y = y  # (n,) true labels
         self.w = w  # (n,) how often the sample is used in this round
         self.selection = selection
@@ -77,10 +78,11 @@ class Proposal(NamedTuple):
 
 
 def greedy(view: View) -> Proposal:
-    """The class that lowers the objective most, wanted by how much it does.
+    """The label of each sample that lowers the objective most, with the priority `w (scores[label] - scores[y])`.
 
-    `literal` ranks as the paper's algorithms are printed: by the score of the new label alone, whether or not the
-    sample already has it, so that part of the budget can go to flips that change nothing.
+    Where no other label lowers it the priority is -inf. `literal` ranks as the paper's algorithms are printed: by the
+    score of the new label alone (of two classes by that of label 1 less that of label 0), whether or not the sample
+    already has it, so that part of the budget can go to flips that change nothing.
     """
     best, labels = view.scores.max(-1)
     if view.selection == "literal":
@@ -123,14 +125,14 @@ def planned(
     sample: int = 1000,
     temperature: float = 0.3,
 ) -> Proposal:
-    """Flips as `greedy` gives them, along a direction that looks ahead: `plans` makes all of a run's flips together.
+    """What `greedy` proposes; a run does not ask for it, but takes its flips from `plans`, made with these arguments.
 
     Parameters
     ----------
     view : View
         What the attackers see of the round.
     sweeps : int
-        The largest number of sweeps that a plan takes from each start.
+        The largest number of sweeps (passes over all planned rounds) that improve a plan from each start.
     starts : int
         How many plans are begun, of which the best is taken.
     tolerance : float
@@ -139,6 +141,11 @@ def planned(
         The number of training samples that harm is measured on.
     temperature : float
         The temperature of the smoothed error, which is the harm; see `harm.smoothed_error`.
+
+    Raises
+    ------
+    ValueError
+        Where an argument is out of range.
     """
     given = {"sweeps": sweeps, "starts": starts, "tolerance": tolerance, "sample": sample, "temperature": temperature}
     planned_options(given)
@@ -146,7 +153,7 @@ def planned(
 
 
 def random_flip(view: View) -> Proposal:
-    """Samples at random, each to one of the other classes at random."""
+    """Samples at random (uniform priorities), each to one of the other classes at random."""
     classes = view.logits.shape[-1]
     step = 1 + (view.noise[:, 1] * (classes - 1)).long().clamp(max=classes - 2)
     return Proposal((view.y + step) % classes, view.noise[:, 0])
@@ -159,7 +166,7 @@ def static_flip(
     source: int | None = None,
     target: int | None = None,
 ) -> Proposal:
-    """Samples at random, by a fixed map of labels.
+    """Samples at random, by a fixed map of labels; those whose label it does not change have priority -inf.
 
     Parameters
     ----------
@@ -169,6 +176,11 @@ def static_flip(
         The map of labels: y to C - 1 - y, or y to y + 1 modulo C.
     source, target : int, optional
         With both, only samples of the one class are flipped, to the other.
+
+    Raises
+    ------
+    ValueError
+        Where only one of source and target is given, they are no two different labels, or map is not known.
 
     References
     ----------
@@ -198,6 +210,11 @@ def confidence_flip(view: View, *, certain: Literal["most", "least"] = "most") -
         What the attackers see of the round, with the logits.
     certain : {"most", "least"}
         Certainty is the margin: the logit of the true label above the largest other one.
+
+    Raises
+    ------
+    ValueError
+        Where `certain` is neither.
     """
     if certain not in ("most", "least"):
         raise ValueError(f"certain={certain} is not known; use most or least")

@@ -31,6 +31,7 @@ class Model(ABC):
     rows_at_once: int = 1024  # samples whose logits are computed in one go when many are measured
 
     def __init__(self, shape: tuple[int, int], loss: outputs.LossTable = outputs.cross_entropy) -> None:
+        """`shape` (A, B) is that of theta; `loss` gives the loss of each sample under each label, see `outputs`."""
         self.shape = shape
         self.loss = loss
 
@@ -76,18 +77,19 @@ class Model(ABC):
         Raises
         ------
         KeyError or ValueError
-            Where a parameter is missing or has another shape.
+            Where a parameter is missing, or one of a network's has another shape. The shape of an array `theta`, which
+            holds all parameters, is not checked.
         """
 
     def by_class(self, updates: Tensor) -> Tensor:
-        """The rows (..., classes, width) of the last layer in updates (..., A, B); one row of a binary model.
+        """The rows (..., classes, width) of the last layer in updates (..., A, B); one row where there is one logit.
 
         InputError where there is no last layer with a row for each class.
         """
         return updates
 
     def residuals(self, Z: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
-        """Derivative of the sum of the samples' losses by the logits.
+        """Derivative of the sum of `w_n loss_n` over samples by the logits.
 
         Parameters
         ----------

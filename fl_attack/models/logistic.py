@@ -53,8 +53,8 @@ def gradient(theta: Tensor, X: Tensor, y: Tensor, w: Tensor | None = None) -> Te
         As `logits` takes them.
     y : (n,) or (..., n) tensor of int64
         Labels.
-    w : (n,) or (..., n) tensor, optional
-        How often each sample counts; by default once.
+    w : (n,) tensor, optional
+        How often each sample counts, the same for all leading axes; by default once.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def gradient(theta: Tensor, X: Tensor, y: Tensor, w: Tensor | None = None) -> Te
 
 
 def scores(v: Tensor, X: Tensor) -> Tensor:
-    """Derivative of each sample's class scores along a direction, whatever the parameters.
+    """Derivative of each sample's logits by class along a direction, `X v^T`, whatever the parameters.
 
     Parameters
     ----------

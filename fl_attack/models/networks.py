@@ -124,7 +124,7 @@ class Network(Model):
 def _built(
     build: Builder, inputs: tuple[int, ...], classes: int, seed: int, name: str, args: Mapping[str, Any]
 ) -> nn.Module:
-    """The module, initialised from the seed alone, whatever has been drawn before."""
+    """The module, initialised from the seed alone; InputError where building it fails or gives no module."""
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(seed)
         try:
@@ -241,11 +241,12 @@ class Mlp(Network):
         X : (n, *inputs) tensor
             Inputs, the same for all.
         first : (M, n, width) tensor, optional
-            What the first layer gives, where that is known; it is lost.
+            What the first layer gives, where that is known; it is overwritten.
 
         Returns
         -------
         list of (M, n, width) tensors
+            Of each hidden layer what it puts out after its rectifier; last the logits.
         """
         layers = self.layers(theta)
         found = [shared_product(X.flatten(1), *layers[0]) if first is None else first]
@@ -350,7 +351,7 @@ class Mlp(Network):
         activations : list of tensors
             The activations that `forward` gave for these parameters.
         along_first : (M, n, width) tensor
-            What the first layer gives along the direction; it is lost.
+            What the first layer gives along the direction; it is overwritten.
         others : sequence of pairs of tensors
             The direction's weights and biases in the other layers.
 
@@ -466,6 +467,7 @@ def resnet18(shape: tuple[int, ...], classes: int, groups: int = GROUPS) -> nn.M
 
 
 def _image(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+    """The shape (C, H, W) of an image, as it is given; InputError where samples have another number of axes."""
     if len(shape) != 3:
         raise InputError(f"model={name} needs images, but a sample of this data set is {shape}; use model=mlp")
     return shape

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LossTable = Callable[[Tensor], Tensor]
+LossTable = Callable[[Tensor], Tensor]  # of logits (..., n, C): each sample's loss under each label, (..., n, classes)
 SMOOTHING = 0.1  # Szegedy et al. 2016, https://arxiv.org/abs/1512.00567
 FOCUS = 2.0  # gamma of Lin et al. 2017, https://arxiv.org/abs/1708.02002
 
@@ -145,6 +145,7 @@ def residuals(loss: LossTable, Z: Tensor, y: Tensor, w: Tensor | None = None) ->
         return R if w is None else R * w.unsqueeze(-1)
 
     def total(logits: Tensor) -> Tensor:
+        """The sum of `w_n loss_n`, a scalar."""
         own = _own(loss(logits), y)
         return (own if w is None else own * w).sum()
 

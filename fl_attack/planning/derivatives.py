@@ -1,6 +1,6 @@
 """What a plan needs to know of a model: gradients, scores and Hessian-vector products of many plans together.
 
-Shapes: P plans, n samples, C logits, parameters (A, B). A label of its own stands in each plan, so labels are (P, n).
+Shapes: P plans, n samples, C logits, parameters (A, B). Each plan writes labels of its own, so labels are (P, n).
 """
 
 from typing import Any, Protocol, cast
@@ -58,6 +58,7 @@ class Derivatives(Protocol):
         Returns
         -------
         (P, A, B) tensor
+            The sum over samples.
         """
 
     def scores(self, theta: Tensor, v: Tensor, X: Tensor) -> Tensor:
@@ -138,6 +139,7 @@ class General:
         """Derivatives by the parameters, a plan and a piece of samples at a time; see `Derivatives.pull_back`."""
 
         def one(at: Tensor, by_logits: Tensor) -> Tensor:
+            """The derivatives (A, B) of one plan."""
             total = torch.zeros_like(at)
             size = self.model.rows_at_once
             for piece, part in zip(X.split(size), by_logits.split(size), strict=True):
@@ -155,6 +157,7 @@ class General:
         """Scores and Hessian-vector products by forward over reverse; see `Derivatives.scores_and_product`."""
 
         def one(at: Tensor, along: Tensor, labels: Tensor) -> Tensor:
+            """The Hessian-vector product (A, B) of one plan."""
             _, product = cast(Any, jvp)(lambda theta: self.model.gradient(theta, X, labels), (at,), (along,))
             return cast(Tensor, product)
 

@@ -91,23 +91,24 @@ class SweepResult(NamedTuple):
 
     labels: Labels
     harm: NDArray[np.float64]  # (sweeps + 1, P) after each sweep, the start first; it never falls
-    part: NDArray[np.float64]  # (sweeps + 1, P) of the rounds that was chosen anew
+    part: NDArray[np.float64]  # (sweeps + 1, P) share of the rounds whose labels the sweep chose anew; 0 once ended
 
 
 @dataclass
 class Sweeps:
-    """Plans that are improved sweep by sweep."""
+    """Plans that are improved sweep by sweep; a sweep is a pass forward and one backward over all planned rounds."""
 
     problem: Problem
-    uniform: Callable[[int], Tensor]
-    tolerance: float = 1e-4
+    uniform: Callable[[int], Tensor]  # of the number of a sweep, from 1: (P, T + 3) random numbers in [0, 1)
+    tolerance: float = 1e-4  # a plan ends that gains less harm in `PATIENCE` sweeps
     labels: Labels = field(default_factory=list)  # the best so far
     wanted: Labels = field(default_factory=list)  # the greedy ones along the costates of the best
     harm: list[NDArray[np.float64]] = field(default_factory=list)  # (P,) after each sweep
-    part: list[NDArray[np.float64]] = field(default_factory=list)
-    over: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))  # (P,) which gain no more
+    part: list[NDArray[np.float64]] = field(default_factory=list)  # (P,) of each sweep, see `SweepResult`
+    over: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))  # (P,) which plans have ended
 
     def __post_init__(self) -> None:
+        """Nothing is run yet: `start_from` or `restore` comes before `run`."""
         self.trajectory = Trajectory(self.problem)
 
     def start_from(self, direction: DirectionAt) -> None:
@@ -120,7 +121,7 @@ class Sweeps:
         self._next = np.ones(self.problem.plans)
 
     def run(self, sweeps: int, after: Callable[[], None] = lambda: None) -> SweepResult:
-        """Sweep until no plan gains more.
+        """Sweep until no plan gains more, or `sweeps` are done.
 
         Parameters
         ----------
@@ -171,9 +172,10 @@ class Sweeps:
             self.over |= self.harm[-1] - self.harm[-1 - PATIENCE] < self.tolerance
 
     def _move_one(self, trial: Labels, p: int, t: int, uniform: Sequence[float]) -> None:
-        """Write into the trial of plan p another label in round t, at random; a flip gives way if the budget is used.
+        """Write another label into `trial`, for plan p at position t of the rounds, chosen by three random numbers.
 
-        This finds what is better only by the curvature of the harm, which costates do not see.
+        If the budget is used up, one of its flips becomes the true label again. This finds what is better only by the
+        curvature of the harm, which costates do not see.
         """
         problem, old = self.problem, trial[t]
         access = problem.access(problem.rounds[t])
@@ -198,7 +200,7 @@ class Sweeps:
         trial[t][p] = written.to(old.dtype)  # type: ignore[index]
 
     def state(self) -> dict[str, object]:
-        """The state from which `restore` goes on."""
+        """What `restore` takes: the labels, the harm and all else that the next sweep depends on, by name."""
         return {
             "labels": list(self.labels),
             "wanted": list(self.wanted),
@@ -238,7 +240,8 @@ class Trajectory:
         Parameters
         ----------
         labels : Labels
-            The labels written in each round, by plan; they are changed where a direction is given.
+            The labels written in each round, by plan; where a direction is given, those chosen along it are put into
+            this list.
         direction : callable, optional
             Gives v (P, A, B) from parameters and a minibatch: labels are first chosen along it, round after round.
 
@@ -266,7 +269,7 @@ class Trajectory:
         return harm.cpu()
 
     def _keep(self, state: TrainingState) -> None:
-        """Keep the state before a round: in memory taken once, or pieces that last lie between those that do not."""
+        """Keep a copy of the state before a round of the segment, in memory that is taken once for all segments."""
         (step, *of_optimizer), place = state.optimizer, len(self._kept)
         copies = COPIES[self.problem.optimizer]
         parts = [state.theta, *of_optimizer]
@@ -299,10 +302,11 @@ class Trajectory:
         return TrainingState(theta, optimizer)
 
     def best_labels(self) -> Labels:
-        """The labels of each round that are greedy along the costates of the rounds that were run last."""
+        """The labels of each round, greedy along the costates of the last `run`; `run` again before another call."""
         found: Labels = [None] * len(self.problem.rounds)
 
         def choose(t: int, theta: Tensor, v: Tensor, scores: Tensor) -> None:
+            """Put the labels of a round into `found`."""
             batch, access = self.problem.batch(self.problem.rounds[t]), self.problem.access(self.problem.rounds[t])
             if access is not None:
                 columns = access.columns
@@ -312,7 +316,7 @@ class Trajectory:
         return found
 
     def backwards(self, visit: Callable[[int, Tensor, Tensor, Tensor], None]) -> Costate:
-        """Run the costates back over the rounds that were run last; gives those before the first.
+        """Go back over the last `run` and give the costate before its first round; `run` again before another call.
 
         `visit` gets of each round, the last first, its place t, the parameters theta (P, A, B) before it, the
         direction v (P, A, B) along which a lower gradient raises the harm, and the scores (P, n, classes) along it.
@@ -344,7 +348,7 @@ class Trajectory:
         return costate
 
     def _labels(self, t: int) -> Tensor:
-        """The labels (P, n) of a round, as they are written."""
+        """The labels (P, n) of the minibatch of round `problem.rounds[t]`, true ones and written ones."""
         batch, access = self.problem.batch(self.problem.rounds[t]), self.problem.access(self.problem.rounds[t])
         y, written = batch.y.expand(self.problem.plans, -1), self.labels[t]
         if access is None or written is None:
@@ -352,7 +356,7 @@ class Trajectory:
         return y.index_copy(1, access.columns, written.to(torch.int64))
 
     def _gradient(self, state: TrainingState, t: int) -> Tensor:
-        """The aggregate (P, A, B) of a round, the weight decay included."""
+        """The aggregate (P, A, B) of round `problem.rounds[t]` with weight decay, at the parameters `state.theta`."""
         batch = self.problem.batch(self.problem.rounds[t])
         gradient = self.problem.derivatives.gradient(state.theta, batch.X, self._labels(t))
         return gradient + self.problem.weight_decay * state.theta
@@ -378,7 +382,7 @@ class Trajectory:
 
 
 def chosen_labels(scores: Tensor, y: Tensor, access: WriteAccess, selection: attack.Selection = "gain") -> Tensor:
-    """The labels that greedy attackers write.
+    """The labels of the samples that can be written, after greedy attackers have flipped the best of them.
 
     Parameters
     ----------
@@ -393,8 +397,8 @@ def chosen_labels(scores: Tensor, y: Tensor, access: WriteAccess, selection: att
 
     Returns
     -------
-    (P, w) tensor of uint8 or int16
-        Which of the two depends on the number of classes.
+    (P, w) tensor of uint8, or of int16 with more than 256 classes
+        The true label wherever there is no flip.
     """
     view = attack.View(
         y, torch.ones_like(scores[0, :, 0]), scores=scores, logits=scores, noise=scores, selection=selection
