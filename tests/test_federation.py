@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,16 +12,21 @@ import numpy as np
 import pytest
 import ray
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from local_ray import LocalRay, in_place_of_ray
 
 from fl_attack import engine, federation, scenario, targets
+from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, StrategySettings
+from fl_attack.engine import sequential
 from fl_attack.errors import InputError, RunError
+from fl_attack.federation import strategy as strategies
 from fl_attack.federation import wire
-from fl_attack.federation.client import HonestClient, MaliciousClient, OmniscientHook, client_app
+from fl_attack.federation.client import HonestClient, MaliciousClient, OmniscientHook, client, client_app
 from fl_attack.federation.grid import CLIENT_APP_RAISED, BlockGrid
 from fl_attack.federation.session import ray_session
 from fl_attack.federation.strategy import CRASHED, complete, start
@@ -367,3 +373,176 @@ def test_the_flips_of_all_clients_together_are_those_agreed_on(settings: Compose
 
 def test_codes_of_errors_are_those_of_flower() -> None:
     assert (CLIENT_APP_RAISED, CRASHED) == (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.CLIENT_APP_CRASHED)
+
+
+@pytest.fixture
+def local() -> Iterator[LocalRay]:
+    """Actors in this process."""
+    with in_place_of_ray(LocalRay(CPU=2.0)) as local:
+        yield local
+
+
+@pytest.fixture
+def blocks(local: LocalRay) -> Iterator[BlockGrid]:
+    """Seven clients in three blocks of this process."""
+    with BlockGrid(client_app, 7, actors=3, cpus_each=0.25, gpus_each=0.125) as blocks:
+        yield blocks
+
+
+def test_clients_are_shared_out_to_actors_that_are_started_again_when_lost(local: LocalRay, blocks: BlockGrid) -> None:
+    (asked,) = local.options
+    assert asked == {
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "num_cpus": 0.25,
+        "num_gpus": 0.125,
+        "scheduling_strategy": "SPREAD",
+    }
+    assert [len(block.contexts) for block in local.made] == [3, 2, 2]
+    of_clients = [context for block in local.made for context in block.contexts.values()]
+    assert [context.node_config["partition-id"] for context in of_clients] == list(range(7))
+    assert {context.node_config["num-partitions"] for context in of_clients} == {7}
+    assert [context.node_id for context in of_clients] == list(blocks.get_node_ids())
+    assert len(set(blocks.get_node_ids())) == 7 and 1 not in blocks.get_node_ids()  # 1 is the server's
+    assert local.made[1].place() == ("0" * 56, os.getpid())
+    blocks.__exit__()
+    assert local.killed == blocks.actors
+    with BlockGrid(client_app, 2, actors=5, cpus_each=1.0) as few:  # no actor without a client
+        assert len(few.actors) == len(list(few.get_node_ids())) == 2
+    assert local.options[-1]["num_gpus"] == 0.0
+
+
+def test_blocks_keep_what_flower_promises_of_a_grid(blocks: BlockGrid) -> None:
+    check_promises(blocks)
+    run = Run.create_empty(7)
+    assert blocks.run.run_id == 1
+    blocks.set_run(run)
+    assert blocks.run is run
+    message = blocks.create_message(RecordDict(), "train.some", 4, "group", ttl=77.0)
+    told = message.metadata
+    assert (told.dst_node_id, told.message_type, told.group_id, told.ttl) == (4, "train.some", "group", 77.0)
+
+
+def test_who_is_not_done_in_time_is_left_out_of_the_replies(local: LocalRay, blocks: BlockGrid) -> None:
+    def answered(timeout: float | None) -> list[int]:
+        asked = [Message(RecordDict(), node, "query") for node in reversed(list(blocks.get_node_ids()))]
+        return [wire.client_of(reply.content) for reply in blocks.send_and_receive(asked, timeout=timeout)]
+
+    assert answered(None) == [6, 5, 4, 3, 2, 1, 0]
+    local.late = {1}  # of clients 3 and 4
+    assert answered(0.5) == [6, 5, 2, 1, 0]
+    assert local.waits == [0]
+    assert answered(None) == [6, 5, 4, 3, 2, 1, 0]
+
+
+def test_an_actor_says_what_its_client_raised(local: LocalRay) -> None:
+    with BlockGrid(failing_app(), 7, actors=2, cpus_each=0.1) as failing:
+        asked = [Message(RecordDict({"config": ConfigRecord({"server-round": 3})}), 4, "train")]
+        (reply,) = failing.send_and_receive(asked)
+    assert (reply.error.code, reply.error.reason) == (2, "no more disk")
+    assert wire.reason_of(reply) == "no more disk"
+    around = "<class 'flwr.X'>:<'Exception ClientApp raised. Message: it\\'s full'>\n"
+    flowers = Message(Error(2, around), reply_to=reply)
+    assert wire.reason_of(flowers) == "it's full"
+    assert wire.reason_of(Message(Error(2), reply_to=reply)) == "a client gave no reason"
+
+
+IN_BLOCKS = {
+    "attackers of labels": ["attack.goal=targeted", "server_optimizer=adam"],
+    "epochs, some clients": ["attack.refresh=epoch", "clients.per_round=4", "server_optimizer=momentum"],
+    "updates and momenta": ["attack=alie", "worker_momentum=0.5", "strategy=median"],
+}
+
+
+@pytest.mark.parametrize("case", IN_BLOCKS)
+def test_clients_in_blocks_go_the_way_of_one_experiment(
+    settings: Compose, small_data: Small, blocks: BlockGrid, case: str
+) -> None:
+    chosen = settings(*small_data(3), *COMMON, "rounds=4", "batch_size=40", *IN_BLOCKS[case])
+    history = federate(chosen, blocks)
+    expected = sequential.run(scenario.make(chosen)).history()
+    torch.testing.assert_close(history.theta, expected.theta, rtol=0, atol=1e-9)
+    for name, column in history.flip_table().items():
+        assert column.tolist() == expected.flip_table()[name].tolist()
+    for row, wanted in zip(history.rows, expected.rows, strict=True):
+        assert list(row.values()) == pytest.approx(list(wanted.values()), rel=0, abs=1e-7, nan_ok=True)
+
+
+def test_clients_are_malicious_where_the_scenario_says_so_and_share_what_they_know(
+    settings: Compose, small_data: Small
+) -> None:
+    cell = scenario.make(settings(*small_data(3), *COMMON, "batch_size=40"))
+    clients = [client(cell.settings.model_dump_json(), number) for number in range(7)]
+    of_attackers = {i for i, one in enumerate(clients) if isinstance(one, MaliciousClient)}
+    assert of_attackers == set(cell.partition.malicious.tolist())
+    assert len({id(one.hook) for one in clients if isinstance(one, MaliciousClient)}) == 1
+    assert [one.client for one in clients] == list(range(7))
+
+
+@pytest.mark.parametrize("path", ["FedAvg", "FedAdam", "FedMedian"])
+def test_a_strategy_of_flowers_goes_on_where_it_stopped(
+    settings: Compose,
+    small_data: Small,
+    blocks: BlockGrid,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    path: str,
+) -> None:
+    flower = ["strategy=flower", f"strategy.path=flwr.serverapp.strategy.{path}"]
+    cell = scenario.make(settings(*small_data(3), *COMMON, "rounds=4", "batch_size=40", *flower))
+    half = replace(cell, settings=cell.settings.model_copy(update={"rounds": 2}))
+    rows: list[int] = []
+    whole = Recorder(cell)
+    rest = Recorder(cell, lambda round_, row: rows.append(round_), Checkpoint(tmp_path, "key"))
+    start(blocks, whole)
+    start(blocks, Recorder(half, checkpoint=Checkpoint(tmp_path, "key")))
+    assert capsys.readouterr().err == ""
+    start(blocks, rest)
+    assert capsys.readouterr().err == "going on after round 2 of 4\n"
+    assert rows == [2, 3, 4]
+    assert torch.equal(rest.history.theta, whole.history.theta)
+    assert flips_by_round(rest.history, 4) == flips_by_round(whole.history, 4)
+    tables = [[list(row.values()) for row in one.history.rows] for one in (rest, whole)]
+    np.testing.assert_array_equal(*tables)
+    again = Recorder(cell, checkpoint=Checkpoint(tmp_path, "key"))
+    start(blocks, again)  # nothing is left to do
+    assert capsys.readouterr().err == ""
+    assert torch.equal(again.history.theta, whole.history.theta)
+    mean = federate(settings(*small_data(3), *COMMON, "rounds=4", "batch_size=40"), blocks)
+    assert torch.allclose(whole.history.theta, mean.theta, atol=1e-12) == (path == "FedAvg")
+
+
+class Always(Checkpoint):
+    """A checkpoint that takes every state it is offered."""
+
+    def __init__(self, folder: Path, offered: list[dict[str, dict[str, object]]]) -> None:
+        super().__init__(folder, "key")
+        self.offered = offered
+
+    def offer(self, state: Callable[[], dict[str, dict[str, object]] | None]) -> None:
+        now = state()
+        assert now is not None
+        self.offered.append(now)
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(
+    settings: Compose, small_data: Small, blocks: BlockGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    cell = scenario.make(settings(*small_data(3), *COMMON, "rounds=4", "batch_size=40"))
+    half = replace(cell, settings=cell.settings.model_copy(update={"rounds": 2}))
+    monkeypatch.setattr(strategies.time, "perf_counter", lambda: clock[0])
+    offered: list[dict[str, dict[str, object]]] = []
+
+    def five_seconds(round_: int, row: object) -> None:
+        clock[0] += 5
+
+    first = Recorder(half, five_seconds, Always(tmp_path, offered))
+    start(blocks, first)
+    assert first.history.seconds == 10
+    clock[0] += 1000  # in which nothing runs
+    second = Recorder(cell, five_seconds, Always(tmp_path, offered))
+    start(blocks, second)
+    assert second.history.seconds == 20
+    assert [state["recorder"]["seconds"] for state in offered] == [5, 10, 15, 20]
+    assert [state["recorder"]["round"] for state in offered] == [1, 2, 3, 4]
