@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from elsewhere import elsewhere, is_there
 
 from fl_attack import adversary, attack, engine, plugins, protocol
 from fl_attack.aggregate import RULES
@@ -295,6 +296,22 @@ def test_memory_and_tiles_change_no_result(
     assert sum(reported) == 7 * len(cells)
     for part, one in zip(parts, whole, strict=True):
         check_same(part, one.history(), 1e-10)
+
+ON_A_CARD = ("goal", "literal", "scope", "none", "own", "noisy", "epoch", "epoch targeted", "epoch literal", "lr targeted")
+ON_A_CARD += ("random", "confidence", "alie", "median", "largest targeted", "momentum", "adam under a rule")
+
+
+@pytest.mark.parametrize("case", ["binary", "steps that repeat some"])
+def test_what_is_computed_on_a_card_stays_on_it(settings: Compose, small_data: Small, case: str) -> None:
+    classes, shared = SHARED[case]
+    changes = [CHANGES[name] for name in ON_A_CARD]
+    cells = cells_of(settings, small_data(classes), [*shared, "rounds=2"], [[], *changes])
+    here = engine.run_cells(cells)
+    with elsewhere():
+        there = engine.run_cells(cells, device="cuda")
+    for one, other in zip(there, here, strict=True):
+        assert one.theta is not None and not is_there(one.theta)
+        check_same(one, other.history(), 1e-10)
 
 
 @pytest.mark.parametrize("case", ["binary", "classes"])
