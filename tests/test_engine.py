@@ -297,7 +297,19 @@ def test_memory_and_tiles_change_no_result(
     for part, one in zip(parts, whole, strict=True):
         check_same(part, one.history(), 1e-10)
 
-ON_A_CARD = ("goal", "literal", "scope", "none", "own", "noisy", "epoch", "epoch targeted", "epoch literal", "lr targeted")
+
+ON_A_CARD = (
+    "goal",
+    "literal",
+    "scope",
+    "none",
+    "own",
+    "noisy",
+    "epoch",
+    "epoch targeted",
+    "epoch literal",
+    "lr targeted",
+)
 ON_A_CARD += ("random", "confidence", "alie", "median", "largest targeted", "momentum", "adam under a rule")
 
 

@@ -1,5 +1,6 @@
 """The federation on Ray: the same trajectory on every grid, whatever happens to its processes."""
 
+import gc
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run
 from local_ray import LocalRay, in_place_of_ray
 
@@ -24,10 +26,11 @@ from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, StrategySettings
 from fl_attack.engine import sequential
 from fl_attack.errors import InputError, RunError
+from fl_attack.federation import client as clients
 from fl_attack.federation import strategy as strategies
 from fl_attack.federation import wire
 from fl_attack.federation.client import HonestClient, MaliciousClient, OmniscientHook, client, client_app
-from fl_attack.federation.grid import CLIENT_APP_RAISED, BlockGrid
+from fl_attack.federation.grid import CLIENT_APP_RAISED, BlockGrid, ClientBlock
 from fl_attack.federation.session import ray_session
 from fl_attack.federation.strategy import CRASHED, complete, start
 from fl_attack.federation.wire import Request
@@ -401,6 +404,7 @@ def test_clients_are_shared_out_to_actors_that_are_started_again_when_lost(local
     assert [len(block.contexts) for block in local.made] == [3, 2, 2]
     of_clients = [context for block in local.made for context in block.contexts.values()]
     assert [context.node_config["partition-id"] for context in of_clients] == list(range(7))
+    assert {type(context.node_config["partition-id"]) for context in of_clients} == {int}  # no number of numpy's
     assert {context.node_config["num-partitions"] for context in of_clients} == {7}
     assert [context.node_id for context in of_clients] == list(blocks.get_node_ids())
     assert len(set(blocks.get_node_ids())) == 7 and 1 not in blocks.get_node_ids()  # 1 is the server's
@@ -546,3 +550,116 @@ def test_the_time_of_a_run_is_that_of_all_its_parts(
     assert second.history.seconds == 20
     assert [state["recorder"]["seconds"] for state in offered] == [5, 10, 15, 20]
     assert [state["recorder"]["round"] for state in offered] == [1, 2, 3, 4]
+
+
+class Sent:
+    """A grid that notes what is sent to each node."""
+
+    def __init__(self, grid: BlockGrid) -> None:
+        self.grid = grid
+        self.content: dict[int, list[RecordDict]] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.grid.get_node_ids()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        asked = list(messages)
+        for message in asked:
+            self.content.setdefault(message.metadata.dst_node_id, []).append(message.content)
+        return self.grid.send_and_receive(asked, timeout=timeout)
+
+
+def test_honest_clients_are_sent_nothing_of_others(settings: Compose, small_data: Small, blocks: BlockGrid) -> None:
+    chosen = settings(*small_data(3), *COMMON, "rounds=2", "batch_size=40", "attack=alie", "worker_momentum=0.5")
+    cell, sent = scenario.make(chosen), Sent(blocks)
+    recorder = Recorder(cell)
+    start(sent, recorder)  # type: ignore[arg-type]
+    one = 8 * cell.start().numel()  # bytes
+    for client_, node in enumerate(blocks.get_node_ids()):
+        requests = [content for content in sent.content[node] if "momentum" in content]
+        assert len(requests) == 2
+        bytes_ = {len(content["momentum"]["values"]) for content in requests}  # type: ignore[arg-type, index]
+        assert bytes_ == {7 * one if client_ in cell.partition.malicious else one}
+
+
+def test_a_client_goes_on_with_its_own_momentum_among_those_of_a_round(settings: Compose, small_data: Small) -> None:
+    more = ["batch_size=40", "worker_momentum=0.5", "clients.per_round=2"]
+    cell = scenario.make(settings(*small_data(3), *COMMON, *more))
+    one = torch.ones(cell.theta_shape, dtype=torch.float64)
+    request = Request(0 * one, True, 1, "", None, torch.stack([one, 3 * one]))
+    answers = [HonestClient(cell, int(i)).train(request) for i in cell.schedule.participants(1)]
+    without = [
+        HonestClient(cell, answer.client).train(request._replace(momentum=0 * request.momentum)) for answer in answers
+    ]
+    for answer, other, expected in zip(answers, without, (0.5, 1.5), strict=True):
+        assert answer.momentum is not None and other.momentum is not None
+        torch.testing.assert_close(answer.momentum - other.momentum, expected * one, rtol=0, atol=1e-12)
+        torch.testing.assert_close(answer.theta, -cell.lr(1) * answer.momentum, rtol=0, atol=1e-12)
+
+
+def test_all_that_a_request_holds_goes_to_the_device() -> None:
+    part = torch.ones(2, 3)
+    request = Request(part, True, 1, "", part, part, rule={"a": part, "b": part})
+    moved = clients._on(request, "meta")
+    assert moved.rule is not None and list(moved.rule) == ["a", "b"]
+    for tensor in (moved.theta, moved.epoch_theta, moved.momentum, *moved.rule.values()):
+        assert tensor is not None and tensor.device.type == "meta" and tensor.shape == part.shape
+    empty = clients._on(Request(part, True, 1, "", None, None), "meta")
+    assert (empty.epoch_theta, empty.momentum, empty.rule) == (None, None, None)
+
+
+class Stubborn(FedAvg):
+    """A strategy of Flower's that gives no parameters, or ends the program."""
+
+    ends = False
+    summaries = 0
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, None]:
+        if self.ends:
+            sys.exit(3)
+        return None, None
+
+    def summary(self) -> None:
+        self.summaries += 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        (False, r"Stubborn gave no parameters in round 1: it has its own minimum of replies, and 7 came"),
+        (True, r"Stubborn called sys.exit\(3\)"),
+    ],
+)
+def test_a_strategy_that_gives_nothing_is_named(
+    settings: Compose, small_data: Small, blocks: BlockGrid, ends: bool, message: str
+) -> None:
+    recorder = Recorder(scenario.make(settings(*small_data(3), *COMMON, "batch_size=40")))
+    stubborn = Stubborn(**strategies.all_clients(recorder.scenario))
+    stubborn.ends = ends
+    watched = strategies.WatchedStrategy(stubborn, recorder, None)
+    with pytest.raises(RunError, match=message):
+        watched.run(blocks)
+    before = stubborn.summaries
+    watched.summary()
+    assert stubborn.summaries == before + 1
+    assert [row["round"] for row in recorder.history.rows] == [0]
+
+
+def test_strategies_of_flowers_wait_for_all_clients_and_evaluate_on_none(settings: Compose, small_data: Small) -> None:
+    cell = scenario.make(settings(*small_data(3), *COMMON, "batch_size=40"))
+    fedavg = FedAvg(**strategies.all_clients(cell))
+    assert (fedavg.fraction_train, fedavg.fraction_evaluate) == (1.0, 0.0)
+    assert (fedavg.min_train_nodes, fedavg.min_available_nodes) == (7, 7)
+    watched = strategies.WatchedStrategy(fedavg, Recorder(cell), None)
+    assert list(watched.configure_evaluate(1, fedavg, fedavg, fedavg)) == []  # type: ignore[arg-type]
+    assert watched.aggregate_evaluate(1, []) is None
+
+
+def test_objects_of_libraries_are_no_garbage_to_search_while_a_grid_stands(local: LocalRay) -> None:
+    gc.unfreeze()
+    with BlockGrid(client_app, 2, actors=1, cpus_each=1.0):
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+    ClientBlock(client_app, [0], 1)
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()

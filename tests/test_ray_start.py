@@ -195,13 +195,14 @@ def test_the_line_of_the_wait_tells_a_ray_of_its_own_from_one_that_is_joined(
     assert [how["address"] for how in calls] == [address or "local"]
 
 
-@pytest.mark.parametrize(("free", "store"), [(64 * 2**20, 200 * 2**20), (2**30, 2**29), (2**40, 2 * 2**30)])
+@pytest.mark.parametrize(("free", "store"), [(64 * 2**20, 200 * 2**20), (2**30 + 1, 2**29), (2**40, 2 * 2**30)])
 def test_the_object_store_is_as_large_as_a_rounds_messages_need_where_memory_is_shared(
     free: int, store: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(session.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
     assert session._object_store() == store
+    assert isinstance(session._object_store(), int)  # as Ray demands
     monkeypatch.setattr(session, "SHARED_MEMORY", tmp_path / "absent")
     assert session._object_store() == 200 * 2**20
 
