@@ -9,6 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,21 @@ from fl_attack.aggregate import RULES
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import AttackSettings, Settings, settings_from
 from fl_attack.detect import MEASURES
-from fl_attack.engine import batches, budgets, ending, features, groups, kernels, kinds, sequential, stopping, threads
+from fl_attack.engine import (
+    batches,
+    budgets,
+    ending,
+    features,
+    groups,
+    kernels,
+    kinds,
+    log,
+    sequential,
+    stopping,
+    threads,
+)
 from fl_attack.engine.budgets import Allowances
+from fl_attack.engine.choices import Change
 from fl_attack.engine.linear import client_updates, run, tiling
 from fl_attack.engine.linear import targets as linear_targets
 from fl_attack.errors import InputError
@@ -770,9 +784,12 @@ def test_data_are_read_once_and_verified_where_asked(
 
 
 def test_targets_are_multiplied_with_the_minibatch_where_there_are_many(
-    settings: Compose, small_data: Small, monkeypatch: pytest.MonkeyPatch
+    settings: Compose, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = [["attack.goal=targeted", f"lr={lr}", "rounds=3"] for lr in (0.1, 0.9)]
+    rng, changes = np.random.default_rng(0), []
+    for name in ("one", "other"):
+        np.savez(tmp_path / f"{name}.npz", theta=rng.normal(size=(3, 7)))
+        changes.append(["attack.goal=targeted", "rounds=3", f"attack.target_path={tmp_path / name}.npz"])
     cells = cells_of(settings, small_data(3), ["batch_size=40"], changes)
     once = engine.run_cells(cells)
     monkeypatch.setattr(linear_targets, "TARGETS_KEPT", 5)  # rows; there are six
@@ -786,3 +803,65 @@ def test_a_checkpoint_of_other_company_is_left_aside(tmp_path: Path) -> None:
     ours.save({"round": 3})
     assert ours.load() == {"round": 3}
     assert run.Kept(Checkpoint(tmp_path, "last"), ["b", "a"]).load() is None
+
+
+def report(flips: list[tuple[int, int, int]], allowed: list[int], **measured: torch.Tensor) -> log.Report:
+    """What cells did in a round, given cell, column and label of each flip."""
+    change = Change(*torch.tensor(flips, dtype=torch.int64).view(-1, 3).T)
+    return log.Report(change, np.array(allowed), measured.get("cosine"), measured.get("detection"))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_rows_say_what_was_flipped_again_and_to_what(interrupted: bool) -> None:
+    def minibatch(*samples: int) -> SimpleNamespace:
+        return SimpleNamespace(samples=np.array(samples))
+
+    def after(last: list[int], allowed: list[int]) -> list[SimpleNamespace]:
+        schedule = SimpleNamespace(labels_used=lambda round_: 10 * round_)
+        parts = [SimpleNamespace(cell=SimpleNamespace(schedule=schedule))] * 2
+        return [
+            SimpleNamespace(**vars(part), last=np.array(last[at]), allowed=np.array(allowed[at]))
+            for part, at in zip(parts, (slice(0, 2), slice(2, 3)), strict=True)
+        ]
+
+    def row(cell: int) -> dict[str, float]:
+        return dict(zip(COLUMNS, noted.table(cell, 9)[-1].tolist(), strict=True))
+
+    noted = log.Log(3, 100, keep_flips=True, full_rows=True)
+    quality = np.arange(9.0).reshape(3, 3)
+    noted.measure(0, quality, math.nan)
+    # two tiles, of cells 0 and 1, and of cell 2
+    noted.watch(1, 0, minibatch(40, 7, 9), report([(1, 0, 2), (0, 1, 1), (0, 0, 0), (1, 2, 0)], [5, 2]))
+    noted.watch(1, 2, minibatch(40, 7, 9), report([(0, 1, 1)], [1]))
+    if interrupted:
+        kept, noted = noted.state(), log.Log(3, 100, keep_flips=True, full_rows=True)
+        noted.restore(kept)
+    cosine, detection = torch.tensor([0.25, 0.5]), torch.ones(2, len(MEASURES))
+    noted.watch(
+        2,
+        0,
+        minibatch(9, 7, 40),
+        report([(0, 1, 2), (0, 2, 0), (0, 0, 0), (1, 2, 2)], [4, 2], cosine=cosine, detection=detection),
+    )
+    noted.watch(2, 2, minibatch(9, 7, 40), report([], [0]))
+    noted.measure(2, quality, np.array([0.1, 0.2, 0.3]), after([3, 1, 0], [4, 2, 0]))  # type: ignore[arg-type]
+    first, second, third = (row(cell) for cell in range(3))
+    assert (first["round"], first["test_accuracy"], third["test_accuracy"]) == (2, 0, 6)
+    assert (first["repeated"], first["relabelled"]) == (2 / 3, 1 / 3)  # samples 7 and 40, of which 7 to another label
+    assert (second["repeated"], second["relabelled"]) == (1, 0)
+    assert (third["repeated"], third["relabelled"], third["flips"], third["budget_used"]) == (0, 0, 0, 0)
+    assert (first["flips"], first["new_flips"], first["allowed"], first["budget_used"]) == (3, 3, 4, 0.75)
+    assert (first["effective_budget"], second["effective_budget"]) == (3 / 20, 1 / 20)
+    assert (first["cosine"], second["cosine"], first[MEASURES[0]]) == (0.25, 0.5, 1)
+    assert math.isnan(third["cosine"]) and math.isnan(third[MEASURES[0]])
+    assert [row(cell)["validation_loss"] for cell in range(3)] == [0.1, 0.2, 0.3]
+    flips = [
+        [(round_, one.samples.tolist(), one.labels.tolist(), one.allowed) for round_, one in noted.flips(i, 9)]
+        for i in range(3)
+    ]
+    assert flips == [
+        [(1, [7, 40], [1, 0], 5), (2, [7, 9, 40], [2, 0, 0], 4)],
+        [(1, [9, 40], [0, 2], 2), (2, [40], [2], 2)],
+        [(1, [7], [1], 1)],
+    ]
+    assert [round_ for round_, _ in noted.flips(0, 1)] == [1] and len(noted.table(0, 1)) == 1

@@ -24,6 +24,7 @@ from local_ray import LocalRay, in_place_of_ray
 from fl_attack import engine, federation, scenario, targets
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, StrategySettings
+from fl_attack.data.own import DataLayout
 from fl_attack.engine import sequential
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation import client as clients
@@ -35,6 +36,7 @@ from fl_attack.federation.session import ray_session
 from fl_attack.federation.strategy import CRASHED, complete, start
 from fl_attack.federation.wire import Request
 from fl_attack.history import History, Recorder
+from fl_attack.scenario import Flips
 
 Small = Callable[..., list[str]]
 Compose = Callable[..., Settings]
@@ -663,3 +665,82 @@ def test_objects_of_libraries_are_no_garbage_to_search_while_a_grid_stands(local
     ClientBlock(client_app, [0], 1)
     assert gc.get_freeze_count() > 0
     gc.unfreeze()
+
+
+def test_clients_use_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    clients._one_thread.__wrapped__()
+    found = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert found == 1
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_what_is_packed_is_unpacked(raw: bool) -> None:
+    theta = torch.arange(6, dtype=torch.float64).view(2, 3) / 7
+    record = wire.pack(theta, raw)
+    assert (record["theta"].stype == wire.RAW) == raw
+    for found in (wire.unpack(record), wire.unpack(wire.from_plain(wire.to_plain(record)))):
+        assert found.dtype == torch.float64 and torch.equal(found, theta)
+    flips = Flips(np.array([4, 9]), np.array([1, 0]), 5, 2)
+    for sent in (
+        wire.Answer(theta, 3, 40, flips, 2 * theta),
+        wire.Answer(theta, 0, 1, flips._replace(new=None)),
+        wire.Answer(theta, 6, 2, None),
+    ):
+        found = wire.read_answer(wire.answer(sent, raw))
+        assert torch.equal(found.theta, theta) and (found.client, found.weight) == (sent.client, sent.weight)
+        assert (found.flips is None) == (sent.flips is None)
+        if found.flips is not None and sent.flips is not None:
+            assert [part.tolist() for part in found.flips[:2]] == [[4, 9], [1, 0]]
+            assert found.flips[2:] == sent.flips[2:]
+        assert (found.momentum is None) == (sent.momentum is None)
+        assert found.momentum is None or torch.equal(found.momentum, 2 * theta)
+    config = ConfigRecord({"settings": "{}", "server-round": 7})
+    own = wire.Own(DataLayout(("a", "b"), (2, 3), "bytes"), 4, (5, 6))
+    state = {"history": theta.view(1, 6), "weights": torch.ones(2, dtype=torch.float64)}
+    content = RecordDict({"arrays": record, "config": config})
+    plain = wire.read_request(content)
+    assert torch.equal(plain.theta, theta) and plain[1:4] == (raw, 7, "{}")
+    assert (plain.epoch_theta, plain.momentum, plain.rule, plain.own) == (None, None, None, None)
+    assert len(plain.stored.samples) == 0
+    content[wire.EPOCH_THETA] = wire.pack(3 * theta, raw)
+    content[wire.MOMENTUM] = wire.momentum_record(torch.stack([theta, 2 * theta]))
+    content[wire.STORED] = wire.stored_record(flips)
+    content[wire.RULE], content[wire.OWN] = wire.state_record(state), wire.own_record(own)
+    full = wire.read_request(content)
+    assert full.epoch_theta is not None and torch.equal(full.epoch_theta, 3 * theta)
+    assert full.momentum is not None and torch.equal(full.momentum, torch.stack([theta, 2 * theta]))
+    assert (full.stored.samples.tolist(), full.stored.labels.tolist()) == ([4, 9], [1, 0])
+    assert full.rule is not None and set(full.rule) == set(state)
+    assert all(torch.equal(full.rule[name], part) for name, part in state.items())
+    assert full.own == own
+    asked = wire.question("{}", wire.Own(own.layout))
+    assert wire.read_own(asked) == wire.Own(own.layout, -1, (0,)) and wire.read_own(RecordDict()) is None
+    for introduced in (wire.Introduction(None, 3, "abc", True), wire.Introduction(0)):
+        assert wire.read_introduction(wire.introduction(introduced)) == introduced
+
+
+def test_flips_of_clients_are_put_together_by_sample() -> None:
+    def reply(flips: Flips | None) -> Message:
+        content = wire.answer(wire.Answer(torch.zeros(1, 1, dtype=torch.float64), 0, 1, flips), True)
+        return SimpleNamespace(content=content)  # type: ignore[return-value]
+
+    parts = [Flips(np.array([9, 4]), np.array([1, 0]), 5, 2), None, Flips(np.array([6]), np.array([2]), 3, 1)]
+    for apart, allowed, new in ((True, 8, 3), (False, 5, 2)):
+        found = strategies.all_flips(map(reply, parts), apart)
+        assert (found.samples.tolist(), found.labels.tolist()) == ([4, 6, 9], [0, 2, 1])
+        assert (found.allowed, found.new) == (allowed, new)
+        unknown = [None if part is None else part._replace(new=None) for part in parts]
+        assert strategies.all_flips(map(reply, unknown), apart).new is None
+        assert len(strategies.all_flips([reply(None)], apart).samples) == 0
+
+
+def test_the_package_offers_what_it_names() -> None:
+    for name in federation.__all__:
+        assert getattr(federation, name).__module__.startswith(
+            ("fl_attack.federation.", "flwr", "typing", "collections")
+        )
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = federation.nothing
