@@ -657,14 +657,27 @@ def test_strategies_of_flowers_wait_for_all_clients_and_evaluate_on_none(setting
     assert watched.aggregate_evaluate(1, []) is None
 
 
-def test_objects_of_libraries_are_no_garbage_to_search_while_a_grid_stands(local: LocalRay) -> None:
+class Elsewhere:
+    """A block of clients in another process."""
+
+    def __init__(self, *given: object) -> None:
+        pass
+
+    def place(self) -> None:
+        pass
+
+
+def test_objects_of_libraries_are_no_garbage_to_search_while_a_grid_stands(
+    local: LocalRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gc.unfreeze()
-    with BlockGrid(client_app, 2, actors=1, cpus_each=1.0):
-        assert gc.get_freeze_count() > 0
-    assert gc.get_freeze_count() == 0
     ClientBlock(client_app, [0], 1)
     assert gc.get_freeze_count() > 0
     gc.unfreeze()
+    monkeypatch.setattr("fl_attack.federation.grid.ClientBlock", Elsewhere)
+    with BlockGrid(client_app, 2, actors=1, cpus_each=1.0):
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_clients_use_one_thread() -> None:
