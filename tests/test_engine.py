@@ -334,7 +334,8 @@ ON_A_CARD += ("random", "confidence", "alie", "median", "largest targeted", "mom
 def test_what_is_computed_on_a_card_stays_on_it(settings: Compose, small_data: Small, case: str) -> None:
     classes, shared = SHARED[case]
     changes = [CHANGES[name] for name in ON_A_CARD]
-    cells = cells_of(settings, small_data(classes), [*shared, "rounds=2"], [[], *changes])
+    more = ["rounds=2", "eval_every=1", *(["early_stop.patience=1"] if classes == 2 else [])]
+    cells = cells_of(settings, small_data(classes), [*shared, *more], [[], *changes])
     here = engine.run_cells(cells)
     with elsewhere():
         there = engine.run_cells(cells, device="cuda")
@@ -645,7 +646,8 @@ def test_updates_are_worked_out_in_pieces_that_stay_in_the_cache(monkeypatch: py
 def test_allowances_go_on_where_they_stopped(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(budgets, "NUMBERS_AHEAD", size)
     ways = [{"rounding": rounding, "every": every} for rounding in ("floor", "carry", "ceil") for every in (1, 3)]
-    threats = [AttackSettings(name="greedy", budget=0.123456789012345, **way) for way in ways]  # type: ignore[arg-type]
+    shares = [0.123456789012345, 0.5] * 3  # the first of them is beyond what 64 bits hold
+    threats = [AttackSettings(name="greedy", budget=b, **way) for b, way in zip(shares, ways, strict=True)]  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     by_round = np.repeat(rng.integers(0, 2**40, (9, len(threats), 2)), 7, axis=0)  # as many seven times in a row
     whole, parts = Allowances(threats, 2**40, 63), Allowances(threats, 2**40, 63)
@@ -657,11 +659,21 @@ def test_allowances_go_on_where_they_stopped(monkeypatch: pytest.MonkeyPatch, si
             parts.restore(round_, kept)
         assert np.array_equal(parts.at(round_, writable), found)
         taken += found
-    exact = Fraction("0.123456789012345")
     for threat, total, n in zip(threats, taken, by_round.transpose(1, 2, 0), strict=True):
         if threat.rounding == "carry":  # nothing is lost, and nothing is too much
             attacked = n[:, :: threat.every].astype(object).sum(1)
-            assert total.tolist() == [math.floor(exact * count) for count in attacked]
+            assert total.tolist() == [math.floor(Fraction(repr(threat.budget)) * count) for count in attacked]
+
+
+@pytest.mark.parametrize("when", [{"start": 2}, {"stop": 4}, {"every": 2}, {}])
+def test_nothing_is_allowed_in_rounds_without_attack(when: dict[str, int]) -> None:
+    threat, always = AttackSettings(name="greedy", budget=0.5, **when), AttackSettings(name="greedy", budget=0.5)  # type: ignore[arg-type]
+    rounds = range(when.get("start", 1), when.get("stop", 6) + 1, when.get("every", 1))
+    for threats in ([threat], [threat, always]):  # by itself and beside another
+        allowances = Allowances(threats, 8, 6)
+        writable = np.full((len(threats), 1), 8)
+        found = [allowances.at(round_, writable)[0, 0] for round_ in range(1, 7)]
+        assert found == [4 if round_ in rounds else 0 for round_ in range(1, 7)]
 
 
 def test_rows_are_sorted_side_by_side_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
