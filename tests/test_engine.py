@@ -5,22 +5,40 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from elsewhere import elsewhere, is_there
 
 from fl_attack import adversary, attack, engine, plugins, protocol
 from fl_attack.aggregate import RULES
+from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import AttackSettings, Settings, settings_from
 from fl_attack.detect import MEASURES
-from fl_attack.engine import batches, features, kernels, kinds, threads
+from fl_attack.engine import (
+    batches,
+    budgets,
+    ending,
+    features,
+    groups,
+    kernels,
+    kinds,
+    log,
+    sequential,
+    stopping,
+    threads,
+)
 from fl_attack.engine.budgets import Allowances
+from fl_attack.engine.choices import Change
 from fl_attack.engine.linear import client_updates, run, tiling
+from fl_attack.engine.linear import targets as linear_targets
 from fl_attack.errors import InputError
 from fl_attack.history import COLUMNS, History, Recorder
 from fl_attack.scenario import Scenario
@@ -297,6 +315,35 @@ def test_memory_and_tiles_change_no_result(
         check_same(part, one.history(), 1e-10)
 
 
+ON_A_CARD = (
+    "goal",
+    "literal",
+    "scope",
+    "none",
+    "own",
+    "noisy",
+    "epoch",
+    "epoch targeted",
+    "epoch literal",
+    "lr targeted",
+)
+ON_A_CARD += ("random", "confidence", "alie", "median", "largest targeted", "momentum", "adam under a rule")
+
+
+@pytest.mark.parametrize("case", ["binary", "steps that repeat some"])
+def test_what_is_computed_on_a_card_stays_on_it(settings: Compose, small_data: Small, case: str) -> None:
+    classes, shared = SHARED[case]
+    changes = [CHANGES[name] for name in ON_A_CARD]
+    more = ["rounds=2", "eval_every=1", *(["early_stop.patience=1"] if classes == 2 else [])]
+    cells = cells_of(settings, small_data(classes), [*shared, *more], [[], *changes])
+    here = engine.run_cells(cells)
+    with elsewhere():
+        there = engine.run_cells(cells, device="cuda")
+    for one, other in zip(there, here, strict=True):
+        assert one.theta is not None and not is_there(one.theta)
+        check_same(one, other.history(), 1e-10)
+
+
 @pytest.mark.parametrize("case", ["binary", "classes"])
 def test_pieces_side_by_side_are_pieces_one_after_the_other(
     settings: Compose, small_data: Small, monkeypatch: pytest.MonkeyPatch, case: str
@@ -529,3 +576,304 @@ def test_rules_that_are_not_batched_are_refused(settings: Compose, small_data: S
         engine.run_cells([cell])
     assert engine.run_cells([]) == []
     assert kinds.kind_of(cell).goal == "untargeted"
+
+
+def test_rows_are_as_narrow_as_lines_of_the_cache_allow() -> None:
+    for wanted in (1, 15, 16, 17, 239, 240, 241, 255, 256, 257, 512, 785):
+        allowed = (width for width in itertools.count(wanted) if width % 16 == 0 and width % 256)
+        assert features.padded(wanted) == next(allowed)
+
+
+def test_buffers_are_made_once_and_grow() -> None:
+    workspace = kernels.Workspace(torch.device("cpu"), torch.float64)
+    first = workspace.buffer("a", 2, 3)
+    assert first.shape == (2, 3) and first.dtype == torch.float64
+    first.fill_(7)
+    assert workspace.buffer("a", 2, 3) is first
+    assert (workspace.buffer("a", 6) == 7).all() and workspace.buffer("a", 4).shape == (4,)
+    other = workspace.buffer("b", 2, 3).fill_(1)
+    larger = workspace.buffer("a", 3, 3).fill_(5)
+    assert (other == 1).all() and workspace.buffer("b", 2, 3) is other
+    small = workspace.buffer("a", 2, 3)
+    assert small.data_ptr() == larger.data_ptr() and (small == 5).all()  # not the one before it grew
+
+
+def test_evaluations_are_every_so_many_rounds_and_at_both_ends(settings: Compose) -> None:
+    chosen = settings()
+    for rounds, every in ((7, 2), (6, 3), (1, 5), (10, 1)):
+        one = chosen.model_copy(update={"rounds": rounds, "eval_every": every})
+        wanted = {r for r in range(rounds + 1) if r % every == 0 or r == rounds}
+        assert ending.evaluated_rounds(one) == wanted
+
+
+def test_memory_is_that_of_samples_and_of_copies_of_parameters(settings: Compose, small_data: Small) -> None:
+    (cell,) = cells_of(settings, small_data(3), ["batch_size=40"], [[]])
+    values = (120 + 60) * 6  # of double precision
+    assert engine.memory_of([cell]) == 8 * (values + groups.HELD * 3 * 7)
+    assert engine.memory_of([cell] * 5) == 8 * (values + 5 * groups.HELD * 3 * 7)
+    tight = cell.settings.engine.model_copy(update={"memory_gb": 1e-6})
+    little = replace(cell, settings=cell.settings.model_copy(update={"engine": tight}))
+    assert engine.memory_of([little] * 5) == int(1e-6 * 2**30)
+    assert isinstance(engine.memory_of([little]), int)
+
+
+def test_chunks_fit_in_memory_and_are_about_equal(settings: Compose, small_data: Small) -> None:
+    (cell,) = cells_of(settings, small_data(3), ["batch_size=40", "server_optimizer=adam"], [[]])
+    order, row, held = [3, 1, 4, 0, 2, 9, 8, 7, 6, 5], 1000, 500.0
+    evaluations = 1 + 3 + 1  # after rounds 0, 2, 4, 6 and the last, 7
+    each = 4 * row + 8 * evaluations * len(COLUMNS) + 200  # Adam's two copies, and for early stopping the best
+    for fits in (1, 2, 3, 4, 9, 10, 30):
+        for spare, early in ((0.5, True), (row + 0.5, False)):
+            memory = held + fits * (each if early else each - row) + min(spare, 0.5)
+            parts = tiling.chunks([cell] * 10, order, memory, held, row, early)
+            assert [i for part in parts for i in part] == order
+            assert len(parts) == math.ceil(10 / min(fits, 10))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert tiling.chunks([cell] * 10, order, held - 1, held, row, True) == [[i] for i in order]
+    assert tiling.fitting(7, 2**12, "cuda") == 7
+    assert tiling.fitting(7, 2**12, "cpu") == 2**23 // 2**12
+    assert tiling.fitting(7, 2**22, "cpu") == tiling.FEWEST
+
+
+def test_updates_are_worked_out_in_pieces_that_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_updates, "BYTES_AT_ONCE", 100)
+    assert client_updates.pieces(7, 33) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert client_updates.pieces(4, 25) == [slice(0, 4)]
+    assert client_updates.pieces(2, 101) == [slice(0, 1), slice(1, 2)]
+
+
+@pytest.mark.parametrize("size", [1000, 50])
+def test_allowances_go_on_where_they_stopped(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(budgets, "NUMBERS_AHEAD", size)
+    ways = [{"rounding": rounding, "every": every} for rounding in ("floor", "carry", "ceil") for every in (1, 3)]
+    shares = [0.123456789012345, 0.5] * 3  # the first of them is beyond what 64 bits hold
+    threats = [AttackSettings(name="greedy", budget=b, **way) for b, way in zip(shares, ways, strict=True)]  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    by_round = np.repeat(rng.integers(0, 2**40, (9, len(threats), 2)), 7, axis=0)  # as many seven times in a row
+    whole, parts = Allowances(threats, 2**40, 63), Allowances(threats, 2**40, 63)
+    taken = np.zeros((len(threats), 2), object)
+    for round_, writable in enumerate(by_round, 1):
+        found = whole.at(round_, writable)
+        if round_ % 5 == 0:
+            kept, parts = parts.past(round_), Allowances(threats, 2**40, 63)
+            parts.restore(round_, kept)
+        assert np.array_equal(parts.at(round_, writable), found)
+        taken += found
+    for threat, total, n in zip(threats, taken, by_round.transpose(1, 2, 0), strict=True):
+        if threat.rounding == "carry":  # nothing is lost, and nothing is too much
+            attacked = n[:, :: threat.every].astype(object).sum(1)
+            assert total.tolist() == [math.floor(Fraction(repr(threat.budget)) * count) for count in attacked]
+
+
+@pytest.mark.parametrize("when", [{"start": 2}, {"stop": 4}, {"every": 2}, {}])
+def test_nothing_is_allowed_in_rounds_without_attack(when: dict[str, int]) -> None:
+    threat, always = AttackSettings(name="greedy", budget=0.5, **when), AttackSettings(name="greedy", budget=0.5)  # type: ignore[arg-type]
+    rounds = range(when.get("start", 1), when.get("stop", 6) + 1, when.get("every", 1))
+    for threats in ([threat], [threat, always]):  # by itself and beside another
+        allowances = Allowances(threats, 8, 6)
+        writable = np.full((len(threats), 1), 8)
+        found = [allowances.at(round_, writable)[0, 0] for round_ in range(1, 7)]
+        assert found == [4 if round_ in rounds else 0 for round_ in range(1, 7)]
+
+
+def test_rows_are_sorted_side_by_side_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 40))
+    asked: list[int] = []
+    monkeypatch.setattr(kernels, "pool", lambda number: asked.append(number) or threads.pool(number))
+    torch.set_num_threads(3)
+    for worth, used in ((1, 3), (90, 2), (101, None), (201, None)):
+        monkeypatch.setattr(kernels, "SORTED_BY_A_THREAD", worth)
+        asked.clear()
+        ours = rows.copy()
+        kernels.sort_rows_(ours)
+        assert np.array_equal(ours, np.sort(rows, -1))
+        assert asked == ([] if used is None else [used])
+    torch.set_num_threads(1)
+    assert threads.pool(3) is threads.pool(3)
+
+
+def test_small_rounds_wake_no_thread(settings: Compose, small_data: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = cells_of(settings, small_data(3), ["batch_size=40"], [[]])
+    torch.set_num_threads(2)
+    multiplications = 5 * 3 * 7 * int(cell.schedule.sizes.sum())
+    for worth, used in ((multiplications + 1, 1), (multiplications, 2)):
+        monkeypatch.setattr(run, "WORTH_THREADS", worth)
+        with run._threads([cell] * 5):
+            assert torch.get_num_threads() == used
+        assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
+def test_the_time_of_cells_is_shared_by_them(
+    settings: Compose, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, seen = [50.0], []
+
+    def progress(rounds: int) -> None:
+        clock[0] += 6
+
+    def watch(numbers: list[int], so_far: Callable[[], list[engine.Outcome]]) -> None:
+        seen.append([outcome.seconds for outcome in so_far()])
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    linear_cells = cells_of(settings, small_data(3), ["batch_size=40", "rounds=3"], [[], ["lr=0.1"], ["lr=1"]])
+    mlp = ["model.name=mlp", "model.args={widths: [4]}"]
+    networks = engine.make_scenarios([changed(cell.settings, mlp) for cell in linear_cells])
+    for cells, full_rows in ((linear_cells, True), (networks, False)):
+        found = engine.run_cells(cells, progress=progress, watch=watch, full_rows=full_rows)
+        assert [outcome.seconds for outcome in found] == [6.0] * 3  # three rounds of six seconds, by three
+        assert seen == [[2.0] * 3, [4.0] * 3, [6.0] * 3]
+        seen.clear()
+    half = replace(networks[0], settings=networks[0].settings.model_copy(update={"rounds": 2}))
+    first = sequential.run(half, progress=progress, checkpoint=Checkpoint(tmp_path, "key"))
+    assert first.seconds == 12
+    kept = Checkpoint(tmp_path, "key").load()
+    assert kept is not None and kept["recorder"]["seconds"] == 12
+    clock[0] += 1000
+    parts: list[float] = []
+    rest = sequential.run(
+        networks[0],
+        progress=progress,
+        watch=lambda so_far: parts.append(so_far().seconds),
+        checkpoint=Checkpoint(tmp_path, "key"),
+    )
+    assert rest.seconds == 18 and parts == [18]
+
+
+class Fixed:
+    """A validation split on which these are the losses."""
+
+    def __init__(self, *losses: list[float]) -> None:
+        self.losses = iter(losses)
+
+    def quality(self, theta: torch.Tensor) -> np.ndarray:
+        return np.array([[0.5, 0.5, loss] for loss in next(self.losses)])
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_each_cell_stops_for_itself_and_gives_its_best(settings: Compose, small_data: Small, interrupted: bool) -> None:
+    restore = ["early_stop.patience=2", "early_stop.restore=last"]
+    changes = [["early_stop.patience=2"], restore, ["early_stop.patience=3"], ["early_stop.patience=1"]]
+    cells = cells_of(settings, small_data(2), ["batch_size=40", "early_stop.patience=2"], changes)
+    losses = [[3, 3, 3, math.nan], [2, 2, 4, math.nan], [2, 2, 4, 9], [2.5, 3, 2, 9], [1, 1, 2, 9], [1, 1, 2, 9]]
+    split = Fixed(*losses)
+    rows = [torch.full((4, 3), float(round_)) for round_ in range(6)]
+    for theta in rows:
+        theta[3] = math.nan  # has diverged
+    stop = stopping.Stopping(cells, split, rows[0] - 1)
+    ended = []
+    for round_, theta in enumerate(rows):
+        ended.append(stop.note(round_, stop.losses(theta), theta, np.full(4, 10 * round_)))
+        if interrupted:
+            kept = {name: part.clone() if torch.is_tensor(part) else part.copy() for name, part in stop.state().items()}
+            stop = stopping.Stopping(cells, split, rows[0] - 1)
+            stop.restore(kept)
+    assert stop.over.tolist() == [True, True, False, False]
+    assert stop.rounds.tolist() == [3, 3, 7, 7]
+    assert stop.flips.tolist() == [30, 30, 50, 50]
+    assert stop.given[:3, 0].tolist() == [1, 3, 3]  # the lowest first met; the last; the lowest
+    assert ended == [False] * 6
+    assert stop.note(6, np.array([1, 1, 2, 9]), rows[5], np.full(4, 60))  # the third, too, and the fourth has diverged
+    assert stop.rounds.tolist() == [3, 3, 6, 7]
+    assert stop.flips.tolist() == [30, 30, 60, 60]
+
+
+def test_data_are_read_once_and_verified_where_asked(
+    settings: Compose, small_data: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+    load = groups.data.load
+    monkeypatch.setattr(groups.data, "load", lambda *, verify, **how: (read.append(verify), load(**how))[1])
+    base = settings(*small_data(3), *COMMON, "batch_size=40")
+    chosen = [changed(base, [change]) for change in ("lr=1", "seed=1", "attack.budget=0.1", "clients.malicious=2")]
+    cells = engine.make_scenarios(chosen, verify=False)
+    assert read == [False]
+    assert engine.make_scenarios(chosen[:1]) and read == [False, True]
+    assert [cell.settings for cell in cells] == chosen
+    assert cells[0].partition is cells[2].partition and cells[0].schedule is cells[2].schedule
+    assert cells[0].partition is not cells[1].partition and cells[0].partition is not cells[3].partition
+    assert len({id(cell.dataset) for cell in cells}) == 1
+
+
+def test_targets_are_multiplied_with_the_minibatch_where_there_are_many(
+    settings: Compose, small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, changes = np.random.default_rng(0), []
+    for name in ("one", "other"):
+        np.savez(tmp_path / f"{name}.npz", theta=rng.normal(size=(3, 7)))
+        changes.append(["attack.goal=targeted", "rounds=3", f"attack.target_path={tmp_path / name}.npz"])
+    cells = cells_of(settings, small_data(3), ["batch_size=40"], changes)
+    once = engine.run_cells(cells)
+    monkeypatch.setattr(linear_targets, "TARGETS_KEPT", 5)  # rows; there are six
+    for one, other in zip(engine.run_cells(cells), once, strict=True):
+        check_same(one, other.history(), 1e-12)
+
+
+def test_a_checkpoint_of_other_company_is_left_aside(tmp_path: Path) -> None:
+    ours = run.Kept(Checkpoint(tmp_path, "last"), ["a", "b"])
+    assert ours.load() is None
+    ours.save({"round": 3})
+    assert ours.load() == {"round": 3}
+    assert run.Kept(Checkpoint(tmp_path, "last"), ["b", "a"]).load() is None
+
+
+def report(flips: list[tuple[int, int, int]], allowed: list[int], **measured: torch.Tensor) -> log.Report:
+    """What cells did in a round, given cell, column and label of each flip."""
+    change = Change(*torch.tensor(flips, dtype=torch.int64).view(-1, 3).T)
+    return log.Report(change, np.array(allowed), measured.get("cosine"), measured.get("detection"))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_rows_say_what_was_flipped_again_and_to_what(interrupted: bool) -> None:
+    def minibatch(*samples: int) -> SimpleNamespace:
+        return SimpleNamespace(samples=np.array(samples))
+
+    def after(last: list[int], allowed: list[int]) -> list[SimpleNamespace]:
+        schedule = SimpleNamespace(labels_used=lambda round_: 10 * round_)
+        parts = [SimpleNamespace(cell=SimpleNamespace(schedule=schedule))] * 2
+        return [
+            SimpleNamespace(**vars(part), last=np.array(last[at]), allowed=np.array(allowed[at]))
+            for part, at in zip(parts, (slice(0, 2), slice(2, 3)), strict=True)
+        ]
+
+    def row(cell: int) -> dict[str, float]:
+        return dict(zip(COLUMNS, noted.table(cell, 9)[-1].tolist(), strict=True))
+
+    noted = log.Log(3, 100, keep_flips=True, full_rows=True)
+    quality = np.arange(9.0).reshape(3, 3)
+    noted.measure(0, quality, math.nan)
+    # two tiles, of cells 0 and 1, and of cell 2
+    noted.watch(1, 0, minibatch(40, 7, 9), report([(1, 0, 2), (0, 1, 1), (0, 0, 0), (1, 2, 0)], [5, 2]))
+    noted.watch(1, 2, minibatch(40, 7, 9), report([(0, 1, 1)], [1]))
+    if interrupted:
+        kept, noted = noted.state(), log.Log(3, 100, keep_flips=True, full_rows=True)
+        noted.restore(kept)
+    cosine, detection = torch.tensor([0.25, 0.5]), torch.ones(2, len(MEASURES))
+    noted.watch(
+        2,
+        0,
+        minibatch(9, 7, 40),
+        report([(0, 1, 2), (0, 2, 0), (0, 0, 0), (1, 2, 2)], [4, 2], cosine=cosine, detection=detection),
+    )
+    noted.watch(2, 2, minibatch(9, 7, 40), report([], [0]))
+    noted.measure(2, quality, np.array([0.1, 0.2, 0.3]), after([3, 1, 0], [4, 2, 0]))  # type: ignore[arg-type]
+    first, second, third = (row(cell) for cell in range(3))
+    assert (first["round"], first["test_accuracy"], third["test_accuracy"]) == (2, 0, 6)
+    assert (first["repeated"], first["relabelled"]) == (2 / 3, 1 / 3)  # samples 7 and 40, of which 7 to another label
+    assert (second["repeated"], second["relabelled"]) == (1, 0)
+    assert (third["repeated"], third["relabelled"], third["flips"], third["budget_used"]) == (0, 0, 0, 0)
+    assert (first["flips"], first["new_flips"], first["allowed"], first["budget_used"]) == (3, 3, 4, 0.75)
+    assert (first["effective_budget"], second["effective_budget"]) == (3 / 20, 1 / 20)
+    assert (first["cosine"], second["cosine"], first[MEASURES[0]]) == (0.25, 0.5, 1)
+    assert math.isnan(third["cosine"]) and math.isnan(third[MEASURES[0]])
+    assert [row(cell)["validation_loss"] for cell in range(3)] == [0.1, 0.2, 0.3]
+    flips = [
+        [(round_, one.samples.tolist(), one.labels.tolist(), one.allowed) for round_, one in noted.flips(i, 9)]
+        for i in range(3)
+    ]
+    assert flips == [
+        [(1, [7, 40], [1, 0], 5), (2, [7, 9, 40], [2, 0, 0], 4)],
+        [(1, [9, 40], [0, 2], 2), (2, [40], [2], 2)],
+        [(1, [7], [1], 1)],
+    ]
+    assert [round_ for round_, _ in noted.flips(0, 1)] == [1] and len(noted.table(0, 1)) == 1

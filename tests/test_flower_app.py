@@ -20,7 +20,7 @@ import ray
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_attack import experiment, federation, flower_app
+from fl_attack import experiment, federation, flower_app, results, scenario
 from fl_attack.config import Settings, compose
 from fl_attack.data import load, own
 from fl_attack.errors import RunError
@@ -207,6 +207,64 @@ def test_a_node_without_a_number_is_told_how_to_get_one() -> None:
     for given in ({}, {"partition-id": "first"}, {"partition-id": -1}):
         with pytest.raises(RuntimeError, match=r"partition-id=(nothing|first|-1); give each flower-supernode one"):
             node_of(context(**given), own=False)
+
+
+DATA = {"data-path": "/data/mine.npz"}
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "expected"),
+    [
+        ({"partition-id": 3}, False, (3, None, None, False)),
+        ({"partition-id": "3", "malicious": "False"}, False, (3, None, None, False)),
+        (DATA, True, (None, "/data/mine.npz", None, False)),
+        (DATA | {"partition-id": 0, "malicious": True}, True, (0, "/data/mine.npz", None, True)),
+        (DATA | {"data-loader": "npz", "malicious": "TRUE"}, True, (None, "/data/mine.npz", "npz", True)),
+        (DATA | {"partition-id": "x"}, True, "started with partition-id=x; give each flower-supernode one of its own"),
+        (DATA, False, "the node of data-path=/data/mine.npz has data of its own, and .*; use partition=own$"),
+        (DATA | {"partition-id": 2}, False, "the node of partition-id=2 has data of its own, .*; use partition=own$"),
+        (
+            {"partition-id": 2},
+            True,
+            "partition-id=2 has no data of its own, .*; give each flower-supernode its own, as",
+        ),
+        ({"partition-id": 2, "malicious": "no"}, False, "partition-id=2 was started with malicious=no; it is true or"),
+        (
+            {"partition-id": 2, "malicious": True},
+            False,
+            "malicious=true, but the run draws who is malicious; use clients",
+        ),
+    ],
+)
+def test_what_a_node_was_started_with_is_read_or_refused(
+    given: dict[str, str | int], own: bool, expected: tuple[object, ...] | str
+) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(RuntimeError, match=expected):
+            node_of(context(**given), own=own)
+    else:
+        assert node_of(context(**given), own=own) == expected
+
+
+def test_the_server_app_prints_the_summary_and_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[tuple[object, ...]] = []
+    monkeypatch.setattr(experiment, "run", lambda *given: ran.append(given) or "the result")
+    monkeypatch.setattr(results, "table", lambda result: f"the table of {result}")
+
+    def runner(drive: object, settings: Settings) -> None:
+        pass
+
+    def make(settings: Settings) -> None:
+        pass
+
+    for given, used in (((), scenario.make), ((make,), make)):
+        flower_app.main({"out": f"{tmp_path}/out", "rounds": 3}, runner, *given)  # type: ignore[arg-type]
+        ((settings, *others),) = ran
+        assert others == [runner, used] and isinstance(settings, Settings) and settings.rounds == 3
+        assert capsys.readouterr().out == f"the table of the result\nresults in {tmp_path}/out\n"
+        ran.clear()
 
 
 class Answering(Nodes):

@@ -2,11 +2,13 @@
 
 import runpy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from elsewhere import elsewhere, is_there
 from torch import nn
 
 from fl_attack import adversary, engine, federation, identity, protocol, scenario, targets
@@ -414,3 +416,38 @@ def test_clients_on_a_gpu_that_is_not_there_are_refused(settings: Compose) -> No
     chosen = settings(*SMALL, "model=cnn", "engine.client_device=cuda")
     with pytest.raises(InputError, match=r"engine\.client_device=cuda needs a GPU"):
         federation.check(scenario.make(chosen))
+
+
+def test_a_stack_on_a_card_stays_on_it(settings: Compose, tmp_path: Path) -> None:
+    base = scenario.make(settings(*SMALL, *MLP, "engine=batched", "rounds=2", "eval_every=1", "early_stop.patience=1"))
+    target = torch.randn(base.theta_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    np.savez(tmp_path / "target.npz", theta=target)
+    aimed = {"goal": "targeted", "target_path": str(tmp_path / "target.npz")}
+    cells = []
+    for change in (
+        {},
+        aimed,
+        {"knowledge": "noisy"},
+        {"scope": "per_client"},
+        {"name": "static_flip"},
+        {"budget": 0.0},
+    ):
+        threat = base.settings.attack.model_copy(update=change)
+        cells.append(replace(base, settings=base.settings.model_copy(update={"attack": threat})))
+    here = engine.run_cells(cells, full_rows=False)
+    with elsewhere():
+        there = engine.run_cells(cells, full_rows=False, device="cuda")
+    for one, other in zip(there, here, strict=True):
+        assert one.theta is not None and not is_there(one.theta)
+        assert_same(one.history(), other.history())
+
+
+@pytest.mark.parametrize("more", [["worker_momentum=0.5", "strategy=cosine_history"], ["server_optimizer=adam"]])
+def test_one_experiment_goes_on_on_a_card(settings: Compose, tmp_path: Path, more: list[str]) -> None:
+    cell = scenario.make(settings(*SMALL, "engine=batched", "rounds=3", "early_stop.patience=3", *more))
+    half = replace(cell, settings=cell.settings.model_copy(update={"rounds": 2}))
+    with elsewhere():
+        sequential.run(half, device="cuda", checkpoint=Checkpoint(tmp_path, "key"))
+        found = sequential.run(cell, device="cuda", checkpoint=Checkpoint(tmp_path, "key"))
+    assert found.error is None and found.theta is not None and not is_there(found.theta)
+    assert_same(found.history(), sequential.run(cell).history())

@@ -14,6 +14,7 @@ from fl_attack import experiment, flower_app
 from fl_attack.config import compose
 from fl_attack.data import load, own
 from fl_attack.errors import InputError, RunError
+from fl_attack.federation import client
 
 SIDE, CLASSES = 4, 3
 NODES = (7, 3, 11, 5)  # as Flower draws them
@@ -201,7 +202,9 @@ def test_a_node_that_can_not_take_part_is_told_before_any_round(
     assert not (tmp_path / "out" / "rounds.csv").exists()
 
 
-def test_nodes_may_say_which_client_they_are(shards: Shards, tmp_path: Path) -> None:
+def test_nodes_may_say_which_client_they_are(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[bool] = []
+    monkeypatch.setattr(client, "held", lambda *of, verify, **how: (verified.append(verify), own.held(*of, **how))[1])
     configs = (
         {"data-path": str(file), "malicious": i == 1, "partition-id": 3 - i} for i, file in enumerate(shards.files)
     )
@@ -209,6 +212,7 @@ def test_nodes_may_say_which_client_they_are(shards: Shards, tmp_path: Path) -> 
     table = np.genfromtxt(tmp_path / "out" / "clients.csv", delimiter=",", names=True)
     assert table["samples"].tolist() == [len(y) for y in reversed(shards.y)]
     assert table["malicious"].tolist() == [0, 0, 1, 0]
+    assert verified == [True] * 4 + [False] * 4  # checksums are compared once, when nodes are asked
 
 
 def test_data_that_are_not_like_the_servers_are_told(shards: Shards, tmp_path: Path) -> None:

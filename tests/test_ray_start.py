@@ -2,10 +2,12 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,8 +17,10 @@ from types import SimpleNamespace
 import grpc
 import pytest
 import ray
+from local_ray import LocalRay, in_place_of_ray
 
-from fl_attack.federation import session
+from fl_attack.errors import InputError, RunError
+from fl_attack.federation import private_ray, session
 from fl_attack.federation.private_ray import read_anew
 from fl_attack.federation.session import ray_session
 
@@ -191,12 +195,216 @@ def test_the_line_of_the_wait_tells_a_ray_of_its_own_from_one_that_is_joined(
     assert [how["address"] for how in calls] == [address or "local"]
 
 
-@pytest.mark.parametrize(("free", "store"), [(64 * 2**20, 200 * 2**20), (2**30, 2**29), (2**40, 2 * 2**30)])
+@pytest.mark.parametrize(("free", "store"), [(64 * 2**20, 200 * 2**20), (2**30 + 1, 2**29), (2**40, 2 * 2**30)])
 def test_the_object_store_is_as_large_as_a_rounds_messages_need_where_memory_is_shared(
     free: int, store: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(session.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
     assert session._object_store() == store
+    assert isinstance(session._object_store(), int)  # as Ray demands
     monkeypatch.setattr(session, "SHARED_MEMORY", tmp_path / "absent")
     assert session._object_store() == 200 * 2**20
+
+
+def test_ray_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "")
+    monkeypatch.delenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
+    monkeypatch.setattr(session, "_refuse_unreachable", lambda address: None)
+    with in_place_of_ray(LocalRay()) as local:
+        with ray_session(None, verbose=False), ray_session("10.0.0.7:6379", verbose=True):  # that of the first
+            assert local.running and len(local.started) == 1
+            assert os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0"
+        assert not local.running
+        with pytest.raises(ValueError, match="mine"), ray_session(None, verbose=False):
+            raise ValueError("mine")
+        assert not local.running
+        monkeypatch.setattr(local, "init", lambda **how: refuse("no  room\n here"))
+        with pytest.raises(RunError, match=r"^Ray can't be started: no room here$"), ray_session(None, False):
+            pass
+        with pytest.raises(RunError, match=r"^engine\.ray_address=auto can't be joined: no room here$"):
+            session._init("auto", False)
+
+
+def refuse(why: str) -> None:
+    raise ConnectionError(why)
+
+
+@pytest.mark.parametrize(("verbose", "level"), [(False, logging.CRITICAL), (True, logging.INFO)])
+def test_a_ray_of_ones_own_has_no_dashboard_and_says_what_it_does_where_asked(verbose: bool, level: int) -> None:
+    with in_place_of_ray(LocalRay()) as local:
+        for address in (None, "10.0.0.7:6379"):
+            session._init(address, verbose)
+    own, joined = local.started
+    assert own.pop("object_store_memory") >= session.LEAST_STORE
+    said = {"logging_level": level, "log_to_driver": verbose}
+    assert own == {"address": "local", "include_dashboard": False} | said
+    assert joined == {"address": "10.0.0.7:6379"} | said
+
+
+class Compiled:
+    """What stands for the part of Ray that has read the environment."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: list[tuple[str | None, str | None]] = []
+        self.Config = self.AuthenticationTokenLoader = self
+        monkeypatch.setattr(private_ray, "_raylet", self)
+
+    def initialize(self, config: str) -> None:
+        assert config == ""
+        self.read.append((os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN")))
+
+    def instance(self) -> "Compiled":
+        return self
+
+    def reset_cache(self) -> None:
+        self.read.append((os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN")))
+
+
+def test_the_environment_of_a_private_ray_holds_within_its_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    compiled = Compiled(monkeypatch)
+    monkeypatch.setattr(private_ray.ray_constants, "ENABLE_RAY_CLUSTER", True)
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    tokens = []
+
+    def fails() -> None:
+        with private_ray.private_ray():
+            tokens.append(token := os.environ["RAY_AUTH_TOKEN"])
+            assert [os.environ[name] for name in names] == ["token", token, "0"]
+            assert not private_ray.ray_constants.ENABLE_RAY_CLUSTER
+            assert len(token) == 64 and int(token, 16)  # 256 bits
+            raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fails()
+        assert not set(names) & set(os.environ)
+        assert private_ray.ray_constants.ENABLE_RAY_CLUSTER
+        assert compiled.read == [("token", tokens[-1])] * 2 + [(None, None)] * 2  # mode and token, before and after
+        compiled.read.clear()
+    assert len(set(tokens)) == 2
+    monkeypatch.setenv(names[0], "token")
+    monkeypatch.setenv(names[1], "mine")
+    monkeypatch.setenv(names[2], "1")
+    with private_ray.private_ray():
+        assert [os.environ[name] for name in names] == ["token", "mine", "0"]
+    assert [os.environ[name] for name in names] == ["token", "mine", "1"]
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_while_ray_starts_waits_until_it_has(
+    number: signal.Signals,
+    error: type[BaseException],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(session.os, "_exit", ended.append)
+    steps: list[str] = []
+
+    def start(signals: int) -> None:
+        with session._signals_postponed():
+            for _ in range(signals):
+                steps.append("asked")
+                signal.raise_signal(number)
+            steps.append("started")
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    waked = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(waked)
+    try:
+        handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+        with pytest.raises(error):
+            start(1)
+        assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+        with session._signals_postponed():  # and nothing is left of it
+            steps.append("again")
+        with pytest.raises(error):
+            start(2)  # the second is obeyed at once
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    now = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(now)
+    assert now == waked
+    assert steps == ["asked", "started", "again", "asked", "asked"]
+    assert ended == []
+    said = "stopping once Ray has started; the same again stops at once\n"
+    assert capfd.readouterr().err.count(said) >= 1
+
+
+def test_rays_own_handler_of_sigterm_ends_the_program_as_ours_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with session._signals_postponed():
+            sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == [signal.SIGTERM]
+
+
+def test_other_threads_get_no_signals_to_postpone() -> None:
+    handlers: list[object] = []
+
+    def start() -> None:
+        with session._signals_postponed():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+@pytest.mark.parametrize(("signals", "patience", "at_once"), [(1, 0.05, 60.0), (2, 60.0, 0.05)])
+def test_a_signal_ends_compiled_code_that_does_not_return(
+    signals: int,
+    patience: float,
+    at_once: float,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended, over = [], threading.Event()
+    monkeypatch.setattr(session.os, "_exit", lambda code: (ended.append(code), over.set()))
+    monkeypatch.setattr(session, "PATIENCE", patience)
+    monkeypatch.setattr(session, "AT_ONCE", at_once)
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with session._signals_end_compiled_code():
+            signal.raise_signal(signal.SIGUSR1)  # is none of them
+            assert not over.wait(0.1)
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGTERM)
+            assert over.wait(20)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended == [128 + signal.SIGTERM]
+    assert capfd.readouterr().err.splitlines() == [
+        "stopping once Ray has started; the same again stops at once",
+        "fl-attack: interrupted while Ray was starting",
+    ]
+
+
+def test_an_address_at_which_nothing_listens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[tuple[str, int], float]] = []
+
+    def connect(address: tuple[str, int], timeout: float) -> object:
+        asked.append((address, timeout))
+        if address[1] == 1:
+            raise OSError("refused")
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(session.socket, "create_connection", connect)
+    for address in (None, "auto", "local", "ray://head:10001", "10.0.0.7:6379"):
+        session._refuse_unreachable(address)
+    assert [address for address, _ in asked] == [("head", 10001), ("10.0.0.7", 6379)]
+    assert all(0 < timeout < 60 for _, timeout in asked)
+    with (
+        pytest.raises(InputError, match=r"^engine\.ray_address=here:1 can't be joined \(refused\); give the host:port"),
+        ray_session("here:1", verbose=False),
+    ):
+        pass

@@ -177,9 +177,9 @@ class Node(NamedTuple):
     """What a node was started with."""
 
     number: int | None
-    data: str | None = None  # the path of data of its own
-    loader: str | None = None
-    malicious: bool = False
+    data: str | None  # the path of data of its own
+    loader: str | None
+    malicious: bool
 
 
 def node_of(context: Context, own: bool) -> Node:

@@ -205,13 +205,13 @@ def _signals_end_compiled_code() -> Iterator[None]:
                     return
                 number = byte[0]
                 if not again:
-                    print("stopping once Ray has started; the same again stops at once", file=sys.stderr, flush=True)
+                    print("stopping once Ray has started; the same again stops at once", file=sys.stderr)
                     reader.settimeout(PATIENCE)
             reader.settimeout(AT_ONCE)  # for Python to obey
             while reader.recv(1):
                 pass
             return
-        print("fl-attack: interrupted while Ray was starting", file=sys.stderr, flush=True)
+        print("fl-attack: interrupted while Ray was starting", file=sys.stderr)
         os._exit(128 + number)  # Ray's processes end with the one that started them
 
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)

@@ -11,7 +11,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
-from numpy import concatenate, int64
+from numpy import concatenate
 from torch import Tensor
 
 from fl_attack import adaptive, adversary, checkpoint, plans, protocol
@@ -309,7 +309,7 @@ class WatchedStrategy(Strategy):
             self._stored = Flips(state["stored"]["samples"], state["stored"]["labels"], 0)
             self._done = recorder.round
             if self._done < settings.rounds and not recorder.stopped:
-                print(f"going on after round {self._done} of {settings.rounds}", file=sys.stderr, flush=True)
+                print(f"going on after round {self._done} of {settings.rounds}", file=sys.stderr)
             recorder.on_round(recorder.round, history.rows[-1])
         self._clock = time.perf_counter() - history.seconds
         try:
@@ -376,7 +376,7 @@ def complete(replies: list[Message], expected: int, round_: int) -> list[Message
     return ordered
 
 
-def all_flips(replies: Iterable[Message], apart: bool = False) -> Flips:
+def all_flips(replies: Iterable[Message], apart: bool) -> Flips:
     """The flips of all clients in a round, by ascending sample.
 
     Parameters
@@ -394,8 +394,8 @@ def all_flips(replies: Iterable[Message], apart: bool = False) -> Flips:
     parts = [flips for reply in replies if (flips := wire.flips_of(reply.content)) is not None]
     if not parts:
         return NO_FLIPS
-    samples = concatenate([part.samples for part in parts]).astype(int64)
-    labels = concatenate([part.labels for part in parts]).astype(int64)
+    samples = concatenate([part.samples for part in parts])
+    labels = concatenate([part.labels for part in parts])
     order = samples.argsort(kind="stable")
     new = [part.new for part in parts if part.new is not None]
     if apart:
