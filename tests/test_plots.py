@@ -16,9 +16,10 @@ from scipy import stats
 from fl_attack import plots, sweep_table
 from fl_attack.errors import InputError
 from fl_attack.overrides import known_keys
-from fl_attack.plots import by_budget, by_round, canvas, maps, marks
+from fl_attack.plots import by_budget, by_round, canvas, maps, marks, versus
 from fl_attack.plots import lines as by_table
 from fl_attack.plots.arms import Meeting
+from fl_attack.plots.planning import attackers
 from fl_attack.sweep_table import RESULTS, WORDS, mean_interval
 
 GOALS = ("untargeted", "targeted")
@@ -1306,3 +1307,150 @@ def test_words_of_people_have_no_underscores_and_columns_are_those_of_the_table(
     assert sweep_table.LABELS.keys() <= {*RESULTS} and sweep_table.NUMBERS.keys() <= sweep_table.LABELS.keys()
     for name, (label, factor) in sweep_table.LABELS.items():
         assert factor == (100 if "(%)" in label or "(points)" in label else 1), name
+
+
+def planned(*, attack, malicious, budget, seed, goal="untargeted", **more):
+    """An accuracy of which plans leave less, those of the final one least; the targeted goal is the better one."""
+    gain = {"final": 0.2, "average": 0.1}[more["attack.objective"]] * budget if attack == "planned" else 0.0
+    return 0.9 - 0.02 * malicious - gain - 0.05 * (goal == "targeted") + 0.01 * seed * (1 + (attack == "planned"))
+
+
+def test_the_gaps_of_plans_stand_around_their_setting_with_bars_over_pairs_of_seeds(tmp_path, figures):
+    objective = {"attack.objective": ["final", "average"]}
+    swept = {"malicious": [2, 5], "budget": [0.25, 0.5], "attack": ["greedy", "planned"], "seed": [0, 1]}
+    folder = sweep(tmp_path, value=planned, **swept, **objective)
+    cells = len((folder / "sweep.csv").read_text().splitlines()) - 1
+    np.savez(folder / "curves.npz", accuracy=np.full((cells, 3), [0.9, 0.5, 0.7]), round=np.arange(3))
+    plots.planning(folder)
+    assert [axes.get_title("left") for axes in figures[0].axes] == [
+        *("final accuracy", "average over the evaluations", "model of early stopping")
+    ]
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == [
+        *(f"k = {k:g}, b = {b:g}" for k in (0.2, 0.5) for b in (0.25, 0.5))
+    ]
+    for axes in figures[0].axes:
+        assert axes.get_ylim() == (3.5, -0.5) and axes.get_yticks().tolist() == [0, 1, 2, 3]
+        zero = next(line for line in axes.lines if line.get_label().startswith("_"))
+        assert zero.get_xdata() == [0, 0]
+    assert figures[0].axes[0].get_xlabel() == "gap to the better greedy goal (points)"
+    first, second = figures[0].axes[0].containers  # in the order of their names
+    assert [first.get_label(), second.get_label()] == ["planned average, known", "planned final, known"]
+    for container, gain, side in ((first, 10, -1), (second, 20, 1)):
+        points, _, (bars,) = container
+        means = [gain * b - 0.5 for _ in (2, 5) for b in (0.25, 0.5)]  # in one seed a whole point less
+        assert points.get_xdata() == pytest.approx(means)
+        offsets = np.asarray(points.get_ydata(), float) - np.arange(4)
+        assert offsets == pytest.approx(np.full(4, offsets[0])) and 0 < side * offsets[0] < 0.5
+        for mean, bar in zip(means, bars.get_segments(), strict=True):
+            assert bar[:, 0] == pytest.approx([mean - 12.706 * 0.5, mean + 12.706 * 0.5], rel=1e-4)
+        assert points.get_linestyle() == "None"
+    offsets = [one[0].get_ydata()[0] for one in (first, second)]
+    assert sum(offsets) == pytest.approx(0) and offsets[1] - offsets[0] < 0.5
+    title, note = noted(figures[0])
+    assert title == "Accuracy lost beyond the better greedy goal, mean over 2 seeds"
+    assert note.startswith("Positive: planned flips leave less.")
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["planned average, known", "planned final, known"]
+    with (folder / "planning.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["seeds"] for row in rows} == {"2"} and len(rows) == 3 * 4 * 3
+    for attack in (["greedy"], ["planned"]):
+        with pytest.raises(InputError, match=r"sweep attack\.name=greedy,planned"):
+            plots.planning(sweep(tmp_path, value=planned, **(swept | {"attack": attack}), **objective))
+
+
+def test_attackers_are_told_apart_by_what_distinguishes_them(tmp_path):
+    swept = {"attack": ["greedy", "planned", "ipm"], "goal": GOALS, "attack.start": [1, 11]}
+    found = sweep_table.read_sweep(sweep(tmp_path, value=lambda **_: 0.5, **swept))
+    assert attackers(found).tolist() == [
+        *("greedy untargeted", "greedy untargeted from round 11", "greedy targeted", "greedy targeted from round 11"),
+        *["planned final, known"] * 4,
+        *["ipm"] * 4,
+    ]
+    plain = sweep_table.read_sweep(sweep(tmp_path, value=lambda **_: 0.5, attack=["greedy", "planned"]))
+    assert attackers(plain).tolist() == ["greedy untargeted", "planned final, known"]
+
+
+def test_attacks_at_equal_budgets_stand_side_by_side_and_two_are_enough(tmp_path, figures):
+    harm = {"none": 0.0, "greedy": 0.2, "random_flip": 0.1, "static_flip": 0.3}
+    pairs = {"malicious": [2, 10], "budget": [0.25, 1.0]}
+
+    def value(*, attack, malicious, budget, **_):
+        return 0.9 - harm[attack] * budget - 0.001 * malicious
+
+    for attacks in (["none", "greedy", "random_flip"], [*harm]):
+        sweep(tmp_path, value=value, model=["mlp"], attack=attacks, **pairs)
+        plots.networks(tmp_path, "model")
+    for figure, attacks in zip(figures, (["greedy", "random_flip"], [*harm][1:]), strict=True):
+        (axes,) = figure.axes
+        order = ["k = 1\nb = 0.25", "k = 1\nb = 1", "k = 0.2\nb = 0.25", "k = 0.2\nb = 1"]
+        assert [label.get_text() for label in axes.get_xticklabels()] == order
+        names = [container.get_label().removesuffix(", untargeted") for container in axes.containers]
+        assert names == attacks
+        places = np.array([np.asarray(one[0].get_xdata(), float) for one in axes.containers])
+        by_place = np.argsort(places[0])
+        np.testing.assert_allclose(np.sort(places, 1).mean(0), range(4), atol=1e-9)
+        assert (np.diff(places, axis=0) > 0.1).all() and np.ptp(places, axis=0).max() < 0.7
+        for container, attack in zip(axes.containers, attacks, strict=True):
+            wanted = [100 * value(attack=attack, malicious=m, budget=b) for m in (10, 2) for b in (0.25, 1.0)]
+            assert np.asarray(container[0].get_ydata())[by_place] == pytest.approx(wanted)
+        honest = next(line for line in axes.lines if line.get_label() == "unattacked")
+        assert honest.get_ydata()[0] == pytest.approx(100 * np.mean([0.898, 0.89]))
+    assert noted(figures[0])[1] == "The better goal of greedy does most harm in all 4 settings."
+    assert noted(figures[1])[1].startswith(
+        "Greedy does not do most harm in 4 of 4 settings: mlp k = 0.2 b = 0.25 (stat"
+    )
+    with (tmp_path / "networks.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["seeds"] for row in rows} == {"1"} and {row["interval"] for row in rows} == {"nan"}
+    with pytest.raises(InputError, match="the sweep has several values of lr too"):
+        plots.networks(sweep(tmp_path, value=value, model=["mlp"], lr=[0.1, 0.2], attack=[*harm], **pairs), "model")
+    with pytest.raises(InputError, match="networks compares attacks; the sweep has a single one"):
+        plots.networks(sweep(tmp_path, value=value, model=["mlp"], attack=["none", "greedy"], **pairs), "model")
+
+
+def test_defences_are_named_by_their_parts_and_what_did_not_meet_is_a_cross(tmp_path, figures):
+    swept = {"attack": ["none", "greedy"], "strategy.pre": ["[]", "[nnm, clip]"], "sanitize.name": ["none", "knn"]}
+    low = {"greedy": 0.5, "none": 0.9}
+    folder = sweep(tmp_path, value=lambda attack, **_: low[attack], broken=(7,), **swept)
+    plots.arms(folder)
+    axes, bar = figures[0].axes
+    defences = ["mean", "mean, sanitize=knn", "nnm, clip, mean", "nnm, clip, mean, sanitize=knn"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == defences
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["none", "greedy"]
+    shown = {(int(text.get_position()[0]), int(text.get_position()[1])): text.get_text() for text in axes.texts}
+    assert [shown[1, row] for row in range(4)] == ["50"] * 3 + ["\N{MULTIPLICATION SIGN}"]
+    assert [shown[0, row] for row in range(4)] == ["90"] * 4 and axes.get_ylim() == (4, 0)
+    assert {(int(patch.get_x()), int(patch.get_y())) for patch in axes.patches} == {(1, 0), (1, 1), (1, 2)}
+    assert all(0.9 < patch.get_width() == patch.get_height() < 1 for patch in axes.patches)
+    assert bar.get_ylabel() == "final test accuracy (%)" and axes.collections[0].get_clim() == (50, 90)
+    assert noted(figures[0])[0] == "Defences against attacks, one seed"
+    with (folder / "arms.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["harm"], row["verdict"]) for row in rows if row["attack"] == "greedy"] == [("40", "one seed")] * 3
+    for left_out, said in (("attack", "attacks"), ("strategy.pre", "defences")):
+        less = {name: values[:1] if name in (left_out, "sanitize.name") else values for name, values in swept.items()}
+        with pytest.raises(InputError, match=f"arms compares {said}; the sweep has a single one"):
+            plots.arms(sweep(tmp_path, value=lambda attack, **_: low[attack], **less))
+
+
+def test_the_ratio_of_harm_is_of_pairs_of_seeds_and_none_where_gradients_do_no_harm(tmp_path):
+    def value(*, attack, malicious, seed, **_):
+        drop = {"none": 0.0, "greedy": 0.2 + 0.1 * seed, "ipm": 0.1 if malicious == 4 else -0.1 * (malicious > 0)}
+        return 0.9 + 0.01 * seed - drop[attack]
+
+    swept = {"attack": ["none", "greedy", "ipm"], "malicious": [1, 4], "seed": [0, 1]}
+    found = sweep_table.read_sweep(sweep(tmp_path, value=value, **swept))
+    first, second = versus.ratios(found, np.ones(len(found), bool))
+    assert (first["write_access"], second["write_access"]) == (0.1, 0.4)
+    assert np.isnan(first["ratio"]) and second["ratio"] == pytest.approx(2.5)
+    assert second["drop_by_flips"] == pytest.approx(25) and first["drop_by_gradients"] == pytest.approx(-10)
+    assert second["drop_by_flips_interval"] == pytest.approx(12.7062 * 5, rel=1e-4)
+    assert second["drop_by_gradients_interval"] == pytest.approx(0, abs=1e-9)
+    mean = np.array([[1.0, np.nan, 5.0], [2.0, np.nan, 4.0], [3.0, 1.0, np.nan]])
+    assert versus.worst_attacks(mean, np.array([False, True, True])).tolist() == [1, 2, 1]
+    assert versus.worst_attacks(mean, np.array([True, True, False])).tolist() == [0, -1, 1]
+    both = np.array([True] * len(found))
+    assert versus.writes_of(found, both) == "updates"
+    assert versus.writes_of(found, found.column("attack.name") != "ipm") == "labels"
+    assert versus.writes_of(found, found.column("attack.name") == "none") == "none"
