@@ -139,7 +139,7 @@ class SweepLauncher(Launcher):
                 hydra_context=context, task_function=partial(compute_unit, threads=threads), config=config
             )
             named = self.config.hydra.launcher._target_.rpartition(".")[2]
-            print(f"{len(files)} jobs to {named}", file=sys.stderr, flush=True)
+            print(f"{len(files)} jobs to {named}", file=sys.stderr)
             out = str(files[0].parents[1].absolute())  # where Hydra makes a folder for each job
             jobs = [[f"+{UNIT}={quoted(str(file.absolute()))}", f"out={quoted(out)}"] for file in files]
             for returned in other.launch(jobs, initial_job_idx=0):

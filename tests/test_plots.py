@@ -1454,3 +1454,26 @@ def test_the_ratio_of_harm_is_of_pairs_of_seeds_and_none_where_gradients_do_no_h
     assert versus.writes_of(found, both) == "updates"
     assert versus.writes_of(found, found.column("attack.name") != "ipm") == "labels"
     assert versus.writes_of(found, found.column("attack.name") == "none") == "none"
+
+
+def test_what_an_attack_on_labels_alone_leaves_is_not_swept_any_more(tmp_path):
+    folder = sweep(tmp_path, value=skewed, budget=[0.5, 1.0], attack=["greedy", "sign_flip"])
+    found = sweep_table.read_sweep(folder)
+    assert found.swept == ["attack.budget", "attack.name"] and len(found) == 4
+    labels = found.label_attacks()
+    assert labels.swept == ["attack.budget"] and len(labels) == 2 and labels.left_out == 2
+    assert labels.note("So.") == "So. Left out: 2 cells that flip no labels."
+    attacked = sweep_table.read_sweep(sweep(tmp_path, value=skewed, budget=[0.5, 1.0], attack=["greedy", "none"]))
+    assert len(attacked.label_attacks()) == 4 and len(attacked.label_attacks(unattacked=False)) == 2
+    alone = sweep_table.read_sweep(sweep(tmp_path, value=skewed, budget=[0.5, 1.0], attack=["none"]))
+    assert len(alone.label_attacks(unattacked=False)) == 2  # attacks do not vary
+
+
+def test_a_line_along_the_lowest_row_has_its_label_however_many_rows_there_are(monkeypatch):
+    for rows in (2, 20, 60):
+        _, panels = canvas.panels([""], 4.0, 3.0, "k", "b")
+        xs, ys = np.array([0.5, 1.0]), np.arange(1, rows + 1) / rows
+        monkeypatch.setattr(marks, "products_to_label", lambda xs, ys: [xs[-1] * ys[0], 1.001 * xs[-1] * ys[0], 0.9])
+        marks.equal_products(panels[""], xs, ys)
+        low, high = (text.xy[1] for text in panels[""].texts)  # the second would lie on the first
+        assert low < 0.5 < high

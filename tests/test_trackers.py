@@ -693,3 +693,20 @@ def test_what_is_open_is_closed_before_a_folder_moves(
     note = kept(tmp_path)
     (key,) = note.keys() - {""}
     assert len(key) == 16 and note[key]["done"] == {} and note[key]["wandb"]["rounds"] == {"": 0}
+
+
+@pytest.mark.parametrize(("name", "needs"), [("tensorboard", 1), ("mlflow", 3), ("wandb", 1)])
+def test_every_module_of_a_tracker_is_looked_for(monkeypatch: pytest.MonkeyPatch, name: str, needs: int) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda module: asked.append(module) or module)
+    trackers.check([name])
+    assert asked[0] == name and len(asked) == needs
+    for missing in asked:
+        monkeypatch.setattr(
+            trackers.importlib.util, "find_spec", lambda module, missing=missing: module != missing or None
+        )
+        told = rf"^tracker={name} needs {missing}, which is not installed; pip install 'fl-attack\[{name}\]'$"
+        with pytest.raises(InputError, match=told):
+            trackers.check([name])
+    if name == "mlflow":
+        assert asked[1:] == ["sqlalchemy", "alembic"]  # mlflow-skinny comes without them

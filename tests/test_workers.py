@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from fl_attack.config import compose
 from fl_attack.errors import InputError, RunError
 from fl_attack.launcher import grid
 from fl_attack.multirun import execute
+from fl_attack.multirun.units import Unit
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str, str]]
@@ -326,3 +328,71 @@ def test_a_sweep_goes_where_it_is_sent_and_else_to_the_cluster_that_its_engine_n
     assert execute.launcher_of(compose(*flower, "engine.ray_address=auto")) == "ray"
     assert execute.launcher_of(compose(*flower, "engine.ray_address=auto", "launcher=local")) == "local"
     assert {*execute.LAUNCHERS} == {"local", "ray"}
+
+
+def cell_of(rounds: int) -> Any:
+    settings = SimpleNamespace(rounds=rounds, launcher="local", engine=SimpleNamespace(name="batched"))
+    return SimpleNamespace(settings=settings)
+
+
+def test_the_longest_units_are_begun_first_and_all_of_their_rounds_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [cell_of(10), cell_of(10), cell_of(4), cell_of(4), cell_of(4)]
+    todo = [Unit([0], "a"), Unit([2, 3, 4], "b"), Unit([1], "c")]
+    seconds = {"a": 1.0, "b": 3.0, "c": 2.0}
+    begun: list[int] = []
+
+    def launch(jobs: list[execute.UnitJob], settings: Any, on_steps: Callable[[int, int], None]) -> Any:
+        begun.extend(len(job.cells) for job in jobs)
+        assert jobs[1].cells == [cells[1]] and settings is cells[2].settings
+        on_steps(0, 5)
+        on_steps(0, 3)  # begun anew
+        yield 2, "of a"
+        yield 0, "of b"
+        yield 1, "of c"
+
+    counted: list[tuple[int, float]] = []
+    kept: list[tuple[str, Any]] = []
+    monkeypatch.setattr(execute, "LAUNCHERS", {"local": launch})
+    monkeypatch.setattr(execute, "_seconds", lambda unit, scenarios: seconds[unit.key])
+    bar = SimpleNamespace(rounds=lambda of, done: counted.append((of, done)))
+    execute.compute(todo, cells, bar, lambda unit, numbers: kept.append((unit.key, numbers)))  # type: ignore[arg-type]
+    assert begun == [3, 1, 1] and kept == [("a", "of a"), ("b", "of b"), ("c", "of c")]
+    assert counted == [(4, 5), (4, -2), (10, 10), (4, 9), (10, 10)]
+
+
+@pytest.mark.parametrize(("linear", "asked", "threads"), [(True, None, 2), (True, 1, 1), (False, None, 1)])
+def test_jobs_in_this_process_tell_their_steps_and_give_threads_back(
+    monkeypatch: pytest.MonkeyPatch, linear: bool, asked: int | None, threads: int
+) -> None:
+    told: list[tuple[int, int]] = []
+    used: list[int] = []
+
+    def numbers(cells: list[Any], step: Callable[[int], None]) -> str:
+        used.append(torch.get_num_threads())
+        step(2)
+        step(3)
+        return f"of {len(cells)}"
+
+    monkeypatch.setattr(execute, "batched_numbers", numbers)
+    monkeypatch.setattr(execute, "worker_count", lambda jobs, settings: 1)
+    monkeypatch.setattr(execute.engine, "is_linear", lambda cell: linear)
+    monkeypatch.setattr(workers, "processors", lambda: 8)
+    jobs = [execute.UnitJob([cell_of(9)]), execute.UnitJob([cell_of(9)] * 2)]
+    with execute._threads(2):
+        settings: Any = SimpleNamespace(workers=asked)
+        found = list(execute._local(jobs, settings, lambda i, done: told.append((i, done))))
+        assert torch.get_num_threads() == 2
+    assert found == [(0, "of 1"), (1, "of 2")] and told == [(0, 2), (0, 5), (1, 2), (1, 5)] and used == [threads] * 2
+
+
+def test_jobs_for_workers_share_the_threads_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(execute, "worker_count", lambda jobs, settings: 3)
+    monkeypatch.setattr(execute.engine, "is_linear", lambda cell: True)
+    monkeypatch.setattr(workers, "processors", lambda: 8)
+    monkeypatch.setattr(workers, "side_by_side", lambda *given: sent.append(given) or iter([(0, "numbers")]))
+    job = SimpleNamespace(packed=lambda threads: (threads, []), cells=[])
+    for asked, threads in ((None, 2), (3, 1), (2, 1)):
+        settings: Any = SimpleNamespace(workers=asked)
+        assert list(execute._local([job], settings, print)) == [(0, "numbers")]  # type: ignore[list-item, arg-type]
+        assert sent.pop()[1:] == ([(threads, [])], 3, print)
