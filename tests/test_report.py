@@ -157,6 +157,15 @@ def test_what_users_name_is_text_and_no_script(folders: list[Path], tmp_path: Pa
     assert part["name"] == str(name) and part["flips"] is None
 
 
+def test_the_script_of_the_page_reads_what_the_page_holds(folders: list[Path]) -> None:
+    script = (Path(report.__file__).parent / "page.js").read_text()
+    (run_,), (sweep_,) = (content(folder / "report.html") for folder in (folders[0], folders[2]))
+    held = {*run_, *sweep_, *run_["clients"], *run_["flips"], *run_["samples"][0]}
+    assert not [key for key in held if not re.search(rf"\b{key}\b", script)]
+    assert (run_["kind"], sweep_["kind"], sweep_["name"]) == ("run", "sweep", str(folders[2]))
+    assert run_["name"] == str(folders[0]) and run_["attacked"] is True and sweep_["broken_off"] == 0
+
+
 def test_numbers_of_a_page_have_six_digits_and_are_finite() -> None:
     tree = {1: np.array([[0.123456789, np.nan]]), "b": (np.int64(3), np.float64(np.inf), True, None, "</script>")}
     page = report.render([tree])
