@@ -272,3 +272,9 @@ def test_what_sys_exit_ends_and_cells_that_broke_off_are_told(
     monkeypatch.setattr(multirun, "run", lambda cells, launch: sys.exit(3))
     with pytest.raises(RunError, match=r"something called sys\.exit\(3\) before the sweep was finished"):
         ours.launch([["seed=0"]], 0)
+
+
+def test_cells_are_named_by_values_as_they_are_meant() -> None:
+    cells = grid("dataset=npz", r"dataset.path=a\:b.npz,c.npz", "engine=batched", "out=x")
+    assert [cell.overrides["dataset.path"] for cell in cells] == ["a:b.npz", "c.npz"]
+    assert [str(cell.settings.dataset.model_dump()["path"]) for cell in cells] == ["a:b.npz", "c.npz"]
