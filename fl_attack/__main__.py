@@ -86,7 +86,7 @@ def _terminated(number: int, frame: object) -> None:
 
 def _exit(message: str, code: int) -> NoReturn:
     """Print a message on standard error and end the program with this exit code."""
-    print(f"fl-attack: {message}", file=sys.stderr, flush=True)
+    print(f"fl-attack: {message}", file=sys.stderr)
     sys.exit(code)
 
 

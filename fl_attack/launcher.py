@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fl_attack import workers
 from fl_attack.errors import InputError, RunError
-from fl_attack.overrides import completed, composing, conf_folder, explain, unknown_key
+from fl_attack.overrides import completed, composing, conf_folder, explain, quoted, unknown_key
 
 if TYPE_CHECKING:
     from fl_attack.config import Settings
@@ -139,9 +139,9 @@ class SweepLauncher(Launcher):
                 hydra_context=context, task_function=partial(compute_unit, threads=threads), config=config
             )
             named = self.config.hydra.launcher._target_.rpartition(".")[2]
-            print(f"{len(files)} jobs to {named}", file=sys.stderr, flush=True)
+            print(f"{len(files)} jobs to {named}", file=sys.stderr)
             out = str(files[0].parents[1].absolute())  # where Hydra makes a folder for each job
-            jobs = [[f"+{UNIT}={_quoted(str(file.absolute()))}", f"out={_quoted(out)}"] for file in files]
+            jobs = [[f"+{UNIT}={quoted(str(file.absolute()))}", f"out={quoted(out)}"] for file in files]
             for returned in other.launch(jobs, initial_job_idx=0):
                 _ = returned.return_value  # raises what the job raised
 
@@ -246,12 +246,6 @@ def compute_unit(config: DictConfig, threads: int) -> None:
 def _of_trials(settings: "Settings", first: int) -> "Settings":
     """Settings whose results go to the folder `trials/<first>` in their `out`: those of jobs from that number on."""
     return settings.model_copy(update={"out": f"{settings.out}/trials/{first}"})
-
-
-def _quoted(text: str) -> str:
-    """A text as the value of an override."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _unused(config: DictConfig) -> None:

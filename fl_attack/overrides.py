@@ -132,7 +132,12 @@ def _literal(value: Any, inside: bool = False) -> str:
     text = str(value)
     if isinstance(value, int | float) or re.fullmatch(r"[\w./:+-]+" if not inside else r"[\w./+-]+", text):
         return text
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
+    return quoted(text)
+
+
+def quoted(text: str) -> str:
+    """A text in quotes, as Hydra reads it: backslashes stand for themselves but before a quote and at the end."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text) + "'"
 
 
 def explain(error: Exception, words: Iterable[str] | None = None) -> str:

@@ -53,7 +53,7 @@ class Progress:
             self.printed = tenth
             one_by_one = f"{self.unit} {self.done:.0f} of {self.total}  {note}".rstrip()
             far = f"{tenth * 10} % of {self.total} cells" if self.unit == "cell" else one_by_one
-            print(f"{self.name}: {far}", file=sys.stderr, flush=True)
+            print(f"{self.name}: {far}", file=sys.stderr)
 
     def rounds(self, of: int, done: float) -> None:
         """Count rounds of a cell, where the bar counts cells.

@@ -16,7 +16,7 @@ import ray
 import replay
 import yaml
 
-from fl_attack import experiment
+from fl_attack import experiment, results
 from fl_attack.config import Settings, compose
 from fl_attack.data import load
 from fl_attack.errors import InputError
@@ -338,3 +338,12 @@ def test_a_running_ray_is_left_running(shared_ray: None) -> None:
         pass
     assert ray.is_initialized()
     assert os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0"
+
+
+def test_a_key_may_refer_to_another(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr(experiment, "run", lambda settings: asked.append(settings) or {})
+    monkeypatch.setattr(results, "table", lambda summaries: "its table")
+    code, printed, _ = command("rounds=7", "eval_every=${rounds}", f"out={tmp_path}/out")
+    assert code == 0 and (asked[0].rounds, asked[0].eval_every) == (7, 7)
+    assert printed == f"its table\nresults in {tmp_path}/out\n" and not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from fl_attack import checkpoint, engine, experiment, folder, multirun, plots
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import compose
-from fl_attack.errors import Interrupted
+from fl_attack.errors import InputError, Interrupted
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str, str]]
@@ -341,3 +342,165 @@ def test_a_run_that_is_killed_goes_on_and_ends_in_the_same_bytes(
             if (tmp_path / "whole" / at / name).exists():
                 assert (tmp_path / "killed" / at / name).read_bytes() == (tmp_path / "whole" / at / name).read_bytes()
     assert names(tmp_path / "killed") == names(tmp_path / "whole")
+
+
+# --- what is whose, by files that are nothing but names ----------------------------------------------------
+
+
+def put(at: Path, *files: str) -> set[str]:
+    """Make files, whose content is their name; gives what the folder holds then."""
+    for name in files:
+        (at / name).parent.mkdir(parents=True, exist_ok=True)
+        (at / name).write_text(name)
+    return held(at)
+
+
+def held(at: Path) -> set[str]:
+    """The files in a folder, by their paths in it."""
+    return {file.relative_to(at).as_posix() for file in at.rglob("*") if file.is_file()}
+
+
+def test_the_names_of_a_result_s_files_are_those_that_the_documentation_tells() -> None:
+    told = " ".join(file.read_text() for file in (Path(__file__).parents[1] / "docs").glob("*.md"))
+    ours = (folder.PLAN, folder.SUMMARY, folder.BASELINE, folder.ROUNDS, folder.REPORT, folder.TABLE, folder.CURVES)
+    ours += (*folder.OF_RUN, folder.STATE, folder.TRACKERS, folder.TENSORBOARD, folder.UNITS, folder.UNFINISHED)
+    assert not [name for name in ours if not re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", told)]
+    assert len({*ours}) == len(ours) - 3  # three of them are of a run too
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "finished"),
+    [
+        ([], None, False),
+        (["config.yaml", "model.npz", "curves.npz"], None, False),
+        (["summary.json"], "run", True),
+        (["rounds.csv"], "run", False),
+        (["baseline/rounds.csv"], "run", False),
+        (["baseline/summary.json"], "run", False),
+        (["sweep.csv"], "sweep", True),
+        (["sweep.csv", "units/a.npz"], "sweep", False),
+        (["units/a.npz"], "sweep", False),
+        (["sweep.csv", "rounds.csv"], "sweep", True),
+    ],
+)
+def test_a_result_is_known_by_its_files(tmp_path: Path, files: list[str], kind: str | None, finished: bool) -> None:
+    put(tmp_path, *files)
+    assert folder.holds(tmp_path) == kind
+    assert kind is None or folder.is_finished(tmp_path, kind) == finished  # type: ignore[arg-type]
+
+
+OF_RUN = {"summary.json", "rounds.csv", "model.npz", "checkpoint.npz", "report.html", "curves.png", "plan.csv"}
+OF_SWEEP = {"sweep.csv", "curves.npz", "config.yaml", "heatmap.png", "columns_a_b.pdf", "report.html"}
+
+
+def test_a_result_is_cleared_with_what_belongs_to_it_and_nothing_else(tmp_path: Path) -> None:
+    mine = {"notes.txt", "mine.py", "more/rounds.csv", "tensorboard/of-another-program"}
+    put(tmp_path / "run", *OF_RUN, "baseline/rounds.csv", "baseline/model.npz", *mine, "photo.png")
+    folder.clear(tmp_path / "run")
+    assert held(tmp_path / "run") == mine | {"photo.png"}  # figures of runs have names of their own
+    put(tmp_path / "sweep", *OF_SWEEP, "units/a.npz", *mine)
+    folder.clear(tmp_path / "sweep")
+    assert held(tmp_path / "sweep") == mine and not (tmp_path / "sweep" / "units").exists()
+    put(tmp_path / "run", *OF_RUN, "trackers.json", "baseline/notes.txt")
+    folder.clear(tmp_path / "run")
+    assert held(tmp_path / "run") == mine - {"tensorboard/of-another-program"} | {"photo.png", "baseline/notes.txt"}
+    put(tmp_path / "run", "baseline/config.yaml")
+    folder.clear(tmp_path / "run")
+    assert "baseline/notes.txt" not in held(tmp_path / "run")  # it was a run's
+    folder.clear(tmp_path / "nowhere")
+
+
+def test_a_folder_is_held_while_it_is_written_to_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    with folder.taken(out, "run", False, lambda at: False) as place:
+        assert place == (out, out) and [file.name for file in out.iterdir()] == [".lock"]
+        with (
+            pytest.raises(InputError, match="is in use by another process; wait for it"),
+            folder.taken(out, "run", True, lambda at: True),
+        ):
+            pass
+        assert (out / ".lock").exists()  # another's is not removed
+    assert out.is_dir() and not [*out.iterdir()]
+    with folder.taken(out, "run", False, lambda at: False):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"can't be written to: (File exists|Not a directory); use another folder"):
+        folder.taken(tmp_path / "file", "run", False, lambda at: False).__enter__()
+
+
+LEFT = {".rounds.csv.0123abcd", "units/.x.npz.00000000", "baseline/.summary.json.ffffffff", ".report.html.12345678"}
+OTHER = {
+    ".rounds.csv.0123abc",
+    ".notes.txt.0123abcd",
+    ".rounds.csv",
+    "rounds.csv.0123abcd",
+    ".hidden",
+    ".a.csv.0123ABCD",
+}
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> None:
+    put(tmp_path, *LEFT, *OTHER, "more/.rounds.csv.0123abcd")
+    with folder.taken(tmp_path, "sweep", False, lambda at: True):
+        assert held(tmp_path) == OTHER | {"more/.rounds.csv.0123abcd", ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "goes_on", "said"),
+    [
+        (["summary.json"], "run", True, "holds a finished run; use another folder or overwrite=true"),
+        (
+            ["summary.json"],
+            "sweep",
+            True,
+            "holds a finished run, not a sweep; use another folder, or overwrite=true to",
+        ),
+        (["sweep.csv", "units/a.npz"], "run", True, "holds an unfinished sweep, not a run; use another folder"),
+        (["rounds.csv"], "run", False, "holds an unfinished run of other settings; use another folder, or overwrite=t"),
+        (["rounds.csv"], "run", True, ""),
+        (["model.npz"], "run", False, ""),
+    ],
+)
+def test_what_would_be_lost_is_refused_unless_it_may_be_replaced(
+    tmp_path: Path, files: list[str], kind: folder.ResultKind, goes_on: bool, said: str
+) -> None:
+    before = put(tmp_path, *files)
+    if said:
+        with pytest.raises(InputError) as raised:
+            folder.taken(tmp_path, kind, False, lambda at: goes_on).__enter__()
+        assert f"out={tmp_path} {said}" in str(raised.value) and held(tmp_path) == before
+    else:
+        with folder.taken(tmp_path, kind, False, lambda at: goes_on) as place:
+            assert place.work == tmp_path
+    with folder.taken(tmp_path, kind, True, lambda at: goes_on) as place:
+        finished = files == ["summary.json"]
+        assert place.work == (tmp_path / "unfinished" if finished else tmp_path) and place.work.is_dir()
+        keeps = finished or (goes_on and kind == "run" and files == ["rounds.csv"])
+        assert held(tmp_path) - {".lock"} == (before if keeps else set()) or files == ["model.npz"]
+
+
+def test_a_new_result_takes_the_place_of_the_old_when_it_is_whole(tmp_path: Path) -> None:
+    put(tmp_path, *OF_RUN, "notes.txt", "baseline/rounds.csv", "baseline/model.npz")
+    work = tmp_path / "unfinished"
+    put(work, "sweep.csv", "curves.npz", "figure.png")
+    folder.settle(folder.Place(tmp_path, work))
+    assert held(tmp_path) == {"notes.txt", "sweep.csv", "curves.npz", "figure.png"} and not work.exists()
+    put(work, "rounds.csv", "summary.json", "baseline/rounds.csv")
+    put(tmp_path, "baseline/of-nobody")  # in the way
+    folder.settle(folder.Place(tmp_path, work))
+    assert held(tmp_path) == {"notes.txt", "rounds.csv", "summary.json", "baseline/rounds.csv"}
+    folder.settle(folder.Place(tmp_path, tmp_path))
+    assert "summary.json" in held(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["run", "sweep"])
+def test_what_says_that_a_result_is_whole_is_moved_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    last = "summary.json" if kind == "run" else "sweep.csv"
+    put(tmp_path / "unfinished", last, "a.npz", "z.npz")
+    moved: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new)))
+    folder.settle(folder.Place(tmp_path, tmp_path / "unfinished"))
+    assert moved == ["a.npz", "z.npz", last]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from fl_attack import launcher, multirun
 from fl_attack.errors import InputError, RunError
 from fl_attack.launcher import grid
+from fl_attack.overrides import quoted
 
 Small = Callable[..., list[str]]
 GRID = ["engine=batched", "rounds=6", "batch_size=20", "attack.budget=0.1,0.5", "seed=0,1,2"]
@@ -168,3 +170,111 @@ def test_three_trials_of_optuna_return_the_objective(tmp_path: Path) -> None:
 def test_an_unknown_objective_is_told_before_any_work(command: Callable[..., tuple[int, str, str]]) -> None:
     code, _, stderr = command("-m", "objective=speed", "seed=0,1", "engine=batched")
     assert code == 2 and stderr.startswith("fl-attack: objective=speed is not allowed") and "final_accuracy" in stderr
+
+
+@pytest.mark.parametrize("text", ["plain", "it's", "a\\b", "trailing\\", "a 'b' c", "\\'", "x,y", ""])
+def test_a_path_of_any_characters_is_one_value(text: str) -> None:
+    assert launcher._value(f"+unit={quoted(text)}") == ("unit", text)
+
+
+def test_a_value_is_set_where_there_is_a_key_and_nowhere_else() -> None:
+    plain = {"attack": {"budget": 0.1, "args": {"z": 1}}, "lr": 0.5}
+    launcher._set(plain, "attack.args.z", 2)
+    launcher._set(plain, "lr", None)
+    assert plain == {"attack": {"budget": 0.1, "args": {"z": 2}}, "lr": None}
+    for key in ("attack.buget", "atack.budget", "lr.rate", "attack.budget.more", "rate"):
+        with pytest.raises(InputError, match=f"{key} is not a known key"):
+            launcher._set(plain, key, 1)
+    assert [launcher._key(one) for one in ("lr=1", "+lr=1", "++lr=a=b", "~lr")] == ["lr"] * 4
+    trials = launcher._of_trials(grid(*GRID[:1], "out=best")[0].settings, 3)
+    assert trials.out == "best/trials/3"
+
+
+def test_an_other_launcher_gets_a_job_for_each_file_and_its_errors_are_raised(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[Any] = []
+    fails: list[bool] = []
+
+    class Job:
+        @property
+        def return_value(self) -> None:
+            if fails:
+                raise OSError("node lost")
+
+    class Other:
+        def launch(self, jobs: list[list[str]], initial_job_idx: int) -> list[Job]:
+            given.append((jobs, initial_job_idx))
+            return [Job() for _ in jobs]
+
+    def made(hydra_context: Any, task_function: Any, config: Any) -> Other:
+        given.append((hydra_context, task_function, config))
+        return Other()
+
+    monkeypatch.setattr(launcher.Plugins.instance(), "instantiate_launcher", made)
+    ours = launcher.SweepLauncher()
+    target = f"hydra_plugins.{launcher.NAME}.{launcher.SweepLauncher.__name__}"
+    ours.hydra_context = "context"  # type: ignore[assignment]
+    ours.config = OmegaConf.create({"hydra": {"launcher": {"_target_": target}}})
+    assert ours._other() is None
+    for threads in (None, 3):
+        more = {} if threads is None else {"cpus_per_task": threads}
+        ours.config = OmegaConf.create({"hydra": {"launcher": {"_target_": "some.Slurm"} | more}})
+        launch = ours._other()
+        assert launch is not None
+        given.clear()
+        files = [tmp_path / "out" / "units" / name for name in ("a.json", "b's.json")]
+        launch(files)
+        (context, task, config), (jobs, first) = given
+        assert (context, config, first) == ("context", ours.config, 0)
+        assert task.func is launcher.compute_unit and task.keywords == {"threads": threads or 1}
+        assert [dict(launcher._value(one) for one in job) for job in jobs] == [
+            {"unit": str(file), "out": str(tmp_path / "out")} for file in files
+        ]
+        assert [job[0].startswith("+unit=") for job in jobs] == [True, True]
+        assert capsys.readouterr().err == "2 jobs to Slurm\n"
+    fails.append(True)
+    with pytest.raises(OSError, match="node lost"):
+        launch(files)
+
+
+def test_a_job_computes_the_unit_of_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called: list[tuple[Path, int]] = []
+    monkeypatch.setattr(multirun, "compute_file", lambda file, threads: called.append((file, threads)))
+    launcher.compute_unit(OmegaConf.create({"unit": str(tmp_path / "a.json")}), 3)
+    assert called == [(tmp_path / "a.json", 3)]
+
+
+@pytest.mark.parametrize(("cells", "given", "begun"), [(32, (), 1), (31, (), 0), (40, ("workers=1",), 0)])
+def test_workers_are_begun_with_before_many_cells(
+    monkeypatch: pytest.MonkeyPatch, cells: int, given: tuple[str, ...], begun: int
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(launcher.workers, "warm_up", lambda: calls.append(1))
+    assert len(grid("engine=batched", f"seed=range({cells})", "out=x", *given)) == cells
+    assert len(calls) == begun
+
+
+def test_what_sys_exit_ends_and_cells_that_broke_off_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = launcher.SweepLauncher()
+    monkeypatch.setattr(ours, "cells", lambda jobs: grid("engine=batched", "out=x"))
+    monkeypatch.setattr(ours, "_hands_over_all_jobs", lambda: True)
+    monkeypatch.setattr(ours, "_other", lambda: None)
+    monkeypatch.setattr(multirun, "run", lambda cells, launch: Path(cells[0].settings.out))
+    monkeypatch.setattr(multirun, "column", lambda out, name: [0.5])
+    for lost, said in ((0, "results in x\n"), (1, "results in x; 1 of 3 cells broke off: see the column error\n")):
+        monkeypatch.setattr(multirun, "broken_off", lambda out, lost=lost: (3, lost))
+        (done,) = ours.launch([["seed=0"]], 0)
+        assert done.return_value == 0.5 and list(done.overrides or []) == ["seed=0"]
+        assert capsys.readouterr().out == said
+    monkeypatch.setattr(multirun, "run", lambda cells, launch: sys.exit(3))
+    with pytest.raises(RunError, match=r"something called sys\.exit\(3\) before the sweep was finished"):
+        ours.launch([["seed=0"]], 0)
+
+
+def test_cells_are_named_by_values_as_they_are_meant() -> None:
+    cells = grid("dataset=npz", r"dataset.path=a\:b.npz,c.npz", "engine=batched", "out=x")
+    assert [cell.overrides["dataset.path"] for cell in cells] == ["a:b.npz", "c.npz"]
+    assert [str(cell.settings.dataset.model_dump()["path"]) for cell in cells] == ["a:b.npz", "c.npz"]

@@ -3,18 +3,21 @@
 import csv
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from fl_attack import __version__, experiment, multirun, waiting
+from fl_attack import __main__, __version__, experiment, multirun, progress, results, waiting
 from fl_attack.config import compose, without_effect
 from fl_attack.data import cache
-from fl_attack.errors import RunError
+from fl_attack.errors import InputError, Interrupted, RunError
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str, str]]
@@ -184,3 +187,151 @@ def test_how_labels_are_flipped_has_an_effect_where_labels_are_flipped(given: st
     assert without_effect(compose(f"attack.{given}", "out=unused"), sweep=False) == []
     (note,) = without_effect(compose("attack=sign_flip", f"++attack.{given}", "out=unused"), sweep=False)
     assert f"attack.{given} has no effect: " in note
+
+
+class Bar:
+    """A stand-in for the bar of tqdm, shown or not."""
+
+    def __init__(self, disable: bool, **given: Any) -> None:
+        self.disable, self.given, self.closed = disable, given, False
+        self.n, self.initial, self.total, self.notes = 0.0, 0.0, given["total"], []
+
+    def update(self, more: float) -> None:
+        self.n += more
+
+    def set_postfix_str(self, note: str, refresh: bool) -> None:
+        self.notes.append((note, refresh))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def progress_with(monkeypatch: pytest.MonkeyPatch, shown: bool, *given: Any) -> Any:
+    monkeypatch.setattr(progress, "_bar", lambda **options: Bar(not shown, **options))
+    return progress.Progress(*given)
+
+
+def test_a_log_has_a_line_for_each_tenth_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_with(monkeypatch, False, 20) as counted:
+        for _ in range(4):
+            counted.rounds(4, 1.0)  # a cell of four rounds
+        assert capsys.readouterr().err == ""
+        counted.add(1)
+        counted.add(0.5)
+        counted.skip(4.5)
+        counted.round(4, 0, None)  # the start is no round
+        counted.round(4, 3, None)
+        assert counted.done == 7.25 and counted.bar.n == pytest.approx(7.2) and counted.bar.initial == 0
+        counted.extend(20)
+        assert counted.bar.total == counted.total == 40
+        counted.add(32.75)
+    assert capsys.readouterr().err.splitlines() == [
+        "sweep: 10 % of 20 cells",
+        "sweep: 30 % of 20 cells",
+        "sweep: 100 % of 40 cells",
+    ]
+    assert counted.bar.closed and counted.bar.given == {"total": 20, "unit": "cell", "desc": "sweep"}
+
+
+def test_a_run_tells_its_rounds_with_the_accuracy_last_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted = progress_with(monkeypatch, False, 20, "batched", "round")
+    for round_ in range(1, 6):
+        counted(round_, {"test_accuracy": 0.5 + round_ / 1000} if round_ % 2 else None)
+    assert capsys.readouterr().err == "batched: round 2 of 20\nbatched: round 4 of 20\n"
+    counted(6, {"test_accuracy": 0.51236})
+    assert capsys.readouterr().err == "batched: round 6 of 20  accuracy 0.5124\n"
+    assert counted.bar.notes[0] == ("accuracy 0.5010", False) and len(counted.bar.notes) == 4
+
+
+def test_a_bar_leaves_what_was_done_before_out_of_its_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted = progress_with(monkeypatch, True, 10)
+    counted.skip(4)
+    counted.add(1)
+    assert (counted.bar.n, counted.bar.initial) == (5, 4) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("shell", "widgets", "notebook"),
+    [(None, True, False), ({"IPKernelApp": 1}, True, True), ({"IPKernelApp": 1}, False, False), ({}, True, False)],
+)
+def test_a_notebook_with_widgets_has_a_bar_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, shell: dict[str, int] | None, widgets: bool, notebook: bool
+) -> None:
+    if shell is not None:
+        kernel = SimpleNamespace(get_ipython=lambda: SimpleNamespace(config=shell))
+        monkeypatch.setitem(sys.modules, "IPython", kernel)
+    else:
+        monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: object() if widgets else None)
+    assert progress._is_notebook() == notebook
+    monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(tqdm=lambda **options: options))
+    bar = progress._bar(total=3)
+    assert bar == {"total": 3} if notebook else bar.disable  # standard error is no terminal here
+
+
+@pytest.mark.parametrize(("value", "raised"), [("1", True), ("full", True), ("0", False), ("", False), (None, False)])
+def test_who_wants_a_traceback_has_the_error_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str | None, raised: bool
+) -> None:
+    for error, code in ((InputError("wrong"), 2), (RunError("lost"), 1), (ZeroDivisionError("odd"), 1)):
+
+        def refuse(arguments: list[str], error: Exception = error) -> list[str]:
+            raise error
+
+        monkeypatch.setattr(__main__, "as_multirun", refuse)
+        monkeypatch.setattr(sys, "argv", ["fl-attack", "rounds=1"])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        if value is not None:
+            monkeypatch.setenv("HYDRA_FULL_ERROR", value)
+        with pytest.raises(type(error) if raised else SystemExit) as caught:
+            __main__.main()
+        assert caught.value is error if raised else caught.value.code == code  # type: ignore[attr-defined]
+        assert bool(capsys.readouterr().err) != raised
+
+
+@pytest.mark.parametrize(
+    ("signalled", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Interrupted("interrupted; nothing was done yet", 143), 143, "interrupted; nothing was done yet"),
+        (Interrupted("", 130), 130, "interrupted"),
+    ],
+)
+def test_signals_end_the_command_with_their_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signalled: BaseException, code: int, said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended, __main__._one_line(True):
+        raise signalled
+    assert ended.value.code == code and capsys.readouterr().err == f"fl-attack: {said}\n"
+    with pytest.raises(Interrupted, match="terminated") as terminated:
+        __main__._terminated(15, None)
+    assert terminated.value.code == 143
+
+
+def test_the_table_of_a_run_shows_its_numbers_under_their_names() -> None:
+    one = {"final_accuracy": 0.91239, "minimum_accuracy": 0.5, "final_f1": 0.25, "flips_per_round": 1234.56}
+    one |= {"flips": 1234567, "global_budget": 0.15004, "effective_budget": 0.0756, "seconds": 12.34}
+    one |= {"best_round": 50, "rounds": 50, "stopped_round": 50}
+    two = one | {"flips": 0, "flips_per_round": 0.0, "final_accuracy": 0.95}
+    header, first, second = results.table({"attacked": one, "honest": two}).splitlines()
+    words = re.split(r"\s{2,}", header.strip())
+    assert dict(zip(words, first.split()[1:], strict=True)) == {
+        "final accuracy": "0.9124",
+        "minimum accuracy": "0.5000",
+        "final F1": "0.2500",
+        "flips a round": "1234.6",
+        "flips": "1,234,567",
+        "global budget": "0.150",
+        "effective": "0.076",
+        "seconds": "12.3",
+    }
+    assert first.split()[0] == "attacked" and second.split()[:2] == ["honest", "0.9500"]
+    assert len(header) == len(first) == len(second)
+    early = results.table({"attacked": one, "honest": two | {"best_round": 20, "stopped_round": 30}}).splitlines()
+    assert early[0].endswith("best round") and early[1].endswith("50 of 50") and early[2].endswith("20 of 30")

@@ -9,13 +9,17 @@ import zlib
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from scipy import stats
 
 from fl_attack import plots, sweep_table
 from fl_attack.errors import InputError
 from fl_attack.overrides import known_keys
-from fl_attack.plots import by_budget, by_round, canvas, maps, marks
+from fl_attack.plots import by_budget, by_round, canvas, maps, marks, versus
 from fl_attack.plots import lines as by_table
+from fl_attack.plots.arms import Meeting
+from fl_attack.plots.planning import attackers
 from fl_attack.sweep_table import RESULTS, WORDS, mean_interval
 
 GOALS = ("untargeted", "targeted")
@@ -767,3 +771,709 @@ def test_the_command_draws_all_of_a_sweep_and_names_the_files(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == [str(tmp_path / f"budget.{end}") for end in ("png", "pdf")]
+
+
+# --- what a figure says besides its numbers ----------------------------------------------------------
+
+
+MINUS = "\N{MINUS SIGN}"
+
+
+@pytest.fixture
+def figures():
+    """The figures that are drawn in the test, which no file is made of."""
+    with canvas.captured() as kept:
+        yield kept
+
+
+def noted(figure):
+    """The title and the note of a figure, each in one line."""
+    return [" ".join(text.get_text().split()) if text else "" for text in (figure._suptitle, figure._supxlabel)]
+
+
+@pytest.mark.parametrize(
+    ("count", "across", "down"), [(1, 1, 1), (2, 2, 1), (3, 3, 1), (4, 2, 2), (5, 3, 2), (7, 3, 3)]
+)
+def test_panels_stand_in_rows_and_only_the_outer_ones_name_the_axes(count, across, down):
+    names = [f"a panel of number {number}" for number in range(count)]
+    figure, panels = canvas.panels(names, 3.0, 2.0, "x", "y")
+    assert list(panels) == names and list(panels.values()) == figure.axes
+    assert figure.get_size_inches().tolist() == [3 * across, 2 * down]
+    for number, (name, axes) in enumerate(panels.items()):
+        place = axes.get_subplotspec()
+        assert (place.rowspan.start, place.colspan.start) == divmod(number, across)
+        lowest = number + across >= count  # none is below it
+        assert axes.get_xlabel() == ("x" if lowest else "") and axes.get_ylabel() == ("" if number % across else "y")
+        assert axes.xaxis.get_tick_params()["labelbottom"] == lowest
+        assert axes.get_title("left") == name and axes.title.get_text() == ""
+        assert count == 1 or axes.get_shared_x_axes().joined(axes, figure.axes[number - 1])
+        assert count == 1 or axes.get_shared_y_axes().joined(axes, figure.axes[number - 1])
+    narrow, _ = canvas.panels(["x" * 40], 3.0, 2.0, "", "")
+    assert narrow.axes[0].get_title("left") == "\N{HORIZONTAL ELLIPSIS}" + "x" * 32  # 11 characters an inch
+
+
+def test_a_text_as_long_as_there_is_room_for_stays_whole():
+    assert canvas.shortened("abcd", 4) == "abcd" and canvas.shortened("abcde", 4) == "\N{HORIZONTAL ELLIPSIS}cde"
+    assert len(canvas.shortened("x" * 99)) == 32
+
+
+def test_lines_that_follow_an_order_go_from_dark_to_light():
+    for shades in (2, 7, 20):
+        light = [np.dot(canvas.style(number, shades)["color"][:3], (0.299, 0.587, 0.114)) for number in range(shades)]
+        assert light == sorted(light) and len({*light}) == shades
+        assert light[0] < 0.2 and 0.6 < light[-1] < 0.8  # the palest would be lost on white
+    assert canvas.style(0, 1)["color"] == canvas.style(0, 9)["color"]
+    assert [canvas.style(number)["color"] for number in range(12)] == [*canvas.COLOURS]
+    assert canvas.style(12)["color"] == canvas.HONEST
+
+
+@pytest.mark.parametrize("count", [11, 12, 13])
+def test_so_many_lines_as_there_are_colours_have_one_each_and_more_are_shaded(count, tmp_path, figures):
+    rows = [("", f"line {number:02d}", x, number + x, 0.1) for number in range(count) for x in (0.0, 1.0)]
+    by_table.lines(sweep_table.write_csv(tmp_path / "t.csv", ("p", "line", "x", "y", "half"), rows), "", "")
+    (axes,) = figures[0].axes
+    colours = [line.get_color() for line in axes.lines]
+    assert len({*colours}) == count
+    assert (tuple(colours) == canvas.COLOURS[:count]) == (count <= 12)
+    plan = [(f"{i}", 0, f"start {i:02d}", 0.5, 1) for i in range(count)]
+    sweep_table.write_csv(tmp_path / "plan.csv", ("first_round", "sweep", "start", "objective", "part"), plan)
+    (tmp_path / "one").mkdir()
+    same = [("1", sweep, start, float(sweep), 1) for _, _, start, *_ in plan for sweep in (0, 1)]
+    sweep_table.write_csv(tmp_path / "one/plan.csv", ("first_round", "sweep", "start", "objective", "part"), same)
+    plots.plan(tmp_path / "one")
+    colours = [line.get_color() for line in figures[1].axes[0].lines]
+    assert len({*colours}) == count and (tuple(colours) == canvas.COLOURS[:count]) == (count <= 12)
+    (legend,) = figures[1].legends
+    assert legend.get_title().get_text() == "start" and len(legend.get_texts()) == count
+
+
+def test_the_plans_of_a_run_have_a_panel_for_each_round_that_one_was_made_in(tmp_path, figures):
+    rows = [(f, s, start, f + s / 10 + (start == "b"), 1) for f in (1, 5) for start in "ab" for s in range(3)]
+    header = ("first_round", "sweep", "start", "objective", "part")
+    sweep_table.write_csv(tmp_path / "plan.csv", header, rows)
+    plots.plan(tmp_path)
+    assert [axes.get_title("left") for axes in figures[0].axes] == ["from round 1", "from round 5"]
+    for axes, first in zip(figures[0].axes, (1, 5), strict=True):
+        found = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        assert found == {name: [[s, first + s / 10 + more] for s in range(3)] for name, more in (("a", 0), ("b", 1))}
+    sweep_table.write_csv(tmp_path / "plan.csv", header, [(first, 0, "a", 0.1, 1) for first in range(20)])
+    plots.plan(tmp_path)
+    assert len(figures[1].axes) == canvas.PANELS
+
+
+def test_small_shares_begin_at_zero_and_the_axis_is_linear_up_to_the_least(tmp_path, figures):
+    rows = [("", name, x, 50 - 100 * x, 70.0) for name in ("first", "other") for x in (0.0, 0.01, 0.3)]
+    file = sweep_table.write_csv(tmp_path / "t.csv", ("panel", "line", "attack.budget", "drop", "half"), rows)
+    by_table.lines(file, "What is drawn", "And why.", log=True, floor=-7.0)
+    (axes,) = figures[0].axes
+    assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] >= 0.3 and axes.get_ylim()[0] == -7 < 0 < axes.get_ylim()[1]
+    assert axes.xaxis.get_transform().linthresh == 0.01 and not len(axes.xaxis.get_minorticklocs())
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (
+        "local budget b",
+        "drop of the final accuracy by the attack (points)",
+    )
+    assert noted(figures[0]) == ["What is drawn", "And why."]
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["first", "other"]
+    assert len({line.get_linestyle() for line in axes.lines}) == 2  # for prints in grey
+    by_table.lines(file, "", "")
+    (axes,) = figures[1].axes
+    assert axes.get_xlim()[0] < 0 and axes.get_ylim()[0] < -20 and noted(figures[1]) == ["", ""]
+
+
+def test_many_gradients_of_a_kind_are_points_and_a_single_one_an_arrow_in_its_colour(tmp_path, figures):
+    points = [("b = 1", "flips", 0.9, 0.1), ("b = 1", "flips", 0.8, -0.2), ("b = 1", "clean", 1.0, 0.5)]
+    points += [("b = 2", "flips", -1.0, 0.0)]
+    file = sweep_table.write_csv(tmp_path / "f.csv", ("budget", "kind", "first", "second"), points)
+    by_table.gradients(file, "Title", "Note.")
+    one, other = figures[0].axes
+    assert [one.get_title("left"), other.get_title("left")] == ["b = 1", "b = 2"]
+    assert one.get_xlabel() == "along the first direction" and one.get_ylabel() == "along the second"
+    for axes, arrows in ((one, [(1.0, 0.5)]), (other, [(-1.0, 0.0)])):
+        found = [text for text in axes.texts if text.arrow_patch is not None]
+        assert [tuple(text.xy) for text in found] == arrows and all(text.get_position() == (0, 0) for text in found)
+        named = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+        assert all(line.get_linestyle() == "None" for line in named.values())
+        crossing = [line.get_xydata().tolist() for line in axes.lines if line.get_label().startswith("_")]
+        assert crossing == [[[0, 0], [1, 0]], [[0, 0], [0, 1]]]  # the axes through the origin
+    clean = next(line for line in one.lines if line.get_label() == "clean")
+    (arrow,) = [text.arrow_patch for text in one.texts if text.arrow_patch is not None]
+    assert to_hex(arrow.get_edgecolor()) == to_hex(clean.get_color())
+    flips = next(line for line in one.lines if line.get_label() == "flips")
+    assert flips.get_alpha() < 1 and flips.get_markersize() < clean.get_markersize()
+    assert flips.get_color() == next(line for line in other.lines if line.get_label() == "flips").get_color()
+    assert len(figures[0].legends) == 1 and noted(figures[0]) == ["Title", "Note."]
+
+
+def heat_map(grid, signed=False, low=0.0, high=10.0, colours="cividis"):
+    """The axes of a heat map of a grid, and its image."""
+    _, panels = canvas.panels([""], 4.0, 3.0, "k", "b")
+    grid = np.array(grid, float)
+    xs, ys = np.arange(1, grid.shape[1] + 1) / 10, np.arange(1, grid.shape[0] + 1) / 100
+    return panels[""], marks.heat(panels[""], xs, ys, grid, signed, cmap=colours, vmin=low, vmax=high)
+
+
+def printed(axes):
+    """The texts on the cells of a heat map, by column and row."""
+    return {text.get_position(): text for text in axes.texts if not text.get_text().startswith("k·b")}
+
+
+def test_values_are_printed_in_the_middle_of_their_cells_in_ink_that_is_read_on_them():
+    axes, image = heat_map([[0.0, 9.94, np.nan], [5.06, 10.0, 1.0]])
+    texts = printed(axes)
+    assert {at: text.get_text() for at, text in texts.items()} == {
+        (0.5, 0.5): "0.0",
+        (1.5, 0.5): "9.9",
+        (2.5, 0.5): "\N{MULTIPLICATION SIGN}",
+        (0.5, 1.5): "5.1",
+        (1.5, 1.5): "10.0",
+        (2.5, 1.5): "1.0",
+    }
+    assert texts[0.5, 0.5].get_color() == "white" and texts[1.5, 1.5].get_color() == "black"  # dark and light ground
+    assert texts[2.5, 0.5].get_color() == "0.4"
+    for at, text in texts.items():  # the ground of a text is its cell's, so that no line crosses the figures
+        value = image.get_array()[int(at[1]), int(at[0])]
+        ground = text.get_bbox_patch().get_facecolor()
+        assert np.ma.is_masked(value) or np.isnan(value) or ground == pytest.approx(image.cmap(image.norm(value)))
+    assert axes.get_xlim() == (0, 3) and axes.get_ylim() == (0, 2)
+    assert axes.get_xticks().tolist() == [0.5, 1.5, 2.5] and axes.get_yticks().tolist() == [0.5, 1.5]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.01", "0.02"]
+    assert image.get_clim() == (0, 10) and image.cmap.name == "cividis"
+
+
+def test_signed_values_have_their_sign_and_in_large_maps_the_minus_alone():
+    axes, _ = heat_map([[-1.0, 2.0], [0.5, -10.0]], signed=True, low=-10, colours="PuOr_r")
+    assert [text.get_text() for text in printed(axes).values()] == [f"{MINUS}1.0", "+2.0", "+0.5", f"{MINUS}10.0"]
+    for rows, columns in ((13, 2), (2, 13)):
+        grid = np.where(np.arange(rows * columns).reshape(rows, columns) % 3, 1.0, -1.0)
+        axes, _ = heat_map(grid, signed=True, low=-1, high=1, colours="PuOr_r")
+        for (column, row), text in printed(axes).items():
+            assert text.get_text() == (MINUS if grid[int(row), int(column)] < 0 else "")
+            assert text.get_bbox_patch() is None
+        axes, _ = heat_map(grid, low=-1, high=1)
+        assert not any(text.get_text() for text in printed(axes).values())
+        ticks = axes.get_xticks() if columns == 13 else axes.get_yticks()
+        assert ticks.tolist() == [0.5 + at for at in range(0, 13, 2)]
+    axes, _ = heat_map(np.ones((12, 12)), high=2)
+    assert len(axes.get_xticks()) == 12 and {text.get_text() for text in printed(axes).values()} == {"1.0"}
+
+
+@pytest.mark.parametrize(
+    ("xs", "ys"),
+    [
+        ((0.5, 1.0), (0.5, 1.0)),
+        (np.arange(1, 11) / 10, np.arange(1, 11) / 10),
+        ((0.1, 0.2, 0.4, 0.8), (0.125, 0.25, 0.5, 1.0)),
+        ((0.0, 0.3, 0.4), (0.0, 0.5, 0.9, 1.0)),
+    ],
+)
+def test_each_line_of_equal_products_ends_at_its_label_on_the_right_edge(xs, ys):
+    xs, ys = np.array(xs), np.array(ys)
+    _, panels = canvas.panels([""], 4.0, 3.0, "k", "b")
+    axes = panels[""]
+    marks.equal_products(axes, xs, ys)
+    edges = [np.array([one[0] - (one[1] - one[0]) / 2, *one, one[-1] + (one[-1] - one[-2]) / 2]) for one in (xs, ys)]
+    places = [np.array([0, *(np.arange(len(one)) + 0.5), len(one)]) for one in (xs, ys)]
+    height = {one: np.interp(one / edges[0][-1], edges[1], places[1]) for one in marks.products_to_label(xs, ys)}
+    labels = {float(text.get_text().split("=")[1]): text.xy for text in axes.texts}
+    assert labels.keys() <= {float(f"{one:.3g}") for one in height} and min(height.values()) in [
+        pytest.approx(at[1]) for at in labels.values()
+    ]
+    assert all(at == (len(xs), pytest.approx(height[product], abs=1e-2)) for product, at in labels.items())
+    assert len(axes.lines) == 2 * len(labels)
+    for number, product in enumerate(labels):
+        wide, thin = axes.lines[2 * number : 2 * number + 2]
+        assert (wide.get_color(), thin.get_color()) == (
+            "white",
+            "black",
+        ) and wide.get_linewidth() > thin.get_linewidth()
+        across, up = thin.get_xydata().T
+        assert wide.get_xydata().tolist() == thin.get_xydata().tolist()
+        x, y = np.interp(across, places[0], edges[0]), np.interp(up, places[1], edges[1])
+        np.testing.assert_allclose(x * y, product, rtol=6e-3, atol=1e-4)
+        assert across[-1] == len(xs) and (np.diff(up) <= 0).all()
+        # it begins where it leaves the map: at its top, or on the left
+        assert up[0] == pytest.approx(len(ys), abs=0.1) or across[0] == pytest.approx(0, abs=0.05)
+    heights = sorted(at[1] for at in labels.values())
+    assert (np.diff(heights) >= 0.05 * len(ys)).all() and axes.get_xlim() == (0, len(xs))
+
+
+def test_products_of_which_few_are_shared_are_rounded_and_lie_on_lines_that_reach_the_edge():
+    primes = np.array([0.02, 0.03, 0.05, 0.07, 0.11])
+    found = marks.products_to_label(primes, np.array([0.01, 0.17, 0.6]))
+    assert found == sorted({*found}) and 1 < len(found) <= 4 and all(f"{one:.1g}" == f"{one:.6g}" for one in found)
+    shared = marks.products_to_label(np.arange(1, 11) / 10, np.arange(1, 11) / 10)
+    assert len(shared) == 4 and min(shared) >= 0.1  # below, a line leaves the map at its lower edge
+    low, high = (np.quantile(np.outer(primes[:4], primes[:4]), at) for at in (0.0, 1.0))
+    assert all(low <= one <= high for one in marks.products_to_label(primes[:4], primes[:4]))
+
+
+@pytest.mark.parametrize(("scale", "beyond"), [(1.0, "neither"), (-1.0, "neither")])
+def test_differences_are_seen_on_a_scale_of_both_signs(scale, beyond, tmp_path, figures):
+
+    def value(*, malicious, budget, goal, **_):
+        return 0.5 + (scale * 0.02 * malicious * budget if goal == "untargeted" else 0.0)
+
+    plots.difference(sweep(tmp_path, malicious=[1, 2], budget=[0.5, 1.0], goal=GOALS, value=value))
+    axes, bar = figures[0].axes
+    image = axes.collections[0]
+    np.testing.assert_allclose(image.get_array(), scale * np.array([[1, 2], [2, 4]]), atol=1e-9)
+    assert image.get_clim() == pytest.approx((-4, 4)) and bar._colorbar.extend == beyond
+    assert bar.get_ylabel() == "difference in accuracy (percentage points)"
+    signs = {text.get_text()[0] for text in printed(axes).values()}
+    assert signs == {"+" if scale > 0 else MINUS} and image.cmap.name == "PuOr_r"
+    assert "untargeted less targeted, one seed" in noted(figures[0])[0]
+    assert noted(figures[0])[1].startswith("Above 0 the targeted attack does more harm.")
+
+
+@pytest.mark.parametrize(
+    ("far", "beyond"), [({(1, 0.1): -50}, "min"), ({(1, 0.1): 50}, "max"), ({(1, 0.1): -50, (8, 0.7): 50}, "both")]
+)
+def test_a_difference_far_off_has_an_arrow_at_its_end_of_the_scale(far, beyond, tmp_path, figures):
+
+    def value(*, malicious, budget, goal, **_):
+        apart = far.get((malicious, budget), malicious + budget)
+        return 0.6 - (apart / 100 if goal == "targeted" else 0.0)
+
+    side = 8 if beyond == "both" else 4  # one of fifty cells may be far off, here at either end
+    budgets = [i / 10 for i in range(1, side)]
+    folder = sweep(tmp_path, malicious=range(1, side + 1), budget=budgets, goal=GOALS, value=value)
+    plots.difference(folder)
+    axes, bar = figures[0].axes
+    low, high = axes.collections[0].get_clim()
+    assert -low == high < 10 and bar._colorbar.extend == beyond
+
+
+def test_goals_that_do_the_same_differ_by_nothing_and_are_drawn_all_the_same(tmp_path, figures):
+    plots.difference(sweep(tmp_path, malicious=[1, 2], budget=[0.5, 1.0], goal=GOALS, value=lambda **_: 0.5))
+    image = figures[0].axes[0].collections[0]
+    assert not image.get_array().any() and -image.get_clim()[0] == image.get_clim()[1] > 0
+    with pytest.raises(InputError, match="untargeted and targeted cells of the same k, b and seed"):
+        plots.difference(sweep(tmp_path, malicious=[1, 2], budget=[0.5], goal=GOALS, broken=(0, 3)))
+
+
+def apart(*, attack="greedy", goal="untargeted", budget=1.0, malicious=3, seed=0, **_):
+    """An accuracy of which two seeds tell so little that its interval leaves what is possible at both ends."""
+    return 0.2 + 0.6 * seed - 0.1 * (attack == "ipm") - 0.02 * (goal == "targeted")
+
+
+WIDE = {
+    "budget": {"budget": [0.5, 1.0]},
+    "harm": {"attack": ["none", "greedy", "ipm"], "malicious": [1, 2]},
+    "rounds": {"attack": ["none", "greedy"]},
+    "networks": {"model": ["logistic", "mlp"], "attack": ["none", "greedy", "random_flip"]},
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("several", [True, False])
+def test_axes_of_accuracies_show_what_is_possible_and_say_what_their_bars_are(kind, several, tmp_path, figures):
+    value = apart if several else lambda **more: 0.5 + 0.01 * apart(**more)
+    folder = sweep(tmp_path, value=value, **WIDE[kind], seed=range(1 + several))
+    cells = len((folder / "sweep.csv").read_text().splitlines()) - 1
+    finals = [[0.1, value(seed=cell % 2)] for cell in range(cells)]
+    np.savez(folder / "curves.npz", accuracy=np.array(finals), round=np.array([0.0, 5.0]))
+    plots.PLOTS[kind](folder)
+    for axes in figures[0].axes:
+        low, high = axes.get_ylim()
+        if several:
+            assert -2 <= low <= 0 and 100 < high <= 102
+        elif kind != "rounds":
+            assert (low == 0 if kind == "harm" else 40 < low < 50.2) and 50 < high < 55
+    title, note = noted(figures[0])
+    if kind in ("budget", "rounds", "networks"):
+        assert ("mean over 2 seeds" in title) == several and ("one seed" in title) == (not several)
+    if kind == "budget":
+        said = "Bands: 95 % confidence of the mean over seeds (Student t)." if several else "One seed: no bands."
+        assert note.startswith(said) and figures[0].axes[0].get_xlim()[0] == 0
+    if kind == "rounds":
+        assert note == ("Bands: 95 % confidence of the mean over seeds (Student t)." if several else "")
+        (legend,) = figures[0].legends
+        assert legend.get_title().get_text() == "attack"
+    if kind == "harm":
+        assert title == "Final test accuracy by write access" and note.startswith("Solid: label flips; dashed: grad")
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_notes_tell_of_intervals_only_where_there_are_some(seeds, tmp_path, figures):
+    swept = {"attack": ["none", "greedy"], "strategy": ["mean", "krum"], "seed": range(seeds)}
+    plots.matrix(sweep(tmp_path, value=skewed, **swept))
+    title, note = noted(figures[0])
+    assert title.endswith("mean over 2 seeds" if seeds > 1 else "one seed")
+    half = "± half the 95 % interval over seeds (Student t)."
+    assert note == "Framed: the worst for each column." + (f" {half}" if seeds > 1 else "")
+    assert all(("±" in text.get_text()) == (seeds > 1) for text in figures[0].axes[0].texts)
+    assert figures[0].axes[-1].get_ylabel() == "final test accuracy (%)"
+    assert figures[0].axes[0].get_ylim() == (2, 0)  # the first row is on top
+
+
+def test_a_matrix_has_a_cross_where_no_cell_is_and_panels_of_single_cells(tmp_path, figures):
+    swept = {"attack": ["none", "greedy"], "strategy": ["mean", "krum"], "budget": [0.5, 1.0]}
+    files = plots.matrix(sweep(tmp_path, value=skewed, broken=(4, 5, 6), **swept))  # of b = 1 one cell is left
+    half, whole, _ = figures[0].axes
+    assert [text.get_text() for text in whole.texts] == ["\N{MULTIPLICATION SIGN}"] * 3 + ["65"]
+    assert "\N{MULTIPLICATION SIGN}" not in [text.get_text() for text in half.texts]
+    with files[-1].open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["attack.budget"] == "1"]
+    assert [row["mean"] for row in rows] == ["nan", "nan", "nan", "65"] and rows[0]["worst"] == "0"
+    assert [(round(patch.get_x()), round(patch.get_y())) for patch in whole.patches] == [(1, 1)]
+    assert noted(figures[0])[1].endswith("Left out: 3 of 8 cells broke off.")
+    with pytest.raises(InputError, match=r"a matrix needs several values of strategy\.name"):
+        plots.matrix(sweep(tmp_path, value=skewed, attack=["none", "greedy"], strategy=["mean"]))
+
+
+def test_harm_has_a_panel_and_rows_for_each_other_setting(tmp_path, figures):
+    swept = {"attack": ["greedy", "none", "ipm"], "malicious": [1, 4], "strategy": ["mean", "krum"]}
+    files = plots.harm(sweep(tmp_path, value=skewed, **swept))
+    assert [axes.get_title("left") for axes in figures[0].axes] == [
+        "aggregation rule = krum",
+        "aggregation rule = mean",
+    ]
+    assert [one.get_label() for one in figures[0].axes[0].containers] == ["none", "greedy", "ipm"]
+    unattacked, *others = [one[0] for one in figures[0].axes[0].containers]
+    assert unattacked.get_color() == "0.4" and unattacked.get_marker() in ("", "None")
+    assert [line.get_color() for line in others] == [*canvas.COLOURS[1:3]]
+    assert figures[0].axes[0].get_xlabel() == "write access k (share of all samples)"
+    with files[-1].open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["strategy.name"], row["write_access"]) for row in rows] == [
+        *(("krum", "0.1"), ("krum", "0.4"), ("mean", "0.1"), ("mean", "0.4"))
+    ]
+    assert {row["ratio"] for row in rows} == {"5"}
+
+
+def test_a_fan_draws_some_of_many_k_and_says_so(tmp_path, figures):
+    for count in (6, 8):
+        plots.budget(sweep(tmp_path, malicious=range(1, count + 1), budget=[0.5, 1.0]))
+    few, many = ([line.get_label() for line in figure.axes[0].lines] for figure in figures)
+    assert few == [f"k = 0.{m}" for m in range(1, 7)]
+    assert len(many) == 6 and (many[0], many[-1]) == ("k = 0.1", "k = 0.8")
+    each = "Each line has one k and raises b."
+    assert [noted(figure)[1].partition(" Labels")[0] for figure in figures] == [
+        f"{each} One seed: no bands.",
+        f"{each} 6 of 8 values of k are drawn. One seed: no bands.",
+    ]
+    colours = [np.dot(line.get_color()[:3], (0.299, 0.587, 0.114)) for line in figures[0].axes[0].lines]
+    assert colours == sorted(colours) and all(line.get_linestyle() == "-" for line in figures[0].axes[0].lines)
+
+
+@pytest.mark.parametrize("kind", ["budget", "spread"])
+def test_six_settings_are_lines_in_colours_and_seven_make_panels_or_shades(kind, tmp_path, figures):
+    for count in (6, 7):
+        swept = {"budget": [0.5, 1.0]} if kind == "budget" else {"malicious": [1, 2]}
+        rules = {"strategy": [f"rule{i}" for i in range(count)]}
+        plots.PLOTS[kind](sweep(tmp_path, seed=[0, 1], **rules, **swept))
+    for figure, count in zip(figures, (6, 7), strict=True):
+        (axes,) = figure.axes
+        assert [line.get_label() for line in axes.lines] == [f"aggregation rule = rule{i}" for i in range(count)]
+        colours = [line.get_color() for line in axes.lines]
+        assert (tuple(colours) == canvas.COLOURS[:6]) == (count == 6) and len({*colours}) == count
+        assert len({line.get_linestyle() if count == 6 else str(line) for line in axes.lines}) >= 4
+    if kind == "spread":
+        assert figures[0].axes[0].get_ylim()[0] == 0
+        title, note = noted(figures[0])
+        assert title == "Standard deviation of the final test accuracy over 2 seeds"
+        assert note.startswith("Pooled over b: root of the mean variance")
+        assert figures[0].axes[0].get_ylabel() == "standard deviation (percentage points)"
+
+
+def test_a_budget_that_varies_between_settings_alone_is_no_line(tmp_path):
+    budgets = {"a": 0.5, "b": 1.0}
+
+    def value(*, strategy, **_):
+        return 0.5
+
+    folder = sweep(tmp_path, strategy=[*budgets], value=value)
+    text = (folder / "sweep.csv").read_text().splitlines()
+    (folder / "sweep.csv").write_text("\n".join([*text[:2], text[2].replace("0.5,0.15", "1.0,0.3")]) + "\n")
+    with pytest.raises(InputError, match=r"several values of k·b in a setting"):
+        plots.budget(folder)
+
+
+def test_names_on_an_axis_have_their_lines_side_by_side(tmp_path, figures):
+    rules = ["mean", "krum", "a rule of a long name indeed", "another of a name as long"]
+    swept = {"strategy": rules, "goal": GOALS, "seed": [0, 1]}
+    plots.columns(sweep(tmp_path, value=skewed, **swept), "strategy.name", "final_accuracy", "attack.goal")
+    (axes,) = figures[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == sorted(rules)
+    assert axes.get_xlim() == (-0.5, 3.5) and axes.get_xticks().tolist() == [0, 1, 2, 3]
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {25} and axes.get_xscale() == "linear"
+    places = [np.asarray(container[0].get_xdata(), float) for container in axes.containers]
+    np.testing.assert_allclose(np.mean(places, 0), range(4), atol=1e-9)
+    assert (places[0] < places[1]).all() and np.ptp(places) < 3.5
+    faint = [line for line in axes.lines if line.get_alpha() and line.get_alpha() < 1]
+    for cells, at in zip(faint, places, strict=True):  # the cells stand under their mean
+        assert sorted({*cells.get_xdata()}) == pytest.approx(sorted(at)) and len(cells.get_xdata()) == 8
+    assert all(container[0].get_linestyle() == "None" for container in axes.containers)
+    (legend,) = figures[0].legends
+    assert legend.get_title().get_text() == "goal"
+    assert noted(figures[0])[1] == "Bars: 95 % confidence of the mean over seeds (Student t); faint: the cells."
+
+
+def test_an_axis_over_several_magnitudes_is_logarithmic(tmp_path, figures):
+    for rates in ([0.1, 5.0], [0.1, 5.1], [0.0, 9.0], [-1.0, 9.0]):
+        plots.columns(sweep(tmp_path, lr=rates, seed=[0, 1]), "lr", "final_accuracy")
+    assert [figure.axes[0].get_xscale() for figure in figures] == ["linear", "log", "linear", "linear"]
+    (axes,) = figures[0].axes
+    assert axes.containers[0][0].get_xdata().tolist() == [0.1, 5.0] and axes.get_xlabel() == "learning rate"
+    assert not figures[0].legends  # a single line has no name
+
+
+def test_cells_without_a_number_are_counted_under_the_figure(tmp_path, figures):
+    folder = sweep(tmp_path, lr=[0.1, 1.0], seed=[0, 1, 2])
+    with (folder / "sweep.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    for row, found in zip(rows, ("0.5", "", "0.3", "0.2", "", ""), strict=True):
+        row["drop"] = found
+    sweep_table.write_csv(folder / "sweep.csv", [*rows[0]], [[*row.values()] for row in rows])
+    plots.columns(folder, "lr", "drop")
+    plots.columns(folder, "drop", "final_accuracy")
+    plots.columns(folder, "cell", "drop")
+    assert [noted(figure)[1] for figure in figures] == [
+        "Bars: 95 % confidence of the mean over seeds (Student t); faint: the cells. 3 cells have no such number.",
+        *["3 cells have no such number."] * 2,
+    ]
+    assert figures[0].axes[0].containers[0][0].get_ydata() == pytest.approx([40, 20])
+    assert figures[1].axes[0].lines[0].get_xdata().tolist() == pytest.approx([50, 30, 20])
+    assert figures[2].axes[0].lines[0].get_xdata().tolist() == [0, 2, 3] and not figures[2].axes[0].containers
+
+
+@pytest.mark.parametrize("budget", [0, 0.25])
+def test_the_curves_of_a_run_name_its_budget_and_stand_on_the_whole_axis(budget, tmp_path, figures):
+    (tmp_path / "rounds.csv").write_text("round,test_accuracy\n0,0.1\n40,0.5\n")
+    (tmp_path / "summary.json").write_text(f'{{"budget": {budget}, "write_access": 0.30004}}')
+    plots.curves(tmp_path)
+    with canvas.untitled():
+        plots.curves(tmp_path)
+    titled, untitled = (figure.axes[0] for figure in figures)
+    assert titled.get_xlim() == (0, 40) and titled.get_ylim() == (0, 1.02)
+    assert (titled.get_xlabel(), titled.get_ylabel()) == ("round", "test accuracy")
+    assert titled.get_title("left") == ("write access k = 0.3, local budget b = 0.25" if budget else "")
+    assert untitled.get_title("left") == ""
+    assert [text.get_text() for text in titled.get_legend().get_texts()] == ["run"]  # nobody is compared with
+
+
+def test_what_the_configuration_of_a_sweep_asks_for_is_drawn_once_and_besides(tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: None)  # drawn in other tests
+    folder = sweep(tmp_path, budget=[0.1, 0.5], strategy=["mean", "krum"])
+    (folder / "config.yaml").write_text("figures: [[columns, budget, flips], [budget]]\n")
+    assert plots.asked(folder) == [["columns", "budget", "flips"], ["budget"]]
+    names = [file.name for file in plots.all_asked(folder)]
+    stems = ["budget", "columns_strategy-name_final_accuracy", "columns_budget_flips"]
+    assert names == [f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")]
+    for content in (b"figures: 3", b"lr: 1", b"- x", b"{", b"\xff\xfe"):
+        (folder / "config.yaml").write_bytes(content)
+        assert plots.asked(folder) == []
+    assert plots.columns_of("columns", "a", "b") == ["a", "b"] and plots.columns_of("matrix", "a") == [
+        *("a", "strategy.name"),
+    ]
+    assert plots.columns_of("heatmap") == ["final_accuracy"] and plots.columns_of("all") == []
+
+
+def test_a_map_is_as_wide_as_its_columns_need_up_to_a_dozen(tmp_path, figures):
+    for count in (2, 8, 10, 12, 20):
+        plots.heatmap(sweep(tmp_path, malicious=range(1, count + 1), budget=[0.5, 1.0]))
+    two, eight, ten, twelve, twenty = (figure.get_figwidth() for figure in figures)
+    assert two == eight < ten < twelve == twenty
+    plots.difference(sweep(tmp_path, malicious=[1, 2], budget=[0.5, 1.0], goal=GOALS))
+    assert figures[-1].get_figwidth() > two  # signs take room
+
+
+def test_the_last_of_several_settings_is_the_line_and_all_others_are_the_panel(tmp_path):
+    swept = {"lr": [0.1, 0.2], "strategy": ["mean", "krum"], "local_steps": [1, 2]}
+    panel, line = by_budget.panel_and_line(sweep_table.read_sweep(sweep(tmp_path, **swept)), "global_budget")
+    assert set(line) == {"local steps = 1", "local steps = 2"} and len(set(panel)) == 4
+    assert "learning rate = 0.1, aggregation rule = mean" in panel
+
+
+@pytest.mark.parametrize(
+    ("attack", "harm", "verdict"),
+    [
+        ("greedy", [0.0, 0.0, 0.0], "includes zero"),  # it does nothing at all
+        ("greedy", [1.0, 1.0, 1.0], "harm"),
+        ("greedy", [-1.0, -1.0, -1.0], "gain"),
+        ("greedy", [3.0, -2.0, 1.0], "includes zero"),
+        ("greedy", [5.0], "one seed"),
+        ("none", [1.0, 1.0, 1.0], ""),
+    ],
+)
+def test_harm_is_told_from_none_by_its_interval(attack, harm, verdict):
+    assert Meeting("", "mean", attack, np.full(len(harm), 50.0), np.array(harm)).verdict == verdict
+
+
+def test_words_of_people_have_no_underscores_and_columns_are_those_of_the_table():
+    words = [*WORDS.values(), *(label for label, _ in sweep_table.LABELS.values())]
+    assert not [word for word in words if "_" in word]
+    assert sweep_table.LABELS.keys() <= {*RESULTS} and sweep_table.NUMBERS.keys() <= sweep_table.LABELS.keys()
+    for name, (label, factor) in sweep_table.LABELS.items():
+        assert factor == (100 if "(%)" in label or "(points)" in label else 1), name
+
+
+def planned(*, attack, malicious, budget, seed, goal="untargeted", **more):
+    """An accuracy of which plans leave less, those of the final one least; the targeted goal is the better one."""
+    gain = {"final": 0.2, "average": 0.1}[more["attack.objective"]] * budget if attack == "planned" else 0.0
+    return 0.9 - 0.02 * malicious - gain - 0.05 * (goal == "targeted") + 0.01 * seed * (1 + (attack == "planned"))
+
+
+def test_the_gaps_of_plans_stand_around_their_setting_with_bars_over_pairs_of_seeds(tmp_path, figures):
+    objective = {"attack.objective": ["final", "average"]}
+    swept = {"malicious": [2, 5], "budget": [0.25, 0.5], "attack": ["greedy", "planned"], "seed": [0, 1]}
+    folder = sweep(tmp_path, value=planned, **swept, **objective)
+    cells = len((folder / "sweep.csv").read_text().splitlines()) - 1
+    np.savez(folder / "curves.npz", accuracy=np.full((cells, 3), [0.9, 0.5, 0.7]), round=np.arange(3))
+    plots.planning(folder)
+    assert [axes.get_title("left") for axes in figures[0].axes] == [
+        *("final accuracy", "average over the evaluations", "model of early stopping")
+    ]
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == [
+        *(f"k = {k:g}, b = {b:g}" for k in (0.2, 0.5) for b in (0.25, 0.5))
+    ]
+    for axes in figures[0].axes:
+        assert axes.get_ylim() == (3.5, -0.5) and axes.get_yticks().tolist() == [0, 1, 2, 3]
+        zero = next(line for line in axes.lines if line.get_label().startswith("_"))
+        assert zero.get_xdata() == [0, 0]
+    assert figures[0].axes[0].get_xlabel() == "gap to the better greedy goal (points)"
+    first, second = figures[0].axes[0].containers  # in the order of their names
+    assert [first.get_label(), second.get_label()] == ["planned average, known", "planned final, known"]
+    for container, gain, side in ((first, 10, -1), (second, 20, 1)):
+        points, _, (bars,) = container
+        means = [gain * b - 0.5 for _ in (2, 5) for b in (0.25, 0.5)]  # in one seed a whole point less
+        assert points.get_xdata() == pytest.approx(means)
+        offsets = np.asarray(points.get_ydata(), float) - np.arange(4)
+        assert offsets == pytest.approx(np.full(4, offsets[0])) and 0 < side * offsets[0] < 0.5
+        for mean, bar in zip(means, bars.get_segments(), strict=True):
+            assert bar[:, 0] == pytest.approx([mean - 12.706 * 0.5, mean + 12.706 * 0.5], rel=1e-4)
+        assert points.get_linestyle() == "None"
+    offsets = [one[0].get_ydata()[0] for one in (first, second)]
+    assert sum(offsets) == pytest.approx(0) and offsets[1] - offsets[0] < 0.5
+    title, note = noted(figures[0])
+    assert title == "Accuracy lost beyond the better greedy goal, mean over 2 seeds"
+    assert note.startswith("Positive: planned flips leave less.")
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["planned average, known", "planned final, known"]
+    with (folder / "planning.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["seeds"] for row in rows} == {"2"} and len(rows) == 3 * 4 * 3
+    for attack in (["greedy"], ["planned"]):
+        with pytest.raises(InputError, match=r"sweep attack\.name=greedy,planned"):
+            plots.planning(sweep(tmp_path, value=planned, **(swept | {"attack": attack}), **objective))
+
+
+def test_attackers_are_told_apart_by_what_distinguishes_them(tmp_path):
+    swept = {"attack": ["greedy", "planned", "ipm"], "goal": GOALS, "attack.start": [1, 11]}
+    found = sweep_table.read_sweep(sweep(tmp_path, value=lambda **_: 0.5, **swept))
+    assert attackers(found).tolist() == [
+        *("greedy untargeted", "greedy untargeted from round 11", "greedy targeted", "greedy targeted from round 11"),
+        *["planned final, known"] * 4,
+        *["ipm"] * 4,
+    ]
+    plain = sweep_table.read_sweep(sweep(tmp_path, value=lambda **_: 0.5, attack=["greedy", "planned"]))
+    assert attackers(plain).tolist() == ["greedy untargeted", "planned final, known"]
+
+
+def test_attacks_at_equal_budgets_stand_side_by_side_and_two_are_enough(tmp_path, figures):
+    harm = {"none": 0.0, "greedy": 0.2, "random_flip": 0.1, "static_flip": 0.3}
+    pairs = {"malicious": [2, 10], "budget": [0.25, 1.0]}
+
+    def value(*, attack, malicious, budget, **_):
+        return 0.9 - harm[attack] * budget - 0.001 * malicious
+
+    for attacks in (["none", "greedy", "random_flip"], [*harm]):
+        sweep(tmp_path, value=value, model=["mlp"], attack=attacks, **pairs)
+        plots.networks(tmp_path, "model")
+    for figure, attacks in zip(figures, (["greedy", "random_flip"], [*harm][1:]), strict=True):
+        (axes,) = figure.axes
+        order = ["k = 1\nb = 0.25", "k = 1\nb = 1", "k = 0.2\nb = 0.25", "k = 0.2\nb = 1"]
+        assert [label.get_text() for label in axes.get_xticklabels()] == order
+        names = [container.get_label().removesuffix(", untargeted") for container in axes.containers]
+        assert names == attacks
+        places = np.array([np.asarray(one[0].get_xdata(), float) for one in axes.containers])
+        by_place = np.argsort(places[0])
+        np.testing.assert_allclose(np.sort(places, 1).mean(0), range(4), atol=1e-9)
+        assert (np.diff(places, axis=0) > 0.1).all() and np.ptp(places, axis=0).max() < 0.7
+        for container, attack in zip(axes.containers, attacks, strict=True):
+            wanted = [100 * value(attack=attack, malicious=m, budget=b) for m in (10, 2) for b in (0.25, 1.0)]
+            assert np.asarray(container[0].get_ydata())[by_place] == pytest.approx(wanted)
+        honest = next(line for line in axes.lines if line.get_label() == "unattacked")
+        assert honest.get_ydata()[0] == pytest.approx(100 * np.mean([0.898, 0.89]))
+    assert noted(figures[0])[1] == "The better goal of greedy does most harm in all 4 settings."
+    assert noted(figures[1])[1].startswith(
+        "Greedy does not do most harm in 4 of 4 settings: mlp k = 0.2 b = 0.25 (stat"
+    )
+    with (tmp_path / "networks.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["seeds"] for row in rows} == {"1"} and {row["interval"] for row in rows} == {"nan"}
+    with pytest.raises(InputError, match="the sweep has several values of lr too"):
+        plots.networks(sweep(tmp_path, value=value, model=["mlp"], lr=[0.1, 0.2], attack=[*harm], **pairs), "model")
+    with pytest.raises(InputError, match="networks compares attacks; the sweep has a single one"):
+        plots.networks(sweep(tmp_path, value=value, model=["mlp"], attack=["none", "greedy"], **pairs), "model")
+
+
+def test_defences_are_named_by_their_parts_and_what_did_not_meet_is_a_cross(tmp_path, figures):
+    swept = {"attack": ["none", "greedy"], "strategy.pre": ["[]", "[nnm, clip]"], "sanitize.name": ["none", "knn"]}
+    low = {"greedy": 0.5, "none": 0.9}
+    folder = sweep(tmp_path, value=lambda attack, **_: low[attack], broken=(7,), **swept)
+    plots.arms(folder)
+    axes, bar = figures[0].axes
+    defences = ["mean", "mean, sanitize=knn", "nnm, clip, mean", "nnm, clip, mean, sanitize=knn"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == defences
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["none", "greedy"]
+    shown = {(int(text.get_position()[0]), int(text.get_position()[1])): text.get_text() for text in axes.texts}
+    assert [shown[1, row] for row in range(4)] == ["50"] * 3 + ["\N{MULTIPLICATION SIGN}"]
+    assert [shown[0, row] for row in range(4)] == ["90"] * 4 and axes.get_ylim() == (4, 0)
+    assert {(int(patch.get_x()), int(patch.get_y())) for patch in axes.patches} == {(1, 0), (1, 1), (1, 2)}
+    assert all(0.9 < patch.get_width() == patch.get_height() < 1 for patch in axes.patches)
+    assert bar.get_ylabel() == "final test accuracy (%)" and axes.collections[0].get_clim() == (50, 90)
+    assert noted(figures[0])[0] == "Defences against attacks, one seed"
+    with (folder / "arms.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["harm"], row["verdict"]) for row in rows if row["attack"] == "greedy"] == [("40", "one seed")] * 3
+    for left_out, said in (("attack", "attacks"), ("strategy.pre", "defences")):
+        less = {name: values[:1] if name in (left_out, "sanitize.name") else values for name, values in swept.items()}
+        with pytest.raises(InputError, match=f"arms compares {said}; the sweep has a single one"):
+            plots.arms(sweep(tmp_path, value=lambda attack, **_: low[attack], **less))
+
+
+def test_the_ratio_of_harm_is_of_pairs_of_seeds_and_none_where_gradients_do_no_harm(tmp_path):
+    def value(*, attack, malicious, seed, **_):
+        drop = {"none": 0.0, "greedy": 0.2 + 0.1 * seed, "ipm": 0.1 if malicious == 4 else -0.1 * (malicious > 0)}
+        return 0.9 + 0.01 * seed - drop[attack]
+
+    swept = {"attack": ["none", "greedy", "ipm"], "malicious": [1, 4], "seed": [0, 1]}
+    found = sweep_table.read_sweep(sweep(tmp_path, value=value, **swept))
+    first, second = versus.ratios(found, np.ones(len(found), bool))
+    assert (first["write_access"], second["write_access"]) == (0.1, 0.4)
+    assert np.isnan(first["ratio"]) and second["ratio"] == pytest.approx(2.5)
+    assert second["drop_by_flips"] == pytest.approx(25) and first["drop_by_gradients"] == pytest.approx(-10)
+    assert second["drop_by_flips_interval"] == pytest.approx(12.7062 * 5, rel=1e-4)
+    assert second["drop_by_gradients_interval"] == pytest.approx(0, abs=1e-9)
+    mean = np.array([[1.0, np.nan, 5.0], [2.0, np.nan, 4.0], [3.0, 1.0, np.nan]])
+    assert versus.worst_attacks(mean, np.array([False, True, True])).tolist() == [1, 2, 1]
+    assert versus.worst_attacks(mean, np.array([True, True, False])).tolist() == [0, -1, 1]
+    both = np.array([True] * len(found))
+    assert versus.writes_of(found, both) == "updates"
+    assert versus.writes_of(found, found.column("attack.name") != "ipm") == "labels"
+    assert versus.writes_of(found, found.column("attack.name") == "none") == "none"
+
+
+def test_what_an_attack_on_labels_alone_leaves_is_not_swept_any_more(tmp_path):
+    folder = sweep(tmp_path, value=skewed, budget=[0.5, 1.0], attack=["greedy", "sign_flip"])
+    found = sweep_table.read_sweep(folder)
+    assert found.swept == ["attack.budget", "attack.name"] and len(found) == 4
+    labels = found.label_attacks()
+    assert labels.swept == ["attack.budget"] and len(labels) == 2 and labels.left_out == 2
+    assert labels.note("So.") == "So. Left out: 2 cells that flip no labels."
+    attacked = sweep_table.read_sweep(sweep(tmp_path, value=skewed, budget=[0.5, 1.0], attack=["greedy", "none"]))
+    assert len(attacked.label_attacks()) == 4 and len(attacked.label_attacks(unattacked=False)) == 2
+    alone = sweep_table.read_sweep(sweep(tmp_path, value=skewed, budget=[0.5, 1.0], attack=["none"]))
+    assert len(alone.label_attacks(unattacked=False)) == 2  # attacks do not vary
+
+
+def test_a_line_along_the_lowest_row_has_its_label_however_many_rows_there_are(monkeypatch):
+    for rows in (2, 20, 60):
+        _, panels = canvas.panels([""], 4.0, 3.0, "k", "b")
+        xs, ys = np.array([0.5, 1.0]), np.arange(1, rows + 1) / rows
+        monkeypatch.setattr(marks, "products_to_label", lambda xs, ys: [xs[-1] * ys[0], 1.001 * xs[-1] * ys[0], 0.9])
+        marks.equal_products(panels[""], xs, ys)
+        low, high = (text.xy[1] for text in panels[""].texts)  # the second would lie on the first
+        assert low < 0.5 < high

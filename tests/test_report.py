@@ -1,21 +1,28 @@
 """The page of results: what it holds, and what a browser shows when it is opened and clicked."""
 
+import base64
+import io
 import json
+import math
 import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import browser
+import matplotlib.image
 import numpy as np
 import pytest
 
 from fl_attack import data, load, report, run, sweep
 from fl_attack.config import compose, overrides_of
+from fl_attack.data import Dataset
 from fl_attack.launcher import grid
 from fl_attack.plots.canvas import captured
+from fl_attack.report import runs
 from fl_attack.report.runs import picture, png
 from fl_attack.report.sweeps import command_of
 
@@ -148,6 +155,141 @@ def test_what_users_name_is_text_and_no_script(folders: list[Path], tmp_path: Pa
     assert "<script>x" not in (name / "report.html").read_text().replace("\\u003c", "<").split("application/json")[0]
     (part,) = content(name / "report.html")
     assert part["name"] == str(name) and part["flips"] is None
+
+
+def test_the_script_of_the_page_reads_what_the_page_holds(folders: list[Path]) -> None:
+    script = (Path(report.__file__).parent / "page.js").read_text()
+    (run_,), (sweep_,) = (content(folder / "report.html") for folder in (folders[0], folders[2]))
+    held = {*run_, *sweep_, *run_["clients"], *run_["flips"], *run_["samples"][0]}
+    assert not [key for key in held if not re.search(rf"\b{key}\b", script)]
+    assert (run_["kind"], sweep_["kind"], sweep_["name"]) == ("run", "sweep", str(folders[2]))
+    assert run_["name"] == str(folders[0]) and run_["attacked"] is True and sweep_["broken_off"] == 0
+
+
+def test_numbers_of_a_page_have_six_digits_and_are_finite() -> None:
+    tree = {1: np.array([[0.123456789, np.nan]]), "b": (np.int64(3), np.float64(np.inf), True, None, "</script>")}
+    page = report.render([tree])
+    found = re.search(r'id="data">(.*?)</script>', page, re.S)
+    assert found and json.loads(found[1]) == {
+        "parts": [{"1": [[0.123457, None]], "b": [3, None, True, None, "</script>"]}],
+    }
+    assert not re.search(r"/\*(STYLE|SCRIPT|DATA)\*/", page)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_picture_file_is_whole_and_says_its_colours(channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, channels), np.uint8)
+    content = png(pixels)
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content[25] == {1: 0, 3: 2, 4: 6}[channels]
+    place, kinds = 8, []
+    while place < len(content):
+        (size,) = struct.unpack(">I", content[place : place + 4])
+        part = content[place + 4 : place + 8 + size]
+        assert struct.unpack(">I", content[place + 8 + size : place + 12 + size]) == (zlib.crc32(part),)
+        kinds.append(part[:4])
+        place += 12 + size
+    assert kinds == [b"IHDR", b"IDAT", b"IEND"] and content[26:29] == bytes(3)
+    assert (
+        matplotlib.image.imread(io.BytesIO(content)).reshape(pixels.shape) * 255
+    ).round().tolist() == pixels.tolist()
+
+
+def images(shape: tuple[int, ...], last: bool, scale: float = 255.0) -> Dataset:
+    """A data set of images of this shape, of two classes in turn."""
+    x = np.arange(6 * np.prod(shape), dtype=np.float32).reshape(6, -1)
+    found = SimpleNamespace(x_train=x, y_train=np.arange(6) % 2, classes=["no", "yes"], scale=scale, shape=shape)
+    channels_first = (shape[-1], *shape[:-1]) if last else shape
+    found.image_shape, found.channels_last = channels_first, last
+    return found  # type: ignore[return-value]
+
+
+def shown(address: str) -> np.ndarray:
+    """The pixels of a picture, 0 to 255."""
+    content = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+    return (matplotlib.image.imread(io.BytesIO(content)) * 255).round()
+
+
+def test_a_sample_is_shown_with_its_channels_in_place() -> None:
+    for last, shape in ((True, (2, 4, 3)), (False, (3, 2, 4))):
+        dataset = images(shape, last)
+        wanted = np.asarray(dataset.x_train[2]).reshape(shape)
+        wanted = wanted if last else wanted.transpose(1, 2, 0)
+        address = picture(dataset, 2)
+        assert address is not None and shown(address).tolist() == wanted.tolist()
+    bright = picture(images((1, 2, 4), False, scale=20.0), 2)
+    assert (
+        bright is not None
+        and shown(bright).tolist() == np.minimum(np.arange(16.0, 24) / 20 * 255, 255).round().reshape(2, 4).tolist()
+    )
+    assert picture(images((2, 3, 3), False), 0) is None and picture(images((12,), False), 0) is None
+
+
+class Flipped(NamedTuple):
+    """A result of which the page asks for the flips alone."""
+
+    flips: dict[str, np.ndarray]
+
+    def columns(self, name: str) -> dict[str, np.ndarray]:
+        assert name == "flips"
+        return self.flips
+
+
+def flipped(round_: list[int], sample: list[int], label: list[int]) -> Any:
+    return Flipped({"round": np.array(round_, int), "sample": np.array(sample, int), "label": np.array(label, int)})
+
+
+def test_flips_are_counted_by_their_rounds_and_of_an_unknown_data_set_from_any_class() -> None:
+    settings = compose("rounds=60", "out=x")
+    one = flipped([1, 2, 3, 60, 60], [5, 5, 2, 2, 4], [0, 0, 1, 2, 1])
+    found = runs._flips(one, settings, None)
+    edges, counts = found["flips"]["edges"], np.array(found["flips"]["counts"])
+    assert (edges[0], edges[-1], len(edges)) == (0, 60, 25) and counts.shape == (24, 1, 3)
+    assert (found["flips"]["from"], found["flips"]["to"]) == (["any"], ["0", "1", "2"])
+    assert counts[0].tolist() == [[2, 0, 0]] and counts[1].tolist() == [[0, 1, 0]]  # rounds 1 and 2; 3 to 5
+    assert counts[-1].tolist() == [[0, 1, 1]] and counts.sum() == 5 and found["flips"]["left_out"] == 0
+    plain = {"label": None, "picture": None}
+    assert found["samples"] == [
+        {"sample": 2, "times": 2, "to": {"1": 1, "2": 1}} | plain,
+        {"sample": 5, "times": 2, "to": {"0": 2}} | plain,
+        {"sample": 4, "times": 1, "to": {"1": 1}} | plain,
+    ]
+    assert runs._flips(flipped([], [], []), settings, None) == {"flips": None, "samples": []}
+    known = runs._flips(flipped([1, 2], [0, 5], [1, 0]), compose("rounds=3", "out=x"), images((1, 2, 2), False))
+    assert known["flips"]["edges"].tolist() == [0, 1, 2, 3] and known["flips"]["from"] == ["no", "yes"]
+    assert known["flips"]["counts"].tolist() == [[[0, 1], [0, 0]], [[0, 0], [1, 0]], [[0, 0], [0, 0]]]
+    assert [(one["label"], one["to"]) for one in known["samples"]] == [("no", {"yes": 1}), ("yes", {"no": 1})]
+    assert all(one["picture"].startswith("data:") for one in known["samples"])
+    beyond = runs._flips(flipped([1], [6], [1]), settings, images((1, 2, 2), False))  # another data set than the run's
+    assert beyond["flips"]["from"] == ["any"] and beyond["samples"][0]["picture"] is None
+    many = runs._flips(flipped([1] * 26, [*range(26)], [*range(26)]), settings, None)
+    assert many["flips"]["counts"].shape == (24, 1, 20) and many["flips"]["left_out"] == 6
+    assert len(many["flips"]["to"]) == 20 and [one["sample"] for one in many["samples"]] == [*range(24)]
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
+    for count in (3, 400, 401, 5000):
+        columns = {"round": np.arange(count), "test_accuracy": np.arange(count) / count}
+        found = runs._curves(SimpleNamespace(columns=lambda name, columns=columns: columns))  # type: ignore[arg-type]
+        assert len(found["round"]) == min(count, 400) and (found["round"][0], found["round"][-1]) == (0, count - 1)
+        np.testing.assert_allclose(found["test_accuracy"], found["round"] / count)
+        assert np.diff(found["round"]).max() <= -(-count // 400) + 1
+
+
+def test_a_page_that_cannot_be_written_is_told_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    report.offer([tmp_path])
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("no report was written: ") and "holds no result" in told
+    monkeypatch.setattr(report, "write", lambda folders: folders)
+    report.offer([tmp_path])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_command_of_a_cell_has_its_values_as_they_are_typed() -> None:
+    row = {"attack.budget": 0.25, "rounds": 5.0, "lr": np.float64(2.0), "attack.stop": math.nan, "model": ""}
+    found = command_of(["rounds=7", "attack=greedy", "lr=0.5"], row | {"strategy": "krum", "seed": 3})
+    assert found == "fl-attack attack=greedy rounds=5 lr=2 strategy=krum seed=3 attack.budget=0.25"
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,37 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fl_attack import data, engine, experiment, federation, identity, multirun
 from fl_attack.config import compose
+from fl_attack.detect import MEASURES
 from fl_attack.errors import InputError
+from fl_attack.history import COLUMNS
 from fl_attack.identity import key_of
 from fl_attack.launcher import grid
 from fl_attack.multirun import execute
-from fl_attack.multirun.units import distinct_experiments, read, units
+from fl_attack.multirun.table import final_accuracy, row_of, write_tables
+from fl_attack.multirun.units import (
+    Numbers,
+    Unit,
+    by_cell,
+    distinct_experiments,
+    mistakes,
+    random_numbers,
+    read,
+    saver,
+    stacked,
+    units,
+)
+from fl_attack.scenario import Scenario
+from fl_attack.sweep_table import RESULTS
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str]]
@@ -377,3 +395,188 @@ def test_a_figure_that_cannot_be_drawn_is_refused_before_the_computing_but_table
         multirun.run(cells)
     assert not (tmp_path / "o").exists()
     assert (multirun.tabulate(cells) / "sweep.csv").exists()
+
+
+# --- rows of the table, worked out by hand -----------------------------------------------------------------
+
+
+@cache
+def scenario_of(*overrides: str) -> Scenario:
+    """An experiment on digits of full batches, of which each label is used once a round."""
+    fixed = ["dataset=digits_01", "engine=batched", "batch_size=full", "rounds=6", "seed=3", "out=x"]
+    return engine.make_scenarios([compose(*fixed, *overrides)])[0]
+
+
+def numbers_of(accuracy: list[float], flips: int = 0, error: str = "", missing: int = 0, **columns: Any) -> Numbers:
+    """The numbers of a cell that was evaluated every second round, from these accuracies; other columns count up."""
+    table = np.arange(len(accuracy) * len(COLUMNS), dtype=float).reshape(len(accuracy), -1) / 100
+    known = {"round": 2.0 * np.arange(len(accuracy)), "test_accuracy": accuracy, "validation_loss": np.nan} | columns
+    for name, values in known.items():
+        table[:, COLUMNS.index(name)] = values
+    table = np.vstack([table, np.full((missing, len(COLUMNS)), np.nan)])
+    return Numbers(table, np.array(flips), np.array(error), np.zeros(20, np.int64))
+
+
+def test_a_row_has_the_results_of_the_last_evaluation_and_shares_of_all_labels_used() -> None:
+    scenario = scenario_of("attack.budget=0.5")
+    samples = sum(map(len, scenario.partition.shards))
+    held = sum(len(scenario.partition.shards[client]) for client in scenario.partition.malicious)
+    one = numbers_of([0.01, 0.9, 0.4, 0.6], flips=30, missing=2)
+    row = row_of(scenario, one)
+    assert list(row) == list(RESULTS)
+    assert float(row["write_access"]) == pytest.approx(held / samples)
+    assert float(row["global_budget"]) == pytest.approx(0.5 * held / samples)
+    assert float(row["effective_budget"]) == pytest.approx(30 / (6 * samples))  # six rounds
+    assert (row["writes"], row["budget"], row["seed"], row["flips"], row["rounds"]) == ("labels", "0.5", 3, 30, 6)
+    assert (row["final_accuracy"], row["minimum_accuracy"]) == ("0.6", "0.4")  # not that of the start
+    last = {name: f"{one.table[3, COLUMNS.index(column)]:.9g}" for name, column in
+            (("final_f1", "test_f1"), ("final_loss", "test_loss"))}  # fmt: skip
+    assert {name: row[name] for name in last} == last
+    empty = {"early_stop_accuracy", "validation_loss", "drop", "rounds_to_recover", "error", *MEASURES}
+    assert {name for name, value in row.items() if value == ""} == empty
+    start = row_of(scenario, numbers_of([0.2]))
+    assert (start["minimum_accuracy"], start["effective_budget"], start["rounds"]) == ("0.2", "0", 0)
+
+
+def test_a_row_of_a_cell_that_stops_early_is_of_the_model_that_is_kept() -> None:
+    losses = [3.0, 1.0, 2.0, 2.5]
+    one = numbers_of([0.1, 0.7, 0.8, 0.9], validation_loss=losses, missing=1)
+    kept = {}
+    for restore in ("best", "last"):
+        scenario = scenario_of("early_stop.patience=2", f"early_stop.restore={restore}")
+        row = row_of(scenario, one)
+        kept[restore] = (row["final_accuracy"], row["early_stop_accuracy"], row["validation_loss"])
+        assert final_accuracy(one, scenario) == float(row["final_accuracy"])
+        assert row["final_f1"] == f"{one.table[1 if restore == 'best' else 3, COLUMNS.index('test_f1')]:.9g}"
+    assert kept == {"best": ("0.7", "0.7", "1"), "last": ("0.9", "0.7", "2.5")}
+
+
+def test_a_row_compares_with_the_twin_and_one_that_broke_off_has_no_model() -> None:
+    scenario = scenario_of("attack.stop=2")
+    twin, one = numbers_of([0.1, 0.9, 0.9, 0.95]), numbers_of([0.1, 0.3, 0.5, 0.945])
+    row = row_of(scenario, one, twin)
+    assert float(row["drop"]) == pytest.approx(0.005) and float(row["rounds_to_recover"]) == 4
+    never = row_of(scenario, numbers_of([0.1, 0.3, 0.5, 0.6]), twin)
+    assert float(never["drop"]) == pytest.approx(0.35) and never["rounds_to_recover"] == ""
+    assert row_of(scenario, numbers_of([0.1, 0.9, 0.9]), twin)["rounds_to_recover"] == ""  # other rows than the twin's
+    honest = row_of(scenario_of("attack=none"), one, twin)
+    assert (honest["writes"], honest["drop"], honest["rounds_to_recover"]) == ("none", "", "")
+    assert (honest["budget"], honest["global_budget"]) in [("0", "0"), (0, 0), (0.0, 0.0)]
+    lost = row_of(scenario, numbers_of([0.1, 0.3], error="diverged", flips=4), twin)
+    assert lost["error"] == "diverged" and (lost["flips"], lost["rounds"]) == (4, 2)
+    of_model = {"final_accuracy", "minimum_accuracy", "final_f1", "final_loss", "drop", "rounds_to_recover"}
+    assert not any(lost[name] for name in of_model)
+
+
+def test_measures_of_detection_are_means_over_the_evaluations_that_have_them() -> None:
+    values = {"norm_z": [np.nan, 1.0, np.inf, 3.0], "cosine_auc": [np.nan] * 4}
+    one = numbers_of([0.1, 0.2, 0.3, 0.4], missing=1, **values)
+    row = row_of(scenario_of("detectability=true"), one)
+    assert (row["norm_z"], row["cosine_auc"]) == ("2", "")
+    assert row_of(scenario_of(), one)["norm_z"] == ""
+
+
+def test_the_tables_of_a_sweep_have_a_row_and_a_curve_of_each_cell(tmp_path: Path) -> None:
+    twin = {"seed": "3"}
+    cells = [
+        multirun.Cell(twin | {"attack": "none"}, scenario_of("attack=none").settings),
+        multirun.Cell(twin | {"attack": "greedy", "attack.budget": "0.5"}, scenario_of("attack.budget=0.5").settings),
+    ]
+    scenarios = [scenario_of("attack=none"), scenario_of("attack.budget=0.5")]
+    wrong = [np.arange(20), np.arange(20)[::-1]]
+    numbers = [numbers_of([0.1, 0.8], missing=2), numbers_of([0.1, 0.5, 0.6], missing=1)]
+    numbers = [one._replace(wrong=parts) for one, parts in zip(numbers, wrong, strict=True)]
+    write_tables(tmp_path, cells, scenarios, numbers)
+    table = rows(tmp_path)
+    assert list(table[0])[:4] == ["cell", "attack", "attack.budget", "writes"]
+    assert [(row["cell"], row["attack"], row["attack.budget"], row["seed"]) for row in table] == [
+        ("0", "none", "", "3"),
+        ("1", "greedy", "0.5", "3"),
+    ]
+    assert table[0]["drop"] == "" and float(table[1]["drop"]) == pytest.approx(0.2)
+    with np.load(tmp_path / "curves.npz") as curves:
+        assert curves["round"].tolist() == [0, 2, 4]  # of the cell that went on for longest
+        np.testing.assert_array_equal(curves["accuracy"], [[0.1, 0.8, np.nan], [0.1, 0.5, 0.6]])
+        assert curves["wrong"].tolist() == [one.tolist() for one in wrong]
+        count = len(scenarios[0].dataset.y_test)
+        assert curves["images"].tolist() == [len(range(part, count, 20)) for part in range(20)]
+    broken = numbers[0]._replace(error=np.array("diverged"))
+    write_tables(tmp_path, cells, scenarios, [broken, numbers[1]])
+    assert [row["drop"] for row in rows(tmp_path)] == ["", ""]  # a twin that broke off is none
+    other = scenario_of("dataset=digits", "attack=none")
+    write_tables(tmp_path, cells, [other, scenarios[1]], numbers)
+    with np.load(tmp_path / "curves.npz") as curves:
+        assert curves["wrong"].shape == (0, 20)  # test sets of several sizes have no parts in common
+
+
+def test_a_unit_is_read_back_under_its_own_name_alone(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).normal(size=(2, 3, len(COLUMNS)))
+    one = Numbers(table, np.array([1, 2]), np.array(["", "lost"]), np.arange(40).reshape(2, 20))
+
+    def write(name: str, numbers: Numbers, key: str) -> Numbers | None:
+        with (tmp_path / name).open("wb") as stream:
+            saver(numbers, key)(stream)
+        return read(tmp_path / name)
+
+    found = write("abc.npz", one, "abc")
+    assert found is not None
+    for ours, theirs in zip(one, found, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert write("abc.npz", one, "abd") is None  # of another unit
+    assert write("abc.npz", one._replace(table=table[..., 1:]), "abc") is None  # of an earlier version
+    of_cells = by_cell(Unit([7, 4], "abc"), one)
+    assert [*of_cells] == [7, 4] and of_cells[4].flips == 2 and of_cells[4].error == "lost"
+    np.testing.assert_array_equal(of_cells[7].table, table[0])
+    short, long = np.ones((1, len(COLUMNS))), np.zeros((3, len(COLUMNS)))
+    both = stacked([(short, 1, "x", np.zeros(20, int)), (long, 2, "", np.ones(20, int))])
+    assert both.table.shape == (2, 3, len(COLUMNS)) and np.isnan(both.table[0, 1:]).all()
+    assert (both.table[0, 0] == 1).all() and not both.table[1].any() and both.flips.tolist() == [1, 2]
+    assert both.error.tolist() == ["x", ""] and both.wrong.sum(1).tolist() == [0, 20]
+
+
+def test_mistakes_are_counted_by_parts_of_the_test_set() -> None:
+    scenario = scenario_of()
+    X, y = scenario.test_set()
+    theta = torch.zeros(scenario.theta_shape)
+    found = scenario.model.class_logits(theta.to(X.dtype), X).argmax(-1) != y
+    wanted = [int(found[part::20].sum()) for part in range(20)]
+    assert mistakes(scenario, theta, (X, y)).tolist() == wanted and sum(wanted) > 0
+
+
+def test_figures_are_tried_with_numbers_of_their_own(tmp_path: Path) -> None:
+    figures = "figures=[[columns,attack.budget,validation_loss]]"
+    cells = grid("dataset=digits_01", "engine=batched", "attack.budget=0.1,0.5", figures, f"out={tmp_path}/out")
+    scenarios = engine.make_scenarios([cell.settings for cell in cells])
+    before = np.random.get_state()[1].copy()  # type: ignore[index, union-attr] # noqa: NPY002
+    with pytest.raises(InputError, match=r"^figures=\[\[columns,attack\.budget,validation_loss\]\]: "):
+        multirun._check_figures(cells, scenarios)
+    assert (np.random.get_state()[1] == before).all()  # type: ignore[index] # noqa: NPY002
+    one = random_numbers(scenarios[0], np.random.default_rng(0))
+    accuracy = one.table[:, COLUMNS.index("test_accuracy")]
+    assert len({*accuracy}) == 2 and (accuracy >= 0.2).all() and (accuracy <= 0.8).all()
+    assert one.table[:, 0].tolist() == [0, scenarios[0].settings.rounds] and not one.error
+    assert np.isnan(one.table[:, COLUMNS.index("validation_loss")]).all()
+    early = random_numbers(scenario_of("early_stop.patience=2"), np.random.default_rng(0))
+    assert np.isfinite(early.table).all()
+
+
+@pytest.mark.parametrize(
+    ("cells", "lost", "asked", "used"),
+    [(199, 0, None, 1), (200, 0, None, 6), (200, 0, 1, 1), (2, 1, 3, 3), (2, 2, 3, None)],
+)
+def test_figures_of_many_cells_are_drawn_in_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cells: int, lost: int, asked: int | None, used: int | None
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(multirun, "broken_off", lambda out: (cells, lost))
+    monkeypatch.setattr(multirun.workers, "processors", lambda: 6)
+    monkeypatch.setattr(multirun.plots, "all_of_sweep", lambda out, mapped: drawn.append(mapped))
+    monkeypatch.setattr(multirun.plots, "draw", lambda out, *figure: drawn.append(figure))
+    figures = ["figures=[[heatmap],[columns,a,b]]", *([] if asked is None else [f"workers={asked}"])]
+    multirun._draw_all(tmp_path, compose("out=x", *figures))
+    if used is None:
+        assert drawn == []
+        return
+    mapped, *others = drawn
+    assert others == [("heatmap",), ("columns", "a", "b")]
+    assert mapped is map if used == 1 else mapped.keywords == {"workers": used}

@@ -78,7 +78,7 @@ def run(cells: Sequence[Cell], progress: Progress | None = None, launch: Launch 
     trackers.check(cells[0].settings.tracker)
     notes = [dict.fromkeys(without_effect(cell.settings, sweep=True)) for cell in cells]
     for note in [note for note in notes[0] if all(note in of_cell for of_cell in notes)]:
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        print(f"note: {note}", file=sys.stderr)
     with trackers.of_sweep(cells) as tracked:
         draw = partial(_draw_all, settings=cells[0].settings)
         out = tabulate(cells, progress, draw, launch, tracked)

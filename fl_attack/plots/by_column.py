@@ -56,7 +56,7 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
             on_line = finite & (panel == name) & (sweep.column(by) == line if by else True)
             if not on_line.any():
                 continue
-            style = canvas.style(number, len(lines) if len(lines) > len(canvas.COLOURS) else None)
+            style = canvas.style(number)
             label = format_value(line) if by else ""
             # side by side over their name
             shift = (number - (len(lines) - 1) / 2) * WIDTH / len(lines) if levels else 0.0

@@ -141,7 +141,7 @@ def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
         for number, value in enumerate(values):
             on_line = (panel == name) & (line == value)
             if on_line.any():
-                style = canvas.style(number, len(values) if len(values) > len(canvas.COLOURS) else None)
+                style = canvas.style(number)
                 style |= {"marker": "", "linestyle": canvas.DASHES[number % len(canvas.DASHES)]}
                 mean, half = _band(accuracy[on_line], sweep.seed_index[on_line])
                 axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)

@@ -111,7 +111,7 @@ def equal_products(axes: Any, xs: Floats, ys: Floats) -> None:
     x_values, x_places = _edges_and_centres(xs)
     y_values, y_places = _edges_and_centres(ys)
     x = np.linspace(max(x_values[0], x_values[-1] / 1000), x_values[-1], 2000)
-    below = -1.0  # where the last label is
+    below = -np.inf  # where the last label is
     for product in products_to_label(xs, ys):
         inside = (product / x >= y_values[0]) & (product / x <= y_values[-1])
         if not inside[-1]:

@@ -57,7 +57,7 @@ def offer(folders: Sequence[Path]) -> None:
     try:
         write(folders)
     except Exception as error:
-        print(f"no report was written: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"no report was written: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str]) -> int:

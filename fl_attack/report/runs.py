@@ -83,7 +83,9 @@ def _flips(result: Result, settings: Settings, dataset: Dataset | None) -> dict[
     rounds, samples, labels = (flips[name] for name in ("round", "sample", "label"))
     if not len(rounds):
         return {"flips": None, "samples": []}
-    if dataset is None or samples.max() >= len(dataset.y_train):
+    if dataset is not None and samples.max() >= len(dataset.y_train):
+        dataset = None  # not the one of the run any more
+    if dataset is None:
         classes = [str(label) for label in range(int(labels.max()) + 1)]
         true = np.zeros_like(labels)
         names = ["any"]

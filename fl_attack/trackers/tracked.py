@@ -425,4 +425,4 @@ def _line(error: Exception) -> str:
 
 def _warn(text: str) -> None:
     """Print a line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr)
