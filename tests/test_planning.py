@@ -444,3 +444,15 @@ def test_derivatives_of_a_network_are_the_same_in_pieces_of_samples(monkeypatch:
     for found, expected in zip((general.pull_back(theta, X, R), general.logits(theta, X)), whole, strict=True):
         torch.testing.assert_close(found, expected)
     assert whole[0].shape == theta.shape and not torch.allclose(whole[0][0], whole[0][1])
+
+
+@pytest.mark.parametrize("sweeps", [1, 7])
+def test_what_is_wanted_next_is_greedy_along_the_costates_of_the_best_labels(sweeps: int) -> None:
+    of = problem(9, 4, rounds=5, average=True)
+    improved = planned(of, 9, sweeps=sweeps)
+    assert (improved.harm[-1] > improved.harm[0]).any()
+    trajectory = Trajectory(of)
+    np.testing.assert_allclose(trajectory.run(improved.labels).numpy(), improved.harm[-1], rtol=1e-12)
+    for wanted, best in zip(improved.wanted, trajectory.best_labels(), strict=True):
+        assert wanted is not None and best is not None
+        assert torch.equal(wanted, best)
