@@ -209,6 +209,26 @@ def test_labels_that_most_neighbours_contradict_are_left_out() -> None:
     assert not sanitize.contradicted_by_neighbours(torch.tensor([2]), torch.tensor([[1, 1, 0, 3]]), 4, 0.6).any()
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 1024])
+def test_nearest_others_are_found_in_pieces_and_few_where_there_are_few(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sanitize, "ROWS_AT_ONCE", at_once)
+    X = torch.tensor([[0.0, 0.0], [3, 4], [0, 1], [6, 8], [0, 2.5]])
+    apart = torch.cdist(X.double(), X.double()).fill_diagonal_(torch.inf)
+    assert sanitize.nearest(X, 2).tolist() == apart.argsort(1)[:, :2].tolist()
+    assert sanitize.nearest(X, 9).tolist() == apart.argsort(1)[:, :4].tolist()
+    far = sanitize.nearest(X.repeat(1, 1) * 1e-3 + 1e4, 1)  # in double precision, where single would lose the digits
+    assert far.dtype == np.int64 and far.shape == (5, 1)
+    assert sanitize.nearest(X[:1], 3).shape == (1, 0)
+
+
+def test_samples_that_stay_share_the_weight_of_those_left_out() -> None:
+    kept = torch.tensor([[True, True, False, True], [False, True, False, False], [False] * 4, [True] * 4])
+    expected = [[4 / 3, 4 / 3, 0, 4 / 3], [0, 4, 0, 0], [0] * 4, [1] * 4]
+    torch.testing.assert_close(sanitize.step_weights(kept), torch.tensor(expected, dtype=torch.float64))
+
+
 def test_labels_that_the_model_confidently_contradicts_are_left_out() -> None:
     p = torch.tensor(
         [[0.9, 0.1, 0], [0.8, 0.1, 0.1], [0.1, 0.7, 0.2], [0.85, 0.15, 0], [0.1, 0.45, 0.45], [0.3, 0.3, 0.4]]
