@@ -456,3 +456,13 @@ def test_what_is_wanted_next_is_greedy_along_the_costates_of_the_best_labels(swe
     for wanted, best in zip(improved.wanted, trajectory.best_labels(), strict=True):
         assert wanted is not None and best is not None
         assert torch.equal(wanted, best)
+
+
+@pytest.mark.parametrize("rounds", [1, 8])
+def test_a_label_is_moved_where_a_single_round_of_several_is_left(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, moves = problem(0, 4, rounds=rounds, average=True), []
+    monkeypatch.setattr(Sweeps, "_move_one", lambda self, trial, p, t, numbers: moves.append((len(self.harm), p)))
+    part = np.array(planned(of, 0, sweeps=20).part)
+    left = [(k, p) for k, p in np.argwhere(part == 1 / 8).tolist()]
+    assert moves == (left if rounds > 1 else [])
+    assert bool(left) == (rounds > 1)

@@ -705,6 +705,7 @@ def test_what_a_plan_can_write_is_what_its_malicious_clients_use(shared: Make) -
     pooled = plan_maker.Maker([shared(*PLANNED)], 1, [cells[0].start()]).access(1, False)
     assert pooled is not None and pooled.mask is None and not pooled.group.any()
     assert pooled.budgets.tolist() == [[4]] * 4
+    assert maker.problem(False).memory == maker.memory / 2 == 2**30 * cells[0].settings.engine.memory_gb / 2
 
 
 def test_the_sample_of_harm_is_drawn_once_of_what_clients_hold(shared: Make) -> None:
