@@ -90,7 +90,7 @@ def nearest(X: Tensor, k: int) -> NDArray[np.int64]:
         The rows of X that are nearest to each sample, the nearest first.
     """
     X = X.double()
-    square = X.square().sum(-1)
+    square = X.square().sum(1)
     found = []
     for rows in torch.arange(len(X)).split(ROWS_AT_ONCE):
         distance = square[rows, None] + square - 2 * X[rows] @ X.T

@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from sklearn.cluster import HDBSCAN
 from torch import Tensor
 
 from fl_attack import aggregate, plugins
-from fl_attack.aggregate import PRE, RULES, Seen, weiszfeld
-from fl_attack.aggregate.geometry import distances, norms
-from fl_attack.errors import InputError
+from fl_attack.aggregate import PRE, RULES, Seen, ordering, weiszfeld
+from fl_attack.aggregate import byzfl as byzfl_
+from fl_attack.aggregate.geometry import combined, distances, exponent_of, norms, upper_median
+from fl_attack.errors import InputError, RunError
 
 M, C, D = 11, 2, 3
 SEEDS = st.integers(0, 10_000)
@@ -616,3 +619,204 @@ def test_updates_whose_squares_underflow_keep_their_digits(name: str) -> None:
     u = torch.randn(50, 9, 1, 20, generator=torch.Generator().manual_seed(0))
     small = 2.0**-70  # 1e-21, of which a square has two or three bits
     torch.testing.assert_close(rule(name, m=9)(u * small) / small, rule(name, m=9)(u), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("m", "whole"), [*((m, True) for m in (1, 2, 3, 5, 8, 16, 47, 48, 49)), (3, False), (13, False), (49, False)]
+)
+def test_values_of_any_number_of_clients_are_in_order_at_every_place(
+    m: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not whole:  # in chunks, of which the last is shorter
+        monkeypatch.setattr(ordering, "NETWORK_CHUNK", 5)
+        monkeypatch.setattr(ordering, "SORT_CHUNK", 5 * m + 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rng = torch.Generator().manual_seed(m)
+    u = torch.randint(-9, 9, (2, m, 3, 4), generator=rng).double()
+    before, factors = u.clone(), torch.rand(m, dtype=torch.float64, generator=rng)
+    for start, stop in {(0, m), (m // 3, m - m // 3), (m - 1, m), (0, 1)}:
+
+        def reduce(rows: ordering.Rows, stop: int = stop, start: int = start) -> Tensor:
+            assert len(rows) == stop - start
+            return sum(factor * row for factor, row in zip(factors.tolist(), rows, strict=False))  # type: ignore[return-value]
+
+        expected = (factors[: stop - start].view(-1, 1, 1) * u.sort(1).values[:, start:stop]).sum(1)
+        torch.testing.assert_close(ordering.by_coordinate(u, range(start, stop), reduce), expected)
+    assert torch.equal(u, before)
+    if m > 1:
+        u[0, 0, 0, 0] = math.nan
+        last = ordering.by_coordinate(u, range(m - 1, m), lambda rows: rows[0].clone())
+        assert last[0].isinf().all() and last[1].isfinite().all()
+
+
+def test_a_sorting_network_compares_no_more_than_the_places_asked_for_need() -> None:
+    assert ordering.network(1, range(1)) == [] == ordering.network(5, range(0))
+    assert ordering.network(2, range(2)) == [(0, 1, True, True)]
+    assert ordering.network(2, range(1)) == [(0, 1, True, False)]
+    assert ordering.network(2, range(1, 2)) == [(0, 1, False, True)]
+    assert len(ordering.network(4, range(4))) == 5 and len(ordering.network(8, range(8))) == 19  # Batcher 1968
+    assert len(ordering.network(9, range(4, 5))) < len(ordering.network(9, range(9)))
+
+
+def test_the_smallest_are_marked_and_of_equal_ones_those_of_the_lower_index() -> None:
+    values = torch.tensor([[3.0, 1, 2, 1, 1], [5, 4, 3, 2, 1], [math.inf, 0, math.inf, 7, math.inf]])
+    found = ordering.smallest(values, 2, ordering.ascending(values))
+    assert found.tolist() == [[0, 1, 0, 1, 0], [0, 0, 0, 1, 1], [0, 1, 0, 1, 0]] and found.dtype == values.dtype
+    assert ordering.smallest(values, 4, ordering.ascending(values))[2].tolist() == [1, 1, 1, 1, 0]
+    alone = ordering.smallest(values[1], 1, ordering.ascending(values[1]))
+    assert alone.tolist() == [0, 0, 0, 0, 1]
+    assert ordering.ascending(torch.tensor([math.nan, 1.0, -math.inf, math.inf])).tolist()[:3] == [
+        -math.inf,
+        1,
+        math.inf,
+    ]
+
+
+def test_the_upper_median_is_of_the_finite_values_alone() -> None:
+    rows = torch.tensor([[4.0, 1, 3, 2], [math.inf, 1, 3, 2], [math.inf, math.inf, math.inf, 5], [math.inf] * 4])
+    assert upper_median(rows).tolist() == [[3], [2], [5], [0]]
+    numbers = torch.tensor([0.0, 1.0, -1.5, 2.0, 0.5, 1e-320, 1e305], dtype=torch.float64)
+    assert exponent_of(numbers).tolist() == [0, 1, 1, 2, 0, -1000, 1000]
+
+
+def test_a_share_of_zero_leaves_out_what_is_not_finite_and_any_other_does_not() -> None:
+    u = torch.tensor([[1.0], [math.inf], [3.0]]).view(3, 1, 1)
+    assert combined(u, torch.tensor([0.5, 0.0, 0.5])).item() == 2.0
+    assert combined(u, torch.tensor([0.5, 0.1, 0.4])).item() == math.inf
+    own = torch.tensor([[0.5, 0.0, 0.5], [1.0, 0.0, 0.0]])
+    assert combined(u.expand(2, 3, 1, 1), own).flatten().tolist() == [2.0, 1.0]
+
+
+def test_all_generators_are_decided_by_the_order_of_the_clients_and_then_as_they_were() -> None:
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002 - as ByzFL does
+
+    def inside(order: list[int]) -> tuple[float, float, float]:
+        with byzfl_.seeded(torch.tensor(order)):
+            return drawn()
+
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    expected = drawn()
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    one, again, other = inside([0, 1, 2]), inside([0, 1, 2]), inside([2, 1, 0])
+    assert one == again and all(a != b for a, b in zip(one, other, strict=True))
+    assert drawn() == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rule": "MDA", "m": 21}, "strategy.rule=MDA tries all subsets of 21 clients; use at most 20"),
+        ({"rule": "Best"}, "strategy.rule=Best is not one of ByzFL's; known: Average, Median, TrMean"),
+        ({"rule": "Krum", "args": {"k": 1}}, "k is not an argument of ByzFL's Krum; it takes f"),
+        ({"rule": "CenteredClipping", "args": {"m": 1}}, "m is not an argument of ByzFL's CenteredClipping; it takes"),
+        ({"rule": None}, "strategy.rule is missing; give one of ByzFL's: Average, Median"),
+        ({"rule": "CAF", "pre": ["NNM"]}, "strategy.rule=CAF never ends after NNM; use another rule or leave NNM out"),
+        ({"rule": "TrMean", "f": 6}, "strategy.rule=TrMean does not take f=6 of 11 clients with {}: "),
+    ],
+)
+def test_what_byzfl_can_not_do_is_told_in_one_line(given: dict[str, Any], message: str) -> None:
+    pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        aggregate.make("byzfl", **{"f": 1, "m": M} | given)
+
+
+def test_byzfls_rules_over_subsets_take_twenty_clients() -> None:
+    pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
+    u = updates_of(0, cells=1, m=20)
+    u[0, 7] = 1e3
+    found = aggregate.make("byzfl", rule="MDA", f=1, m=20)(u, torch.ones(20), torch.arange(20))
+    torch.testing.assert_close(found, u[:, torch.arange(20) != 7].mean(1))
+
+
+def test_buckets_of_byzfl_weigh_alike_and_updates_that_are_mixed_keep_their_weights() -> None:
+    pytest.importorskip("byzfl", reason="ByzFL is not installed (the extra byzfl)")
+    u, order = updates_of(0), torch.arange(M)
+    weights = torch.arange(1.0, M + 1)
+    (buckets,), left = aggregate._pre_aggregators([{"Bucketing": {"s": 2}}], 1, M)
+    changed, after = buckets(u, weights, 1, order)
+    assert left == 6 and changed.shape == (3, 6, C, D) and after.tolist() == [1.0] * 6
+    (mixed,), left = aggregate._pre_aggregators(["NNM"], 1, M)
+    assert left == M and mixed(u, weights, 1, order)[1] is weights
+
+
+def test_who_may_run_in_threads_and_what_a_rule_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert aggregate.is_builtin("median") and aggregate.is_builtin("krum", ["nnm", {"bucketing": {"s": 3}}])
+    assert not aggregate.is_builtin("byzfl") and not aggregate.is_builtin("median", ["nnm", "NNM"])
+    assert not aggregate.is_builtin("median", [{"ARC": {}}])
+    assert [aggregate.is_known(name) for name in ("mean", "byzfl", "mine.py:own", "average")] == [True] * 3 + [False]
+    assert {name for name in RULES if aggregate.sees(name)} == {
+        *("fltrust", "cosine_history", "class_norms", "foolsgold", "flame"),
+    }
+    assert {name: set(aggregate.needs(name)) for name in ("fltrust", "flame", "mean", "mine.py:own")} == {
+        "fltrust": {"root"}, "flame": {"noise"}, "mean": set(), "mine.py:own": set(),
+    }  # fmt: skip
+    monkeypatch.setattr(plugins, "load", lambda path: lambda updates, weights, f, state: (updates[0], state))
+    assert aggregate.sees("mine.py:own") and not aggregate.sees("byzfl")
+
+
+def own_rule(answer: Any, **asks: Any) -> Callable[..., Any]:
+    def own(updates: Tensor, weights: Tensor, f: int, scale: float = 1.0) -> Any:
+        return answer
+
+    def with_state(updates: Tensor, weights: Tensor, f: int, *, state: Any) -> Any:
+        return answer
+
+    return with_state if asks else own
+
+
+@pytest.mark.parametrize(
+    ("answer", "asks", "said"),
+    [
+        (torch.ones(C, D), {}, "gave shape (2, 3), float32; wanted: an aggregate of shape (3, 2, 3), real and finite"),
+        (torch.ones(3, C, D) * 1j, {}, "gave shape (3, 2, 3), complex64; wanted: an aggregate of shape (3, 2, 3)"),
+        (torch.full((3, C, D), math.nan), {}, "gave NaN or infinity; wanted: an aggregate of shape (3, 2, 3)"),
+        (1.0, {}, "gave float; wanted: an aggregate of shape (3, 2, 3)"),
+        (torch.ones(3, C, D), {"state": 1}, "gave Tensor; wanted: a pair, the aggregate and the state for the next"),
+        ((torch.ones(3, C, D),), {"state": 1}, "gave tuple; wanted: a pair, the aggregate and the state"),
+    ],
+)
+def test_an_aggregate_that_is_none_is_told_with_what_is_wanted(
+    answer: Any, asks: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "load", lambda path: own_rule(answer, **asks))
+    combine = aggregate.make("mine.py:own", f=1, m=M)
+    assert combine.keeps_state == combine.sees == bool(asks)
+    with pytest.raises(RunError, match=re.escape(said)):
+        combine.step(updates_of(0), torch.ones(M), torch.arange(M))
+
+
+def test_a_users_rule_may_give_what_is_not_finite_where_an_update_is_not_and_any_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    u = updates_of(0)
+    u[1, 3] = math.inf
+    answer = torch.ones(3, C, D)
+    answer[1] = math.nan
+    monkeypatch.setattr(plugins, "load", lambda path: own_rule((answer, "kept"), state=1))
+    found, state = aggregate.make("mine.py:own", f=1, m=M).step(u, torch.ones(M), torch.arange(M))
+    assert state == "kept" and found.dtype == torch.float64 and found[0].tolist() == [[1.0] * D] * C
+    monkeypatch.setattr(plugins, "load", lambda path: own_rule(answer))
+    assert aggregate.make("mine.py:own", f=1, m=M, args={"scale": 2}).step(u, torch.ones(M), torch.arange(M))[1] is None
+    with pytest.raises(InputError, match=r"^strategy.args of mine.py:own: .*; a rule takes updates, weights, f and"):
+        aggregate.make("mine.py:own", f=1, m=M, args={"size": 2})
+
+
+def test_the_order_of_the_clients_that_remain_after_buckets_is_one_of_them() -> None:
+    seen_: list[list[int]] = []
+
+    def step(updates: Tensor, weights: Tensor, f: int, client_order: Tensor) -> tuple[Tensor, Tensor]:
+        seen_.append(client_order.tolist())
+        return updates[..., : len(weights) - 2, :, :], weights[:-2]
+
+    def last(updates: Tensor, weights: Tensor, order: Tensor, seen: Any, state: Any) -> tuple[Tensor, None]:
+        seen_.append(order.tolist())
+        return updates.mean(-3), None
+
+    combine = aggregate.Combine([step, step], 1, last, set())
+    combine(updates_of(0, m=6), torch.ones(6), torch.tensor([5, 2, 0, 4, 1, 3]))
+    assert seen_ == [[5, 2, 0, 4, 1, 3], [2, 0, 1, 3], [0, 1]]

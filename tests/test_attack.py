@@ -1,8 +1,11 @@
 """The attack is optimal: against every label set within the budget, and in the gradient that it promises."""
 
+import inspect
 import itertools
 import math
+import re
 import statistics
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -12,9 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_attack import attack
-from fl_attack.attack import ATTACKS, Proposal, View
-from fl_attack.errors import InputError
+from fl_attack import attack, models, plugins
+from fl_attack.attack import ATTACKS, Proposal, View, labels
+from fl_attack.errors import InputError, RunError
 from fl_attack.models import logistic
 
 N, D = 6, 4
@@ -379,3 +382,306 @@ def test_unknown_attacks_are_told_with_what_is_known(name: str, message: str) ->
 def test_the_target_is_the_fully_flipped_data() -> None:
     assert attack.flipped_target(torch.tensor([0, 1]), 2).tolist() == [1, 0]
     assert attack.flipped_target(torch.tensor([0, 5, 9]), 10).tolist() == [1, 6, 0]
+
+
+def test_what_a_view_holds_is_worked_out_once_and_a_copy_has_each_part_in_its_place() -> None:
+    asked: list[str] = []
+
+    def lazy(name: str, value: float) -> Callable[[], torch.Tensor]:
+        return lambda: asked.append(name) or torch.full((2, 3), value)  # type: ignore[func-returns-value]
+
+    parts = {"scores": 1.0, "logits": 2.0, "noise": 3.0}
+    how = {name: lazy(name, value) for name, value in parts.items()}
+    view = View(torch.tensor([0, 1]), torch.ones(2), selection="literal", **how)
+    copied = view.copied()
+    assert asked == [] and copied.selection == "literal"
+    for name, value in parts.items():
+        assert getattr(copied, name).tolist() == getattr(view, name).tolist() == [[value] * 3] * 2
+        getattr(copied, name).zero_()
+        assert (getattr(view, name) == value).all()
+    assert asked == ["scores", "logits", "noise"]
+    copied.y.zero_()
+    copied.w.zero_()
+    assert view.y.tolist() == [0, 1] and view.w.tolist() == [1, 1]
+
+
+def test_random_flips_step_over_the_true_label_by_their_second_number() -> None:
+    noise = torch.tensor([[0.1, 0.0], [0.2, 0.33], [0.3, 0.34], [0.4, 0.67], [0.5, 0.999], [0.6, 1.0]])
+    proposal = ATTACKS["random_flip"].function(view_of(torch.full((6,), 2), torch.zeros(6, 4), noise=noise))
+    assert proposal.labels.tolist() == [3, 3, 0, 1, 1, 1]
+    assert proposal.priority.tolist() == noise[:, 0].tolist()
+    two = ATTACKS["random_flip"].function(view_of(torch.tensor([0, 1, 0, 1, 0, 1]), torch.zeros(6, 2), noise=noise))
+    assert two.labels.tolist() == [1, 0, 1, 0, 1, 0]
+
+
+def test_the_arguments_of_planned_flips_have_one_default_and_their_bounds() -> None:
+    function = ATTACKS["planned"].function
+    defaults = {one.name: one.default for one in inspect.signature(function).parameters.values()}
+    del defaults["view"]
+    assert labels.PlannedOptions()._asdict() == defaults
+    view = view_of(torch.tensor([0]), torch.zeros(1, 2))
+    for name in ("sweeps", "starts", "sample"):
+        assert function(view, **{name: 1}).labels.tolist() == [0]
+        with pytest.raises(ValueError, match=f"^{name}=0 is not allowed; it must be 1 or more$"):
+            function(view, **{name: 0})
+    assert attack.planned_options({"tolerance": 0}).tolerance == 0
+    assert attack.planned_options({"tolerance": 1.5, "temperature": 1.5}).temperature == 1.5
+    for wrong in (-1e-9, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"^tolerance=.* it must be 0 or more$"):
+            function(view, tolerance=wrong)
+    for wrong in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"^temperature=.* it must be more than 0$"):
+            function(view, temperature=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "said"),
+    [
+        ("sign_flip", {"scale": "big"}, "args.scale=big is not allowed; it must be a number"),
+        ("sign_flip", {"scale": True}, "args.scale=True is not allowed; it must be a number"),
+        ("sign_flip", {"scale": None}, "args.scale=None is not allowed; it must be a number"),
+        ("alie", {"z": "a"}, "args.z=a is not allowed; it must be a number or null"),
+        ("static_flip", {"source": 1.0}, "args.source=1.0 is not allowed; it must be a whole number or null"),
+        ("static_flip", {"target": False}, "args.target=False is not allowed; it must be a whole number or null"),
+        ("static_flip", {"map": "odd"}, "args.map=odd is not allowed; it must be opposite or cyclic"),
+        ("planned", {"sweeps": 2.5}, "args.sweeps=2.5 is not allowed; it must be a whole number"),
+        ("minmax", {"perturbation": 1}, "args.perturbation=1 is not allowed; it must be std or unit or sign"),
+        ("mimic", {"z": 1}, "args.z is not an argument of name=mimic; it takes none"),
+        ("ipm", {"eps": 1}, "args.eps is not an argument of name=ipm; it takes epsilon"),
+    ],
+)
+def test_arguments_of_another_kind_are_told_what_they_must_be(name: str, args: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+        attack.check_args(name, args)
+
+
+def made(answer: Any) -> Callable[..., Any]:
+    """A user's function on labels that gives this."""
+
+    def own(view: View, needed: Any, flag: bool = False, word: str = "", many: list[int] = [1]) -> Any:  # noqa: B006
+        return answer
+
+    return own
+
+
+def test_arguments_of_a_users_function_are_checked_as_far_as_they_are_annotated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugins, "load", lambda path: made(None))
+    attack.check_args("mine.py:own", {"needed": 1, "flag": True, "word": "a", "many": [2]})
+    for args, said in {
+        "args.needed is missing; name=mine.py:own has no default for it": {"flag": True},
+        "args.flag=1 is not allowed; it must be true or false": {"needed": None, "flag": 1},
+        "args.word=2 is not allowed; it must be a text": {"needed": "x", "word": 2},
+    }.items():
+        with pytest.raises(InputError, match=f"^{re.escape(args)}$"):
+            attack.check_args("mine.py:own", said)
+    assert attack.find("mine.py:own").writes == "labels"
+    assert attack.find("mine.py:own").uses == attack.find("greedy").uses
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "said"),
+    [
+        (
+            "gaussian",
+            {"sigma": -1.0},
+            "attack.args of attack=gaussian: sigma=-1.0 is not allowed; it must be 0 or more",
+        ),
+        ("gaussian", {"sigma": math.inf}, "attack.args of attack=gaussian: sigma=inf is not allowed"),
+        ("static_flip", {"source": 3, "target": 0}, "source=3 target=0 must be two different labels from 0 to 2"),
+        ("planned", {"starts": 0}, "attack.args of attack=planned: starts=0 is not allowed"),
+        ("minsum", {"perturbation": "odd"}, "perturbation=odd is not known; use std, unit or sign"),
+    ],
+)
+def test_a_value_that_an_attack_refuses_is_told_before_any_round(name: str, args: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        attack.try_args(name, args, 3)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("classes", [2, 5])
+def test_an_attack_with_its_defaults_is_tried_without_a_complaint(name: str, classes: int) -> None:
+    attack.try_args(name, {}, classes)
+    attack.try_args("static_flip", {"source": 0, "target": classes - 1}, classes)
+    attack.try_args("gaussian", {"sigma": 0}, classes)
+    attack.try_args("mine.py:own", {"a": 1}, classes)  # is not called
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((torch.ones(2), torch.ones(2)), "gave labels of shape (2,), float32; wanted: whole numbers, as in int64"),
+        ((torch.ones(2).bool(), torch.ones(2)), "gave labels of shape (2,), bool; wanted: whole numbers, as in int64"),
+        ((torch.ones(2) * 1j, torch.ones(2)), "gave labels of shape (2,), complex64; wanted: whole numbers"),
+        ((torch.tensor([0, 3]), torch.ones(2)), "gave the label 3; wanted: 0 to 2"),
+        ((torch.tensor([0, -1]), torch.ones(2)), "gave the label -1; wanted: 0 to 2"),
+        ((torch.tensor([0, 1]), torch.ones(2) * 1j), "gave a priority of shape (2,), complex64; wanted: real numbers"),
+        (
+            (torch.tensor([0, 1]), torch.tensor([0, math.nan])),
+            "gave a priority of NaN; wanted: real numbers, -inf where",
+        ),
+        ((torch.tensor([0]), torch.ones(2)), "gave labels of shape (1,), int64; wanted: one for each of 2 samples"),
+        ((torch.tensor([0, 1]), torch.ones(3, 2)), "gave priority of shape (3, 2), float32; wanted: one for each of 2"),
+        ((torch.tensor([0, 1]),), "gave tuple; wanted: Proposal(labels, priority), two tensors"),
+        ([torch.tensor([0, 1])] * 2 and (torch.tensor([0, 1]), 1.0), "gave tuple; wanted: Proposal(labels, priority)"),
+        (torch.ones(2, 2), "gave shape (2, 2), float32; wanted: Proposal(labels, priority), two tensors"),
+    ],
+)
+def test_a_proposal_that_is_none_is_told_with_what_is_wanted(
+    answer: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "load", lambda path: made(answer))
+    with pytest.raises(RunError, match=re.escape(said)):
+        attack.propose("mine.py:own", view_of(torch.tensor([0, 1]), torch.zeros(2, 3)), {"needed": 1}, (4, 2), 3)
+
+
+@pytest.mark.parametrize("labels_of", [torch.tensor([0, 2], dtype=torch.uint8), torch.tensor([[2, 0]] * 4)])
+def test_a_proposal_may_be_one_for_all_cells_or_each_its_own(
+    labels_of: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priority = torch.tensor([0.0, -math.inf])
+    monkeypatch.setattr(plugins, "load", lambda path: made((labels_of, priority)))
+    view = view_of(torch.tensor([0, 1]), torch.zeros(2, 3))
+    found = attack.propose("mine.py:own", view, {"needed": 1}, (4, 2), 3)
+    assert found.labels.dtype == torch.int64 and found.labels.tolist() == labels_of.tolist()
+    assert found.priority is priority
+    monkeypatch.setattr(plugins, "load", lambda path: made((torch.empty(0, dtype=torch.int32), torch.empty(0))))
+    assert attack.propose("mine.py:own", view, {"needed": 1}, (0,), 3).labels.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (torch.ones(1, 2, 3), "gave shape (1, 2, 3), float32; wanted: an update for each client, shape (3, 7, 2, 3)"),
+        (torch.ones(2, 7, 2, 3), "gave shape (2, 7, 2, 3), float32; wanted: an update for each client, shape (3, 7, 2"),
+        (torch.ones(7, 3, 2), "gave shape (7, 3, 2), float32; wanted: an update for each client"),
+        (
+            torch.ones(7, 2, 3) * 1j,
+            "gave shape (7, 2, 3), complex64; wanted: real numbers, shape (3, 7, 2, 3), float64",
+        ),
+        (torch.full((7, 2, 3), math.nan), "gave NaN; wanted: real numbers, shape (3, 7, 2, 3), float64"),
+        (None, "gave NoneType; wanted: an update for each client"),
+    ],
+)
+def test_updates_that_are_none_are_told_with_what_is_wanted(
+    answer: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "load", lambda path: lambda view: answer)
+    with pytest.raises(RunError, match=re.escape(said)):
+        attack.craft("mine.py:own", updates_of(0), {})
+
+
+def test_updates_of_a_users_function_take_the_precision_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = torch.full((7, 2, 3), math.inf)  # a client may send what is not finite
+    monkeypatch.setattr(plugins, "load", lambda path: lambda view, factor: sent * factor)
+    found = attack.craft("mine.py:own", updates_of(0), {"factor": -1})
+    assert found.dtype == torch.float64 and (found == -math.inf).all()
+
+
+def test_a_direction_of_zero_is_answered_with_zero_and_the_first_honest_client_is_each_cells_own() -> None:
+    view = updates_of(5)
+    flat = attack.Updates(
+        view.updates, view.malicious, direction=lambda: torch.zeros_like(view.direction), noise=lambda: view.noise
+    )
+    assert (ATTACKS["gradient_max"].function(flat) == 0).all()
+    firsts = [int((~row).nonzero()[0]) for row in view.malicious]
+    assert len(set(firsts)) > 1
+    for cell, first in enumerate(firsts):
+        assert torch.equal(ATTACKS["mimic"].function(view)[cell, 0], view.updates[cell, first])
+
+
+def aim_at(model: models.Model, theta: torch.Tensor, X: torch.Tensor, y: torch.Tensor) -> attack.Aim:
+    gradient, target = (torch.full_like(theta, value) for value in (2.0, 5.0))
+    return attack.Aim(theta, 3, model, gradient=lambda: gradient, target=lambda: target, sample=lambda: (X, y))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_directions_of_the_sample_are_derivatives_of_what_they_are_named_after(classes: int) -> None:
+    model = models.make("logistic", {}, "cross_entropy", (D - 1,), classes, 0)
+    rng = torch.Generator().manual_seed(4)
+    X = torch.randn(N, D, dtype=torch.float64, generator=rng)
+    y = torch.randint(classes, (N,), generator=rng)
+    theta = model.start() + 0.3 * torch.randn(model.shape, dtype=torch.float64, generator=rng)
+    both = lambda at: model.class_logits(at, X)  # noqa: E731 - of all classes
+    one_logit = model.logits(theta, X).shape[-1] == 1
+    first = (lambda at: -both(at)[:, 1].mean()) if one_logit else (lambda at: both(at)[:, 0].mean())
+    own = torch.arange(N), y
+    measured = {
+        "mean_feature": lambda at: both(at)[:, -1].mean(),
+        "-mean_feature": first,
+        "validation_loss": lambda at: -both(at).log_softmax(-1)[own].mean(),
+        "smoothed_error": lambda at: 1 - both(at).softmax(-1)[own].mean(),
+    }
+    for name, value in measured.items():
+        found, slow = attack.direction_of(name, aim_at(model, theta, X, y)), torch.zeros_like(theta)
+        for place in itertools.product(*map(range, theta.shape)):
+            step = torch.zeros_like(theta)
+            step[place] = 1e-6
+            slow[place] = (value(theta + step) - value(theta - step)) / 2e-6
+        torch.testing.assert_close(found, slow, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_directions_to_the_target_and_of_the_gradient() -> None:
+    model, theta, none = models.make("logistic", {}, "cross_entropy", (1,), 2, 0), torch.ones(1, 2), torch.zeros(0)
+    aim = aim_at(model, theta, none, none)
+    for name, value in {"gradient": 2.0, "target": 4.0, "target_far": 5.0}.items():
+        assert attack.direction_of(name, aim).tolist() == [[value] * 2]
+    # the score of label 1 along (4, 4) is 4 x1 + 4 x2
+    assert attack.scores_along("target", aim, torch.tensor([[1.0, 2.0]])).tolist() == [[0.0, 12.0]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (torch.ones(2), "gave shape (2,), float32; wanted: real numbers of shape (1, 2)"),
+        (torch.ones(1, 2) * 1j, "gave shape (1, 2), complex64; wanted: real numbers of shape (1, 2)"),
+        (torch.tensor([[0, math.inf]]), "gave values that are not finite; wanted: real numbers of shape (1, 2)"),
+        ("north", "gave str; wanted: real numbers of shape (1, 2)"),
+    ],
+)
+def test_a_direction_that_is_none_is_told_with_what_is_wanted(
+    answer: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "load", lambda path: lambda aim: answer)
+    model = models.make("logistic", {}, "cross_entropy", (1,), 2, 0)
+    with pytest.raises(RunError, match=re.escape(said)):
+        attack.direction_of("mine.py:own", aim_at(model, torch.ones(1, 2), torch.zeros(0), torch.zeros(0)))
+
+
+def test_a_users_direction_sees_copies_of_all_that_attackers_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[attack.Aim] = []
+
+    def own(aim: attack.Aim) -> torch.Tensor:
+        seen.append(aim)
+        assert (aim.round, aim.sample[1].tolist()) == (3, [1])
+        for part in (aim.theta, aim.gradient, aim.target, *aim.sample):
+            part.mul_(10)
+        return (aim.theta + aim.gradient + aim.target).float()
+
+    monkeypatch.setattr(plugins, "load", lambda path: own)
+    model = models.make("logistic", {}, "cross_entropy", (1,), 2, 0)
+    aim = aim_at(model, torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 2), torch.tensor([1]))
+    found = attack.direction_of("mine.py:own", aim)
+    assert found.tolist() == [[80.0, 80.0]] and found.dtype == torch.float64
+    assert seen[0].model is model
+    assert [part.flatten()[0].item() for part in (aim.theta, aim.gradient, aim.target, *aim.sample)] == [1, 2, 5, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("uphill", "direction=uphill is not a direction; known: gradient, target, .*or the import path of a function"),
+        ("no.such", "^direction=no.such can't be imported: ModuleNotFoundError"),
+    ],
+)
+def test_an_unknown_direction_is_told_with_what_is_known(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        attack.find_direction(name)
+
+
+def test_a_users_direction_may_use_what_is_known_and_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "load", lambda path: made(None))
+    assert set(attack.find_direction("mine.py:own").uses) == {"knowledge", "target_path"}
+    used = {name: row.uses for name, row in attack.DIRECTIONS.items() if row.uses}
+    assert used == {"gradient": ("knowledge",), "target": ("target_path",), "target_far": ("target_path",)}

@@ -1,6 +1,7 @@
 """Datasets: every source read alike, damage refused, one cached copy for all."""
 
 import contextlib
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -8,6 +9,7 @@ import http.server
 import inspect
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import tarfile
@@ -25,9 +27,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fl_attack import data, models
-from fl_attack.data import cache, formats
+from fl_attack.data import cache, formats, sources
 from fl_attack.data.sources import CIFAR10_FILES, CIFAR100_FILES, FASHION_MNIST_FILES, MNIST_FILES, SOURCES, SVHN_FILES
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, RunError
 
 HERE = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("FL_ATTACK_TEST_DATA", HERE.parent / "shared" / "data"))
@@ -879,3 +881,84 @@ def test_checksums_are_compared_where_that_is_asked_for(tmp_path, monkeypatch):
     assert cache.entry("some", build).arrays["x"][-1] == 999 and len(built) == 2
     file.write_bytes(whole[:-8])
     assert cache.entry("some", build, verify=False).arrays["x"][-1] == 999 and len(built) == 3
+
+
+# What samples are shaped as, and what raw values go through.
+
+
+def stored(shape, standardize=False, samples=5):
+    size = int(np.prod(shape))
+    x = np.random.default_rng(0).integers(0, 255, (samples, size)).astype(np.uint8)
+    y = np.zeros(samples, np.int64)
+    return data.Dataset(x, y, x, y, ("a", "b"), 2.0, "", shape=tuple(shape), standardize=standardize)
+
+
+@pytest.mark.parametrize(
+    ("shape", "image", "last"),
+    [
+        ((4, 5), (1, 4, 5), False), ((6, 5, 3), (3, 6, 5), True), ((3, 4, 5), (3, 4, 5), False), ((6,), (6,), False),
+        ((6, 5, 1), (1, 6, 5), True), ((5, 4, 4), (4, 5, 4), True), ((3, 5, 3), (3, 5, 3), False),
+        ((2, 5, 2), (2, 5, 2), False), ((2, 3, 4, 5), (120,), False),
+    ],
+)  # fmt: skip
+def test_images_have_their_channels_first_wherever_they_were_stored(shape, image, last):
+    loaded = stored(shape)
+    assert loaded.image_shape == image and loaded.channels_last == last
+    features = torch.from_numpy(loaded.x_train).float()
+    images = loaded.images(features)
+    assert images.shape == (5, *image) and images.is_contiguous()
+    whole = loaded.x_train.reshape(5, *shape)
+    if len(image) == 3:
+        whole = whole.transpose(0, 3, 1, 2) if last else whole.reshape(5, *image)
+    np.testing.assert_array_equal(images.numpy(), whole.reshape(images.shape))
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 3), (3, 4, 5), (4, 5), (6,)])
+def test_standardized_channels_have_mean_zero_and_deviation_one(shape):
+    loaded = stored(shape, True, 5000 if shape == (6,) else 5)
+    loaded.x_train[:, 0 if shape == (6,) else slice(0)] = 7  # a feature that never changes
+    scaling = loaded.scaling
+    assert scaling.scale == 2 and scaling.mean.shape == scaling.deviation.shape == (loaded.x_train.shape[1],)
+    made = (loaded.x_train / 2.0 - scaling.mean) / scaling.deviation
+    made = loaded.images(torch.from_numpy(made))
+    axes = (0, 2, 3) if made.ndim == 4 else (0,)
+    assert made.mean(axes).numpy() == pytest.approx(np.zeros(made.shape[1]), abs=1e-9)
+    expected = np.array([0, 1, 1, 1, 1, 1]) if shape == (6,) else np.ones(made.shape[1])
+    assert made.std(axes, correction=0).numpy() == pytest.approx(expected, abs=1e-9)
+    plain = stored(shape).scaling
+    assert plain.mean is None and plain.deviation is None
+
+
+def test_rows_are_those_of_the_samples_asked_for_and_of_no_other_node():
+    loaded = stored((6,))
+    for samples in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2], [], [1, 3]):
+        np.testing.assert_array_equal(loaded.rows(np.array(samples, np.int64)), loaded.x_train[samples])
+    part = dataclasses.replace(loaded, x_train=loaded.x_train[2:4], first=2)
+    assert loaded.is_complete and not part.is_complete
+    np.testing.assert_array_equal(part.rows(np.array([3, 2])), loaded.x_train[[3, 2]])
+    assert len(part.rows(np.array([], np.int64))) == 0
+    for beyond in ([1, 2], [3, 4], [0], [4]):
+        with pytest.raises(RunError, match="data that another node holds were asked for"):
+            part.rows(np.array(beyond))
+
+
+def test_a_download_waits_shortly_for_the_network_and_leaves_patience_as_it_was(tmp_path, monkeypatch):
+    seen = []
+
+    class Library:
+        @staticmethod
+        def SVHN(root, download, split):  # noqa: N802 - torchvision's
+            seen.append((root, download, split, socket.getdefaulttimeout()))
+            if split == "test":
+                raise OSError("unplugged")
+
+    monkeypatch.setattr(sources, "_torchvision", lambda: Library)
+    socket.setdefaulttimeout(77.0)
+    try:
+        with pytest.raises(OSError, match="unplugged"):
+            sources._download("SVHN", tmp_path)
+        assert socket.getdefaulttimeout() == 77.0
+    finally:
+        socket.setdefaulttimeout(None)
+    assert seen == [(tmp_path, True, split, sources.NETWORK_PATIENCE) for split in ("train", "test")]
+    assert 1 < sources.NETWORK_PATIENCE < 120

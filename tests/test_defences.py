@@ -1,6 +1,7 @@
 """Defences that see more than updates, labels that are left out, and attackers who know the rule, in both engines."""
 
 import itertools
+import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -95,6 +96,25 @@ def test_a_rule_with_a_memory_is_that_of_all_rounds_so_far_and_of_the_clients_th
             )
             weights = [one / total for one, total in zip(found.flatten(), of_sums[0].flatten(), strict=True)]
             assert len(set(weights)) == 6  # the weights of the sums, on the updates of the round
+
+
+@pytest.mark.parametrize("name", ["cosine_history", "foolsgold"])
+def test_a_client_that_once_sent_what_is_no_number_counts_again_with_the_next_update(name: str) -> None:
+    rule, u = aggregate.make(name, f=1, m=5), updates_of(3, 3, 5) + 0.5
+    u[0, 2, 0, 0], u[0, 4, 1, 1] = math.nan, math.inf
+    found, state = rule.step(u[0], torch.ones(5), torch.arange(5))
+    honest = [0, 1, 3]
+    if name == "foolsgold":
+        assert found.isfinite().all() and (state["summed"][[2, 4]] == 0).all()
+        torch.testing.assert_close(state["summed"][honest], u[0, honest].flatten(1))
+    else:  # as far off as can be
+        assert state["summed"][[2, 4]].tolist() == [-1, -1] and (state["summed"][honest] > -1).all()
+        assert state["rounds"].tolist() == [1] * 5
+    for updates in u[1:]:
+        found, state = rule.step(updates, torch.ones(5), torch.arange(5), Seen(), state)
+        assert found.isfinite().all() and all(part.isfinite().all() for part in state.values())
+    if name == "foolsgold":
+        torch.testing.assert_close(state["summed"][[2, 4]], u[1:, [2, 4]].sum(0).flatten(1))
 
 
 def test_sybils_that_push_together_are_silenced_and_honest_clients_are_not() -> None:
@@ -207,6 +227,26 @@ def test_labels_that_most_neighbours_contradict_are_left_out() -> None:
     assert not sanitize.contradicted_by_neighbours(torch.tensor([0]), half, 2, 0.5).any()  # as many agree
     assert sanitize.contradicted_by_neighbours(torch.tensor([2]), torch.tensor([[1, 1, 0, 3]]), 4, 0.5).all()
     assert not sanitize.contradicted_by_neighbours(torch.tensor([2]), torch.tensor([[1, 1, 0, 3]]), 4, 0.6).any()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1024])
+def test_nearest_others_are_found_in_pieces_and_few_where_there_are_few(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sanitize, "ROWS_AT_ONCE", at_once)
+    X = torch.tensor([[0.0, 0.0], [3, 4], [0, 1], [6, 8], [0, 2.5]])
+    apart = torch.cdist(X.double(), X.double()).fill_diagonal_(torch.inf)
+    assert sanitize.nearest(X, 2).tolist() == apart.argsort(1)[:, :2].tolist()
+    assert sanitize.nearest(X, 9).tolist() == apart.argsort(1)[:, :4].tolist()
+    far = sanitize.nearest(X.repeat(1, 1) * 1e-3 + 1e4, 1)  # in double precision, where single would lose the digits
+    assert far.dtype == np.int64 and far.shape == (5, 1)
+    assert sanitize.nearest(X[:1], 3).shape == (1, 0)
+
+
+def test_samples_that_stay_share_the_weight_of_those_left_out() -> None:
+    kept = torch.tensor([[True, True, False, True], [False, True, False, False], [False] * 4, [True] * 4])
+    expected = [[4 / 3, 4 / 3, 0, 4 / 3], [0, 4, 0, 0], [0] * 4, [1] * 4]
+    torch.testing.assert_close(sanitize.step_weights(kept), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_labels_that_the_model_confidently_contradicts_are_left_out() -> None:

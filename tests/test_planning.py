@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from fl_attack import models, protocol
 from fl_attack.attack import smoothed_error
 from fl_attack.planning import (
+    Costate,
     General,
     Linear,
     Minibatch,
@@ -20,8 +22,11 @@ from fl_attack.planning import (
     TrainingState,
     Trajectory,
     WriteAccess,
+    chosen_labels,
     derivatives_of,
+    pull_back_step,
 )
+from fl_attack.planning.sweeps import PATIENCE
 
 T, SAMPLES, FEATURES = 4, 18, 4
 OPTIMIZERS = ("sgd", "momentum", "adam")
@@ -286,3 +291,178 @@ def test_the_smoothed_error_nears_the_error_as_it_cools() -> None:
     assert smoothed_error(Z, y, 0.01).item() == pytest.approx(0.5, abs=1e-9)
     both = torch.cat([torch.zeros_like(Z), Z], -1)
     assert smoothed_error(Z, y, 0.7).item() == pytest.approx(smoothed_error(both, y, 0.7).item())
+
+
+def test_rounds_without_written_labels_are_trained_on_true_ones() -> None:
+    of = problem(8, 2)
+    honest = Trajectory(of).run(clean(of))
+    np.testing.assert_array_equal(Trajectory(of).run([None] * T), honest)
+    turned = [1 - labels for labels in clean(of) if labels is not None]
+    assert (Trajectory(of).run(list(turned)) != honest).all()
+    nobody = dataclasses.replace(of, access=lambda round_: None)
+    np.testing.assert_array_equal(Trajectory(nobody).run(list(turned)), honest)
+
+
+def moved(uniform: list[float], old: list[int], *, budget: list[int], mask: list[bool] | None = None) -> list[int]:
+    """The labels of plan 1, of five columns in two groups, after one of them is moved; true ones are 0, 1, 2, 0, 1."""
+    of = problem(0, 2, classes=3, n=6, rounds=2)
+    y = torch.tensor([9, 0, 1, 2, 0, 1])  # column 0 is nobody's to write
+    of = dataclasses.replace(of, batch=lambda round_: Minibatch(torch.zeros(6, FEATURES), y))
+    masks = None if mask is None else torch.tensor([[True] * 5, mask])
+    budgets = torch.tensor([[9, 9], budget])
+    access = WriteAccess(torch.arange(1, 6), torch.tensor([0, 0, 0, 1, 1]), masks, budgets)
+    of = dataclasses.replace(of, access=lambda round_: access if round_ == 2 else None)
+    other = [2, 2, 2, 2, 2]
+    trial: list[torch.Tensor | None] = [None, torch.tensor([other, old], dtype=torch.uint8)]
+    before = trial[1]
+    improved = Sweeps(of, lambda number: torch.zeros(2, 5))
+    improved._move_one(trial, 1, 0, uniform)
+    assert trial[0] is None  # where nobody can write
+    improved._move_one(trial, 1, 1, uniform)
+    assert before is not None and before.tolist() == [other, old]  # the labels so far stay as they are
+    assert trial[1] is not None and trial[1].dtype == torch.uint8
+    assert trial[1][0].tolist() == other
+    return trial[1][1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("uniform", "old", "budget", "mask", "new"),
+    [
+        ([0.0, 0.0, 0.0], [0, 1, 2, 0, 1], [1, 1], None, [1, 1, 2, 0, 1]),  # the first column, the next label
+        ([0.0, 0.0, 0.6], [0, 1, 2, 0, 1], [1, 1], None, [2, 1, 2, 0, 1]),  # or the one after it
+        ([0.45, 0.0, 0.0], [0, 1, 2, 0, 1], [1, 1], None, [0, 1, 0, 0, 1]),  # the third; labels go round
+        ([0.99, 0.0, 0.6], [0, 1, 2, 0, 1], [1, 1], None, [0, 1, 2, 0, 0]),  # the last
+        ([0.0, 0.0, 0.0], [0, 0, 2, 0, 1], [1, 1], None, [1, 1, 2, 0, 1]),  # a flip of the group gives way
+        ([0.0, 0.0, 0.0], [0, 0, 2, 0, 1], [2, 1], None, [1, 0, 2, 0, 1]),  # there is budget for both
+        ([0.0, 0.0, 0.0], [0, 0, 1, 0, 1], [2, 1], None, [1, 1, 1, 0, 1]),  # of two flips the first gives way
+        ([0.0, 0.6, 0.0], [0, 0, 1, 0, 1], [2, 1], None, [1, 0, 2, 0, 1]),  # or the second
+        ([0.0, 0.0, 0.0], [1, 1, 2, 0, 1], [1, 1], None, [2, 1, 2, 0, 1]),  # its own flip is no other's
+        ([0.0, 0.0, 0.6], [1, 1, 2, 0, 1], [1, 1], None, [0, 1, 2, 0, 1]),  # and may be taken back
+        ([0.99, 0.0, 0.0], [1, 1, 2, 0, 1], [1, 1], None, [1, 1, 2, 0, 2]),  # a flip of another group stays
+        ([0.0, 0.0, 0.0], [0, 1, 2, 0, 1], [0, 1], None, [0, 1, 2, 0, 1]),  # without any budget nothing moves
+        ([0.0, 0.0, 0.0], [0, 1, 2, 0, 1], [1, 1], [False, False, True, True, False], [0, 1, 0, 0, 1]),  # its own
+        ([0.6, 0.0, 0.0], [0, 1, 2, 0, 1], [1, 1], [False, False, True, True, False], [0, 1, 2, 1, 1]),
+        ([0.6, 0.0, 0.0], [0, 1, 2, 0, 1], [1, 1], [False] * 5, [0, 1, 2, 0, 1]),  # there is nothing to write
+    ],
+)
+def test_a_plan_that_is_stuck_has_one_label_moved_within_its_budget(
+    uniform: list[float], old: list[int], budget: list[int], mask: list[bool] | None, new: list[int]
+) -> None:
+    assert moved(uniform, old, budget=budget, mask=mask) == new
+
+
+def test_a_sweep_chooses_more_rounds_after_one_that_was_kept_and_half_after_one_that_was_not() -> None:
+    of = problem(0, 4, rounds=8, average=True)
+    tolerance = 1e-4
+    improved = planned(of, 0, sweeps=60, tolerance=tolerance)
+    harm, part = np.array(improved.harm), np.array(improved.part)
+    assert improved.over.all() and (part[0] == 1).all() and harm.shape == part.shape
+    kept = np.diff(harm, axis=0) > 0
+    for p in range(4):
+        share, ended = 1.0, 0
+        for k in range(1, len(harm)):
+            if ended:
+                assert part[k, p] == 0 and harm[k, p] == harm[ended, p]
+                continue
+            assert part[k, p] == math.ceil(share * 8) / 8
+            share = min(1, share * 1.5) if kept[k - 1, p] else max(1 / 8, share / 2)
+            if k >= 8 and harm[k, p] - harm[k - 8, p] < tolerance:
+                ended = k
+        assert ended >= 8
+    assert {0.125, 0.25, 0.5, 1.0} <= set(part.ravel())
+    assert PATIENCE == 8
+
+
+def test_a_sweep_tells_of_itself_and_a_plan_without_a_finite_harm_has_ended() -> None:
+    of = problem(0, 2)
+    seen: list[int] = []
+    improved = Sweeps(of, uniform(0, of), 0.0)
+    improved.start_from(lambda theta, batch: batch.X.mean(0).expand(theta.shape))
+    result = improved.run(3, lambda: seen.append(len(improved.harm)))
+    assert seen == [2, 3, 4]
+    assert result.harm.shape == result.part.shape == (4, 2) and result.labels is improved.labels
+    far = from_theta(of, torch.tensor([[[1.0] * FEATURES], [[math.nan] * FEATURES]], dtype=torch.float64))
+    broken = Sweeps(far, uniform(0, far), 0.0)
+    broken.start_from(lambda theta, batch: batch.X.mean(0).expand(theta.shape))
+    assert broken.over.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "memory", "segment"),
+    [
+        ("sgd", 9 * 64, 9), ("sgd", 9 * 64 - 1, 3), ("momentum", 18 * 64, 9), ("momentum", 18 * 64 - 1, 3),
+        ("adam", 27 * 64, 9), ("adam", 27 * 64 - 1, 3),
+    ],
+)  # fmt: skip
+def test_states_of_all_rounds_are_kept_where_they_fit(
+    optimizer: protocol.Optimizer, memory: float, segment: int
+) -> None:
+    of = problem(0, 2, rounds=9, optimizer=optimizer, memory=memory)
+    assert of.start.theta.nbytes == 64 and of.plans == 2
+    assert Trajectory(of).segment == segment
+
+
+def test_labels_are_written_within_each_plans_own_budget_in_few_bits() -> None:
+    scores = torch.tensor([[0.0, 1, 2], [0, 3, 1], [5, 0, 0]]).expand(2, -1, -1)
+    y, group = torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1])
+    budgets = torch.tensor([[1, 1], [2, 0]])
+    found = chosen_labels(scores, y, WriteAccess(torch.arange(3), group, None, budgets))
+    assert found.dtype == torch.uint8 and found.tolist() == [[0, 1, 0], [2, 1, 1]]
+    mask = torch.tensor([[True, False, False], [False, True, True]])
+    found = chosen_labels(scores, y, WriteAccess(torch.arange(3), group, mask, budgets))
+    assert found.tolist() == [[2, 0, 1], [0, 1, 1]]
+    literal = chosen_labels(
+        scores, y, WriteAccess(torch.arange(3), torch.zeros(3, dtype=torch.int64), None, budgets[:1, :1]), "literal"
+    )
+    assert literal.tolist() == [[0, 0, 0]] * 2  # the largest score of all is taken
+    for classes, dtype in ((256, torch.uint8), (257, torch.int16)):
+        many = torch.eye(classes)[None, -1:]
+        found = chosen_labels(many, y[:1], WriteAccess(torch.arange(1), group[:1], None, budgets[:1]))
+        assert found.dtype == dtype and found.tolist() == [[classes - 1]]
+
+
+def test_a_coordinate_that_has_never_moved_pulls_nothing_back_through_adam() -> None:
+    zero, one = torch.zeros(1, 1, 2, dtype=torch.float64), torch.ones(1, 1, 2, dtype=torch.float64)
+    gradient = torch.tensor([[[0.0, 2.0]]], dtype=torch.float64)
+    state = protocol.ServerState(0, zero, zero)
+    before, by_gradient = pull_back_step("adam", gradient, 0.1, state, Costate(one, zero, zero))
+    assert by_gradient.isfinite().all() and before.second.isfinite().all()
+    assert before.second[0, 0, 0] == 0 and before.second[0, 0, 1] > 0
+    assert before.theta is not zero and torch.equal(before.theta, one)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_derivatives_of_a_network_are_the_same_in_pieces_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.make("mlp", {"widths": [3]}, "cross_entropy", (FEATURES,), 3, 0)
+    general = derivatives_of(model)
+    assert isinstance(general, General)
+    rng = torch.Generator().manual_seed(0)
+    X, R = (torch.randn(*shape, dtype=torch.float64, generator=rng) for shape in ((7, FEATURES), (2, 7, 3)))
+    theta = model.start() + torch.randn(2, *model.shape, dtype=torch.float64, generator=rng)
+    whole = general.pull_back(theta, X, R), general.logits(theta, X)
+    monkeypatch.setattr(model, "rows_at_once", 3)
+    for found, expected in zip((general.pull_back(theta, X, R), general.logits(theta, X)), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert whole[0].shape == theta.shape and not torch.allclose(whole[0][0], whole[0][1])
+
+
+@pytest.mark.parametrize("sweeps", [1, 7])
+def test_what_is_wanted_next_is_greedy_along_the_costates_of_the_best_labels(sweeps: int) -> None:
+    of = problem(9, 4, rounds=5, average=True)
+    improved = planned(of, 9, sweeps=sweeps)
+    assert (improved.harm[-1] > improved.harm[0]).any()
+    trajectory = Trajectory(of)
+    np.testing.assert_allclose(trajectory.run(improved.labels).numpy(), improved.harm[-1], rtol=1e-12)
+    for wanted, best in zip(improved.wanted, trajectory.best_labels(), strict=True):
+        assert wanted is not None and best is not None
+        assert torch.equal(wanted, best)
+
+
+@pytest.mark.parametrize("rounds", [1, 8])
+def test_a_label_is_moved_where_a_single_round_of_several_is_left(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, moves = problem(0, 4, rounds=rounds, average=True), []
+    monkeypatch.setattr(Sweeps, "_move_one", lambda self, trial, p, t, numbers: moves.append((len(self.harm), p)))
+    part = np.array(planned(of, 0, sweeps=20).part)
+    left = [(k, p) for k, p in np.argwhere(part == 1 / 8).tolist()]
+    assert moves == (left if rounds > 1 else [])
+    assert bool(left) == (rounds > 1)

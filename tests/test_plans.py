@@ -1,6 +1,8 @@
 """attack=planned and attack.direction in experiments: budgets, both engines, files, and the settings refused."""
 
 import csv
+import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -484,3 +486,279 @@ def test_gaps_are_those_to_the_better_goal_seed_by_seed(tmp_path: Path) -> None:
         means = {(row["measure"], row["attacker"]): float(row["mean"]) for row in csv.DictReader(lines)}
     assert means["average over the evaluations", "greedy targeted"] == pytest.approx(63 + 10)
     assert means["model of early stopping", "greedy targeted"] == pytest.approx(73)
+
+
+# --- what a plan depends on, and how it is made ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """As `make`, but each scenario is made once for all tests that ask for it: to compose settings takes long."""
+    rng, folder = np.random.default_rng(1), tmp_path_factory.mktemp("shared")
+    for classes in (2, 3):
+        x, y = rng.normal(size=(180, 6)).astype(np.float32), np.arange(180) % classes
+        np.savez(folder / f"{classes}.npz", x_train=x[:120], y_train=y[:120], x_test=x[120:], y_test=y[120:])
+
+    @functools.cache
+    def scenario_of(*overrides: str, classes: int = 2) -> Scenario:
+        data = ("out=unused", "dataset=npz", f"dataset.path={folder / f'{classes}.npz'}")
+        return scenario.make(compose(*data, *SMALL, *overrides))
+
+    return scenario_of
+
+
+def test_a_plan_begins_anew_every_horizon_from_the_first_attacked_round_on(shared: Make) -> None:
+    def begins(*how: str) -> list[int]:
+        cell = shared(*PLANNED, *how)
+        return [plans.first_round(cell, round_) for round_ in range(1, 9)]
+
+    assert begins() == begins("attack.start=3") == [1] * 8
+    assert begins("attack.horizon=3") == [1, 1, 1, 4, 4, 4, 7, 7]
+    assert begins("attack.horizon=2", "attack.start=3") == [1, 1, 3, 3, 5, 5, 7, 7]
+    assert begins("attack.horizon=3", "attack.start=2") == [1, 2, 2, 2, 5, 5, 5, 8]
+    assert [adversary.epoch_start(shared(*PLANNED, "attack.horizon=3"), round_) for round_ in (1, 4, 8)] == [1, 4, 7]
+    kinds = ((), ("attack.horizon=3",), ("clients.malicious=0",))
+    assert [plans.is_whole(shared(*PLANNED, *how)) for how in kinds] == [True, False, False]
+    assert not plans.is_whole(shared("engine=batched"))
+
+
+def test_the_time_that_plans_take_grows_with_cells_sweeps_starts_rounds_samples_and_parameters(shared: Make) -> None:
+    cell = shared(*PLANNED)  # 6 sweeps of 4 starts, 8 rounds, 20 samples, 7 parameters
+    seconds = plans.planning_seconds([cell])
+    assert seconds == pytest.approx(6 * 8 * (4e-4 + 5 * 4 * 20 * 7 / 5e9), rel=1e-12)
+    assert plans.planning_seconds([shared("engine=batched"), shared(*PLANNED, "clients.malicious=0")]) == 0
+    assert plans.planning_seconds([shared("engine=batched"), cell]) == seconds
+    one = 6 * 8 * 5 * 4 * 20 * 7 / 5e9  # what the multiplications of a cell take
+    assert plans.planning_seconds([cell] * 1001) - seconds == pytest.approx(1000 * one, rel=1e-9)
+    three = plans.planning_seconds([shared(*PLANNED, classes=3)])
+    assert three - seconds == pytest.approx(2 * one, rel=1e-6)
+
+
+def test_plans_are_made_in_as_many_pieces_as_memory_needs_and_of_networks_alone(
+    shared: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells, members = [shared(*PLANNED)] * 5, [10, 11, 12, 13, 14]
+    assert plans._pieces(cells, members, 1) == [members]
+    # a state of 7 numbers in float64, twice the root of 8 rounds of them, and 3 bytes a sample; half the memory
+    each = 4 * (2 * 8**0.5 * 7 * 8 + 3 * 8 * 20)
+
+    def pieces(share: float, *how: str, first: int = 1) -> list[list[int]]:
+        return plans._pieces([shared(*PLANNED, f"engine.memory_gb={share / 2**29}", *how)] * 5, members, first)
+
+    assert pieces(2.001 * each) == [[10, 11], [12, 13], [14]]
+    assert pieces(1.999 * each) == pieces(each / 100) == [[one] for one in members]
+    adam = 4 * (2 * 8**0.5 * 3 * 7 * 8 + 3 * 8 * 20)
+    assert pieces(2.001 * adam, "server_optimizer=adam") == [[10, 11], [12, 13], [14]]
+    assert pieces(1.999 * adam, "server_optimizer=adam") == [[one] for one in members]
+    momentum = 4 * (2 * 8**0.5 * 2 * 7 * 8 + 3 * 8 * 20)
+    assert len(pieces(2.001 * momentum, "server_optimizer=momentum")) == 3
+    assert len(pieces(1.999 * momentum, "server_optimizer=momentum")) == 5
+    later = 4 * (2 * 3**0.5 * 7 * 8 + 3 * 3 * 20)  # rounds 6, 7 and 8
+    assert len(pieces(2.001 * later, first=6)) == 3 and len(pieces(1.999 * later, first=6)) == 5
+    monkeypatch.setattr(type(cells[0].model), "linear", False)
+    assert plans._pieces(cells[:2], [3, 7], 1) == [[3], [7]]
+
+
+@pytest.mark.parametrize(
+    ("change", "together", "same_file"),
+    [
+        ("attack.budget=0.2", True, False),
+        ("clients.malicious=3", True, False),
+        ("lr=0.2", True, False),
+        ("weight_decay=0.1", False, False),
+        ("attack.scope=per_client", False, False),
+        ("attack.horizon=3", False, False),
+        ("attack.args={sweeps: 5}", False, False),
+        ("clients.per_round=3", False, False),
+        ("rounds=7", False, False),
+        ("strategy=median", True, True),
+        ("overwrite=true", True, True),
+    ],
+)
+def test_plans_share_a_making_and_a_file_where_they_can(
+    shared: Make, change: str, together: bool, same_file: bool
+) -> None:
+    one, other = shared(*PLANNED), shared(*PLANNED, change)
+    assert (plans._group_key(one) == plans._group_key(other)) == together
+    theta = one.start()
+    assert (plans._file(one, 1, theta) == plans._file(other, 1, theta)) == same_file
+    assert plans._file(one, 1, theta) != plans._file(one, 2, theta) != plans._file(one, 2, theta + 1)
+    assert plans._file(one, 1, theta).parent.name == "plans" and len(plans._file(one, 1, theta).stem) == 24
+
+
+def test_a_plan_is_looked_up_once_and_again_from_other_parameters(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, object]] = []
+    none = np.empty(0, np.int64)
+
+    def load(cells: list[Scenario], first: int, thetas: list[torch.Tensor] | None) -> list[plan_maker.Plan]:
+        asked.append((first, thetas and thetas[0].sum().item()))
+        return [plan_maker.Plan(first, none, none, none, none, np.zeros((len(asked), 1)), np.zeros((1, 1)))]
+
+    monkeypatch.setattr(plans, "load_plans", load)
+    cell = make(*PLANNED)
+    theta = torch.ones(cell.theta_shape, dtype=torch.float64)
+    assert plans.plan(cell) is plans.plan(cell)
+    assert plans.plan(cell, 4, theta) is plans.plan(cell, 4, theta.clone())
+    assert asked == [(1, None), (4, 7.0)]
+    assert plans.plan(cell, 4, theta * 2) is not plans.plan(cell)
+    assert asked[2:] == [(4, 14.0)]
+    assert [one.first for one in plans.plans_made(cell)] == [1, 4]
+    again = make(*PLANNED)
+    plans.restore_sweeps(again, plans.sweeps_of(cell))
+    assert [(one.first, len(one.harm), len(one.samples)) for one in plans.plans_made(again)] == [(1, 1, 0), (4, 3, 0)]
+
+
+def test_a_damaged_plan_is_made_again_and_one_for_two_cells_alike_but_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    whole = plan_maker.Maker.make
+    monkeypatch.setattr(plan_maker.Maker, "make", lambda self, *how: made.append(len(self.cells)) or whole(self, *how))
+    cells = [
+        make(*PLANNED, "seed=5", "attack.args={sweeps: 1}", one) for one in ("lr=0.5", "strategy=median", "lr=0.3")
+    ]
+    first = plans.load_plans(cells)
+    assert made == [2]
+    np.testing.assert_array_equal(first[0].samples, first[1].samples)
+    file = plans._file(cells[2], 1, cells[2].start())
+    file.write_bytes(file.read_bytes()[:50])
+    told: list[int] = []
+    again = plans.load_plans(cells, on_sweep=told.append)
+    assert made == [2, 1] and told == [1, 1]  # after the only sweep, and at the end
+    np.testing.assert_array_equal(again[2].samples, first[2].samples)
+    assert not list(file.parent.glob("*.unfinished"))
+
+
+def test_flips_of_a_round_are_those_of_the_plan_within_its_budget() -> None:
+    rounds, samples, labels = np.array([2, 2, 4]), np.array([5, 9, 1]), np.array([1, 0, 1])
+    one = plan_maker.Plan(2, rounds, samples, labels, np.array([3, 0, 2, 1]), np.zeros((1, 1)), np.zeros((1, 1)))
+    found = {round_: one.flips(round_) for round_ in (2, 3, 4, 5)}
+    assert [found[round_].samples.tolist() for round_ in found] == [[5, 9], [], [1], []]
+    assert [found[round_].labels.tolist() for round_ in found] == [[1, 0], [], [1], []]
+    assert [found[round_].allowed for round_ in found] == [3, 0, 2, 1]
+
+
+def test_starts_beyond_the_named_ones_are_at_random_the_same_in_all_rounds(shared: Make) -> None:
+    cells = [shared(*PLANNED, "attack.args={sweeps: 1, starts: 6}", lr) for lr in ("lr=0.5", "lr=0.1")]
+    maker = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])
+    theta = maker.theta + torch.randn(
+        maker.theta.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    batch = maker.batch(1, False)
+    v = maker._start(theta, batch).view(2, 6, *cells[0].theta_shape)
+    again = maker._start(theta + 1, maker.batch(2, False)).view_as(v)
+    assert torch.equal(v[:, 4:], again[:, 4:]) and torch.equal(v[0, 4:], v[1, 4:])
+    assert not torch.allclose(v[0, 4], v[0, 5]) and v.isfinite().all()
+    assert not torch.allclose(v[:, 0], again[:, 0]) and not torch.allclose(v[0, 0], v[1, 0])
+    torch.testing.assert_close(again[:, 1], v[:, 1] - 1)  # the way to the target
+    torch.testing.assert_close(v[:, 2], -v[:, 3])
+    torch.testing.assert_close(v[0, 2, 0], maker.sample.X.mean(0))
+    at, (X, y) = theta.view_as(v), maker.batch(1, False)
+    for i, cell in enumerate(cells):
+        torch.testing.assert_close(v[i, 0], cell.model.gradient(at[i, 0], X, y))
+        torch.testing.assert_close(v[i, 1], maker._targets[i] - at[i, 1])
+    other = plan_maker.Maker(cells, 4, [cell.start() for cell in cells])
+    assert not torch.allclose(other._at_random(4), maker._at_random(4))
+
+
+def test_random_numbers_of_a_sweep_are_each_starts_own_and_the_same_for_every_cell(shared: Make) -> None:
+    cells = [shared(*PLANNED, lr) for lr in ("lr=0.5", "lr=0.1")]
+    maker = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])
+    one, other = maker._uniform(1), maker._uniform(2)
+    assert one.shape == (8, 8 + 3) and ((one >= 0) & (one < 1)).all()
+    assert torch.equal(one[:4], one[4:]) and len({row[0].item() for row in one[:4]}) == 4
+    assert not torch.equal(one, other) and torch.equal(one, maker._uniform(1))
+
+
+def test_minibatches_of_a_plan_are_those_that_come_whether_kept_or_fetched(shared: Make) -> None:
+    for memory in ("engine.memory_gb=1", "engine.memory_gb=1e-9"):
+        cell = shared(*PLANNED, memory)
+        maker = plan_maker.Maker([cell], 1, [cell.start()])
+        assert (maker._resident is None) == (memory == "engine.memory_gb=1e-9")
+        for round_ in (3, 4, 3):
+            samples = cell.schedule.round_samples(round_)[0]
+            batch = maker.batch(round_, False)
+            torch.testing.assert_close(batch.X, cell.features(samples).double(), rtol=0, atol=0)
+            assert batch.y.tolist() == cell.dataset.y_train[samples].tolist()
+            assert maker.batch(round_, False) is batch
+    full = shared(*PLANNED, "batch_size=full")
+    maker = plan_maker.Maker([full], 1, [full.start()])
+    assert maker.batch(1, False) is maker.batch(2, False)
+    assert maker.access(1, False) is maker.access(2, False)
+
+
+def test_what_a_plan_can_write_is_what_its_malicious_clients_use(shared: Make) -> None:
+    how = ("attack.scope=per_client", "attack.every=3")
+    cells = [shared(*PLANNED, *how, one) for one in ("clients.malicious=1", "clients.malicious=3")]
+    maker = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])
+    assert maker.access(2, False) is None  # is not attacked
+    access = maker.access(1, False)
+    assert access is not None and access.mask is not None
+    samples = cells[0].schedule.round_samples(1)[0]
+    holder = cells[0].partition.client[samples[access.columns.numpy()]]
+    assert access.group.tolist() == holder.tolist()
+    assert set(holder.tolist()) == set(cells[1].partition.malicious.tolist())
+    for plan, cell in enumerate([cells[0]] * 4 + [cells[1]] * 4):
+        assert access.mask[plan].tolist() == np.isin(holder, cell.partition.malicious).tolist()
+        budget = np.where(np.isin(np.arange(4), cell.partition.malicious), np.floor(0.4 * cell.schedule.used), 0)
+        assert access.budgets[plan].tolist() == budget.tolist()
+    pooled = plan_maker.Maker([shared(*PLANNED)], 1, [cells[0].start()]).access(1, False)
+    assert pooled is not None and pooled.mask is None and not pooled.group.any()
+    assert pooled.budgets.tolist() == [[4]] * 4
+    assert maker.problem(False).memory == maker.memory / 2 == 2**30 * cells[0].settings.engine.memory_gb / 2
+
+
+def test_the_sample_of_harm_is_drawn_once_of_what_clients_hold(shared: Make) -> None:
+    cell = shared(*PLANNED)
+    X, y = plan_maker.sample_of(cell, 30)
+    assert X.shape == (30, 7) and X.dtype == torch.float64 and y.shape == (30,)
+    assert plan_maker.sample_of(cell, 30)[0] is X and plan_maker.sample_of(cell, 5)[0].shape == (5, 7)
+    assert torch.equal(plan_maker.sample_of(shared(*PLANNED), 30)[0], X)
+    assert not torch.equal(plan_maker.sample_of(shared(*PLANNED, "seed=1"), 30)[0], X)
+    whole, _ = plan_maker.sample_of(cell, 1000)
+    torch.testing.assert_close(whole, cell.features(np.arange(120)).double(), rtol=0, atol=0)
+
+
+def test_one_thread_works_while_products_are_small(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = shared(*PLANNED)
+    maker = plan_maker.Maker([cell], 1, [cell.start()])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for worth, threads in ((4 * 7 * 20, 1), (4 * 7 * 20 - 1, 2)):
+            monkeypatch.setattr(plan_maker, "WORTH_THREADS", worth)
+            with maker.threads():
+                assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_of_features_are_kept_of_the_samples_that_clients_hold(shared: Make) -> None:
+    cell = shared(*PLANNED)
+    client = cell.partition.client.copy()
+    client[[0, 1, 5]] = -1
+    some = dataclasses.replace(cell, partition=dataclasses.replace(cell.partition, client=client))
+    maker = plan_maker.Maker([some], 1, [cell.start()])
+    assert maker._row[:8].tolist() == [-1, -1, 0, 1, 2, -1, 3, 4] and maker._row[-1] == 116
+    resident = maker._resident
+    assert resident is not None
+    torch.testing.assert_close(resident, cell.features(np.flatnonzero(client >= 0)).double(), rtol=0, atol=0)
+
+
+def test_directions_that_do_not_look_at_theta_are_worked_out_once(
+    shared: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = shared(*PLANNED)
+    maker = plan_maker.Maker([cell] * 2, 1, [cell.start()] * 2)
+    theta = torch.arange(14.0).view(2, *cell.theta_shape)
+    asked: list[str] = []
+    monkeypatch.setattr(maker, "_direction", lambda one, name: asked.append(name) or one * 2)
+    monkeypatch.setattr(type(cell.model), "linear", False)
+    assert torch.equal(maker._mean_feature(theta, "mean_feature"), theta * 2)
+    monkeypatch.setattr(type(cell.model), "linear", True)
+    asked.clear()
+    for at in (theta, theta + 1):
+        assert torch.equal(maker._mean_feature(at, "mean_feature"), theta[:1].expand_as(theta) * 2)
+    maker._mean_feature(theta, "-mean_feature")
+    assert asked == ["mean_feature", "-mean_feature"]

@@ -3,8 +3,8 @@
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
-from types import NoneType
-from typing import Any, Literal, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -139,7 +139,8 @@ def check_args(name: str, args: Mapping[str, Any]) -> None:
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
     """InputError where a value is not of the type that an argument is annotated with."""
-    kinds = [kind for part in (typing.get_args(hint) or (hint,)) for kind in (typing.get_args(part) or (part,))]
+    chosen = typing.get_origin(hint) in (Literal, Union, UnionType)  # of a list[int] the value is no whole number
+    kinds = typing.get_args(hint) if chosen else (hint,)
     wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", NoneType: "null"}
     if typing.get_origin(hint) is not Literal and any(kind not in wanted for kind in kinds):
         return  # an annotation that we can't judge
@@ -227,7 +228,7 @@ def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int]
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         plugins.refuse(name, f"labels of {_describe(labels)}", "wanted: whole numbers, as in int64")
     if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
-        wrong = labels[(labels < 0) | (labels >= classes)][0].item()
+        wrong = labels[(labels < 0) | (labels >= classes)][0]
         plugins.refuse(name, f"the label {wrong}", f"wanted: 0 to {classes - 1}")
     if priority.dtype.is_complex or priority.isnan().any():
         what = _describe(priority) if priority.dtype.is_complex else "NaN"

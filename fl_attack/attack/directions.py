@@ -74,7 +74,7 @@ def target_far(aim: Aim) -> Tensor:
 def validation_loss(aim: Aim) -> Tensor:
     """The gradient of the loss on the sample, which a lower inner product raises."""
     y = aim.sample[1]
-    return aim.pull_back(lambda Z: aim.model.residuals(Z, y.expand(Z.shape[:-1])) / len(y))
+    return aim.pull_back(lambda Z: aim.model.residuals(Z, y) / len(y))
 
 
 def smoothed_error(aim: Aim) -> Tensor:
