@@ -324,11 +324,11 @@ class Sweep:
         return {SHARE if SHARE in self.swept else "clients.malicious"}
 
     def labels(self, names: Sequence[str]) -> Array:
-        """(cells,) text that names the values of these columns, numbers to four digits; empty without columns."""
+        """(cells,) text that names the values of these columns, different ones differently; empty without columns."""
         label = np.full(len(self), "", object)
         for name in names:
             prefix = (", " if name != names[0] else "") + ("" if name == GOAL else f"{WORDS.get(name, name)} = ")
-            label += np.array([prefix + format_value(value) for value in self.cells[name].tolist()], object)
+            label += np.array([prefix + text for text in format_values(self.cells[name].tolist())], object)
         return label
 
     def label_attacks(self, unattacked: bool = True) -> "Sweep":
@@ -572,6 +572,17 @@ def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], 
 def format_value(value: Any) -> str:
     """A value of a column as figures show it: floats to four digits, an empty text as `(not given)`."""
     return f"{value:.4g}" if isinstance(value, float) else value or "(not given)"
+
+
+def format_values(values: Sequence[Any]) -> list[str]:
+    """`format_value` of each value, or where that does not tell all of them apart numbers to the last digit."""
+    shown = {value: format_value(value) for value in values}
+    if len(set(shown.values())) < len({repr(value) for value in shown}):
+        shown = {
+            value: f"{value!r}".removesuffix(".0") if isinstance(value, float) else text
+            for value, text in shown.items()
+        }
+    return [shown[value] for value in values]
 
 
 def _column(texts: list[str], name: str, file: Path) -> Array:

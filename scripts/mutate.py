@@ -137,7 +137,7 @@ def changes(node: ast.AST) -> Iterator[tuple[Any, ast.AST | None]]:
             if upper is not None:
                 yield made(upper=None)
         case ast.Call(func=func, args=args, keywords=keywords):
-            if keywords:
+            if keywords and not is_strict(keywords[-1]):
                 yield made(keywords=keywords[:-1])
             if len(args) + len(keywords) > 1 and args:
                 yield made(args=args[:-1])
@@ -156,6 +156,11 @@ def changes(node: ast.AST) -> Iterator[tuple[Any, ast.AST | None]]:
             yield node, None
 
 
+def is_strict(node: ast.AST) -> bool:
+    """Whether a node is the `strict=True` of a zip: like an assertion, it says what no caller does."""
+    return isinstance(node, ast.keyword) and node.arg == "strict"
+
+
 def visited(tree: ast.AST) -> Iterator[ast.AST]:
     """The nodes that may be changed: no text for people, no types, nothing inside of an f-string."""
     skipped = (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom, ast.Global, ast.Assert)
@@ -163,7 +168,7 @@ def visited(tree: ast.AST) -> Iterator[ast.AST]:
         if name in ("annotation", "returns", "decorator_list", "type_params", "bases"):
             continue
         for node in part if isinstance(part, list) else [part]:
-            if not isinstance(node, ast.AST) or isinstance(node, skipped):
+            if not isinstance(node, ast.AST) or isinstance(node, skipped) or is_strict(node):
                 continue
             match node:
                 case ast.Expr(value=ast.Constant()):  # a docstring

@@ -170,6 +170,18 @@ def test_cells_that_broke_off_are_left_out_and_counted(tmp_path):
     assert sweep_table.read_sweep(full(tmp_path)).note("x.") == "x."
 
 
+def test_settings_that_differ_in_the_fifth_digit_are_two_lines(tmp_path):
+    found = sweep_table.read_sweep(sweep(tmp_path, rounds=[19800, 19801.0], seed=[0, 1]))
+    assert sorted(set(found.labels(["rounds"]))) == ["rounds = 19800", "rounds = 19801"]
+    assert sweep_table.format_values([0.12345, 0.5, "a", ""]) == ["0.1235", "0.5", "a", "(not given)"]
+    assert sweep_table.format_values([0.12345, 0.12346, float("nan"), float("nan")]) == [
+        "0.12345",
+        "0.12346",
+        "nan",
+        "nan",
+    ]
+
+
 def test_settings_are_the_swept_columns_that_a_figure_does_not_show_and_the_goal_comes_first(tmp_path):
     found = sweep_table.read_sweep(sweep(tmp_path, lr=[0.1, 1.0], goal=GOALS, malicious=[1, 2], seed=[0, 1]))
     assert found.varied() == ["attack.goal", "clients.malicious", "lr"]

@@ -8,7 +8,7 @@ import numpy as np
 from fl_attack.errors import InputError
 from fl_attack.plots import canvas
 from fl_attack.plots.marks import caption, legend
-from fl_attack.sweep_table import KB, LABELS, Array, B, K, format_value, mean_interval, read_sweep, split
+from fl_attack.sweep_table import KB, LABELS, Array, B, K, format_value, format_values, mean_interval, read_sweep, split
 
 WIDTH = 0.3  # of the cells of one name on an axis of text
 
@@ -52,12 +52,12 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
     at = np.full(len(sweep), np.nan)
     at[finite] = place
     for name, axes in panels.items():
-        for number, line in enumerate(lines):
+        for number, (line, text) in enumerate(zip(lines, format_values(lines), strict=True)):
             on_line = finite & (panel == name) & (sweep.column(by) == line if by else True)
             if not on_line.any():
                 continue
             style = canvas.style(number)
-            label = format_value(line) if by else ""
+            label = text if by else ""
             # side by side over their name
             shift = (number - (len(lines) - 1) / 2) * WIDTH / len(lines) if levels else 0.0
             axes.plot(at[on_line] + shift, values[on_line], **style | {"linestyle": "", "alpha": 0.25, "markersize": 3})

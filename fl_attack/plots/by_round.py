@@ -11,7 +11,7 @@ import numpy as np
 from fl_attack.folder import PLAN
 from fl_attack.plots import canvas
 from fl_attack.plots.marks import caption, legend
-from fl_attack.sweep_table import Floats, format_value, mean_interval, read_csv, read_curves, read_sweep
+from fl_attack.sweep_table import Floats, format_values, mean_interval, read_csv, read_curves, read_sweep
 
 
 def curves(folder: Path) -> list[Path]:
@@ -138,14 +138,14 @@ def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
     figure, panels = canvas.panels(names, 4.6, 3.6, "round", "test accuracy (%)")
     values = list(dict.fromkeys(line.tolist()))
     for name, axes in panels.items():
-        for number, value in enumerate(values):
+        for number, (value, text) in enumerate(zip(values, format_values(values), strict=True)):
             on_line = (panel == name) & (line == value)
             if on_line.any():
                 style = canvas.style(number)
                 style |= {"marker": "", "linestyle": canvas.DASHES[number % len(canvas.DASHES)]}
                 mean, half = _band(accuracy[on_line], sweep.seed_index[on_line])
                 axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
-                axes.plot(at, mean, label=format_value(value), **style)
+                axes.plot(at, mean, label=text, **style)
     low, high = axes.get_ylim()  # of all panels; a band may leave what is possible
     axes.set_ylim(max(low, -2), min(high, 102))
     legend(figure, panels, canvas.label(by))
