@@ -1,13 +1,29 @@
 """The experiments of one command each: they compose, run small, and leave their figures and tables."""
 
+import copy
 import csv
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from fl_attack.config import compose
+from fl_attack import experiment
+from fl_attack.config import (
+    AttackSettings,
+    Settings,
+    StrategySettings,
+    compose,
+    from_yaml,
+    settings_from,
+    to_yaml,
+    without_effect,
+)
+from fl_attack.errors import InputError, Interrupted
+from fl_attack.history import History
 from fl_attack.overrides import as_multirun, conf_folder
 
 EXPERIMENTS = sorted(file.stem for file in (conf_folder() / "experiment").glob("*.yaml"))
@@ -109,3 +125,262 @@ def test_rules_and_attacks_of_ones_own_appear_in_the_comparison(
     assert {row["strategy.name"] for row in rows} == {"mean", "median", "mine:first"}
     assert sum(int(row["worst"]) for row in rows) == 3
     assert not [name for name in sys.modules if name == "mine"]  # loaded by its file, not left among modules
+
+
+# --- settings, and the pieces that a run is put together from ----------------------------------------
+
+
+PLAIN = compose("attack=greedy", "out=unused").model_dump(mode="json")
+
+
+def changed(*path: str, to: object) -> Settings:
+    """Checked settings of which one is another; None among the keys is a group that is no dict."""
+    tree = copy.deepcopy(PLAIN)
+    group = tree
+    for key in path[:-1]:
+        group = group[key]
+    group[path[-1]] = to
+    return settings_from(tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "message"),
+    [
+        (("clients",), {"malicious": 2, "total": 5, "per_round": 6}, "clients.per_round=6 is more than the 5 clients"),
+        (("clients",), {"malicious": 6, "total": 5}, "clients.malicious=6 is more than total=5 clients"),
+        (("clients",), {"malicious": 2, "total": 5, "honest": 4}, "don't add up to total=5"),
+        (("clients",), {"malicious": 0, "honest": 0}, "leave no client; use at least one"),
+        (("clients",), 3, "clients=3 is not allowed: it must be keys with values"),
+        (("clients",), {"honest": 7}, "clients.malicious is missing"),
+        (
+            ("clients",),
+            {"malicious": "many", "honest": 3, "total": 4},
+            "clients.malicious=many is not allowed: it must be a whole number",
+        ),
+        (("attack",), "greedy", "attack=greedy is not allowed: it must be keys with values"),
+        (("attack",), {"goal": "targeted"}, "attack.name is missing"),
+        (
+            ("attack",),
+            {"name": "greedy", "goal": "targeted", "direction": "gradient"},
+            "attack.goal=targeted contradicts direction=gradient; leave one out",
+        ),
+        (
+            ("attack",),
+            {"name": "planned", "adapt": "rule"},
+            "attack.adapt=rule has no meaning with name=planned; leave it out",
+        ),
+        (("attack",), {"name": "greedy", "start": 5, "stop": 4}, "attack.stop=4 is before start=5"),
+        (("rounds",), None, "rounds=null is not allowed: it must be a whole number"),
+        (("out",), "", "out= is not allowed: it must be a text that is not empty"),
+        (("engine", "device"), "gpu", "engine.device=gpu is not allowed: it must be cpu, cuda, or cuda: and a number"),
+        (("tracker",), 3, "tracker=3 is not allowed: it must be a list, as in [0,1]"),
+        (("baseline",), "perhaps", "baseline=perhaps is not allowed: it must be true or false"),
+        (("clients", "malicous"), 3, "clients.malicous is not a known key"),
+    ],
+)
+def test_a_mistake_in_nested_settings_is_told_in_one_line(path: tuple[str, ...], to: object, message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        changed(*path, to=to)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_settings_in_a_text_that_is_no_yaml_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^these are no settings: "):
+        from_yaml("a: [1")
+    with pytest.raises(InputError, match=r"is missing$"):
+        from_yaml("rounds: 3")
+    settings = changed("rounds", to=9)
+    assert from_yaml(to_yaml(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("clients", "f", "per_round", "assumed"),
+    [
+        ({"total": 10, "malicious": 3}, None, None, 3),
+        ({"total": 10, "malicious": 3}, 1, None, 1),
+        ({"total": 10, "malicious": 3}, 0, None, 0),
+        ({"total": 10, "malicious": 3, "per_round": 10}, None, None, 3),
+        ({"total": 10, "malicious": 3, "per_round": 4}, None, 4, 2),  # 1.2 on average
+        ({"total": 10, "malicious": 3, "per_round": 0.36}, None, 4, 2),
+        ({"total": 10, "malicious": 0, "per_round": 4}, None, 4, 0),
+        ({"total": 10, "malicious": 10, "per_round": 0.01}, None, 1, 1),
+        ({"total": 10, "malicious": 3, "per_round": 1.0}, None, None, 3),
+        ({"malicious": 3}, None, None, 3),
+    ],
+)
+def test_who_takes_part_and_how_many_of_them_a_rule_expects(
+    clients: dict[str, object], f: int | None, per_round: int | None, assumed: int
+) -> None:
+    settings = changed("clients", to=clients).model_copy(update={"strategy": StrategySettings(name="median", f=f)})
+    assert (settings.per_round, settings.assumed_malicious) == (per_round, assumed)
+    assert settings.clients.honest + settings.clients.malicious == settings.clients.total
+    assert "total" in clients or settings.clients.total == 10
+
+
+def test_what_attacks_and_what_does_not() -> None:
+    def of(name: str, budget: float, malicious: int = 3) -> tuple[bool, bool, float]:
+        settings = changed("clients", to={"total": 10, "malicious": malicious}).model_copy(
+            update={"attack": AttackSettings(name=name, budget=budget)}
+        )
+        return settings.attacked, settings.is_unattacked, settings.label_budget
+
+    assert of("greedy", 0.25) == (True, False, 0.25)
+    assert of("greedy", 0.0) == (True, True, 0.0)
+    assert of("greedy", 0.25, malicious=0) == (False, True, 0.0)
+    assert of("none", 0.25) == (False, True, 0.0)
+    assert of("sign_flip", 0.0) == (True, False, 0.0)  # it needs no budget
+    assert of("sign_flip", 0.5) == (True, False, 0.0)
+    twin = changed("attack", to={"name": "sign_flip"}).unattacked()
+    assert not twin.attacked and not twin.baseline and twin.clients.malicious == PLAIN["clients"]["malicious"]
+    assert AttackSettings(name="none").writes == AttackSettings(name="greedy").writes == "labels"
+    assert [AttackSettings(name="greedy", memory=memory).remembers for memory in ("forget", "persist")] == [False, True]
+    assert not AttackSettings(name="sign_flip", memory="persist").remembers
+    steers = {
+        "planned": AttackSettings(name="planned").steers,
+        "greedy": AttackSettings(name="greedy").steers,
+        "greedy to a target": AttackSettings(name="greedy", goal="targeted").steers,
+        "greedy far off": AttackSettings(name="greedy", direction="target_far").steers,
+        "sign_flip": AttackSettings(name="sign_flip").steers,
+    }
+    assert [name for name, does in steers.items() if does] == ["planned", "greedy to a target", "greedy far off"]
+    assert AttackSettings(name="greedy", direction="target") == AttackSettings(name="greedy", goal="targeted")
+    assert AttackSettings(name="greedy", budget=0.29).exact_budget * 100 == 29
+    trusted = {name: StrategySettings(name=name).trusted for name in ("mean", "fltrust")}
+    assert trusted == {"mean": 0, "fltrust": 100} and StrategySettings(name="fltrust", root=7).trusted == 7
+    assert StrategySettings(name="mean").averages and not StrategySettings(name="mean", pre=("nnm",)).averages
+    assert not StrategySettings(name="median").averages
+
+
+def test_rounds_are_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history, now, saved = History(torch.zeros(1)), [100.0], list[tuple[object, float]]()
+    monkeypatch.setattr(experiment.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(experiment.results, "write_rounds", lambda *what: saved.append((what, now[0])))
+    seen: list[tuple[str, int]] = []
+    observe = experiment.both(
+        experiment.saver(tmp_path, history),
+        experiment.both(lambda round_, row: seen.append(("a", round_)), lambda round_, row: seen.append(("b", round_))),
+    )
+    for second in (101, 110, 111, 112, 121, 122, 140):
+        now[0] = float(second)
+        observe(second, {})
+    assert [when for _, when in saved] == [111, 122, 140]  # more than ten seconds after the last
+    assert all(what == (tmp_path, history) for what, _ in saved)
+    assert seen[:4] == [("a", 101), ("b", 101), ("a", 110), ("b", 110)]
+
+
+def test_a_signal_waits_for_the_round_and_a_second_does_not() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with experiment._between_rounds() as signalled:
+            assert signalled() == 0
+            signal.raise_signal(number)
+            assert signalled() == 128 + number
+            with pytest.raises(Interrupted) as raised:
+                signal.raise_signal(signal.SIGTERM)
+            assert raised.value.code == 128 + signal.SIGTERM
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+    def elsewhere() -> None:
+        with experiment._between_rounds() as signalled:
+            found.append(signalled())
+            found.append(signal.getsignal(signal.SIGINT) is before[0])
+
+    found: list[object] = []
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [0, True]
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ([], "nothing was measured yet"),
+        (["rounds.csv"], "what was measured is in WORK; the same command begins anew"),
+        (["baseline/rounds.csv"], "what was measured is in WORK; the same command begins anew"),
+        (["rounds.csv", "checkpoint.npz"], "what was measured is in WORK; the same command goes on"),
+        (["rounds.csv", "baseline/checkpoint.npz"], "what was measured is in WORK; the same command goes on"),
+    ],
+)
+@pytest.mark.parametrize(("signalled", "code"), [(KeyboardInterrupt(), 130), (Interrupted("", 143), 143)])
+def test_an_interrupted_run_says_what_is_kept(
+    tmp_path: Path, files: list[str], what: str, signalled: KeyboardInterrupt, code: int
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(Interrupted) as raised, experiment._explain_interruption(tmp_path):
+        raise signalled
+    assert str(raised.value) == f"interrupted; {what.replace('WORK', str(tmp_path))}"
+    assert raised.value.code == code
+
+
+def test_only_the_twin_of_an_attack_is_a_baseline() -> None:
+    attacked = changed("clients", to={"total": 10, "malicious": 3})
+    both = (attacked, attacked.unattacked())
+    parts = {(name, one.attacked): experiment.part_of(name, one) for one in both for name in ("attacked", "honest")}
+    assert parts == {
+        ("attacked", True): "",
+        ("honest", True): "baseline",
+        ("attacked", False): "",
+        ("honest", False): "",
+    }
+
+
+GREEDY, SIGNS = {"name": "greedy"}, {"name": "sign_flip"}
+NO_EFFECT: dict[str, tuple[dict[str, object], str]] = {  # by the note: groups of settings, and why
+    "attack.start=7": ({"rounds": 6, "attack": GREEDY | {"start": 7}}, "there are 6 rounds"),
+    "attack.stop=7": ({"rounds": 6, "attack": GREEDY | {"stop": 7}}, "there are 6 rounds"),
+    "attack.scope=per_client": ({"attack": SIGNS | {"scope": "per_client"}}, "attack=sign_flip flips no labels"),
+    "attack.rounding=ceil": ({"attack": SIGNS | {"rounding": "ceil"}}, "attack=sign_flip flips no labels"),
+    "attack.refresh=epoch": ({"attack": SIGNS | {"refresh": "epoch"}}, "attack=sign_flip flips no labels"),
+    "attack.memory=persist": ({"attack": SIGNS | {"memory": "persist"}}, "attack=sign_flip flips no labels"),
+    "attack.unflip=true": ({"attack": GREEDY | {"unflip": True}}, "attack.memory=forget keeps no flips"),
+    "attack.rounding=carry": (
+        {"attack": GREEDY | {"memory": "persist_total", "rounding": "carry"}},
+        "the one budget of attack.memory=persist_total has no next round",
+    ),
+    "attack.knowledge_fraction=0.3": (
+        {"attack": GREEDY | {"knowledge_fraction": 0.3}},
+        "it is of attack.knowledge=noisy",
+    ),
+    "early_stop.restore=last": ({"early_stop": {"restore": "last"}}, "patience is not set"),
+    "early_stop.share=0.2": ({"early_stop": {"share": 0.2}}, "patience is not set"),
+    "strategy.root=7": ({"strategy": {"name": "median", "root": 7}}, "strategy=median asks for no trusted samples"),
+    "sanitize.k=9": ({"sanitize": {"name": "confident", "k": 9}}, "it is of sanitize=knn"),
+    "sanitize.share=0.6": ({"sanitize": {"name": "none", "share": 0.6}}, "it is of sanitize=knn"),
+    "eval_every=7": ({"rounds": 6, "eval_every": 7}, "there are 6 rounds; the last is evaluated"),
+    "figures": ({"figures": [["harm"]]}, "it is of a sweep (-m); a run draws its curves"),
+    "launcher=ray": ({"launcher": "ray"}, "it is of a sweep (-m)"),
+    "workers=2": ({"workers": 2}, "it is of a sweep (-m)"),
+    "detectability=true": ({"detectability": True}, "it is of a sweep (-m); a run always measures it"),
+    "dataset.path=here": ({"dataset": {"loader": "mnist", "path": "here"}}, "dataset.loader=mnist"),
+    "dataset.root=here": ({"dataset": {"loader": "npz", "root": "here", "path": "x"}}, "dataset.loader=npz"),
+}
+EFFECTIVE: list[dict[str, object]] = [
+    {"rounds": 6, "attack": GREEDY | {"start": 6, "stop": 6}, "eval_every": 6},
+    {"rounds": 6, "attack": {"name": "none", "start": 7, "stop": 7}},
+    {"attack": GREEDY | {"scope": "per_client", "rounding": "carry", "refresh": "epoch"}},
+    {"attack": GREEDY | {"memory": "persist", "rounding": "carry", "unflip": True}},
+    {"attack": GREEDY | {"memory": "persist_total", "rounding": "ceil"}},
+    {"attack": GREEDY | {"knowledge": "noisy", "knowledge_fraction": 0.3}},
+    {"early_stop": {"patience": 3, "restore": "last", "share": 0.2}},
+    {"strategy": {"name": "fltrust", "root": 7}},
+    {"sanitize": {"name": "knn", "k": 9, "share": 0.6}},
+    *({"dataset": {"loader": loader, "path": "here"}} for loader in ("npz", "image_folder", "hf")),
+    {"dataset": {"loader": "mnist", "root": "here"}},
+    {"dataset": {"loader": "digits"}},
+]
+
+
+@pytest.mark.parametrize("setting", NO_EFFECT)
+def test_what_changes_nothing_is_told_with_the_reason(setting: str) -> None:
+    groups, why = NO_EFFECT[setting]
+    settings = settings_from(PLAIN | groups)
+    assert without_effect(settings, sweep=False) == [f"{setting} has no effect: {why}"]
+    assert without_effect(settings, sweep=True) == ([] if "(-m)" in why else [f"{setting} has no effect: {why}"])
+
+
+@pytest.mark.parametrize("groups", EFFECTIVE)
+def test_what_changes_something_is_not_told(groups: dict[str, object]) -> None:
+    assert without_effect(settings_from(PLAIN | groups), sweep=False) == []
