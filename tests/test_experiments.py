@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import json
+import math
 import signal
 import sys
 import threading
@@ -11,20 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_attack import experiment
+from fl_attack import experiment, scenario
 from fl_attack.config import (
     AttackSettings,
     Settings,
     StrategySettings,
     compose,
     from_yaml,
+    leaves_of,
+    overrides_of,
     settings_from,
     to_yaml,
     without_effect,
 )
-from fl_attack.errors import InputError, Interrupted
-from fl_attack.history import History
+from fl_attack.errors import InputError, Interrupted, RunError
+from fl_attack.history import History, Recorder
 from fl_attack.overrides import as_multirun, conf_folder
+from fl_attack.scenario import Scenario
 
 EXPERIMENTS = sorted(file.stem for file in (conf_folder() / "experiment").glob("*.yaml"))
 Small = Callable[..., list[str]]
@@ -384,3 +389,57 @@ def test_what_changes_nothing_is_told_with_the_reason(setting: str) -> None:
 @pytest.mark.parametrize("groups", EFFECTIVE)
 def test_what_changes_something_is_not_told(groups: dict[str, object]) -> None:
     assert without_effect(settings_from(PLAIN | groups), sweep=False) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["attack=none"],
+        ["attack=sign_flip", "attack.args={scale:3}", "partition=dirichlet", "partition.alpha=0.3", "clients.honest=9"],
+        ["strategy=flower", "strategy.path=flwr.serverapp.strategy.FedMedian"],
+        ["strategy=median", "strategy.pre=[nnm]", "dataset=mnist_01", "model=mlp", "engine=batched", "lr=0.25"],
+        ["dataset=npz", "attack=planned", "dataset.path=here", "dataset.classes=[2,5]", "figures=[[harm]]"],
+    ],
+)
+def test_the_overrides_of_settings_are_the_few_that_make_them_anew(given: list[str]) -> None:
+    settings = compose(*given, "out=unused", "verbose=true")
+    found = overrides_of(settings)
+    assert set(found) == set(given) and len(found) == len(given)
+    assert compose(*found, "out=unused") == settings.model_copy(update={"verbose": False})
+    leaves = leaves_of(settings)
+    assert json.loads(json.dumps(leaves)) == leaves  # lists, not tuples
+    assert not [key for key, value in leaves.items() if isinstance(value, dict) and key.split(".")[-1] != "args"]
+    assert leaves["clients.malicious"] == settings.clients.malicious and leaves["rounds"] == settings.rounds
+
+
+def test_what_breaks_a_run_is_named_after_what_came_first(small_data: Small) -> None:
+    small = [*small_data(3), "clients.total=3", "clients.malicious=1", "batch_size=30", "rounds=9", "lr=0.1"]
+    shape, cells = torch.ones(3, 7, dtype=torch.float64), dict[tuple[str, ...], Scenario]()
+
+    def why(aggregate: float, sent: list[float], *overrides: str) -> str:
+        """What is said of a theta that is not finite after these updates and this aggregate."""
+        if overrides not in cells:
+            cells[overrides] = scenario.make(compose(*small, *overrides, "out=unused"))
+        recorder = Recorder(cells[overrides])
+        recorder.record(0, shape)
+        updates = torch.stack([one * shape for one in sent]) if sent else None
+        with pytest.raises(RunError) as raised:
+            recorder.record(1, shape * math.nan, shape * aggregate, updates=updates)
+        assert [row["round"] for row in recorder.history.rows] == [0]
+        assert torch.equal(recorder.history.theta, shape)
+        return str(raised.value)
+
+    diverged = "the run diverged: theta is not finite after round 1 of 9 (lr=0.1); a smaller lr keeps it finite"
+    rule = "strategy median gave values that are not finite in round 1 of 9, from updates that all are"
+    attack = "attack=sign_flip sent values that are not finite in round 1 of 9, and strategy=median let them pass"
+    attacked = ["strategy=median", "attack=sign_flip"]
+    assert why(1.0, [1.0] * 3, *attacked) == why(math.inf, [], *attacked) == diverged
+    (bad,) = cells[tuple(attacked)].partition.malicious
+    sent = [math.inf if client == bad else 1.0 for client in range(3)]
+    by_another = [math.inf if client == (bad + 1) % 3 else 1.0 for client in range(3)]
+    assert why(math.inf, sent, *attacked) == why(1.0, sent, *attacked) == attack
+    assert why(math.inf, by_another, *attacked) == why(math.inf, [math.inf] * 3, *attacked) == diverged
+    assert why(math.inf, sent, "strategy=median", "attack=greedy") == diverged  # it changes no update
+    assert why(math.inf, [1.0] * 3, *attacked) == why(math.nan, [1.0] * 3, "strategy=median") == rule
+    flower = ["strategy=flower", "strategy.path=mine.Strategy"]
+    assert why(math.inf, [1.0] * 3, *flower).startswith("strategy mine.Strategy gave values that are not finite")

@@ -610,6 +610,11 @@ def test_results_go_to_a_folder_of_their_kind(
     monkeypatch.setattr(plan, "make", lambda *_: None)
     assert replicate.main(options) == 0
     assert places == [Path("outputs") / folder]
+    published: list[tuple[Path, Path]] = []
+    monkeypatch.setattr(report, "publish", lambda *where: published.append(where))
+    assert replicate.main([*options, "--out", "o"]) == 0 and not published
+    assert replicate.main([*options, "--out", "o", "--docs", "d"]) == 0
+    assert published == [(Path("o"), Path("d"))] and places[1:] == [Path("o")] * 2
 
 
 def test_greedy_flips_are_the_farthest_of_those_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
