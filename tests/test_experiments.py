@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_attack import experiment, scenario
+from fl_attack import experiment, folder, results, scenario
 from fl_attack.config import (
     AttackSettings,
     Settings,
@@ -196,6 +196,9 @@ def test_settings_in_a_text_that_is_no_yaml_are_refused() -> None:
         from_yaml("rounds: 3")
     settings = changed("rounds", to=9)
     assert from_yaml(to_yaml(settings)) == settings
+    threat = AttackSettings(name="mine.attack", args={"file": Path("here"), "sizes": (1, 2)})
+    text = to_yaml(settings.model_copy(update={"attack": threat}))
+    assert "    file: here\n    sizes:\n    - 1\n    - 2\n" in text  # of plain values, whatever Python was given
 
 
 @pytest.mark.parametrize(
@@ -443,3 +446,21 @@ def test_what_breaks_a_run_is_named_after_what_came_first(small_data: Small) -> 
     assert why(math.inf, [1.0] * 3, *attacked) == why(math.nan, [1.0] * 3, "strategy=median") == rule
     flower = ["strategy=flower", "strategy.path=mine.Strategy"]
     assert why(math.inf, [1.0] * 3, *flower).startswith("strategy mine.Strategy gave values that are not finite")
+
+
+def test_an_unfinished_run_goes_on_only_if_that_is_wanted(
+    small_data: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(attacked: Scenario, work: Path, *_: object) -> None:
+        found.append((work / folder.STATE).exists())
+        raise RunError("stopped")
+
+    found: list[bool] = []
+    monkeypatch.setattr(experiment, "_run", stops)
+    run = [*small_data(2), "engine=batched", "rounds=3", "batch_size=30", f"out={tmp_path}/out"]
+    results.write_config(tmp_path / "out", scenario.make(compose(*run)).settings)
+    (tmp_path / "out" / folder.STATE).touch()
+    for more in ([], ["resume=false"], []):
+        with pytest.raises(RunError, match="stopped"):
+            experiment.run(compose(*run, *more))
+    assert found == [True, False, False]

@@ -101,6 +101,39 @@ def test_a_claim_is_decided_at_the_learning_rate_chosen_and_told_at_the_others()
     assert {(line.rate, line.primary) for line in only} == {("0.01", False)}  # a rate of its own is told as that
 
 
+def test_a_claim_that_chooses_its_rates_is_told_at_each_of_them_too() -> None:
+    (source, _) = plan.sources(True, None)
+    points = [{"b": b, "goal": "targeted", "optimizer": name} for b in (0.0, 0.5) for name in ("sgd", "adam")]
+
+    def told(rates: tuple[object, ...], chosen: float, preset: str = "fig14", protocol: str = plan.STEP) -> set[object]:
+        cells = seeded(lambda row, rng: rng.normal(), *({**one, "lr": lr} for one in points for lr in rates))
+        lines = findings.findings([findings.RunCells(plan.Run(preset, source, protocol), cells)], {source.name: chosen})
+        assert {line.claim.preset for line in lines} <= {preset} and {line.protocol for line in lines} <= {protocol}
+        return {(line.rate, line.primary, line.setting) for line in lines}
+
+    at_each = {("0.1", False, "per step, lr 0.1"), ("0.3", False, "per step, lr 0.3")}
+    best = ("the best for each", True, "per step, lr the best for each")
+    assert told((0.1, 0.3), 0.1) == {best} | at_each  # two are enough to choose from
+    assert told((0.1,), 0.1) == {("0.1", True, "per step, lr 0.1")}
+    assert told((0.1,), 0.3) == {("0.1", False, "per step, lr 0.1")}
+    assert told(("",), 0.3) == {("0.3", True, "per step, lr 0.3")}  # that of the preset
+    assert told(("",), 0.3, protocol=plan.FULL) == {("0.3", False, "full batch, lr 0.3")}
+    assert told((0.1, 0.3), 0.3, "fig5") == set()  # two budgets make no trend
+    # other sweeps tell about the data sets on which a claim is decided, and of those alone
+    cells = seeded(lambda row, rng: rng.normal(), *({**one, "goal": "untargeted", "lr": ""} for one in points))
+    larger = findings.RunCells(plan.Run("protocols", source, plan.LARGE), cells)
+    ten = findings.RunCells(plan.Run("fig9", source), Cells(cells.columns | {"b": cells["b"] / 10}))
+    assert findings.findings([larger], {source.name: 0.2}) == []
+    lines = findings.findings([larger, ten], {source.name: 0.2})
+    assert {(line.protocol, line.rate, line.primary) for line in lines} == {(plan.STEP, "0.2", True)}
+    both = [findings.RunCells(larger.run, Cells(larger.cells.columns | {"b": cells["b"] / 10})), ten]
+    lines = findings.findings(both, {source.name: 0.2})
+    assert {(one.protocol, one.rate, one.primary) for one in lines} == {
+        (plan.STEP, "0.2", True),
+        (plan.LARGE, "0.2", False),
+    }
+
+
 def test_the_report_counts_verdicts_by_protocol_in_the_order_of_protocols() -> None:
     (source, _) = plan.sources(True, None)
     points = [{"b": b, "goal": g, "lr": lr} for b in (0.0, 0.001) for g in statistics.GOALS for lr in (0.01, 0.3)]
@@ -178,6 +211,13 @@ def test_the_correlation_is_that_of_one_goal() -> None:
         assert statistics.correlation(cells, goal) == pytest.approx([sign] * 2)
 
 
+def assert_begins_as_published(section: str, lines: int = 5) -> None:
+    """Heading, text and the head of the table are those of the published report."""
+    published = (Path(__file__).parents[1] / "docs" / "replication.md").read_text(encoding="utf-8")
+    begins = "\n".join(section.split("\n")[:lines])
+    assert begins.startswith("## Beyond the paper: ") and f"\n\n{begins}\n" in published
+
+
 def test_sections_beyond_the_paper_hold_the_drops_of_their_rows() -> None:
     (source, _) = plan.sources(True, None)
     loss = {"untargeted": 10.0, "targeted": 20.0}
@@ -189,6 +229,7 @@ def test_sections_beyond_the_paper_hold_the_drops_of_their_rows() -> None:
         for seed in (0, 1, 2)
     ]
     text = extensions.rounding([findings.RunCells(plan.Run("rounding", source), table(grid_rows))])
+    assert_begins_as_published(text)
     for goal in statistics.GOALS:
         for b in (0.1, 0.2):
             wanted = f"{loss[goal] + 100 * b:.2f}"
@@ -201,6 +242,7 @@ def test_sections_beyond_the_paper_hold_the_drops_of_their_rows() -> None:
         if row["rounding"] == "carry"
     ]
     text = extensions.selection([findings.RunCells(plan.Run("selection", source), table(exact))])
+    assert_begins_as_published(text)
     for goal in statistics.GOALS:
         for b in (0.1, 0.2):
             (row,) = [line for line in text.splitlines() if f"| {goal} | {100 * b:g} % |" in line]
@@ -217,6 +259,7 @@ def test_sections_beyond_the_paper_hold_the_drops_of_their_rows() -> None:
         for seed in (0, 1, 2)
     ]
     text = extensions.frequency([findings.RunCells(plan.Run("frequency", source), table(now_and_then))])
+    assert_begins_as_published(text)
     for goal in statistics.GOALS:
         (row,) = [line for line in text.splitlines() if f"| {goal} |" in line]
         assert [f"{every * loss[goal]:.2f}" in row for every in (1, 2, 5, 10)] == [True] * 4
@@ -712,6 +755,8 @@ def test_the_published_table_is_of_the_claims_as_they_are(rows_published: list[d
         found.setdefault(key, set()).add(row["measure"])
     assert found == {key: parts[3] for key, parts in of_claim.items()}
     assert [*found] == [*of_claim]
+    chooses = {row["claim"] for row in rows_published if row["lr"] == "the best for each"}
+    assert chooses == {claim.text for claim in CLAIMS if claim.own_rate}
 
 
 def test_the_published_report_says_what_its_table_holds(lines_published: list[findings.Line]) -> None:
@@ -929,6 +974,8 @@ def test_a_report_of_known_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "the second loses 6 points: One in 33 % (lr 0.1, batches of 16); Two (JPEG copies) in 50 % (lr 3, " in text
     for absent in ("the exact selection", "how often to attack", ": budgets of less than a flip", "## Figure 11"):
         assert absent not in text
+    assert_begins_as_published(extensions.noise(record.results))
+    assert_begins_as_published(extensions.noise_map(record.results), 3)
     # figures
     assert (
         "**Figures 1 and 4, One** ([table](figures/fig1-one.csv))\n\n![Figures 1 and 4, One](figures/fig1-one.png)"
