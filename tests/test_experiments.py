@@ -7,9 +7,12 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +30,7 @@ from fl_attack.config import (
     without_effect,
 )
 from fl_attack.errors import InputError, Interrupted, RunError
-from fl_attack.history import History, Recorder
+from fl_attack.history import COLUMNS, History, Recorder
 from fl_attack.overrides import as_multirun, conf_folder
 from fl_attack.scenario import Scenario
 
@@ -464,3 +467,68 @@ def test_an_unfinished_run_goes_on_only_if_that_is_wanted(
         with pytest.raises(RunError, match="stopped"):
             experiment.run(compose(*run, *more))
     assert found == [True, False, False]
+
+
+def test_a_batch_shows_rounds_saves_now_and_then_and_keeps_all_before_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = changed("engine", to={"name": "batched", "device": "cuda:1", "memory_gb": 0.5})
+    now, shown, kept = [0.0], list[int](), list[tuple[object, ...]]()
+    logged: list[tuple[list[float], str]] = []
+    tracked = SimpleNamespace(
+        is_due=lambda part: part == "" and now[0] == 3,
+        last=lambda part: {"": 1, "baseline": 0}[part],
+        rows=lambda rows, part: logged.append(([row["round"] for row in rows], part)),
+    )
+    table = np.zeros((3, len(COLUMNS)))
+    table[:, 0] = 0, 1, 2
+    error: list[str | None] = [None, None]
+    outcomes = [SimpleNamespace(history=lambda name=name: f"of {name}", table=table) for name in ("honest", "attacked")]
+
+    def run_cells(cells: list[object], **how: object) -> list[SimpleNamespace]:
+        assert cells == ["the twin", "the run"] and (how["device"], how["memory_gb"]) == ("cuda:1", 0.5)
+        places = [(one.folder, one.key) for one in how["checkpoints"]]  # type: ignore[attr-defined]
+        assert places == [(tmp_path / "baseline", "key of the twin"), (tmp_path, "key of the run")]
+        for second in (3, 9, 10, 19, 21):
+            now[0] = second
+            how["progress"](1)  # type: ignore[operator]
+            how["progress"](2)  # type: ignore[operator]
+            how["watch"]([1, 0], lambda: outcomes[::-1])  # type: ignore[operator]
+        for outcome, of_outcome in zip(outcomes, error, strict=True):
+            outcome.error = of_outcome
+        return outcomes
+
+    @contextmanager
+    def progress(*named: object) -> Iterator[Callable[[int], None]]:
+        assert named == (settings.rounds, "batched", "round")
+        yield shown.append
+
+    monkeypatch.setattr(experiment.engine, "run_cells", run_cells)
+    monkeypatch.setattr(experiment, "Progress", progress)
+    monkeypatch.setattr(experiment.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(experiment.identity, "key_of", lambda cells: f"key of {cells[0]}")
+
+    class Named(str):  # in place of a scenario
+        pass
+
+    twin, run = Named("the twin"), Named("the run")
+    run.settings = settings  # type: ignore[attr-defined]
+    runs = {"honest": (twin, tmp_path / "baseline"), "attacked": (run, tmp_path)}
+
+    def keep(name: str, history: object, finished: bool = True) -> None:
+        kept.append((now[0], name, history, finished))
+
+    for broke_off in (None, "it diverged"):
+        now[0], error[1] = 0.0, broke_off
+        for noted in (shown, kept, logged):
+            noted.clear()
+        if broke_off:
+            with pytest.raises(RunError, match=broke_off):
+                experiment._batched(runs, keep, tracked)  # type: ignore[arg-type]
+        else:
+            experiment._batched(runs, keep, tracked)  # type: ignore[arg-type]
+        assert shown == [1, 2, 3, 4, 5, 6, 7]  # of two runs with 15 rounds between them
+        assert logged == [([2], ""), ([1, 2], "baseline")]
+        saved = [(when, name, f"of {name}", False) for when in (10, 21) for name in ("attacked", "honest")]
+        ends = [(21, "honest", "of honest", True), (21, "attacked", "of attacked", broke_off is None)]
+        assert kept == [*saved, *ends]
