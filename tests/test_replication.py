@@ -1256,6 +1256,98 @@ def test_gradients_are_drawn_where_they_are_asked_for_and_there_are_two_classes(
     assert record.figures[wanted:] == ["fig6-one"]
 
 
+def test_the_pipeline_computes_what_is_lacking_and_tells_what_was_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fl_attack.replication import pipeline
+
+    computed, drawn, announced = list[str](), list[tuple[str, str | None]](), list[object]()
+
+    def cells(run: plan.Run, epochs: int, lr: float | None) -> list[SimpleNamespace]:
+        extra = [one.removeprefix("lr=") for one in run.overrides]
+        rate = float(extra[0]) if extra else lr
+        name = f"{run.source.name}-{run.preset}-{epochs}" + (f"-{rate:g}" if rate is not None else "")
+        return [SimpleNamespace(settings=SimpleNamespace(lr=rate), name=name)] * (3 if run.preset == "fig8" else 2)
+
+    def compute(out: Path, grids: plan.Grids, progress: object) -> None:
+        assert out == tmp_path and progress is bars[-1]
+        for place in plan.lacking(grids):
+            computed.append(place.name)
+            place.mkdir(parents=True)
+            (place / "sweep.csv").touch()
+
+    def read(place: Path, lr: float | None) -> Cells:
+        rates = {0.1: 0.5, 0.3: 0.4} if lr is None else {lr: 0.2 if lr < 2 else 0.6}  # the best is 1, beyond the grid
+        return table([{"lr": rate, "validation": loss, "seed": s} for rate, loss in rates.items() for s in (0, 1)])
+
+    class Progress:
+        """What takes the place of the bar."""
+
+        def __init__(self, *named: object) -> None:
+            self.bar = SimpleNamespace(set_description=announced.append)
+            announced.append(named)
+            bars.append(self)
+
+        def __enter__(self) -> "Progress":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            announced.append("end")
+
+        def extend(self, more: int) -> None:
+            announced.append(more)
+
+    bars: list[Progress] = []
+    written: list[findings.ReplicationRecord] = []
+
+    def write(out: Path, todo: plan.ReplicationPlan, found: findings.ReplicationRecord, command: str) -> Path:
+        assert (out, command) == (tmp_path, "the command") and (out / "figures").is_dir()
+        written.append(found)
+        return out / "the report"
+
+    monkeypatch.setattr(plan, "cells", cells)
+    monkeypatch.setattr(plan, "folder_of", lambda out, cells: out / "runs" / cells[0].name)
+    monkeypatch.setattr(plan, "compute", compute)
+    monkeypatch.setattr(pipeline, "read", read)
+    monkeypatch.setattr(pipeline.multirun, "Progress", Progress)
+    monkeypatch.setattr(report, "write", write)
+    monkeypatch.setattr(figures, "draw", lambda folder, place, *_: drawn.append((f"{folder.name}: {place.name}", None)))
+    monkeypatch.setattr(gradients, "draw", lambda folder, source, rate: drawn.append((source.name, rate)) or "fig1")
+    one, other = plan.PaperDataset("one", "One", True, ()), plan.PaperDataset("two", "Two", False, ())
+    runs = [plan.Run("fig8", one), plan.Run("honest", one), plan.Run("honest", other), plan.Run("fig6", other)]
+    runs.append(plan.Run("fig7", one, plan.EPOCH))
+    todo = plan.ReplicationPlan((one, other), tuple(runs), 5, 32, quick=True)
+
+    def run(so_far: bool, only: str | None = None) -> findings.ReplicationRecord:
+        for noted in (computed, drawn, announced):
+            noted.clear()
+        assert pipeline.run(tmp_path, todo, "the command", so_far, only) == tmp_path / "the report"
+        return written[-1]
+
+    found = run(so_far=True)
+    assert found.results == [] and found.missing == [runs[1], runs[0], runs[4], runs[2], runs[3]]
+    assert computed == drawn == [] and found.seconds == {"One": [], "Two": []}
+    assert announced == [(11, "replicate"), "One", "Two", "end"]
+    found = run(so_far=False)
+    of_one = ["one-honest-5", "one-honest-5-1", "one-honest-5-3", "one-fig8-5-1", "one-fig7-5-1"]
+    assert computed == [*of_one, "two-honest-5", "two-honest-5-1", "two-honest-5-3", "two-fig6-5-1"]
+    assert found.missing == [] and found.rates == {"one": 1.0, "two": 1.0}
+    assert [result.run for result in found.results] == [runs[1], runs[0], runs[4], runs[2], runs[3]]
+    assert sorted(set(found.results[0].cells["lr"])) == [0.1, 0.3, 1.0, 3.0]
+    assert set(found.results[1].cells["lr"]) == {1.0}  # read at the rate of its settings
+    assert drawn == [("one", 1.0), ("figures: one-fig8-5-1", None), ("figures: two-fig6-5-1", None)]
+    assert announced == [(11, "replicate"), "One", 2, 2, "Two", 2, 2, "end"]
+    assert {title: len(seconds) for title, seconds in found.seconds.items()} == {"One": 1, "Two": 1}
+    (tmp_path / "runs" / "two-fig6-5-1" / "sweep.csv").unlink()
+    (tmp_path / "runs" / "two-fig6-5-1").rmdir()
+    found = run(so_far=True, only="fig8")
+    assert computed == [] and found.missing == [runs[3]] and found.rates == {"one": 1.0, "two": 1.0}
+    assert drawn == [("figures: one-fig8-5-1", None)]
+    found = run(so_far=False)
+    assert computed == ["two-fig6-5-1"] and announced[2:4] == [0, 0]  # the extensions are there
+    assert {title: len(seconds) for title, seconds in found.seconds.items()} == {"One": 1, "Two": 2}
+
+
 # --- plans -------------------------------------------------------------------------------------------
 
 
