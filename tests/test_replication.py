@@ -187,6 +187,9 @@ def test_equal_budgets_of_larger_and_smaller_write_access() -> None:
     assert set(verdicts("every pair", larger).values()) == {REPLICATED}
     smaller = seeded(lambda row, rng: 90.0 + 5 * row["k"], *points)
     assert set(verdicts("larger k does more harm", smaller).values()) == {NOT}
+    equal = seeded(lambda row, rng: 90.0 + 0.4 * row["k"], *points)
+    for cells, share in ((larger, 100.0), (smaller, 0.0), (equal, 50.0)):
+        assert statistics.pair_share(cells, "targeted") == pytest.approx([share] * 5)
     assert set(verdicts("every pair", smaller).values()) == {NOT}
 
 
@@ -296,6 +299,8 @@ def test_f1_early_stopping_and_adam() -> None:
         lambda row, rng: 90.0 - 20 * row["b"] * (1 + (row["patience"] == "10")) + rng.normal() * 0.05, *stopped
     )
     assert set(verdicts("early stopping", worse).values()) == {REPLICATED}
+    exact = seeded(lambda row, rng: 90.0 - 20 * row["b"] * (1 + (row["patience"] == "10")), *stopped)
+    assert statistics.amplified(exact, "targeted") == pytest.approx([20 * (0.1 + 0.5) / 2] * 5)
     rates = [{**one, "optimizer": name, "lr": lr} for one in budgets for name in ("sgd", "adam") for lr in (0.1, 0.01)]
 
     def under_adam(row: dict[str, object], rng: np.random.Generator) -> float:
@@ -445,7 +450,7 @@ def test_figures_of_one_grid_are_one_sweep(tmp_path: Path) -> None:
     places = {
         plan.folder_of(tmp_path, plan.cells(plan.Run(name, source, batch=32), 2, 0.1)) for name in ("fig6", "fig8")
     }
-    assert len(places) == 1
+    assert len(places) == 1 and {place.parent for place in places} == {tmp_path / "runs"}
     other = plan.folder_of(tmp_path, plan.cells(plan.Run("fig8", source, batch=32), 3, 0.1))
     assert other not in places  # a changed parameter is never answered with an old result
 
@@ -1019,6 +1024,9 @@ def test_the_report_of_nothing_says_no_more_than_how_it_is_done(
     text = report.write(tmp_path, whole_plan(), findings.ReplicationRecord(), "x").read_text(encoding="utf-8")
     headings = [line for line in text.split("\n") if line.startswith("#")]
     assert headings[1:] == ["## Under which protocol?", "## How it was done", "## Figures"]
+    assert (
+        "Under which reading" not in text and "What holds" not in text and "|---" not in text.split("Test accuracy")[0]
+    )
     assert "Nor is the batch size" not in text and "Not run yet" not in text and "A quick run" not in text
     assert "0 sweeps, 0 experiments, 0.0 minutes in 0 calls ()" in text
 
@@ -1438,3 +1446,24 @@ def test_a_grid_of_learning_rates_is_extended_at_its_edges_within_reason(
 def test_of_equally_good_learning_rates_the_largest_is_taken() -> None:
     cells = table([{"lr": lr, "seed": seed, "validation": 0.1} for lr in (0.1, 0.3, 0.2) for seed in (0, 1)])
     assert plan.best_rate(cells) == 0.3 and plan.tied_rates(cells) == [0.1, 0.2, 0.3]
+
+
+def test_a_point_of_a_single_seed_has_a_name_and_no_interval(tmp_path: Path) -> None:
+    one = table([{"k": 0.5, "b": 0.2, "goal": "targeted", "lr": 0.3, "accuracy": 70.0}])
+    assert (figures.goal(one), figures.access(one), figures.rate(one)) == ("targeted", "k = 0.5", ", lr 0.3")
+    assert figures.rate(table([{"lr": ""}])) == ""
+    (row,) = figures.means(one, figures.goal, figures.access, "kb", "accuracy")
+    assert row[:4] == ("targeted", "k = 0.5", 0.1, 70.0) and math.isnan(row[4])
+    figures.stopped(tmp_path / "a.csv", Cells(one.columns | {"patience": np.array(["10"])}), "a title")
+    assert rows_of(tmp_path / "a.csv")[0][:4] == ("targeted", "stopped early, lr 0.3", 0.1, 70)
+    both = [{"b": b, "accuracy": 90 - 10 * b, "optimizer": o, "lr": lr} for b in (0.0, 0.2) for o, lr in (
+        ("sgd", 0.1), ("adam", 0.01))]  # fmt: skip
+    figures.compared("rounding")(tmp_path / "b.csv", table(both).where(optimizer="adam"), "a title")
+    assert [row[:4] for row in rows_of(tmp_path / "b.csv")] == [
+        ("untargeted", "carry", 0, 0),
+        ("untargeted", "carry", 0.2, 2),
+    ]
+    figures.optimizers(tmp_path / "c.csv", table(both), "a title")
+    assert [row[1] for row in rows_of(tmp_path / "c.csv")] == ["sgd, lr 0.1"] * 2 + ["adam, lr 0.01"] * 2
+    figures.frequencies(tmp_path / "d.csv", table([{"b": 0.5, "every": 10.0}]), "a title")
+    assert rows_of(tmp_path / "d.csv")[0][1:3] == ("5 % a round", 10)
