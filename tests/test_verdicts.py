@@ -354,3 +354,19 @@ def test_a_statistic_depends_on_no_order_no_repetition_and_no_other_goal(name: s
 @pytest.mark.parametrize("name", [name for name in STATISTICS if "lowest" not in name])
 def test_a_statistic_of_unattacked_cells_is_empty(name: str, varied: Cells) -> None:
     assert len(STATISTICS[name](varied.only(varied["b"] == 0))) == 0
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_the_unit_of_a_statistic_changes_nothing_but_its_unit(scale: float) -> None:
+    rng = np.random.default_rng(4)
+    values, without = rng.normal(size=6), 0.2 * rng.normal(size=20)
+    one, other = evidence(values, without), evidence(scale * values, scale * without)
+    assert (other.value, other.error) == pytest.approx((scale * one.value, scale * one.error))
+    assert other.freedom == pytest.approx(one.freedom) and 5 < one.freedom < 24  # of both parts
+    assert evidence(np.ones(6)).freedom == 5 and evidence(np.ones(6)).half == 0
+
+
+def test_two_seeds_have_a_spread() -> None:
+    cells = simulated([(1.0, 0.1, "targeted")], lambda k, b, goal: 90, 2, np.random.default_rng(0))
+    away = abs(np.diff(cells["accuracy"])[0]) / 2 * (np.pi / 2 * 2) ** 0.5
+    assert statistics.absolute_deviation(cells, "targeted") == pytest.approx([away] * 2)
