@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fl_attack import data, engine, experiment, scenario
 from fl_attack.config import Settings, compose
 from fl_attack.engine import sequential
 from fl_attack.errors import InputError
-from fl_attack.history import COLUMNS, EarlyStop
+from fl_attack.history import COLUMNS, EarlyStop, Recorder
 from fl_attack.models import logistic, outputs
 
 Small = Callable[..., list[str]]
@@ -251,3 +252,43 @@ def test_a_sweep_gives_the_accuracy_of_the_model_kept(
         assert (int(row["rounds"]) < 60) == stops
         assert row["rounds"] == other["rounds"] and row["flips"] == other["flips"]
         assert float(row["final_loss"]) == pytest.approx(float(other["final_loss"]))
+
+
+@pytest.mark.parametrize("restore", ["best", "last"])
+def test_a_recorder_stops_out_of_patience_and_keeps_the_best_model_or_the_last(
+    settings: Compose, small_data: Small, restore: str
+) -> None:
+    rounds = ["rounds=10", "eval_every=2", "clients.total=3", "clients.malicious=0", "dtype=float64", "batch_size=30"]
+    stop = ["early_stop.patience=2", f"early_stop.restore={restore}"]
+    cell = scenario.make(settings(*small_data(2), *rounds, *stop))
+    good = torch.from_numpy(np.linalg.lstsq(*as_problem(cell), rcond=None)[0]).T.contiguous()
+    seen: list[tuple[int, int]] = []
+    recorder = Recorder(cell, on_round=lambda round_, row: seen.append((round_, int(row["round"]))))
+    for round_, scale in enumerate((0.0, 9.0, 0.5, 9.0, -0.5, 9.0, 0.1, 9.0)):
+        assert not recorder.stopped
+        recorder.record(round_, scale * good)
+        if recorder.stopped:
+            break
+    assert seen == [(0, 0), (1, 0), (2, 2), (3, 2), (4, 4), (5, 4), (6, 6)]
+    losses = [row["validation_loss"] for row in recorder.history.rows]
+    assert losses[1] < losses[3] < losses[0] < losses[2]  # so that rounds 4 and 6 are no lower than round 2
+    torch.testing.assert_close(recorder.history.theta, (0.5 if restore == "best" else 0.1) * good)
+    assert recorder.history.given(restore)["round"] == (2 if restore == "best" else 6)  # type: ignore[arg-type]
+    again = Recorder(cell)
+    again.restore(recorder.state())
+    assert again.stopped and again.round == 6 and str(again.history.rows) == str(recorder.history.rows)
+    assert not Recorder(cell).stopped
+
+
+def as_problem(cell: scenario.Scenario) -> tuple[np.ndarray, np.ndarray]:
+    """The held-out samples, and +1 for those of label 1, else -1."""
+    X, y = cell.validation_set()
+    return X.numpy(), np.where(y.numpy()[:, None] == 1, 1.0, -1.0)
+
+
+def test_the_columns_that_the_docs_explain_are_those_of_the_table() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+    table = text.split("| Column of `rounds.csv` | Meaning |")[1].split("\n\n")[0]
+    first = [row.split("|")[1] for row in table.split("\n") if row.startswith("| `")]
+    explained = [name for cell in first for name in re.findall(r"`(\w+)`", cell)]
+    assert len(explained) >= 15 and set(explained) <= set(COLUMNS)

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from fl_attack.replication import claims, statistics
-from fl_attack.replication.cells import with_drops
+from fl_attack.replication.cells import joined, with_drops
 from fl_attack.replication.claims import CLAIMS
 from fl_attack.replication.extensions import lost_by_chance, short_answer
 from fl_attack.replication.findings import Line, RunCells, decided
@@ -275,3 +275,98 @@ def test_the_first_page_says_under_which_protocol_the_papers_size_comes_out() ->
     assert short_answer([], lines[:1])[1].endswith("come out:** under no protocol.") and short_answer([], []) == []
     # the verdict is that of the paper's protocol, whatever others bear out
     assert _by_verdict(lines) == [f"*Not replicated*: {claim.text} (figure 5: not replicated in 2 of 2 measurements)."]
+
+
+# --- laws of statistics ----------------------------------------------------------------------------
+
+
+STATISTICS: dict[str, Statistic] = {
+    **{
+        f"{one.__name__}, {goal}": partial(one, goal=goal)
+        for one in (
+            statistics.trend,
+            statistics.pair_harm,
+            statistics.pair_share,
+            statistics.correlation,
+            statistics.mean_drop,
+            statistics.adam_lowest,
+            statistics.adam_harm,
+            statistics.amplified,
+            statistics.absolute_deviation,
+        )
+        for goal in GOALS
+    },
+    **{f"drop at, {goal}": partial(statistics.drop_at, goal=goal, b=0.1) for goal in GOALS},
+    "drop at half": partial(statistics.drop_at, goal="targeted", b=0.1, k=0.5, measure="late_drop"),
+    "accuracy at": partial(statistics.accuracy_at, goal="targeted", k=0.5, b=0.1),
+    "spread gap": statistics.spread_gap,
+    "gap growth": statistics.gap_growth,
+    "small gap": statistics.small_gap,
+    "large gap": statistics.large_gap,
+}
+
+
+@pytest.fixture(scope="module")
+def varied() -> Cells:
+    """Cells in which everything that a statistic looks at varies."""
+    rng = np.random.default_rng(7)
+    parts = []
+    for optimizer in ("sgd", "adam"):
+        for patience in ("null", "10"):
+            for lr in (0.1, 0.3):
+                one = simulated(GRID, lambda k, b, goal: 90 - 30 * k * b, 4, rng, lambda goal: 3.0, lr=lr)
+                n = len(one)
+                slope = 0.05 if optimizer == "sgd" else -0.02  # each is best at a rate of its own
+                of_seed = np.array([0.1, 0.4, 0.2, 0.3])[one["seed"]] + slope * lr
+                columns = {"optimizer": np.full(n, optimizer, object), "patience": np.full(n, patience, object)}
+                columns |= {name: 50 + 10 * rng.normal(size=n) for name in ("late", "minimum", "f1")}
+                parts.append(Cells(one.columns | columns | {"validation": of_seed}))
+    return with_drops(dict(joined(*parts).columns))
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_statistic_depends_on_no_order_no_repetition_and_no_other_goal(name: str, varied: Cells) -> None:
+    statistic = STATISTICS[name]
+    found = statistic(varied)
+    assert (
+        len(found) == 4 and np.isfinite(found).all() and len(set(np.round(found, 9))) >= (1 if "trend" in name else 2)
+    )
+    mixed = varied.only(np.random.default_rng(0).permutation(len(varied)))
+    assert statistic(mixed) == pytest.approx(found)
+    if not name.startswith(("absolute", "spread", "gap")):  # a spread has one degree of freedom less than cells
+        assert statistic(joined(varied, varied)) == pytest.approx(found)
+    goal = name.partition(", ")[2]
+    if goal:
+        other = varied["goal"] != goal
+        shifted = varied["accuracy"] + 40 * other * (varied["b"] > 0)
+        drop = varied["drop"] - 40 * other * (varied["b"] > 0)
+        assert statistic(Cells(varied.columns | {"accuracy": shifted, "drop": drop})) == pytest.approx(found)
+    if "accuracy at" not in name and "lowest" not in name:  # all but these are of differences
+        raised = Cells(varied.columns | {"accuracy": varied["accuracy"] + 5})
+        assert statistic(raised) == pytest.approx(found)
+    assert (
+        statistic(varied.only(varied["seed"] < 2)) == pytest.approx(found[:2])
+        or "lowest" in name
+        or name.startswith(("absolute", "spread", "gap"))
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in STATISTICS if "lowest" not in name])
+def test_a_statistic_of_unattacked_cells_is_empty(name: str, varied: Cells) -> None:
+    assert len(STATISTICS[name](varied.only(varied["b"] == 0))) == 0
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_the_unit_of_a_statistic_changes_nothing_but_its_unit(scale: float) -> None:
+    rng = np.random.default_rng(4)
+    values, without = rng.normal(size=6), 0.2 * rng.normal(size=20)
+    one, other = evidence(values, without), evidence(scale * values, scale * without)
+    assert (other.value, other.error) == pytest.approx((scale * one.value, scale * one.error))
+    assert other.freedom == pytest.approx(one.freedom) and 5 < one.freedom < 24  # of both parts
+    assert evidence(np.ones(6)).freedom == 5 and evidence(np.ones(6)).half == 0
+
+
+def test_two_seeds_have_a_spread() -> None:
+    cells = simulated([(1.0, 0.1, "targeted")], lambda k, b, goal: 90, 2, np.random.default_rng(0))
+    away = abs(np.diff(cells["accuracy"])[0]) / 2 * (np.pi / 2 * 2) ** 0.5
+    assert statistics.absolute_deviation(cells, "targeted") == pytest.approx([away] * 2)

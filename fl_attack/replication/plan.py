@@ -149,14 +149,14 @@ def make(quick: bool, only: str | None, root: Path | None) -> ReplicationPlan:
     chosen = sources(quick, root)
     runs = [run for source in chosen for run in (_quick if quick else _whole)(source)]
     if only is not None:
-        having = {run.source for run in runs if run.preset == only or (only in GRADIENTS and run.source.binary)}
-        wanted = ("honest", *FIGURES[only])
+        own, wanted = FIGURES[only][:1], ("honest", *FIGURES[only])
+        having = {run.source for run in runs if run.preset in own or (only in GRADIENTS and run.source.binary)}
         runs = [run for run in runs if run.source in having and run.preset in wanted]
         chosen = tuple(source for source in chosen if source in having)
     return ReplicationPlan(chosen, tuple(runs), 40 if quick else EPOCHS, 32 if quick else 128, quick)
 
 
-FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets that it needs
+FIGURES: dict[str, tuple[str, ...]] = {  # what --only takes, and the presets that it needs, its own first
     "fig1": (),
     "fig4": (),  # the same picture
     "fig5": ("fig5", "protocols", "smallest"),
