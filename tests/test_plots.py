@@ -171,8 +171,8 @@ def test_cells_that_broke_off_are_left_out_and_counted(tmp_path):
 
 
 def test_settings_that_differ_in_the_fifth_digit_are_two_lines(tmp_path):
-    found = sweep_table.read_sweep(sweep(tmp_path, rounds=[19800, 19801.0], seed=[0, 1]))
-    assert sorted(set(found.labels(["rounds"]))) == ["rounds = 19800", "rounds = 19801"]
+    found = sweep_table.read_sweep(sweep(tmp_path, lr=[1.23456, 1.23457], seed=[0, 1]))
+    assert sorted(set(found.labels(["lr"]))) == ["learning rate = 1.23456", "learning rate = 1.23457"]
     assert sweep_table.format_values([0.12345, 0.5, "a", ""]) == ["0.1235", "0.5", "a", "(not given)"]
     assert sweep_table.format_values([0.12345, 0.12346, float("nan"), float("nan")]) == [
         "0.12345",
