@@ -108,8 +108,6 @@ def packed_flips(flips: Sequence[tuple[int, Flips]]) -> State:
 
 def unpacked_flips(state: State) -> list[tuple[int, Flips]]:
     """The rounds and flips of which `packed_flips` made this."""
-    if not len(state["flip_counts"]):
-        return []
     ends = np.cumsum(state["flip_counts"])[:-1]
     samples, labels = (np.split(state[name], ends) for name in ("flip_samples", "flip_labels"))
     written = map(Flips, samples, labels, state["flip_allowed"].tolist(), state["flip_new"].tolist())

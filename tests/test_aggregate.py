@@ -1,6 +1,7 @@
 """The rules: laws that all of them keep, slow obvious versions, and other people's versions of the same."""
 
 import importlib.util
+import itertools
 import math
 import random
 import re
@@ -20,7 +21,7 @@ from sklearn.cluster import HDBSCAN
 from torch import Tensor
 
 from fl_attack import aggregate, plugins
-from fl_attack.aggregate import PRE, RULES, Seen, ordering, weiszfeld
+from fl_attack.aggregate import PRE, RULES, Seen, geometry, ordering, weiszfeld
 from fl_attack.aggregate import byzfl as byzfl_
 from fl_attack.aggregate.geometry import combined, distances, exponent_of, norms, upper_median
 from fl_attack.errors import InputError, RunError
@@ -820,3 +821,15 @@ def test_the_order_of_the_clients_that_remain_after_buckets_is_one_of_them() -> 
     combine = aggregate.Combine([step, step], 1, last, set())
     combine(updates_of(0, m=6), torch.ones(6), torch.tensor([5, 2, 0, 4, 1, 3]))
     assert seen_ == [[5, 2, 0, 4, 1, 3], [2, 0, 1, 3], [0, 1]]
+
+
+def test_products_of_federations_in_two_axes_are_those_of_each_alone() -> None:
+    u = torch.randn(2, 3, 5, 2, 4, generator=torch.Generator().manual_seed(0))
+    u[0, 1, 2] = torch.inf
+    u[1, 2] *= 1e25
+    gram, finite = geometry.products(u)
+    for place in itertools.product(range(2), range(3)):
+        one, is_finite = geometry.products(u[place])
+        torch.testing.assert_close(gram[place], one, rtol=1e-5, atol=1e-5)
+        assert torch.equal(finite[place], is_finite)
+    assert not finite[0, 1, 2] and finite.sum() == 29

@@ -272,6 +272,25 @@ def updates_of(seed: int, cells: int = 3, m: int = 7, f: int = 2) -> attack.Upda
     return attack.Updates(u, malicious, direction=lambda: v, noise=lambda: noise)
 
 
+@pytest.mark.parametrize(("m", "f", "supporters"), [(10, 4, 2), (10, 5, 1), (10, 7, 1), (9, 3, 2), (9, 4, 1)])
+def test_alie_goes_as_far_as_its_supporters_are_honest_clients_farther_out(m: int, f: int, supporters: int) -> None:
+    view = updates_of(3, cells=1, m=m, f=f)
+    z = max(0.0, statistics.NormalDist().inv_cdf((m - f - supporters) / (m - f))) if m - f > supporters else 0.0
+    honest = view.updates[0][~view.malicious[0]]
+    wanted = honest.mean(0) - z * honest.std(0, correction=0)
+    torch.testing.assert_close(ATTACKS["alie"].function(view).expand_as(view.updates)[0, 0], wanted)
+
+
+def test_noise_has_the_precision_of_the_updates() -> None:
+    view = updates_of(2)
+    single = attack.Updates(
+        view.updates.float(), view.malicious, direction=lambda: view.direction, noise=lambda: view.noise
+    )
+    sent = ATTACKS["gaussian"].function(single, sigma=3.0)
+    assert sent.dtype == torch.float32
+    torch.testing.assert_close(sent, 3 * view.noise.float())
+
+
 def test_a_copied_view_has_memory_of_its_own() -> None:
     view = updates_of(1)
     copied = view.copied()
@@ -314,7 +333,7 @@ def test_attacks_on_gradients_follow_the_formulas_of_their_papers() -> None:
     np.testing.assert_allclose(crafted["sign_flip"], -u)
     np.testing.assert_allclose(crafted["ipm"][0], -honest.mean(0))
     # 6 of 10 are a majority, 3 supporters are needed: 4 of 7 honest ones stay away
-    z = statistics.NormalDist().inv_cdf((10 - 3 - 3) / (10 - 3))
+    z = statistics.statistics.NormalDist().inv_cdf((10 - 3 - 3) / (10 - 3))
     np.testing.assert_allclose(crafted["alie"][0], honest.mean(0) - z * honest.std(0))
     np.testing.assert_allclose(ATTACKS["alie"].function(view, z=1.5)[0, 0], honest.mean(0) - 1.5 * honest.std(0))
     np.testing.assert_allclose(crafted["mimic"][0], honest[0])

@@ -98,6 +98,7 @@ def test_a_matrix_shows_the_mean_of_each_pair_and_frames_the_worst_attack_on_eac
     }
     rows, columns = ([tick.get_text() for tick in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
     assert rows == list(ATTACKS) and columns == list(STRATEGIES)
+    assert axes.get_xticks().tolist() == [0.5, 1.5, 2.5] and axes.get_yticks().tolist() == [0.5, 1.5, 2.5, 3.5, 4.5]
     shown = {
         (rows[int(text.get_position()[1])], columns[int(text.get_position()[0])]): float(
             text.get_text().partition(" ± ")[0]

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fl_attack import engine, multirun
-from fl_attack.config import Settings
+from fl_attack import engine, identity, multirun
+from fl_attack.config import Settings, compose
 from fl_attack.errors import InputError
 from fl_attack.launcher import grid
 from fl_attack.replication import __main__ as replicate
@@ -1467,3 +1467,11 @@ def test_a_point_of_a_single_seed_has_a_name_and_no_interval(tmp_path: Path) -> 
     assert [row[1] for row in rows_of(tmp_path / "c.csv")] == ["sgd, lr 0.1"] * 2 + ["adam, lr 0.01"] * 2
     figures.frequencies(tmp_path / "d.csv", table([{"b": 0.5, "every": 10.0}]), "a title")
     assert rows_of(tmp_path / "d.csv")[0][1:3] == ("5 % a round", 10)
+
+
+def test_the_name_of_a_grids_folder_has_sixteen_digits() -> None:
+    settings = [compose("engine=batched", "seed=1", "out=x"), compose("engine=batched", "seed=2", "out=x")]
+    names = {identity.key_of_grid("data", some) for some in (settings, settings[:1], settings[::-1])}
+    names |= {identity.key_of_grid("other data", settings)}
+    assert len(names) == 4 and {len(name) for name in names} == {16}
+    assert all(int(name, 16) >= 0 for name in names)

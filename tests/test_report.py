@@ -24,7 +24,7 @@ from fl_attack.launcher import grid
 from fl_attack.plots.canvas import captured
 from fl_attack.report import runs
 from fl_attack.report.runs import picture, png
-from fl_attack.report.sweeps import command_of
+from fl_attack.report.sweeps import command_of, of_sweep
 
 Command = Callable[..., tuple[int, str, str]]
 SMALL = ("dataset=digits", "engine=batched", "rounds=30", "attack.start=11", "attack.stop=20", "attack.budget=0.5")
@@ -117,6 +117,14 @@ def test_each_cell_has_the_command_that_runs_it(folders: list[Path]) -> None:
     assert command_of([*base, "attack.scope=per_client"], {"attack": "none", "seed": 1}) == (
         "fl-attack rounds=7 attack=none seed=1"
     )
+
+
+def test_a_page_holds_no_more_cells_than_browsers_bear(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fl_attack.report.sweeps.ROWS", 3)
+    part = of_sweep(load(folders[2]))
+    assert part["cells"] == 16 and len(part["commands"]) == 3
+    assert {len(column) for column in part["columns"].values()} == {3}
+    assert part["varied"] == ["attack.budget", "strategy", "attack.goal"]
 
 
 def test_a_column_of_one_value_is_no_axis(tmp_path: Path) -> None:
