@@ -333,7 +333,7 @@ def test_attacks_on_gradients_follow_the_formulas_of_their_papers() -> None:
     np.testing.assert_allclose(crafted["sign_flip"], -u)
     np.testing.assert_allclose(crafted["ipm"][0], -honest.mean(0))
     # 6 of 10 are a majority, 3 supporters are needed: 4 of 7 honest ones stay away
-    z = statistics.statistics.NormalDist().inv_cdf((10 - 3 - 3) / (10 - 3))
+    z = statistics.NormalDist().inv_cdf((10 - 3 - 3) / (10 - 3))
     np.testing.assert_allclose(crafted["alie"][0], honest.mean(0) - z * honest.std(0))
     np.testing.assert_allclose(ATTACKS["alie"].function(view, z=1.5)[0, 0], honest.mean(0) - 1.5 * honest.std(0))
     np.testing.assert_allclose(crafted["mimic"][0], honest[0])
