@@ -78,7 +78,7 @@ def load(folder: Path, key: str) -> State | None:
             return state
     except Exception:  # damage can raise anything
         why = "is damaged"
-    print(f"{file} {why}; the run starts anew", file=sys.stderr, flush=True)
+    print(f"{file} {why}; the run starts anew", file=sys.stderr)
     return None
 
 

@@ -81,7 +81,7 @@ def run(
         return results.is_of(at, attacked.settings)
 
     for note in without_effect(settings, sweep=False):
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        print(f"note: {note}", file=sys.stderr)
     with (
         folder.taken(Path(settings.out), "run", settings.overwrite, goes_on) as place,
         _explain_interruption(place.work),

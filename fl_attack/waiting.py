@@ -22,7 +22,7 @@ def waiting(for_what: str, on_terminals_only: bool = False) -> Iterator[None]:
     """
     if not sys.stderr.isatty():
         if not on_terminals_only:
-            print(for_what, file=sys.stderr, flush=True)
+            print(for_what, file=sys.stderr)
         yield
         return
     began, over = time.monotonic(), threading.Event()

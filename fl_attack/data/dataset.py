@@ -210,7 +210,7 @@ def _doubt_scale(loader: str, place: Path, verify: bool) -> None:
         )
     if verify:
         note = f"note: {place} holds pixels of at most 1, which are divided by 255; is dataset.scale=1 meant?"
-        print(note, file=sys.stderr, flush=True)
+        print(note, file=sys.stderr)
 
 
 def features(raw: np.ndarray, scaling: Scaling, dtype: torch.dtype, constant: bool = True) -> torch.Tensor:

@@ -13,6 +13,7 @@ from fl_attack.sweep_table import (
     K,
     Sweep,
     format_value,
+    format_values,
     mean_interval,
     read_sweep,
     split,
@@ -53,15 +54,14 @@ def matrix(folder: Path, rows: str = NAME, columns: str = "strategy.name") -> li
     labels = canvas.label(columns), canvas.label(rows)
     figure, panels = canvas.panels(names, 1.8 + 0.72 * len(xs), 1.4 + 0.3 * len(ys), *labels)
     low, high, beyond = canvas.limits(np.array([grid.mean for grid in grids.values()]))
+    x_texts, y_texts = format_values(xs), format_values(ys)
     for name, axes in panels.items():
         grid = grids[name]
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         image = axes.pcolormesh(grid.mean, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
-        axes.set_xticks(
-            np.arange(len(xs)) + 0.5, [canvas.shortened(format_value(x)) for x in xs], rotation=35, ha="right"
-        )
-        axes.set_yticks(np.arange(len(ys)) + 0.5, [canvas.shortened(format_value(y)) for y in ys])
+        axes.set_xticks(np.arange(len(xs)) + 0.5, [canvas.shortened(text) for text in x_texts], rotation=35, ha="right")
+        axes.set_yticks(np.arange(len(ys)) + 0.5, [canvas.shortened(text) for text in y_texts])
         axes.tick_params(length=0)
         axes.set_ylim(len(ys), 0)
         for (row, column), value in np.ndenumerate(grid.mean):
@@ -81,10 +81,10 @@ def matrix(folder: Path, rows: str = NAME, columns: str = "strategy.name") -> li
     caption(figure, f"Final test accuracy, {sweep.averaging()}", note)
     header = [*settings, rows, columns, "mean", "interval", "worst"]
     table = [
-        [*_values(sweep, settings, panel == name), *(format_value(one) for one in (y, x)), *numbers]
+        [*_values(sweep, settings, panel == name), y_texts[i], x_texts[j], *numbers]
         for name, grid in grids.items()
-        for j, x in enumerate(xs)
-        for i, y in enumerate(ys)
+        for j in range(len(xs))
+        for i in range(len(ys))
         for numbers in [(float(grid.mean[i, j]), float(grid.half[i, j]), int(grid.worst[j] == i))]
     ]
     return [*canvas.save(figure, folder, "matrix"), write_csv(folder / "matrix.csv", header, table, DIGITS)]
