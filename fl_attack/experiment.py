@@ -171,7 +171,15 @@ def _explain_interruption(work: Path) -> Iterator[None]:
 
 
 def part_of(name: str, settings: Settings) -> str:
-    """The part that a run is for trackers, see `trackers.Store`: `baseline` for the twin of an attack, else empty."""
+    """The part that a run is for trackers, see `trackers.Store`: `baseline` for the twin of an attack, else empty.
+
+    Parameters
+    ----------
+    name : {"attacked", "honest"}
+        Which of the two runs of an experiment it is.
+    settings : Settings
+        The settings of the experiment.
+    """
     return results.BASELINE if settings.attacked and name == "honest" else ""
 
 

@@ -78,7 +78,19 @@ def minibatch_round(scenario: Scenario, round_: int) -> int | None:
 
 
 def view(scenario: Scenario, round_: int, seen: VisibleSamples, dtype: torch.dtype) -> attack.View:
-    """The view of an attack on labels, with its noise in a precision; see `adversary.propose`."""
+    """The view of an attack on labels.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, or one of several with this attack.
+    round_ : int
+        The round, counted from 1.
+    seen : VisibleSamples
+        The samples that the attackers hold in it.
+    dtype : torch.dtype
+        The precision of the noise.
+    """
     device = seen.y.device
     return attack.View(
         seen.y,
@@ -95,7 +107,21 @@ def view(scenario: Scenario, round_: int, seen: VisibleSamples, dtype: torch.dty
 def view_of_updates(
     scenario: Scenario, round_: int, updates: Tensor, malicious: Tensor, direction: Callable[[], Tensor]
 ) -> attack.Updates:
-    """The view of an attack on updates; see `adversary.replace_updates`."""
+    """The view of an attack on updates.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment, or one of several with this attack.
+    round_ : int
+        The round, counted from 1.
+    updates : (..., m, A, B) tensor
+        What each client of the round would send, were all honest.
+    malicious : (..., m) tensor of bool
+        Which of them are malicious.
+    direction : callable
+        Gives the direction v when it is first asked for.
+    """
     shape: Sequence[int] = scenario.schedule.per_round or scenario.settings.clients.total, *scenario.theta_shape
     seed, stream = scenario.settings.seed, streams.UPDATE_NOISE
     noise = partial(streams.normal_noise, seed, stream, round_, shape, updates.device, updates.dtype)

@@ -182,6 +182,13 @@ def test_settings_that_differ_in_the_fifth_digit_are_two_lines(tmp_path):
     ]
 
 
+def test_a_matrix_names_rows_that_differ_in_the_fifth_digit(tmp_path):
+    sweep(tmp_path, lr=[1.23456, 1.23457], goal=GOALS)
+    plots.draw(tmp_path, "matrix", "lr", "attack.goal")
+    with (tmp_path / "matrix.csv").open() as lines:
+        assert {row["lr"] for row in csv.DictReader(lines)} == {"1.23456", "1.23457"}
+
+
 def test_settings_are_the_swept_columns_that_a_figure_does_not_show_and_the_goal_comes_first(tmp_path):
     found = sweep_table.read_sweep(sweep(tmp_path, lr=[0.1, 1.0], goal=GOALS, malicious=[1, 2], seed=[0, 1]))
     assert found.varied() == ["attack.goal", "clients.malicious", "lr"]

@@ -131,7 +131,21 @@ def find_direction(name: str) -> Direction:
 
 
 def scores_along(name: str, aim: Aim, X: Tensor) -> Tensor:
-    """The scores (..., n, classes) of samples X (n, ...) along the direction of a name, see `Model.scores`."""
+    """The scores of samples along a direction, see `Model.scores`.
+
+    Parameters
+    ----------
+    name : str
+        The direction: a row of `DIRECTIONS`, or the import path of a function.
+    aim : Aim
+        What the attackers know as they choose it.
+    X : (n, ...) tensor
+        The samples' features.
+
+    Returns
+    -------
+    (..., n, classes) tensor
+    """
     return aim.model.scores(aim.theta.to(X.dtype), direction_of(name, aim).to(X.dtype), X)
 
 

@@ -131,7 +131,20 @@ def by_cell(unit: Unit, numbers: Numbers) -> dict[int, Numbers]:
 
 
 def random_numbers(scenario: Scenario, rng: np.random.Generator) -> Numbers:
-    """Random numbers (see `stacked`) in place of those of one cell, of two evaluations, to try figures with."""
+    """Random numbers in place of those of one cell, of two evaluations, to try figures with.
+
+    Parameters
+    ----------
+    scenario : Scenario
+        The experiment of the cell.
+    rng : numpy.random.Generator
+        Where they are drawn from.
+
+    Returns
+    -------
+    Numbers
+        Without an axis of cells.
+    """
     table = rng.uniform(0.2, 0.8, (2, len(COLUMNS)))
     table[:, COLUMNS.index("round")] = 0, scenario.settings.rounds
     if scenario.settings.early_stop.patience is None:

@@ -73,5 +73,13 @@ class Store(Protocol):
 
 
 def tagged(part: str, name: str) -> str:
-    """The name that a measure is logged by: `part/name`, or `name` where the part is empty; see `Store`."""
+    """The name that a measure is logged by: `part/name`, or `name` where the part is empty.
+
+    Parameters
+    ----------
+    part : str
+        The part of a run, see `Store`.
+    name : str
+        The measure, as a column of a table calls it.
+    """
     return f"{part}/{name}" if part else name
