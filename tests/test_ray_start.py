@@ -19,7 +19,7 @@ import pytest
 import ray
 from local_ray import LocalRay, in_place_of_ray
 
-from fl_attack.errors import InputError, RunError
+from fl_attack.errors import InputError, Interrupted, RunError
 from fl_attack.federation import private_ray, session
 from fl_attack.federation.private_ray import read_anew
 from fl_attack.federation.session import ray_session
@@ -150,7 +150,9 @@ def test_a_start_of_ray_that_hangs_is_ended_by_ctrl_c(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("number", "after"), [(signal.SIGINT, 0.3), (signal.SIGINT, 2.0), (signal.SIGTERM, 1.0)])
+@pytest.mark.parametrize(
+    ("number", "after"), [(signal.SIGINT, 0.3), (signal.SIGINT, 2.0), (signal.SIGTERM, 1.0), (signal.SIGTERM, 3.5)]
+)
 def test_ctrl_c_ends_the_start_of_ray_at_any_moment(
     small_data: Small, tmp_path: Path, number: signal.Signals, after: float
 ) -> None:
@@ -335,15 +337,79 @@ def test_a_signal_while_ray_starts_waits_until_it_has(
     assert capfd.readouterr().err.count(said) >= 1
 
 
-def test_rays_own_handler_of_sigterm_ends_the_program_as_ours_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    got: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+def test_ray_sets_no_handler_of_sigterm_while_it_starts() -> None:
+    register, before = private_ray.utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    with session._signals_postponed():
+        ours = signal.getsignal(signal.SIGTERM)
+        private_ray.utils.set_sigterm_handler(lambda *_: sys.exit(1))
+        assert signal.getsignal(signal.SIGTERM) is ours
+    assert private_ray.utils.set_sigterm_handler is register
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_is_raised_for_sigterm_is_not_lost_to_rays_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_init", lambda *_: None)
+
+    def terminated(number: int, frame: object) -> None:
+        raise Interrupted("terminated", 128 + number)
+
+    def run(number: signal.Signals) -> None:
+        with ray_session("auto", verbose=False):
+            try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt from None  # as Ray does
+
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
-        with session._signals_postponed():
-            sys.exit(1)
+        with pytest.raises(Interrupted, match="terminated") as raised:
+            run(signal.SIGTERM)
+        assert raised.value.code == 143
+        with pytest.raises(KeyboardInterrupt) as plain:
+            run(signal.SIGINT)
+        assert not isinstance(plain.value, Interrupted)
+        assert signal.getsignal(signal.SIGTERM) is terminated
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert got == [signal.SIGTERM]
+
+
+def test_a_program_without_a_handler_of_sigterm_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_init", lambda *_: None)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with ray_session("auto", verbose=False):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Ray ends its processes by the group of this program")
+def test_processes_of_ray_lead_groups_that_end_with_the_block() -> None:
+    popen = private_ray.services.ConsolePopen
+    with private_ray.private_ray():
+        parent = private_ray.services.ConsolePopen(
+            ["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE, text=True
+        )
+        child = int(parent.stdout.readline())
+        assert [os.getpgid(parent.pid), os.getpgid(child)] == [parent.pid, parent.pid]
+        ended = private_ray.services.ConsolePopen(["true"])
+        assert ended.wait() == 0
+    assert private_ray.services.ConsolePopen is popen
+    assert parent.wait(timeout=20) == -signal.SIGKILL
+    assert parent.stdout.read() == ""  # which ends with the last process that could write there
+    parent.stdout.close()
+
+
+def test_an_abort_that_rays_compiled_code_has_set_for_sigterm_is_called_off() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with session._signals_postponed():
+            signal.alarm(1000)  # as Ray does, to abort the process in a few seconds
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.alarm(0) == 0
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_other_threads_get_no_signals_to_postpone() -> None:

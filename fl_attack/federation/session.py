@@ -26,7 +26,7 @@ from fl_attack.errors import InputError, RunError
 from fl_attack.federation.apps import wait_for
 from fl_attack.federation.client import client_app
 from fl_attack.federation.grid import BlockGrid
-from fl_attack.federation.private_ray import private_ray
+from fl_attack.federation.private_ray import handlers_untouched, private_ray
 from fl_attack.federation.strategy import make_strategy, start
 from fl_attack.history import Recorder
 from fl_attack.scenario import Scenario
@@ -35,7 +35,8 @@ from fl_attack.waiting import waiting
 Federate = Callable[[Recorder], None]  # runs one federation, and leaves its history in the recorder
 Drive = Callable[[Federate], None]  # uses what runs one federation, as often as it likes
 Runner = Callable[[Drive, Settings], None]  # brings clients up, and gives `Drive` what runs a federation on them
-PATIENCE, AT_ONCE = 60.0, 5.0  # seconds that Ray's start has after the first Ctrl-C, and Python after the second
+PATIENCE, AT_ONCE = 50.0, 5.0  # seconds that Ray has to start after a first Ctrl-C, Python to obey after a second
+# less than the minute after which compiled code of Ray's ends the process on its own
 LEAST_STORE, MOST_STORE = 200 * 2**20, 2 * 2**30  # bytes of the object store, through which only messages pass
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -139,7 +140,8 @@ def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
             around.enter_context(private_ray())
         around.callback(ray.shutdown)  # does nothing where there is none
         _init(address, verbose)
-        yield
+        with _signals_keep_their_errors():
+            yield
 
 
 def _init(address: str | None, verbose: bool) -> None:
@@ -157,9 +159,9 @@ def _init(address: str | None, verbose: bool) -> None:
 
 @contextmanager
 def _signals_postponed() -> Iterator[None]:
-    """Within the block a first SIGINT or SIGTERM waits for its end, a minute at most; a second is obeyed at once."""
+    """Within the block a first SIGINT or SIGTERM waits for its end, `PATIENCE` at most; a second is obeyed at once."""
     # Ray loses an exception that comes while it calls back into Python, and would leave processes that it was just
-    # starting; it also puts a handler of SIGTERM that ends the program without a word
+    # starting
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -174,15 +176,40 @@ def _signals_postponed() -> Iterator[None]:
     for number in before:
         signal.signal(number, note)
     try:
-        with _signals_end_compiled_code():
+        with _signals_end_compiled_code(), handlers_untouched():
             yield
-    except SystemExit:  # of Ray's handler
-        received.append(signal.SIGTERM)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         if received:
             signal.raise_signal(received[0])
+
+
+@contextmanager
+def _signals_keep_their_errors() -> Iterator[None]:
+    """Within the block what the handler of SIGTERM raises comes through; Ray would raise KeyboardInterrupt instead."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    raised: list[BaseException] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        try:
+            handler(number, frame)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if raised:
+            raise raised[0] from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
@@ -204,6 +231,8 @@ def _signals_end_compiled_code() -> Iterator[None]:
                 if not byte:  # Ray has started
                     return
                 number = byte[0]
+                if sys.platform != "win32":
+                    signal.alarm(0)  # compiled code of Ray's answers SIGTERM with one that aborts, in three seconds
                 if not again:
                     print("stopping once Ray has started; the same again stops at once", file=sys.stderr)
                     reader.settimeout(PATIENCE)
