@@ -1378,6 +1378,17 @@ def test_the_gaps_of_plans_stand_around_their_setting_with_bars_over_pairs_of_se
             plots.planning(sweep(tmp_path, value=planned, **(swept | {"attack": attack}), **objective))
 
 
+def test_greedy_and_planned_flips_without_a_seed_in_common_have_no_gap(tmp_path):
+    swept = {"budget": [0.25, 0.5], "attack": ["greedy", "planned"], "seed": [0, 1], "attack.objective": ["final"]}
+    # at the budget 0.25 cells 0 and 3 broke off: greedy flips of seed 0 and planned ones of seed 1
+    folder = sweep(tmp_path, value=planned, broken=[0, 3], **swept)
+    np.savez(folder / "curves.npz", accuracy=np.full((8, 3), [0.9, 0.5, 0.7]), round=np.arange(3))
+    plots.planning(folder)
+    with (folder / "planning_gaps.csv").open() as lines:
+        gaps = [row for row in csv.DictReader(lines) if row["measure"] == "final accuracy"]
+    assert [(row["budget"], row["plan"]) for row in gaps] == [("0.5", "planned final, known")]
+
+
 def test_attackers_are_told_apart_by_what_distinguishes_them(tmp_path):
     swept = {"attack": ["greedy", "planned", "ipm"], "goal": GOALS, "attack.start": [1, 11]}
     found = sweep_table.read_sweep(sweep(tmp_path, value=lambda **_: 0.5, **swept))

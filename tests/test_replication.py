@@ -288,6 +288,21 @@ def test_goals_and_their_spread() -> None:
     assert figures.standard_deviation(cells.where(k=1.0), "untargeted") == pytest.approx(4 * values.std(ddof=1))
 
 
+def test_differences_pair_values_of_the_same_seed_where_each_side_lost_another() -> None:
+    def drops(lost: int, drop: float, **setting: object) -> list[dict[str, object]]:
+        """Cells of three seeds, one of them lost to a cell that broke off; what is lost grows with the seed."""
+        values = [float("nan") if seed == lost else drop + 10 * seed for seed in range(3)]
+        attacked = [{"b": 0.5, "drop": value, "accuracy": 90 - value, "seed": i} for i, value in enumerate(values)]
+        honest = [{"b": 0.0, "drop": 0.0, "accuracy": 90.0, "seed": seed} for seed in range(3)]
+        return [{"goal": "targeted", "k": 1.0, "lr": 0.1} | setting | row for row in attacked + honest]
+
+    optimizers = table(drops(0, 3.0, optimizer="adam") + drops(2, 1.0, optimizer="sgd"))
+    assert statistics.adam_harm(optimizers, "targeted").tolist() == [2.0]
+    stopping = table(drops(0, 3.0, patience="20") + drops(2, 1.0, patience="null"))
+    assert statistics.amplified(stopping, "targeted").tolist() == [2.0]
+    assert len(statistics.mean_drop(stopping.where(patience="null"), "targeted")) == 2
+
+
 def test_f1_early_stopping_and_adam() -> None:
     budgets = [{"b": b, "goal": goal} for b in (0.0, 0.1, 0.5) for goal in statistics.GOALS]
     cells = seeded(lambda row, rng: 90.0 - 60 * row["b"] + rng.normal(), *budgets)

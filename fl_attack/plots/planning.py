@@ -131,22 +131,23 @@ def _by_seed(sweep: Sweep, values: Floats, mask: NDArray[np.bool_]) -> Floats:
 
 
 def _gaps(sweep: Sweep, names: NDArray[np.object_], values: Floats) -> Iterator[Gap]:
-    """Yield the gap of each k, b and plan in values (cells,), where greedy flips were there too."""
+    """Yield the gap of each k, b and plan in values (cells,), where a seed has greedy flips too."""
     for (k, b), cells in sweep.cells.parts(K, B):
         here = np.zeros(len(sweep), bool)
         here[cells] = True
         greedy = {
             name: _by_seed(sweep, values, here & (names == name))
             for name in ("greedy untargeted", "greedy targeted")
-            if (here & (names == name)).any()
+            if np.isfinite(values[here & (names == name)]).any()
         }
         if not greedy:
             continue
         better = min(greedy, key=lambda name: np.nanmean(greedy[name]))
         for plan in sorted({name for name in names[here] if name.startswith("planned")}):
             gap = greedy[better] - _by_seed(sweep, values, here & (names == plan))
-            mean, half = mean_interval(gap[np.isfinite(gap)])
-            yield Gap(k, b, better.removeprefix("greedy "), plan, mean, half)
+            paired = gap[np.isfinite(gap)]
+            if len(paired):
+                yield Gap(k, b, better.removeprefix("greedy "), plan, *mean_interval(paired))
 
 
 def _write_accuracies(folder: Path, sweep: Sweep, names: NDArray[np.object_], measures: dict[str, Floats]) -> Path:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fl_attack.sweep_table import Cells, Floats
 
 Statistic = Callable[[Cells], Floats]
+OfSeeds = dict[float, float]  # values by seed
 SMALL, LARGE = 0.1, 0.25  # global budgets: at most, at least
 LEAST_EFFECT = 0.5  # points: the least difference that counts where only a direction is claimed
 GOALS = ("untargeted", "targeted")
@@ -40,8 +41,7 @@ def by_seed(cells: Cells, function: Callable[[Cells], float]) -> Floats:
     (seeds,) array
         The numbers in the order of the seeds; a seed whose number is not finite has none.
     """
-    found = np.array([function(cells.only(at)) for _, at in cells.parts("seed")] if len(cells) else [], float)
-    return _finite(found)
+    return np.array(list(_of_seeds(cells, function).values()), float)
 
 
 def drop_at(cells: Cells, goal: str, b: float, k: float = 1.0, measure: str = "drop") -> Floats:
@@ -107,6 +107,11 @@ def absolute_deviation(cells: Cells, goal: str) -> Floats:
     ----------
     Levene, H. (1960). Robust tests for equality of variances. Contributions to Probability and Statistics, 278.
     """
+    return np.array(list(_deviations(cells, goal).values()), float)
+
+
+def _deviations(cells: Cells, goal: str) -> OfSeeds:
+    """`absolute_deviation` by seed."""
     attacked = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
     columns = dict(attacked.columns)
     deviation = np.full(len(attacked), np.nan)
@@ -115,20 +120,25 @@ def absolute_deviation(cells: Cells, goal: str) -> Floats:
         if n > 1:
             values = attacked["accuracy"][at]
             deviation[at] = DEVIATION * (n / (n - 1)) ** 0.5 * np.abs(values - values.mean())
-    return by_seed(Cells(columns | {"away": deviation}), lambda one: mean(one["away"]))
+    return _of_seeds(Cells(columns | {"away": deviation}), lambda one: mean(one["away"]))
 
 
 def spread_gap(cells: Cells) -> Floats:
-    """`absolute_deviation` under the untargeted attack less that under the targeted one, for each seed."""
-    return _difference_by_seed(absolute_deviation(cells, "untargeted"), absolute_deviation(cells, "targeted"))
+    """`absolute_deviation` under the untargeted attack less that under the targeted one, for each seed of both."""
+    return np.array(list(_spread_gaps(cells).values()), float)
+
+
+def _spread_gaps(cells: Cells) -> OfSeeds:
+    """`spread_gap` by seed."""
+    return _difference(_deviations(cells, "untargeted"), _deviations(cells, "targeted"))
 
 
 def gap_growth(cells: Cells) -> Floats:
     """`spread_gap` of the larger half of the write accesses, the middle one in it, less that of the smaller half."""
     ks = np.unique(cells["k"])
     middle = ks[len(ks) // 2]
-    halves = [spread_gap(cells.only(mask)) for mask in (cells["k"] >= middle, cells["k"] < middle)]
-    return _difference_by_seed(*halves)
+    larger, smaller = (_spread_gaps(cells.only(mask)) for mask in (cells["k"] >= middle, cells["k"] < middle))
+    return np.array(list(_difference(larger, smaller).values()), float)
 
 
 def goal_gaps(cells: Cells, mask: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
@@ -238,7 +248,12 @@ def at_best(cells: Cells) -> Cells:
 
 def mean_drop(cells: Cells, goal: str) -> Floats:
     """Points lost over all attacked settings, for each seed; arguments as of `pairs`."""
-    return by_seed(cells.where(goal=goal), lambda of_seed: mean(of_seed["drop"][of_seed["b"] > 0]))
+    return np.array(list(_mean_drops(cells, goal).values()), float)
+
+
+def _mean_drops(cells: Cells, goal: str) -> OfSeeds:
+    """`mean_drop` by seed."""
+    return _of_seeds(cells.where(goal=goal), lambda of_seed: mean(of_seed["drop"][of_seed["b"] > 0]))
 
 
 def amplified(cells: Cells, goal: str) -> Floats:
@@ -246,13 +261,13 @@ def amplified(cells: Cells, goal: str) -> Floats:
     lasting = at_best(cells.where(patience="null"))
     rates: set[object] = set(lasting["lr"].tolist())
     stopped = cells.only(np.array([lr in rates for lr in cells["lr"].tolist()]) & (cells["patience"] != "null"))
-    return _difference_by_seed(mean_drop(stopped, goal), mean_drop(lasting, goal))
+    return np.array(list(_difference(_mean_drops(stopped, goal), _mean_drops(lasting, goal)).values()), float)
 
 
 def adam_harm(cells: Cells, goal: str) -> Floats:
     """Drop under Adam less that under SGD, each at its best learning rate; arguments as of `pairs`."""
     adam, sgd = (at_best(cells.where(optimizer=optimizer)) for optimizer in ("adam", "sgd"))
-    return _difference_by_seed(mean_drop(adam, goal), mean_drop(sgd, goal))
+    return np.array(list(_difference(_mean_drops(adam, goal), _mean_drops(sgd, goal)).values()), float)
 
 
 def adam_lowest(cells: Cells, goal: str) -> Floats:
@@ -272,9 +287,15 @@ def adam_lowest(cells: Cells, goal: str) -> Floats:
     return _finite(table[np.arange(len(table)), others.argmin(1)])
 
 
-def _difference_by_seed(one: Floats, other: Floats) -> Floats:
-    """Differences of two statistics by seed, in points; empty where they are of different numbers of seeds."""
-    return one - other if len(one) == len(other) else np.empty(0)
+def _of_seeds(cells: Cells, function: Callable[[Cells], float]) -> OfSeeds:
+    """The finite values that a function has for the cells of a seed, by seed."""
+    found = {seed: function(cells.only(at)) for (seed,), at in (cells.parts("seed") if len(cells) else ())}
+    return {seed: value for seed, value in found.items() if np.isfinite(value)}
+
+
+def _difference(one: OfSeeds, other: OfSeeds) -> OfSeeds:
+    """What the one has more than the other, by seed, of those that both have."""
+    return {seed: value - other[seed] for seed, value in one.items() if seed in other}
 
 
 def _finite(values: Floats) -> Floats:
