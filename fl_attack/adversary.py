@@ -75,6 +75,11 @@ def present(scenario: Scenario, round_: int) -> ClientIds:
     return np.intersect1d(scenario.partition.malicious, scenario.schedule.participants(round_), assume_unique=True)
 
 
+def attacks(scenario: Scenario, round_: int) -> bool:
+    """Whether malicious clients take part in a round, and the round is attacked; arguments as of `epoch_start`."""
+    return rounds_before(scenario, round_) is not None and len(present(scenario, round_)) > 0
+
+
 def flips(
     scenario: Scenario,
     theta: Tensor,

@@ -13,7 +13,7 @@ from fl_attack.scenario import Scenario
 
 NUMERICS = 6  # to be raised when a change of the code changes the numbers of a run
 OF_RULES = 4  # likewise, of a run whose server sees what each client sends
-WITH_OTHERS = 1  # likewise, of plans, of rules that see more than updates, and of attackers who adapt
+WITH_OTHERS = 2  # likewise, of plans, of rules that see more than updates, and of attackers who adapt
 # what changes no number
 NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "report", "tracker"}
 NOT_NUMBERS |= {"launcher", "workers", "figures", "objective"}

@@ -119,7 +119,8 @@ def write(out: Path, scenario: Scenario, history: History) -> None:
         arrays["target.npz"] = scenario.model.state(target(scenario))
     for name, content in arrays.items():
         write_whole(out / name, partial(_savez, content))
-    if plans := plans_made(scenario):
+    last = history.rows[-1]["round"] if history.rows else 0  # cells beside one that stops early may plan on
+    if plans := [one for one in plans_made(scenario) if one.first <= max(1, last)]:
         write_csv(out / PLAN, PLAN_COLUMNS, [row for one in plans for row in _plan_rows(one)])
 
 

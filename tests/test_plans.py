@@ -21,6 +21,7 @@ from fl_attack import adversary, attack, checkpoint, engine, knowledge, plan_mak
 from fl_attack.attack import DIRECTIONS
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, compose
+from fl_attack.data import cache
 from fl_attack.engine import sequential
 from fl_attack.errors import InputError, RunError
 from fl_attack.federation import wire
@@ -183,6 +184,85 @@ def test_planned_cells_of_a_batch_are_those_run_alone(make: Make, classes: int, 
         assert [round_ for round_, _ in outcome.flips] == [round_ for round_, _ in alone.flips] != []
         for (_, one), (_, other) in zip(outcome.flips, alone.flips, strict=True):
             assert all(map(np.array_equal, one[:3], other[:3]))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_cells_of_a_batch_that_plan_now_and_then_are_those_run_alone(
+    make: Make, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hows = (
+        ("attack.horizon=3",),
+        ("attack.horizon=3", "attack.budget=0.2", "attack.objective=average", "lr=0.2"),
+        ("attack.horizon=2", "attack.start=3", "attack.every=2", "attack.stop=7"),
+        ("attack.horizon=3", "attack.start=9"),  # after the last round: there is no plan
+        ("attack.foresight=simulated",),
+    )
+    args = "attack.args={sweeps: 2}"
+    cells, alone = ([make(*PLANNED, *how, args, classes=classes) for how in hows] for _ in range(2))
+    others = [make("engine=batched", "dtype=float64", classes=classes)]
+    assert all(engine.is_linear(cell) for cell in cells)
+    outcomes = [sequential.run(cell) for cell in alone]
+    shutil.rmtree(cache.folder() / "plans")  # so that the batch makes its own
+    made: list[tuple[int, int]] = []
+    make_and_keep = plans._make_and_keep
+    monkeypatch.setattr(
+        plans,
+        "_make_and_keep",
+        lambda some, first, *more: (made.append((first, len(some))), make_and_keep(some, first, *more)),
+    )
+    together = engine.run_cells([cells[0], *others, *cells[1:]])
+    del together[1]
+    for cell, other, outcome, single in zip(cells, alone, together, outcomes, strict=True):
+        torch.testing.assert_close(outcome.theta, single.theta, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(outcome.table, single.table, atol=1e-9)
+        assert [round_ for round_, _ in outcome.flips] == [round_ for round_, _ in single.flips]
+        for (_, ours), (_, theirs) in zip(outcome.flips, single.flips, strict=True):
+            assert all(map(np.array_equal, ours[:3], theirs[:3]))
+        firsts = [[one.first for one in plans.plans_made(which)] for which in (cell, other)]
+        assert firsts[0] == firsts[1]
+    assert [[one.first for one in plans.plans_made(cell)] for cell in cells] == [
+        [1, 4, 7],
+        [1, 4, 7],
+        [3, 5, 7],
+        [],
+        [1],
+    ]
+    assert sorted(made) == [(1, 1), (1, 2), (3, 1), (4, 2), (5, 1), (7, 1), (7, 2)]
+
+
+@pytest.mark.parametrize("at", [2, 5, 6])
+def test_a_batch_that_plans_now_and_then_goes_on_after_an_interruption(make: Make, at: int, tmp_path: Path) -> None:
+    hows = [("attack.horizon=3",), ("attack.horizon=3", "lr=0.2"), ()]
+
+    def run(watch: Callable[..., None], name: str) -> tuple[list[Scenario], list[engine.Outcome]]:
+        cells = [make(*PLANNED, *how) for how in hows]
+        kept = [Checkpoint(tmp_path / name / str(i), f"key {i}") for i in range(len(cells))]
+        return cells, engine.run_cells(cells, checkpoints=kept, watch=watch)
+
+    def stop(cells: list[int], so_far: Callable[[], list[engine.Outcome]]) -> None:
+        if len(so_far()[0].table) == at + 1:  # there is a row for the start
+            raise KeyboardInterrupt
+
+    whole, outcomes = run(lambda cells, so_far: None, "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(stop, "cut")
+    rest, found = run(lambda cells, so_far: None, "cut")
+    for one, other in zip(found, outcomes, strict=True):
+        assert torch.equal(one.theta, other.theta)
+        np.testing.assert_array_equal(one.table, other.table)
+    for one, other in zip(rest, whole, strict=True):
+        pairs = list(zip(plans.plans_made(one), plans.plans_made(other), strict=True))
+        assert [plan.first for plan, _ in pairs] == ([1, 4, 7] if one.settings.attack.horizon else [1])
+        assert all(np.array_equal(plan.harm, its.harm) for plan, its in pairs)
+
+
+def test_a_cell_that_has_diverged_makes_no_more_plans_and_disturbs_no_other(make: Make) -> None:
+    how = ("attack.horizon=3", "attack.args={sweeps: 2, starts: 1}")  # a start that needs no target
+    cells = [make(*PLANNED, *how, *more, classes=3) for more in (("lr=1e308",), ())]
+    broken, outcome = engine.run_cells(cells)
+    assert broken.error is not None and "finite" in broken.error and outcome.error is None
+    alone = sequential.run(make(*PLANNED, *how, classes=3))
+    torch.testing.assert_close(outcome.theta, alone.theta, rtol=0, atol=1e-9)
 
 
 def test_a_run_that_plans_now_and_then_knows_its_plans_after_an_interruption(

@@ -50,7 +50,7 @@ def group_key(chosen: Scenario) -> Hashable:
 def is_alone(cell: Scenario) -> bool:
     """Whether an attack plans, leaves its flips in the data, or sets `attack.direction`: most such cells run alone.
 
-    Those of a linear model whose plan is of the whole run do not, see `run.is_linear`.
+    Those of a linear model who plan do not, see `run.is_linear`.
     """
     threat = cell.settings.attack
     return cell.settings.attacked and (threat.plans or threat.remembers or threat.direction is not None)

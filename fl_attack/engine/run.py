@@ -167,6 +167,6 @@ def is_linear(cell: Scenario) -> bool:
     settings = cell.settings
     own_rule = aggregate.sees(settings.strategy.name) and not aggregate.is_builtin(settings.strategy.name)
     tries_labels = adaptive.searches(cell) and settings.attack.writes == "labels"
-    alone = groups.is_alone(cell) and not plans.is_whole(cell)
+    alone = groups.is_alone(cell) and not settings.attack.plans
     more = settings.sanitize.name != "none" or tries_labels or own_rule
     return cell.model.linear and not (settings.worker_momentum or alone or more)

@@ -4,7 +4,7 @@ Each way is one class with one method, `write`: logits go in, and come out as re
 labels that are written. Shapes: M cells, C outputs, n columns of the minibatch, d features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_attack import adversary, knowledge, plans
+from fl_attack.checkpoint import State
 from fl_attack.engine import choices, kernels
 from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
@@ -21,7 +22,7 @@ from fl_attack.engine.choices import Change, no_change
 from fl_attack.engine.linear.shared import Shared
 from fl_attack.engine.linear.targets import TargetsOf
 from fl_attack.models import outputs
-from fl_attack.scenario import Scenario
+from fl_attack.scenario import NO_FLIPS, Scenario
 
 
 class Written(NamedTuple):
@@ -158,10 +159,14 @@ class Greedy:
 
 
 class Planned:
-    """Flips that were planned for all rounds before the first."""
+    """Flips that are planned: for all rounds before the first, or with `attack.horizon` anew now and then."""
 
-    def __init__(self, cells: Sequence[Scenario]) -> None:
-        self.C, self.plans = cells[0].theta_shape[0], [plans.plan(cell) for cell in cells]
+    def __init__(self, cells: Sequence[Scenario], theta: Tensor, whole: Callable[[Tensor], Tensor]) -> None:
+        """`theta` (M C, d) are the parameters, which the server moves in place; `whole` gives all (A, B) of a cell."""
+        self.C, self.cells = cells[0].theta_shape[0], cells
+        self.theta, self.whole = theta, whole
+        self.plans = [plans.plan(cell) if plans.is_whole(cell) else None for cell in cells]
+        self.epoch_theta: list[Tensor | None] = [None] * len(cells)  # (A, B) that a plan of now and then begins with
 
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
@@ -169,13 +174,46 @@ class Planned:
         """The labels of the round's plan, see `Way.write`."""
         batch = shared.batch
         kernels.residuals_(Z, self.C, batch.encoded)
-        flips = [one.flips(shared.round_) for one in self.plans]
+        self._plan_anew(shared.round_)
+        flips = [NO_FLIPS if one is None else one.flips(shared.round_) for one in self.plans]
         count = np.array([len(one.samples) for one in flips])
         order = batch.samples.argsort()
         columns = order[np.searchsorted(batch.samples[order], np.concatenate([one.samples for one in flips]))]
         cells, labels = np.repeat(np.arange(len(flips)), count), np.concatenate([one.labels for one in flips])
         change = Change(*(torch.from_numpy(part).to(Z.device) for part in (cells, columns, labels)))
         return Written(None, change, count, np.array([one.allowed for one in flips]))
+
+    def _plan_anew(self, round_: int) -> None:
+        """Make the plans that attackers need in a round and do not have; those of one length together."""
+        for i, (cell, rows) in enumerate(zip(self.cells, self.theta.split(self.C), strict=True)):
+            if not plans.is_whole(cell) and plans.first_round(cell, round_) == round_:
+                self.plans[i], self.epoch_theta[i] = None, self.whole(rows).double()
+        lacking: dict[int, list[int]] = {}
+        for i, cell in enumerate(self.cells):
+            if self.plans[i] is None and adversary.attacks(cell, round_) and self._started(i).isfinite().all():
+                lacking.setdefault(plans.first_round(cell, round_), []).append(i)
+        for first, some in lacking.items():
+            plans.make_together([self.cells[i] for i in some], first, [self._started(i) for i in some])
+            for i in some:
+                self.plans[i] = plans.plan(self.cells[i], first, self._started(i))
+
+    def _started(self, cell: int) -> Tensor:
+        """The parameters (A, B) of a cell that its plan of now and then begins with."""
+        theta = self.epoch_theta[cell]
+        assert theta is not None
+        return theta
+
+    def state(self, round_: int) -> State:
+        """The state that `restore` needs to go on after a round."""
+        sweeps = [[] if plans.is_whole(cell) else plans.sweeps_of(cell) for cell in self.cells]
+        return {"epoch_theta": self.epoch_theta, "sweeps": sweeps}
+
+    def restore(self, state: State, round_: int) -> None:
+        """Go back to the state after a round; plans that were made are found where they are kept."""
+        self.epoch_theta = state["epoch_theta"]
+        for cell, sweeps in zip(self.cells, state["sweeps"], strict=True):
+            if not plans.is_whole(cell):
+                plans.restore_sweeps(cell, sweeps)
 
 
 class Proposed:

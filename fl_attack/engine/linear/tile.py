@@ -57,7 +57,7 @@ class Tile:
         if kind.name == "none" or self.aggregator.crafts:
             return Nobody(self.C)
         if self.cell.settings.attack.plans:
-            return Planned(cells)
+            return Planned(cells, self.theta, batches.features.restore)
         if kind.refresh == "epoch":
             return EpochFlips(cells, self.attackers, batches, targets, self.theta)
         return Greedy(self.attackers, targets) if kind.exact else Proposed(self.attackers, targets, self.theta)
@@ -117,7 +117,7 @@ class Tile:
 
     def state(self, round_: int) -> State:
         """The state that `restore` needs to go on after a round."""
-        way = self.way.state(round_) if isinstance(self.way, EpochFlips) else None
+        way = self.way.state(round_) if isinstance(self.way, EpochFlips | Planned) else None
         return {"attackers": self.attackers.state(round_), "way": way, "rule": self.aggregator.remembered}
 
     def restore(self, state: State, round_: int) -> None:
@@ -125,7 +125,7 @@ class Tile:
         self.attackers.restore(state["attackers"], round_)
         if state["rule"] is not None:
             self.aggregator.remembered = {key: part.to(self.theta.device) for key, part in state["rule"].items()}
-        if isinstance(self.way, EpochFlips):
+        if isinstance(self.way, EpochFlips | Planned):
             self.way.restore(state["way"], round_)
 
     def _gradient_sum(self, R: Tensor, batch: Batch) -> Tensor:
