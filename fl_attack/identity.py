@@ -1,19 +1,16 @@
 """What the numbers of an experiment depend on: the key under which they are kept and found again."""
 
 import hashlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from fl_attack import __version__, adaptive, aggregate, plugins
+from fl_attack import adaptive, aggregate, numerics, plugins
 from fl_attack.config import Settings
 from fl_attack.scenario import Scenario
 
-NUMERICS = 6  # to be raised when a change of the code changes the numbers of a run
-OF_RULES = 4  # likewise, of a run whose server sees what each client sends
-WITH_OTHERS = 2  # likewise, of plans, of rules that see more than updates, and of attackers who adapt
+OTHERS_RULES = {"flower": "flwr", "byzfl": "byzfl"}  # the package whose rules a strategy is
 # what changes no number
 NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "report", "tracker"}
 NOT_NUMBERS |= {"launcher", "workers", "figures", "objective"}
@@ -32,20 +29,20 @@ def twin_key(settings: Settings) -> str:
 
 def key_of(scenarios: Sequence[Scenario]) -> str:
     """A hash, 32 hexadecimal digits, of all that the numbers of these cells depend on, with versions of libraries."""
-    parts = [f"{__version__}/{NUMERICS}/{torch.__version__}/{np.__version__}"]
+    parts = [numerics.versions()]
     for scenario in scenarios:
         target = scenario.settings.attack.target_path
         own = hashlib.sha256(Path(target).read_bytes()).hexdigest() if target else ""
-        of_users = scenario.settings.attack.name, scenario.settings.strategy.name, scenario.settings.model.name
-        own += "".join(map(plugins.source_digest, of_users))
         settings = scenario.settings
-        if settings.partition.path is not None:
+        own += "".join(map(plugins.source_digest, (settings.attack.name, settings.strategy.name, settings.model.name)))
+        own += plugins.source_digest(settings.attack.direction or "") + _version_of_strategy(settings)
+        if settings.partition.path is not None or settings.partition.name == "hf":
             own += hashlib.sha256(scenario.partition.client.tobytes()).hexdigest()
         if not settings.strategy.averages or settings.attack.writes == "updates" or settings.detectability:
-            own += str(OF_RULES)
+            own += str(numerics.OF_RULES)
         planned = settings.attacked and settings.attack.plans
         if planned or adaptive.searches(scenario) or aggregate.sees(settings.strategy.name):
-            own += f"/{WITH_OTHERS}"
+            own += f"/{numerics.WITH_OTHERS}"
         parts += [scenario.settings.model_dump_json(exclude=ON_DATA), scenario.dataset.fingerprint, own]
     return _digest(parts, 32)
 
@@ -66,7 +63,21 @@ def key_of_grid(fingerprint: str, all_settings: Iterable[Settings]) -> str:
         16 hexadecimal digits, others with any other setting that a number depends on; but of `partition.path` neither
         the name nor what the file holds counts, of `attack.target_path` the name alone.
     """
-    return _digest([str(NUMERICS), fingerprint, *(one.model_dump_json(exclude=ON_DATA) for one in all_settings)], 16)
+    return _digest(
+        [str(numerics.NUMERICS), fingerprint, *(one.model_dump_json(exclude=ON_DATA) for one in all_settings)], 16
+    )
+
+
+def _version_of_strategy(settings: Settings) -> str:
+    """The version of the package that has the rule, and a hash of the user's file; empty for rules of this package."""
+    strategy = settings.strategy
+    if strategy.name not in OTHERS_RULES:
+        return ""
+    found = importlib.metadata.version(OTHERS_RULES[strategy.name])
+    spec = importlib.util.find_spec(strategy.path.rpartition(".")[0]) if strategy.path else None
+    if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
+        found += hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    return found
 
 
 def _digest(parts: Iterable[str], length: int) -> str:

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from fl_attack import __version__, attack, plugins
+from fl_attack import attack, numerics, plugins
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.data import cache
 from fl_attack.plan_maker import Maker, OnSweep, Plan
@@ -266,7 +266,8 @@ def _file(cell: Scenario, first: int, theta: Tensor) -> Path:
     recipe = hashlib.sha256(cell.partition.client.tobytes() + np.asarray(cell.partition.malicious).tobytes())
     recipe.update(cell.dataset.y_train.tobytes() + theta.cpu().numpy().tobytes())
     recipe.update(f"{first} {cell.schedule.per_round} {plugins.source_digest(settings.model.name)}".encode())
-    recipe.update((settings.model_dump_json(include=TRAINING) + cell.dataset.fingerprint + __version__).encode())
+    recipe.update((settings.model_dump_json(include=TRAINING) + cell.dataset.fingerprint).encode())
+    recipe.update(f"{numerics.versions()}/{numerics.WITH_OTHERS}".encode())
     return cache.folder() / "plans" / f"{recipe.hexdigest()[:24]}.npz"
 
 

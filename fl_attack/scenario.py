@@ -311,7 +311,12 @@ def make(settings: Settings, verify: bool = True) -> Scenario:
     return of(settings, data.load(**settings.dataset.model_dump(), verify=verify))
 
 
-def of(settings: Settings, dataset: data.Dataset, partition: data.Partition | None = None) -> Scenario:
+def of(
+    settings: Settings,
+    dataset: data.Dataset,
+    partition: data.Partition | None = None,
+    schedule: protocol.Schedule | None = None,
+) -> Scenario:
     """The scenario of settings whose data set is loaded.
 
     Parameters
@@ -321,7 +326,9 @@ def of(settings: Settings, dataset: data.Dataset, partition: data.Partition | No
     dataset : data.Dataset
         What `data.load` gives for `settings.dataset`.
     partition : data.Partition, optional
-        Who holds what, where nobody deals it: with `partition=own`.
+        Who holds what, where nobody deals it, as with `partition=own`, or it is dealt already.
+    schedule : protocol.Schedule, optional
+        Who uses which samples when, where that is known too.
 
     Returns
     -------
@@ -348,15 +355,19 @@ def of(settings: Settings, dataset: data.Dataset, partition: data.Partition | No
         held_out=settings.early_stop.held_out,
         **settings.partition.model_dump(),
     )
-    shards = tuple(partition.shards)
-    batch_size = None if settings.batch_size == "full" else settings.batch_size
-    sizes = protocol.batch_sizes(np.array([len(shard) for shard in shards]), batch_size)
-    schedule = protocol.Schedule(shards, sizes, settings.local_steps, settings.seed, settings.per_round)
-    scenario = Scenario(settings, dataset, partition, schedule)
+    scenario = Scenario(settings, dataset, partition, schedule or _schedule(settings, partition))
     _ = scenario.model, scenario.trusted  # what can't be is told before any work starts
     if "classes" in aggregate.needs(settings.strategy.name):
         scenario.model.by_class(scenario.start())
     return scenario
+
+
+def _schedule(settings: Settings, partition: data.Partition) -> protocol.Schedule:
+    """The schedule of clients with the shards of a partition."""
+    shards = tuple(partition.shards)
+    batch_size = None if settings.batch_size == "full" else settings.batch_size
+    sizes = protocol.batch_sizes(np.array([len(shard) for shard in shards]), batch_size)
+    return protocol.Schedule(shards, sizes, settings.local_steps, settings.seed, settings.per_round)
 
 
 def of_nodes(settings: Settings, dataset: data.Dataset, counts: Sequence[int], malicious: Sequence[int]) -> Scenario:
@@ -385,7 +396,7 @@ def _spelled_out(settings: Settings, scale: float) -> Settings:
         "path": settings.dataset.path and os.path.abspath(settings.dataset.path),
         "scale": scale,
     }
-    target, folder = settings.attack.target_path, os.getcwd()
+    target, direction, folder = settings.attack.target_path, settings.attack.direction, os.getcwd()
     strategy = {"name": plugins.spelled_out(settings.strategy.name, folder)}
     return settings.model_copy(
         update={
@@ -398,6 +409,7 @@ def _spelled_out(settings: Settings, scale: float) -> Settings:
             "attack": settings.attack.model_copy(
                 update={
                     "name": plugins.spelled_out(settings.attack.name, folder),
+                    "direction": direction and plugins.spelled_out(direction, folder),
                     "target_path": target and os.path.abspath(target),
                 }
             ),

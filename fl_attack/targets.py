@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_attack import __version__, attack, data, plugins, protocol
+from fl_attack import attack, data, numerics, plugins, protocol
 from fl_attack import scenario as scenarios_
 from fl_attack.data import cache
 from fl_attack.errors import InputError
@@ -220,7 +220,8 @@ def _target_file(scenario: Scenario) -> Path:
         return Path(path)
     recipe = hashlib.sha256(scenario.partition.client.tobytes())
     recipe.update(f"{scenario.schedule.per_round} {plugins.source_digest(settings.model.name)}".encode())
-    recipe.update((settings.model_dump_json(include=TRAINING) + scenario.dataset.fingerprint + __version__).encode())
+    recipe.update((settings.model_dump_json(include=TRAINING) + scenario.dataset.fingerprint).encode())
+    recipe.update(numerics.versions().encode())
     return cache.folder() / "targets" / f"{recipe.hexdigest()[:24]}.npz"
 
 

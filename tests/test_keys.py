@@ -4,6 +4,7 @@ Each setting is changed by itself. A trained target, the kept work of a sweep an
 are all found again by a key; one that leaves out a setting gives an old or another cell's number for the new one.
 """
 
+import importlib.metadata
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from fl_attack import engine, experiment
+from fl_attack import engine, experiment, identity, numerics, plans, scenario, targets
 from fl_attack.config import Settings, compose
 from fl_attack.engine import sequential
+from fl_attack.errors import InputError
 from fl_attack.multirun.units import units
 from fl_attack.scenario import Scenario
 
@@ -214,6 +216,11 @@ def test_the_same_data_moved_are_the_same_work(places: dict[str, str]) -> None:
             "attack.name",
             "from fl_attack.attack import Updates\n\n\ndef mine(view: Updates):\n    return view.updates * {factor}\n",
         ),
+        ("attack.direction", "def mine(aim):\n    return aim.theta * {factor}\n"),
+        (
+            "model.name",
+            "from torch import nn\n\n\ndef mine(shape, classes):\n    return nn.Linear(6, 3, bias={factor} > 1)\n",
+        ),
     ],
 )
 def test_a_function_of_the_users_that_has_changed_is_new_work(
@@ -224,6 +231,47 @@ def test_a_function_of_the_users_that_has_changed_is_new_work(
         (tmp_path / "mine.py").write_text(text.format(factor=factor))
         keys.append(work_key(scenario_of(places, f"{name}={tmp_path}/mine.py:mine")))
     assert keys[0] == keys[2] != keys[1]
+
+
+def test_a_flower_strategy_whose_file_has_changed_is_new_work(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    how = ("engine=flower", "strategy=flower", "strategy.path=users_strategy.Mine")
+    keys = []
+    for text in ("", "# changed", ""):
+        (tmp_path / "users_strategy.py").write_text(f"from flwr.serverapp.strategy import FedAvg as Mine  {text}\n")
+        keys.append(identity.key_of([scenario_of(places, *how)]))
+    assert keys[0] == keys[2] != keys[1]
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: f"another {package}")
+    assert identity.key_of([scenario_of(places, *how)]) != keys[0]
+
+
+@pytest.mark.parametrize("constant", ["NUMERICS", "WITH_OTHERS"])
+def test_numbers_that_the_code_has_changed_are_new_work_targets_and_plans(
+    places: dict[str, str], monkeypatch: pytest.MonkeyPatch, constant: str
+) -> None:
+    cell = scenario_of(places, "attack=planned")
+
+    def keys() -> list[object]:
+        return [identity.key_of([cell]), plans._file(cell, 1, cell.start()), targets._target_file(cell)]
+
+    before = keys()
+    monkeypatch.setattr(numerics, constant, 1000)
+    changed = [one != other for one, other in zip(before, keys(), strict=True)]
+    assert changed == [True, True, constant == "NUMERICS"]  # a target depends on no attack and no rule
+
+
+def test_cells_of_a_sweep_are_checked_as_they_are_alone(places: dict[str, str]) -> None:
+    settings = [compose(*overrides_of(places, "strategy=fltrust", f"strategy.root={root}")) for root in (20, 100_000)]
+    with pytest.raises(InputError, match=r"strategy\.root=100000 is more than the 90 samples") as alone:
+        scenario.of(settings[1], scenario_of(places).dataset)
+    with pytest.raises(InputError) as together:
+        engine.make_scenarios(settings)
+    assert str(together.value) == str(alone.value)
+    first, second = engine.make_scenarios([settings[0]] * 2)
+    assert second.schedule is first.schedule and second.partition is first.partition
+    assert second.settings == first.settings == scenario.of(settings[0], first.dataset).settings
 
 
 def test_a_target_file_that_has_changed_is_new_work(places: dict[str, str]) -> None:

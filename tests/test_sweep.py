@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import data, engine, experiment, federation, identity, multirun
+from fl_attack import data, engine, experiment, federation, multirun, numerics
 from fl_attack.config import compose
 from fl_attack.detect import MEASURES
 from fl_attack.errors import InputError
@@ -159,7 +159,7 @@ def test_work_under_a_rule_is_new_where_the_numbers_of_rules_have_changed(
 ) -> None:
     (scenario,) = engine.make_scenarios([compose(*small_data(2), "engine=batched", "batch_size=30", "out=a", *change)])
     before = key_of([scenario])
-    monkeypatch.setattr(identity, "OF_RULES", "another")
+    monkeypatch.setattr(numerics, "OF_RULES", "another")
     assert (key_of([scenario]) != before) == bool(change)
 
 

@@ -86,12 +86,12 @@ def make_scenarios(all_settings: Iterable[Settings], verify: bool = True) -> lis
     Returns
     -------
     list of Scenario
-        In the order of the settings.
+        In the order of the settings, each as `scenario.of` gives it.
 
     Raises
     ------
     InputError
-        Where data can't be had, or can't be split as asked.
+        Where data can't be had, or can't be split as asked, or the model or the trusted samples can't be had.
     """
     templates: dict[str, Scenario] = {}
     loaded: dict[str, data.Dataset] = {}  # once: to see that a folder of images has not changed is a matter of seconds
@@ -99,13 +99,13 @@ def make_scenarios(all_settings: Iterable[Settings], verify: bool = True) -> lis
     scenarios = []
     for settings in all_settings:
         key = settings.model_dump_json(include=kept)
-        if key not in templates:
-            wanted = settings.dataset.model_dump_json()
-            if wanted not in loaded:
-                loaded[wanted] = data.load(**settings.dataset.model_dump(), verify=verify)
-            templates[key] = scenario.of(settings, loaded[wanted])
-        template = templates[key]
-        scenarios.append(Scenario(settings, template.dataset, template.partition, template.schedule))
+        wanted = settings.dataset.model_dump_json()
+        if wanted not in loaded:
+            loaded[wanted] = data.load(**settings.dataset.model_dump(), verify=verify)
+        template = templates.get(key)
+        parts = () if template is None else (template.partition, template.schedule)
+        scenarios.append(scenario.of(settings, loaded[wanted], *parts))
+        templates.setdefault(key, scenarios[-1])
     return scenarios
 
 
