@@ -13,7 +13,7 @@ from torch import Tensor
 from fl_attack import attack, data, numerics, plugins, protocol
 from fl_attack import scenario as scenarios_
 from fl_attack.data import cache
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, RunError
 from fl_attack.scenario import NO_FLIPS, Scenario
 
 OnRound = Callable[[int], None]  # gets the number of the round that is done
@@ -66,6 +66,8 @@ def load_target(scenario: Scenario, on_round: OnRound = lambda round_: None) -> 
     ------
     InputError
         Where a file of the user's holds none of the model's parameters.
+    RunError
+        Where the training diverges.
     """
     return load_targets([scenario], on_round)[0]
 
@@ -83,8 +85,43 @@ def load_targets(scenarios: Sequence[Scenario], on_round: OnRound = lambda round
     Returns
     -------
     list of Tensor, (A, B) each
-        In the order of the experiments, each as `load_target` gives it.
+        In the order of the experiments, each as `load_target` gives it, which raises what that does.
     """
+    found = _trained(scenarios, on_round)
+    for cell, theta in zip(scenarios, found, strict=True):
+        settings = cell.settings
+        if theta.isfinite().all():
+            continue
+        if settings.attack.target_path is not None:
+            raise InputError(f"theta in {settings.attack.target_path} is not finite; a finite array is needed")
+        instead = ", or give attack.target_path" if "target_path" in attack.find(settings.attack.name).uses else ""
+        raise RunError(
+            f"attack={settings.attack.name} has no target: honest training on flipped labels diverges "
+            f"(lr={settings.lr:g}); use a smaller lr{instead}"
+        )
+    return found
+
+
+def diverging(scenarios: Sequence[Scenario]) -> list[int]:
+    """The positions of those of the experiments whose targets `load_targets` can't train, since training diverges.
+
+    Parameters
+    ----------
+    scenarios : sequence of Scenario
+        As `load_targets` takes them, attacked or not.
+    """
+    alike: dict[str, list[int]] = {}  # positions of cells by what their targets depend on
+    for i, cell in enumerate(scenarios):
+        threat = cell.settings.attack
+        if cell.settings.attacked and threat.steers and threat.target_path is None:
+            alike.setdefault(cell.settings.model_dump_json(include=TRAINING), []).append(i)
+    found = _trained([scenarios[members[0]] for members in alike.values()])
+    pairs = zip(alike.values(), found, strict=True)
+    return [i for members, theta in pairs if not theta.isfinite().all() for i in members]
+
+
+def _trained(scenarios: Sequence[Scenario], on_round: OnRound = lambda round_: None) -> list[Tensor]:
+    """The targets of experiments, which need not be finite; those that are not there are trained together."""
     files = [_target_file(cell) for cell in scenarios]
     missing = {file: cell for file, cell in zip(files, scenarios, strict=True) if not _is_target(file, cell)}
     if missing:
@@ -237,7 +274,7 @@ def _is_target(file: Path, scenario: Scenario) -> bool:
 
 
 def _read_target(file: Path, scenario: Scenario) -> Tensor:
-    """The parameters in a file, shaped as theta; InputError where they are not those of the model."""
+    """The parameters in a file, shaped as theta, finite or not; InputError where they are not those of the model."""
     shape = scenario.theta_shape
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
@@ -246,6 +283,6 @@ def _read_target(file: Path, scenario: Scenario) -> Tensor:
         raise InputError(
             f"{file} can't be read as a target (an .npz file with theta of shape {shape}): {error}"
         ) from None
-    if theta.shape != shape or not np.isfinite(theta).all():
-        raise InputError(f"theta in {file} has shape {theta.shape}; a finite array of shape {shape} is needed")
+    if theta.shape != shape:
+        raise InputError(f"theta in {file} has shape {theta.shape}; an array of shape {shape} is needed")
     return torch.from_numpy(theta)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from elsewhere import elsewhere, is_there
 
-from fl_attack import adversary, attack, engine, plugins, protocol
+from fl_attack import adversary, attack, engine, plugins, protocol, scenario, targets
 from fl_attack.aggregate import RULES
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import AttackSettings, Settings, settings_from
@@ -39,7 +39,7 @@ from fl_attack.engine.budgets import Allowances
 from fl_attack.engine.choices import Change
 from fl_attack.engine.linear import client_updates, run, tiling
 from fl_attack.engine.linear import targets as linear_targets
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, RunError
 from fl_attack.history import COLUMNS, History, Recorder
 from fl_attack.scenario import Scenario
 
@@ -460,6 +460,40 @@ def test_a_cell_that_diverges_ends_there_and_disturbs_no_other(
         assert 1 <= len(history.rows) < 5
 
 
+@pytest.mark.parametrize("model", ["logistic", "mlp"])
+def test_a_cell_whose_target_diverges_ends_there_and_disturbs_no_other(
+    settings: Compose, small_data: Small, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    shared, aimed = ["batch_size=40", "rounds=4", f"model.name={model}"], ["attack.goal=targeted"]
+    changes = [aimed, [*aimed, "lr=1e308"], [], ["lr=1e308", "attack.name=planned", "attack.args={sweeps: 1}"]]
+    cells = cells_of(settings, small_data(3), shared, changes)
+    trained: list[int] = []
+    train_all = targets.train_all
+    monkeypatch.setattr(targets, "train_all", lambda some, *more: trained.append(len(some)) or train_all(some, *more))
+    assert targets.diverging(cells) == [1, 3] and sum(trained) == 2  # one for each learning rate
+    outcomes = engine.run_cells(cells, full_rows=False)
+    assert sum(trained) == 2  # one that diverged is not trained again
+    for i in (0, 2):
+        assert outcomes[i].error is None
+        torch.testing.assert_close(outcomes[i].theta.double(), alone(cells[i]).theta, rtol=1e-4, atol=1e-4)
+    why = "has no target: honest training on flipped labels diverges (lr=1e+308); use a smaller lr"
+    assert outcomes[1].error == f"attack=greedy {why}, or give attack.target_path"
+    assert outcomes[3].error == f"attack=planned {why}"
+    with pytest.raises(RunError, match="has no target"):
+        targets.target(cells[1])
+
+
+def test_a_target_of_the_users_that_is_not_finite_is_refused(
+    settings: Compose, small_data: Small, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "target.npz", theta=np.full((3, 5), np.inf))
+    how = ["attack.goal=targeted", f"attack.target_path={tmp_path / 'target.npz'}"]
+    (cell,) = cells_of(settings, small_data(3, features=4), ["batch_size=40"], [how])
+    assert targets.diverging([cell]) == []
+    with pytest.raises(InputError, match=r"theta in .*target\.npz is not finite"):
+        targets.target(cell)
+
+
 @pytest.mark.parametrize("case", ["binary", "adam", "steps"])
 def test_features_that_are_zero_everywhere_are_left_out_and_put_back(
     settings: Compose, small_data: Small, case: str
@@ -789,7 +823,7 @@ def test_data_are_read_once_and_verified_where_asked(
     cells = engine.make_scenarios(chosen, verify=False)
     assert read == [False]
     assert engine.make_scenarios(chosen[:1]) and read == [False, True]
-    assert [cell.settings for cell in cells] == chosen
+    assert [cell.settings for cell in cells] == [scenario.of(one, cells[0].dataset).settings for one in chosen]
     assert cells[0].partition is cells[2].partition and cells[0].schedule is cells[2].schedule
     assert cells[0].partition is not cells[1].partition and cells[0].partition is not cells[3].partition
     assert len({id(cell.dataset) for cell in cells}) == 1

@@ -72,7 +72,8 @@ def run_cells(
         groups.check(cell)
     if len({groups.group_key(cell) for cell in scenarios}) > 1:
         raise InputError("these experiments differ in what cells of one batch share; see fl_attack.engine.group")
-    of_linear = [i for i, cell in enumerate(scenarios) if is_linear(cell)]
+    lost = set(targets.diverging(scenarios))  # whose attack ends the run in the first round that needs the target
+    of_linear = [i for i, cell in enumerate(scenarios) if is_linear(cell) and i not in lost]
     found: dict[int, Outcome] = {}
     kept = {"keep_flips": keep_flips, "keep_theta": keep_theta}
 
@@ -84,13 +85,13 @@ def run_cells(
     def checkpoints_of(numbers: Sequence[int]) -> Sequence[Checkpoint]:
         return [checkpoints[i] for i in numbers] if checkpoints else ()
 
-    if planning := [cell for cell in scenarios if plans.is_whole(cell)]:
+    if planning := [cell for i, cell in enumerate(scenarios) if plans.is_whole(cell) and i not in lost]:
         plans.load_plans(planning)  # together
     if of_linear:
         more = {"full_rows": full_rows, "checkpoints": checkpoints_of(of_linear)}
         run_some(linear.run_cells, of_linear, memory_gb=memory_gb, **kept, **more)
     others = [i for i in range(len(scenarios)) if i not in found]
-    together = [i for i in others if not full_rows and stacked.can_run(scenarios[i])]
+    together = [i for i in others if not full_rows and stacked.can_run(scenarios[i]) and i not in lost]
     one_by_one = [i for i in others if i not in set(together)]
     with torch.inference_mode():
         if together:
@@ -123,7 +124,7 @@ def _side_by_side(
     """The outcomes of cells that are run each by itself, on a CPU as many at a time as there are threads."""
     for cell in cells:
         if cell.settings.attacked and cell.settings.attack.steers:
-            targets.target(cell)  # here, so that no two threads train the same
+            targets.diverging([cell])  # trained here, so that no two threads train the same
     lock = threading.Lock()
 
     def report_rounds(rounds: int) -> None:
