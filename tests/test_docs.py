@@ -24,7 +24,7 @@ from fl_attack.overrides import conf_folder, known_keys
 from fl_attack.replication.__main__ import parser
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER = {  # commands that are no settings of an experiment, and who tests them
     "--help": "test_command",
     "--version": "test_command",

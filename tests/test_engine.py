@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import reduce
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from fl_attack.engine import (
 )
 from fl_attack.engine.budgets import Allowances
 from fl_attack.engine.choices import Change
-from fl_attack.engine.linear import client_updates, run, tiling
+from fl_attack.engine.linear import client_updates, run, tile, tiling
 from fl_attack.engine.linear import targets as linear_targets
 from fl_attack.errors import InputError, RunError
 from fl_attack.history import COLUMNS, History, Recorder
@@ -441,6 +442,25 @@ def test_single_precision_stays_near_single_precision_of_the_clients(
         expected = alone(cell).theta
         assert outcome.theta is not None and outcome.theta.dtype == torch.float32
         assert (outcome.theta - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_a_batch_visits_a_tile_once_a_round(settings: Compose, small_data: Small) -> None:
+    (cell,) = cells_of(settings, small_data(3), ["batch_size=40"], [[]])
+    work = run.Work([cell], torch.device("cpu"), 1e9, True, True, True)
+    chunk, visits = run.Chunk(work, [0]), []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        caller, here = frame.f_back, frame.f_code
+        if event == "call" and here.co_filename == tile.__file__ != (caller and caller.f_code.co_filename):
+            visits.append(here.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        chunk.step(1)
+    finally:
+        sys.setprofile(before)
+    assert visits == ["step"] and chunk.tiles[0].attackers.flips.item() > 0
 
 
 @pytest.mark.parametrize("steps", [1, 2])

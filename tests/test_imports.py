@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def imported(*arguments: str, when: str = "message") -> dict[str, object]:
     done = subprocess.run(program, capture_output=True, text=True, check=True, env=plain)
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def test_the_docs_show_the_contract_of_what_may_import_what() -> None:
+    root = Path(__file__).parents[1]
+    contracts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [one["layers"] for one in contracts if one["type"] == "layers"]
+    page = (root / "docs/architecture.md").read_text(encoding="utf-8").partition("## What may import what")[2]
+    shown = [row.partition("never")[0].split() for row in page.split("```")[1].strip().splitlines()]
+    assert shown == [row.replace("(", "").replace(")", "").split(" | ") for row in layers]
+    rooms = page.partition("## What may")[0] + (root / "docs/architecture.md").read_text(encoding="utf-8")
+    names = {name for row in shown for name in row}
+    assert not {name for name in names if f"`{name}`" not in rooms and f"`{name}/`" not in rooms}
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def absolute_deviation(cells: Cells, goal: str) -> Floats:
 
 
 def _deviations(cells: Cells, goal: str) -> OfSeeds:
-    """`absolute_deviation` by seed."""
+    """The values of `absolute_deviation`, by seed."""
     attacked = cells.where(goal=goal).only(cells.where(goal=goal)["b"] > 0)
     columns = dict(attacked.columns)
     deviation = np.full(len(attacked), np.nan)
@@ -129,7 +129,7 @@ def spread_gap(cells: Cells) -> Floats:
 
 
 def _spread_gaps(cells: Cells) -> OfSeeds:
-    """`spread_gap` by seed."""
+    """The values of `spread_gap`, by seed."""
     return _difference(_deviations(cells, "untargeted"), _deviations(cells, "targeted"))
 
 
@@ -252,7 +252,7 @@ def mean_drop(cells: Cells, goal: str) -> Floats:
 
 
 def _mean_drops(cells: Cells, goal: str) -> OfSeeds:
-    """`mean_drop` by seed."""
+    """The values of `mean_drop`, by seed."""
     return _of_seeds(cells.where(goal=goal), lambda of_seed: mean(of_seed["drop"][of_seed["b"] > 0]))
 
 

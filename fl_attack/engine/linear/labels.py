@@ -209,7 +209,7 @@ class Planned:
         return {"epoch_theta": self.epoch_theta, "sweeps": sweeps}
 
     def restore(self, state: State, round_: int) -> None:
-        """Go back to the state after a round; plans that were made are found where they are kept."""
+        """Go back to the state after a round, see `EpochFlips.restore`; plans are found where they are kept."""
         self.epoch_theta = state["epoch_theta"]
         for cell, sweeps in zip(self.cells, state["sweeps"], strict=True):
             if not plans.is_whole(cell):
