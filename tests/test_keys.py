@@ -19,7 +19,7 @@ from fl_attack import engine, experiment, identity, numerics, plans, scenario, t
 from fl_attack.config import Settings, compose
 from fl_attack.engine import sequential
 from fl_attack.errors import InputError
-from fl_attack.multirun.units import units
+from fl_attack.multirun.units import distinct_experiments, units
 from fl_attack.scenario import Scenario
 
 BASE = ["rounds=4", "batch_size=20", "clients.total=5", "clients.malicious=2", "attack.budget=0.6", "lr=0.5"]
@@ -201,6 +201,39 @@ def test_a_setting_changes_keys_and_groups_exactly_where_it_changes_numbers(
             near = 1e-3 if (setting, at) == ("dtype", 1) else 1e-9
             np.testing.assert_allclose(found.table, alone[at].table, rtol=0, atol=max(near, 1e-7))
             torch.testing.assert_close(found.theta.double(), alone[at].theta.double(), rtol=0, atol=near)
+
+
+IDLE = [  # what is set beside others, and a change of it that has no effect there
+    *((("attack=sign_flip",), f"attack.{change}") for change in ("budget=0.2", "scope=per_client", "rounding=carry")),
+    (("attack=ipm", "strategy=median"), "attack.refresh=epoch"),
+    (("strategy=mean",), "strategy.f=1"),
+    (("strategy=mean",), "strategy.root=20"),
+    ((), "attack.knowledge_fraction=0.3"),
+    ((), "attack.unflip=true"),
+    ((), "early_stop.restore=last"),
+    ((), "early_stop.share=0.3"),
+    (("lr_schedule=cosine",), "lr_decay=0.5"),
+]
+
+
+@pytest.mark.parametrize(("where", "change"), IDLE)
+def test_a_setting_without_effect_is_no_work_of_its_own(
+    places: dict[str, str], where: tuple[str, ...], change: str
+) -> None:
+    cells = [scenario_of(places, *where), scenario_of(places, *where, change)]
+    was, now = (sequential.run(cell, client_by_client=True) for cell in cells)
+    assert np.array_equal(was.table, now.table, equal_nan=True) and torch.equal(was.theta, now.theta)
+    kept, place = distinct_experiments(cells)
+    assert len(kept) == 1 and place == [0, 0]
+    keys = [work_key(distinct_experiments([cell])[0][0]) for cell in cells]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize("setting", [name for name, change in CHANGES.items() if change.numbers])
+def test_a_setting_with_an_effect_is_work_of_its_own(places: dict[str, str], setting: str) -> None:
+    change = CHANGES[setting]
+    cells = [scenario_of(places, *change.where), scenario_of(places, *change.where, change.to)]
+    assert len(distinct_experiments(cells)[0]) == 2
 
 
 def test_the_same_data_moved_are_the_same_work(places: dict[str, str]) -> None:

@@ -197,7 +197,7 @@ def test_the_cells_of_a_grid_load_their_dataset_once(small_data: Small, monkeypa
         (["strategy=median"], 2 + 2 * 2),  # a rule that reckons with so many malicious clients
         (["partition.malicious_share=0.3"], 2 + 2 * 2),  # who holds what depends on them
         (["detectability=true"], 4 + 2 * 2),  # they are looked for, also where they do nothing
-        (["attack=ipm"], 2 * 2),  # has no budget of labels
+        (["attack=ipm"], 2),  # has no budget of labels
         (["lr=0.1,0.2"], 2 * (1 + 2 * 2)),
         (["seed=0,1"], 2 * (1 + 2 * 2)),
     ],

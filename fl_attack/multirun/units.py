@@ -14,6 +14,7 @@ from fl_attack.data import Partition
 from fl_attack.history import COLUMNS
 from fl_attack.identity import NOT_NUMBERS, key_of
 from fl_attack.scenario import Scenario
+from fl_attack.settings import AttackSettings, EarlyStopSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ class Numbers(NamedTuple):
 
 
 def plain(scenario: Scenario) -> Scenario:
-    """An unattacked experiment without settings that change none of its numbers, so that those of a seed become equal.
+    """An experiment with those of its settings as by default that change none of its numbers, to tell equal ones.
 
-    Attacked ones, and those with `detectability`, are given back as they are.
+    Unattacked ones of a seed become one, whatever their attack, but for those with `detectability`.
     """
+    scenario = replace(scenario, settings=_without_idle(scenario.settings))
     settings = scenario.settings
     if not settings.is_unattacked or settings.detectability:
         return scenario
@@ -50,6 +52,26 @@ def plain(scenario: Scenario) -> Scenario:
         update |= {"clients": settings.clients.model_copy(update={"honest": settings.clients.total, "malicious": 0})}
         partition = Partition(partition.client, partition.malicious[:0])
     return replace(scenario, settings=settings.unattacked().model_copy(update=update), partition=partition)
+
+
+def _without_idle(settings: Settings) -> Settings:
+    """Settings in which those that have no effect beside the others are as by default."""
+    threat, of_attack, update = settings.attack, dict[str, object](), dict[str, object]()
+    if settings.attacked and threat.writes == "updates":
+        idle = ("budget", "rounding", "scope", "refresh", "memory")
+        of_attack |= {name: AttackSettings.model_fields[name].default for name in idle}
+    if of_attack.get("memory", threat.memory) == "forget":
+        of_attack["unflip"] = False
+    if threat.knowledge != "noisy":
+        of_attack["knowledge_fraction"] = AttackSettings.model_fields["knowledge_fraction"].default
+    update["attack"] = threat.model_copy(update=of_attack)
+    if settings.strategy.averages:
+        update["strategy"] = settings.strategy.model_copy(update={"f": None, "root": None})
+    if settings.early_stop.patience is None:
+        update["early_stop"] = EarlyStopSettings()
+    if settings.lr_schedule != "step":
+        update["lr_decay"] = Settings.model_fields["lr_decay"].default
+    return settings.model_copy(update=update)
 
 
 def distinct_experiments(scenarios: Sequence[Scenario]) -> tuple[list[Scenario], list[int]]:
