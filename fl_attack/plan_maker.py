@@ -242,7 +242,7 @@ class Maker:
 
     def _round_access(self, round_: int, imagined: bool) -> WriteAccess | None:
         """What `access` gives of a round that it has not seen; equal ones of several rounds are one object."""
-        budgets = self.budgets[round_ - self.first]  # (M, G)
+        budgets = (self._imagined_budgets if imagined else self.budgets)[round_ - self.first]  # (M, G)
         if not budgets.any():
             return None
         schedule = self._imagined if imagined else self.template_cell.schedule
@@ -273,7 +273,16 @@ class Maker:
     @cached_property
     def budgets(self) -> NDArray[np.int64]:
         """Flips allowed (T, M, G) in each round, G = 1 budget or one for each client."""
-        return np.stack([allowances(cell, self.rounds) for cell in self.cells], 1)
+        return self._allowances(self.template_cell.schedule)
+
+    @cached_property
+    def _imagined_budgets(self) -> NDArray[np.int64]:
+        """`budgets` where the clients of each round are those that the attackers imagine."""
+        return self._allowances(self._imagined)
+
+    def _allowances(self, schedule: protocol.Schedule) -> NDArray[np.int64]:
+        """Flips allowed (T, M, G) in each round of a schedule."""
+        return np.stack([allowances(cell, self.rounds, schedule) for cell in self.cells], 1)
 
     def _uniform(self, sweep: int) -> Tensor:
         """Random numbers (P, T + 3) for a sweep: the same for every cell, another row for each start."""
@@ -377,7 +386,7 @@ class Maker:
         )
 
 
-def allowances(cell: Scenario, rounds: range) -> NDArray[np.int64]:
+def allowances(cell: Scenario, rounds: range, schedule: protocol.Schedule | None = None) -> NDArray[np.int64]:
     """The flips that the malicious clients of an experiment may make.
 
     Parameters
@@ -386,6 +395,8 @@ def allowances(cell: Scenario, rounds: range) -> NDArray[np.int64]:
         The experiment.
     rounds : range
         The T rounds that are asked for, from 1.
+    schedule : protocol.Schedule, optional
+        Which clients take part in each round, by default those of the experiment.
 
     Returns
     -------
@@ -393,7 +404,7 @@ def allowances(cell: Scenario, rounds: range) -> NDArray[np.int64]:
         The flips allowed in each round: of all malicious clients together, G = 1; with `attack.scope=per_client` of
         each client by its number, 0 of honest ones. Rounds that are not attacked have 0.
     """
-    threat, schedule = cell.settings.attack, cell.schedule
+    threat, schedule = cell.settings.attack, schedule or cell.schedule
     pooled = threat.scope == "pooled"
     malicious = np.isin(np.arange(len(schedule.shards)), cell.partition.malicious)
     before: Counter[int] = Counter()

@@ -238,13 +238,14 @@ class AttackSettings(Strict):
             if key not in chosen.uses and getattr(self, key) != value:
                 raise ValueError(f"{key}={getattr(self, key)} has no meaning with name={self.name}; leave it out")
         if self.adapt == "rule" and chosen.writes == "updates" and chosen.tries is None:
-            known = ", ".join(name for name, row in attack.ATTACKS.items() if row.writes == "labels" or row.tries)
+            tried = (name for name, row in attack.ATTACKS.items() if row.writes == "labels" or row.tries)
+            known = ", ".join(name for name in tried if name != "planned")  # whose flips are chosen before the round
             raise ValueError(f"adapt=rule has no meaning with name={self.name}, which has nothing to try; use {known}")
         uses = attack.find_direction(self.aim).uses
         direction = f"goal={self.goal}" if self.direction is None else f"direction={self.direction}"
         if self.knowledge != "full" and "knowledge" not in uses:
-            why = " whose direction is target - theta and needs no gradient" if self.goal == "targeted" else ""
-            raise ValueError(f"knowledge={self.knowledge} has no meaning with {direction},{why}; use knowledge=full")
+            why = ", whose direction is target - theta and needs no gradient" if self.goal == "targeted" else ""
+            raise ValueError(f"knowledge={self.knowledge} has no meaning with {direction}{why}; use knowledge=full")
         if self.target_path is not None and "target_path" not in uses:
             raise ValueError(f"target_path has no meaning with {direction}; use goal=targeted or leave it out")
 

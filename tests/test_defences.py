@@ -335,13 +335,19 @@ def test_of_equal_harm_the_first_way_is_taken_and_what_is_no_number_never() -> N
 
 @pytest.mark.parametrize(
     ("strategy", "name"),
-    [("cosine_history", "greedy"), ("fltrust", "greedy"), ("krum", "ipm"), ("median", "alie")],
+    [
+        ("cosine_history", "greedy"),
+        ("fltrust", "greedy"),
+        ("class_norms", "greedy"),
+        ("krum", "ipm"),
+        ("median", "alie"),
+    ],
 )
 def test_adapting_attackers_do_the_most_harm_of_what_they_try_and_never_less_than_without(
     settings: Compose, small_data: Small, strategy: str, name: str
 ) -> None:
     cell = scenario_of(settings, small_data(3), f"strategy={strategy}", f"attack={name}", "attack.adapt=rule")
-    rule, state, theta, better = cell.rule(), None, cell.start(), 0
+    rule, state, theta, better, full = cell.rule(), None, cell.start(), 0, 0
     for round_ in range(1, 7):
         server, v = adaptive.KnownServer(rule, state), knowledge.direction(cell, theta, round_)
         seen, clients = cell.seen(round_, theta), cell.schedule.participants(round_)
@@ -375,9 +381,11 @@ def test_adapting_attackers_do_the_most_harm_of_what_they_try_and_never_less_tha
         assert len(harms) <= 8
         assert harm(sent) == pytest.approx(min(harms), abs=1e-12)
         better += harm(sent) < harms[0] - 1e-9
+        full += harms[0] < min(harms[1:]) - 1e-9
         aggregate_, state = rule.step(sent, weights, order, seen, state)
         theta = theta - 0.5 * aggregate_
     assert better
+    assert full or strategy != "class_norms"  # where all of the budget is best, all of it is used
 
 
 def test_under_the_mean_adapting_changes_nothing(settings: Compose, small_data: Small) -> None:

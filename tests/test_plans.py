@@ -101,7 +101,7 @@ def test_planned_flips_do_more_harm_than_the_better_greedy_goal(make: Make, opti
     assert final_harm(planned) == pytest.approx(plans.plan(planned).harm[-1].max(), abs=1e-9)
 
 
-def test_plans_made_together_are_those_made_alone(make: Make) -> None:
+def test_plans_made_together_are_those_made_alone(make: Make, tmp_path: Path) -> None:
     changes = (
         ["attack.budget=0.4"],
         ["attack.budget=0.2", "attack.objective=average"],
@@ -113,9 +113,10 @@ def test_plans_made_together_are_those_made_alone(make: Make) -> None:
     found = plans.load_plans(cells)
     assert together.theta.shape[0] == 12
     for cell, one in zip(cells, found, strict=True):
-        alone = plan_maker.Maker([cell], 1, [cell.start()]).make(
-            plans.Checkpoint(Path("nowhere"), ""), lambda sweep: None
-        )[0]
+        work = tmp_path / str(len(list(tmp_path.iterdir())))
+        work.mkdir()
+        maker = plan_maker.Maker([cell], 1, [cell.start()])
+        alone = maker.make(plans.Checkpoint(work, ""), lambda sweep: None)[0]
         np.testing.assert_array_equal(alone.samples, one.samples)
         np.testing.assert_allclose(alone.harm[-1], one.harm[-1], rtol=1e-9)
 
@@ -146,6 +147,28 @@ def test_imagined_minibatches_are_of_the_same_shards_but_not_those_that_come(mak
         assert maker._samples(round_, True).tolist() != maker._samples(round_, False).tolist()
     owners = [np.bincount(cell.partition.client[maker._samples(1, one)]).tolist() for one in (False, True)]
     assert owners[0] == owners[1]
+
+
+@pytest.mark.parametrize("scope", ["pooled", "per_client"])
+def test_who_takes_part_in_imagined_rounds_is_imagined_too(make: Make, scope: str) -> None:
+    cell = make(*(*PLANNED, "attack.foresight=simulated", f"attack.scope={scope}", "clients.per_round=2", "rounds=40"))
+    maker = plan_maker.Maker([cell], 1, [cell.start()])
+    malicious, differs = set(cell.partition.malicious.tolist()), 0
+    for imagined, schedule in ((False, cell.schedule), (True, maker._imagined)):
+        for round_ in range(1, 41):
+            there = sorted(malicious & set(schedule.participants(round_).tolist()))
+            differs += imagined and there != sorted(malicious & set(cell.schedule.participants(round_).tolist()))
+            access = maker.access(round_, imagined)
+            allowed = [int(0.4 * schedule.used[client]) for client in there]
+            assert (access is None) == (not there)
+            if access is not None:
+                samples = maker._samples(round_, imagined)[access.columns.numpy()]
+                assert sorted({*cell.partition.client[samples].tolist()}) == there
+                total = int(0.4 * sum(schedule.used[client] for client in there)) if scope == "pooled" else sum(allowed)
+                assert (access.budgets.sum(1) == total).all() and total > 0
+                if scope == "per_client":
+                    assert access.budgets[0, there].tolist() == allowed
+    assert differs > 10
 
 
 @pytest.mark.parametrize("how", [(), ("attack.horizon=3",), ("attack.foresight=simulated",)])

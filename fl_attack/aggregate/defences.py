@@ -2,7 +2,8 @@
 
 Shapes as in `rules`: updates (..., m, C, d). What a rule may know besides the updates is in `Seen`. A rule that keeps
 something between rounds takes it as `state`, None before the first round, and gives it back beside the aggregate; its
-leading axes are those of the updates. An update that is not finite is left out.
+leading axes are those of the updates. An update that is not finite is left out; by `class_norms` and `spectral`, which
+leave f updates out, where there are at most f such.
 """
 
 from collections.abc import Callable
