@@ -13,7 +13,7 @@ import torch
 from fl_attack import engine
 from fl_attack.config import settings_from
 from fl_attack.data.cache import write_whole
-from fl_attack.errors import RunError
+from fl_attack.errors import RunError, message_or_type
 from fl_attack.multirun.execute import compute
 from fl_attack.multirun.units import Numbers, Unit, read, saver
 from fl_attack.progress import Progress
@@ -60,7 +60,7 @@ def launched(
     try:
         launch(files)
     except Exception as error:  # whatever a launcher raises for a job that failed, after its own log
-        reason = f", the first because {' '.join(str(error).split()) or type(error).__name__}"
+        reason = f", the first because {message_or_type(error)}"
     missing = 0
     for unit in todo:
         numbers = read(kept / f"{unit.key}.npz")
