@@ -145,7 +145,12 @@ class Interval:
         return self.high - self.value
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-", "\N{MINUS SIGN}")
+        return interval_text(self.value, self.low, self.high)
+
+
+def interval_text(value: float, low: float, high: float) -> str:
+    """A value and the ends of its confidence interval, with two decimals and a true minus sign."""
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]".replace("-", "\N{MINUS SIGN}")
 
 
 def mean_interval(values: Floats, level: float = 0.95) -> tuple[float, float]:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fl_attack import aggregate
 from fl_attack.checkpoint import Checkpoint, State
@@ -158,6 +157,7 @@ class Chunk:
             Tile(self.cells[at], batches, self.theta[at.start * C : at.stop * C], work.targets.of(numbers[at]))
             for at in self.cuts
         ]
+        self.attackers = [tile.attackers for tile in self.tiles]
         self.blocks = blocks_of(self.tiles, self.theta, fits)
         self.log = Log(M, len(batches.y), work.keep_flips, work.full_rows)
         early = work.validation
@@ -252,20 +252,11 @@ class Chunk:
             place = of_block.stop
 
     def measure(self, round_: int) -> bool:
-        """Note how good the cells are after a round; gives whether none need go on, see `Stopping.note`."""
-        losses = self.stopping.losses(self.theta) if self.stopping else np.nan
-        attackers = [tile.attackers for tile in self.tiles] if round_ else []
-        self.log.measure(round_, self.work.test_set.quality(self.theta), losses, attackers)
-        if self.stopping is None:
-            return False
-        return self.stopping.note(round_, np.asarray(losses), self.theta, self._flips())
+        """Note how good the cells are after a round; gives whether none need go on, see `ending.measure`."""
+        return ending.measure(round_, self.theta, self.work.test_set, self.log, self.attackers, self.stopping)
 
     def outcomes(self, ended: bool) -> list[Outcome]:
         """The outcomes of all cells, as `ending.outcomes` gives them; so far, where they have not `ended`."""
         whole = self.work.batches.features.restore if self.work.keep_theta else None
         seconds = time.perf_counter() - self.began
-        return ending.outcomes(self.cells, self.theta, whole, self.log, self._flips(), self.stopping, seconds, ended)
-
-    def _flips(self) -> NDArray[np.int64]:
-        """The number of flips of each cell in all rounds so far, (M,)."""
-        return np.concatenate([tile.attackers.flips for tile in self.tiles])
+        return ending.outcomes(self.cells, self.theta, whole, self.log, self.attackers, self.stopping, seconds, ended)
