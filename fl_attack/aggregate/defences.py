@@ -126,7 +126,7 @@ def class_norms(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tens
         Its `by_class` gives the rows of the last layer; without it they are the updates' own rows, C of them.
     """
     m = updates.shape[-3]
-    rows = _by_class(seen, updates)
+    rows = _last_layer_rows(seen, updates)
     norm = norms(rows.unsqueeze(-2))  # (..., m, classes)
     finite = norm.isfinite().all(-1) & finite_rows(updates)
     point = norm.where(finite.unsqueeze(-1), torch.inf)
@@ -206,7 +206,7 @@ def foolsgold(
     m = updates.shape[-3]
     finite = finite_rows(updates)
     usable = updates.where(finite[..., None, None], 0.0)
-    features = _by_class(seen, usable).flatten(-2).double()
+    features = _last_layer_rows(seen, usable).flatten(-2).double()
     clients, total = _numbers(seen, m, updates.device)
     before = features.new_zeros(*features.shape[:-2], total, features.shape[-1]) if state is None else state["summed"]
     summed = before.index_add(-2, clients, features)
@@ -337,6 +337,6 @@ def _numbers(seen: Seen, m: int, device: torch.device) -> tuple[Tensor, int]:
     return clients, m if seen.total is None else seen.total
 
 
-def _by_class(seen: Seen, updates: Tensor) -> Tensor:
+def _last_layer_rows(seen: Seen, updates: Tensor) -> Tensor:
     """The rows (..., m, classes, width) of the last layer in updates (..., m, C, d)."""
     return updates if seen.by_class is None else seen.by_class(updates)

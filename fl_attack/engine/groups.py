@@ -47,7 +47,7 @@ def group_key(chosen: Scenario) -> Hashable:
     )
 
 
-def is_alone(cell: Scenario) -> bool:
+def needs_own_history(cell: Scenario) -> bool:
     """Whether an attack plans, leaves its flips in the data, or sets `attack.direction`: most such cells run alone.
 
     Those of a linear model who plan do not, see `run.is_linear`.

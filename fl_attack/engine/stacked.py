@@ -40,8 +40,9 @@ COPIES = 6  # of the parameters, that a step holds at most: with the optimizer's
 
 def can_run(cell: Scenario) -> bool:
     """Whether a cell can be in a stack: dense layers, the plain mean, and flips that are chosen round by round."""
-    labels = not cell.settings.attacked or (cell.settings.attack.refresh == "step" and not groups.is_alone(cell))
-    return isinstance(cell.model, Mlp) and sequential.mean_is_enough(cell) and labels
+    by_round = cell.settings.attack.refresh == "step" and not groups.needs_own_history(cell)
+    stackable = isinstance(cell.model, Mlp) and sequential.mean_is_enough(cell)
+    return stackable and (by_round or not cell.settings.attacked)
 
 
 def run_cells(
@@ -207,7 +208,7 @@ class Stack:
         for tile, optimizer in zip(self.tiles, self.optimizers, strict=True):
             first_cell = tile.cells[0]
             factor = first_cell.lr(round_) / first_cell.settings.lr
-            optimizer.take(gradient[tile.rows], factor)
+            optimizer.step(gradient[tile.rows], factor)
 
     def _along_targets(self, X: Tensor, first: Tensor, accesses: Sequence[RoundAccess | None]) -> dict[int, Tensor]:
         """By a targeted tile's number, its first layer's outputs with parameters `target - theta`, (M, n, width)."""

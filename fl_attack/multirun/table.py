@@ -60,7 +60,7 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
     }
     rows = []
     for i, (cell, scenario, one) in enumerate(zip(cells, scenarios, numbers, strict=True)):
-        results = row_of(scenario, one, honest.get(twin_key(scenario.settings)))
+        results = results_row(scenario, one, honest.get(twin_key(scenario.settings)))
         row = {"cell": i} | {key: value for key, value in cell.overrides.items() if key not in RESULTS} | results
         rows.append([row.get(name, "") for name in columns])
     write_csv(out / TABLE, columns, rows)
@@ -72,7 +72,7 @@ def columns_of(cells: Sequence[Cell]) -> list[str]:
     return ["cell", *swept, *RESULTS]
 
 
-def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dict[str, Any]:
+def results_row(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dict[str, Any]:
     """The results of a cell, by the names of `RESULTS`.
 
     Parameters

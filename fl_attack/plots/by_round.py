@@ -73,7 +73,7 @@ def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
     return canvas.save(figure, folder, "curves")
 
 
-def plan(folder: Path) -> list[Path]:
+def plan_curves(folder: Path) -> list[Path]:
     """Draw how the objective of planned flips rose from each start, with the planner's passes over the rounds (sweeps).
 
     Parameters

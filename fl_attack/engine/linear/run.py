@@ -118,9 +118,9 @@ class Work:
         total = cells[0].settings.clients.total
         counts = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
         clients = np.argsort(-np.asarray(counts), kind="stable")
-        crafted = any(cell.settings.attacked and cell.settings.attack.writes == "updates" for cell in cells)
+        sends_updates = any(cell.settings.attacked and cell.settings.attack.writes == "updates" for cell in cells)
         noisy = any("noise" in aggregate.needs(cell.settings.strategy.name) for cell in cells)
-        self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=crafted or noisy)
+        self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=sends_updates or noisy)
         dataset, split = cells[0].dataset, cells[0].partition.validation
         self.test_set = MeasuredSamples(self.batches, dataset.x_test, dataset.y_test)
         self.validation = (
@@ -129,7 +129,7 @@ class Work:
         self.targets = Targets(cells, self.batches)
 
     @property
-    def row(self) -> int:
+    def theta_bytes(self) -> int:
         """Bytes of the parameters of a cell."""
         return self.cells[0].theta_shape[0] * self.batches.features.d * self.batches.dtype.itemsize
 
@@ -139,7 +139,7 @@ class Work:
         held = self.batches.bytes + self.test_set.X.nbytes + (self.validation.X.nbytes if self.validation else 0)
         held += len(self.cells) * C * d * self.batches.dtype.itemsize * self.keep_theta
         order = tiling.order(self.cells, self.targets.number)
-        return tiling.chunks(self.cells, order, self.memory, held, self.row, self.validation is not None)
+        return tiling.chunks(self.cells, order, self.memory, held, self.theta_bytes, self.validation is not None)
 
 
 class Chunk:
@@ -151,7 +151,7 @@ class Chunk:
         self.settings = self.cells[0].settings
         batches, C, M = work.batches, self.cells[0].theta_shape[0], len(numbers)
         self.theta = torch.zeros(M * C, batches.features.d, dtype=batches.dtype, device=work.device)
-        fits = tiling.fitting(M, work.row, work.device.type)
+        fits = tiling.fitting(M, work.theta_bytes, work.device.type)
         self.cuts = tiling.tiles(self.cells, fits)
         self.tiles = [
             Tile(self.cells[at], batches, self.theta[at.start * C : at.stop * C], work.targets.of(numbers[at]))
