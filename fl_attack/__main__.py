@@ -21,10 +21,10 @@ TRACEBACK = "HYDRA_FULL_ERROR"
 
 def task(config: DictConfig) -> None:
     """Run one experiment and print its table; what Hydra calls, but for a multirun, which goes through `launcher`."""
-    from fl_attack.config import settings_from  # takes seconds to import, with torch; help is told before
+    from fl_attack.config import settings_from  # takes seconds to import, with torch; help is printed before
 
     settings = settings_from(OmegaConf.to_container(config, resolve=True))
-    from fl_attack import api, results  # and so do Ray and Flower; bad input is told before
+    from fl_attack import api, results  # and so do Ray and Flower; bad input is reported before
 
     print(results.table(api.execute(settings)))
     print(f"results in {settings.out}")

@@ -21,7 +21,7 @@ from fl_attack.settings import StrategySettings as StrategySettings
 
 
 def without_effect(settings: Settings, sweep: bool) -> list[str]:
-    """What is set but changes nothing.
+    """Which settings differ from their defaults without any effect on the run or the sweep.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The command line and its errors; imports nothing slow, so that help and slips of the pen are told at once."""
+"""The command line and its errors; imports nothing slow, so that help and slips of the pen are reported at once."""
 
 import difflib
 import re

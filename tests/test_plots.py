@@ -457,7 +457,7 @@ def test_more_settings_than_lines_are_panels_and_more_than_panels_are_refused(tm
     assert [line.get_label() for line in figures[0].axes[0].lines] == [f"learning rate = 0.{i}" for i in (1, 2, 3)]
     for kind in ("budget", "heatmap"):
         many = {"malicious": [1, 2], "budget": [0.5, 1.0], "strategy": [f"rule{i}" for i in range(13)]}
-        with pytest.raises(InputError, match="a figure bears at most 12, the sweep has 13"):
+        with pytest.raises(InputError, match="a figure shows at most 12, the sweep has 13"):
             plots.PLOTS[kind](sweep(tmp_path, **many))
 
 

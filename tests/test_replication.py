@@ -1246,7 +1246,7 @@ def test_the_figure_of_gradients_is_of_a_run_of_each_budget(tmp_path: Path, monk
     ]
     assert [row.split(",")[0] for row in rows[1:]] == [f"b = {b}" for b in ("0.1", "0.25", "0.5", "1") for _ in "12"]
     ((file, title, note),) = shown
-    assert file == tmp_path / "fig1-digits_01.csv" and title == "Gradients within reach: digits 0/1"
+    assert file == tmp_path / "fig1-digits_01.csv" and title == "Gradients that the attackers can reach: digits 0/1"
     assert "First direction: the clean gradient" in str(note) and str(note).endswith("k = 0.5.")
 
 

@@ -129,7 +129,7 @@ class Combine:
         weights : (m,) tensor
             The samples that each client used.
         client_order : (m,) tensor
-            A random order of the clients, by which lots are drawn.
+            A random order of the clients, by which random choices are made.
         seen : Seen
             What the server knows of the round besides.
         state

@@ -179,11 +179,11 @@ def foolsgold(
     updates, weights, f
         As in all rules; f is not used.
     seen : Seen
-        Who the clients are; likeness is that of summed updates of the last layer.
+        Who the clients are; similarity is measured on summed updates of the last layer.
     state : dict or None
         `summed` (..., clients, n), the summed updates of each client.
     kappa : float
-        Confidence: how steeply weights rise with unlikeness.
+        Confidence: how steeply weights rise with dissimilarity.
 
     Returns
     -------

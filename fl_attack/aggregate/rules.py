@@ -419,9 +419,10 @@ def clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
 
 
 def _krum_scores(ordered: Tensor, f: int, neighbours: int | None = None) -> Tensor:
-    """Sum (..., m) of each client's `neighbours` smallest squared distances, from rows (..., m, m) in order.
+    """Sum (..., m) of each client's `neighbours` smallest squared distances to others, from rows (..., m, m) in order.
 
-    By default these are m - f - 2, but at least one.
+    Each row is ascending, with the client's own entry infinite and so last. By default neighbours are m - f - 2, but at
+    least one.
     """
     count = max(1, ordered.shape[-1] - f - 2) if neighbours is None else neighbours
     return ordered[..., :count].sum(-1, dtype=torch.float64).clamp(max=LARGEST)

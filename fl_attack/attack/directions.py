@@ -72,13 +72,13 @@ def target_far(aim: Aim) -> Tensor:
 
 
 def validation_loss(aim: Aim) -> Tensor:
-    """The gradient of the loss on the sample, which a lower inner product raises."""
+    """Direction that raises the loss: the gradient of the mean loss on the sample."""
     y = aim.sample[1]
     return aim.pull_back(lambda Z: aim.model.residuals(Z, y) / len(y))
 
 
 def smoothed_error_direction(aim: Aim) -> Tensor:
-    """The gradient of the smoothed error on the sample, which a lower inner product raises."""
+    """Direction that raises the smoothed error: the gradient of the smoothed error on the sample."""
     y = aim.sample[1]
     return aim.pull_back(lambda Z: smoothed_error_residuals(Z, y, TEMPERATURE))
 

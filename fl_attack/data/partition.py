@@ -165,7 +165,7 @@ def _dealt_by_share(labels: np.ndarray, deal: Deal, chosen: np.ndarray, clients:
 
 
 def _chosen(seed: int, clients: int, malicious: int) -> np.ndarray:
-    """The malicious clients, ascending: the first so many of an order of all that the seed draws."""
+    """The malicious clients, ascending: the first `malicious` of a random order of all that the seed gives."""
     return np.sort(np.random.default_rng([seed, MALICIOUS]).permutation(clients)[:malicious])
 
 

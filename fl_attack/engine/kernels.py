@@ -93,7 +93,9 @@ class SelectionPlan(NamedTuple):
 def selection_plans(
     allowed: NDArray[np.int64], n: int, floor: float | NDArray[np.float64], dtype: torch.dtype
 ) -> Iterator[SelectionPlan]:
-    """For each round, where to cut M sorted rows of n priorities so that at most `allowed` of each are taken.
+    """For each round, where to cut M rows of n priorities so that at most `allowed` of each are taken.
+
+    Rows are sorted ascending, and what is taken is their end, behind the cut.
 
     Parameters
     ----------

@@ -267,7 +267,7 @@ def client_of_node(settings_json: str, node: Node, own: wire.Own) -> HonestClien
     node : Node
         What the node was started with.
     own : wire.Own
-        What the server has told it of the others: how many samples they hold.
+        What the server has sent it about the others: how many samples they hold.
 
     Returns
     -------

@@ -384,7 +384,7 @@ def all_flips(replies: Iterable[Message], own_allowances: bool) -> Flips:
     replies : iterable of Message
         The replies of the clients.
     own_allowances : bool
-        Whether each client tells what it was allowed itself; else it tells what all of them were together.
+        Whether each client reports what it was allowed itself; else each reports what all of them were together.
 
     Returns
     -------

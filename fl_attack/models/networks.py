@@ -206,7 +206,10 @@ def _check_function(model: Network, inputs: tuple[int, ...], classes: int, name:
 
 
 class DenseLayers(nn.Sequential):
-    """Dense layers of these widths with rectifiers between them: `hidden1`, ..., `output`."""
+    """Hidden dense layers of these widths, each followed by a rectifier, and the output: `hidden1`, ..., `output`.
+
+    InputError where `widths` is not a list of positive whole numbers.
+    """
 
     def __init__(self, shape: tuple[int, ...], classes: int, widths: Sequence[int] = (200,)) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Units of a sweep as jobs of another of Hydra's launchers: a SLURM array, processes of joblib.
 
-A job is told the file of its unit, and leaves the unit's numbers beside it. So the folder of the sweep must be one that
-all machines see; in return a job that ends after the sweep was broken off is not lost.
+A job gets the path of its unit's file, and leaves the unit's numbers beside it. So the folder of the sweep must be one
+that all machines see; in return a job that ends after the sweep was broken off is not lost.
 """
 
 import json

@@ -127,7 +127,7 @@ def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
     Raises
     ------
     InputError
-        Where there is no such column, no readable `curves.npz`, or more lines or panels than a figure bears.
+        Where there is no such column, no readable `curves.npz`, or more lines or panels than a figure shows.
     """
     sweep = read_sweep(folder)
     accuracy, at = read_curves(folder)

@@ -73,7 +73,7 @@ def distinct_values(values: Array, limit: int, what: str) -> list[Any]:
     values : array
         The column.
     limit : int
-        The largest number of values that a figure bears.
+        The largest number of values that a figure shows.
     what : str
         The figure and the part of it that has one for each value, for the error.
 
@@ -90,7 +90,7 @@ def distinct_values(values: Array, limit: int, what: str) -> list[Any]:
     found = sorted(set(values.tolist()))
     if len(found) > limit:
         names = ", ".join(map(format_value, found[:2]))
-        raise NotDrawableError(f"{what}: a figure bears at most {limit}, the sweep has {len(found)} ({names}, ...)")
+        raise NotDrawableError(f"{what}: a figure shows at most {limit}, the sweep has {len(found)} ({names}, ...)")
     return found
 
 

@@ -49,7 +49,7 @@ class EpochFlips:
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """Those of the minibatch's labels that were chosen for the epoch, see `labels.Way.write`."""
+        """The labels that were chosen for the epoch, of the minibatch's samples; see `labels.Way.write`."""
         kernels.residuals_(Z, self.attackers.C, shared.batch.encoded)
         if access is None:
             return None
