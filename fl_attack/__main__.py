@@ -21,10 +21,10 @@ TRACEBACK = "HYDRA_FULL_ERROR"
 
 def task(config: DictConfig) -> None:
     """Run one experiment and print its table; what Hydra calls, but for a multirun, which goes through `launcher`."""
-    from fl_attack.config import settings_from  # takes seconds to import, with torch; help is told before
+    from fl_attack.config import settings_from  # takes seconds to import, with torch; help is printed before
 
     settings = settings_from(OmegaConf.to_container(config, resolve=True))
-    from fl_attack import api, results  # and so do Ray and Flower; bad input is told before
+    from fl_attack import api, results  # and so do Ray and Flower; bad input is reported before
 
     print(results.table(api.execute(settings)))
     print(f"results in {settings.out}")
@@ -51,17 +51,17 @@ def main() -> None:
 
     def guarded(config: DictConfig) -> None:
         # SystemExit passes through Hydra, which would add lines of its own to any other exception of a job
-        with _one_line(wants_traceback):
+        with _ending_in_a_line(wants_traceback):
             task(config)
 
-    with _one_line(wants_traceback):
+    with _ending_in_a_line(wants_traceback):
         sys.argv[1:] = as_multirun(completed(sys.argv[1:]))
         launcher.register()
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(guarded)()
 
 
 @contextmanager
-def _one_line(wants_traceback: bool) -> Iterator[None]:
+def _ending_in_a_line(wants_traceback: bool) -> Iterator[None]:
     """A block whose errors (unless a traceback is wanted) and signals end the program with a line and an exit code."""
     try:
         yield

@@ -246,7 +246,8 @@ def _added(
 
     The objective is a sum over samples, so the largest gains within the budget are the exact optimum among the samples
     that are not flipped yet. With `attack.unflip` those that are take their best label, or the true one, at no cost.
-    `before` and `writable` are as for `_chosen`.
+    `before` and `writable` (m,) are the numbers of samples that each client could write in attacked rounds gone by, and
+    can write now.
     """
     threat = scenario.settings.attack
     samples = scenario.schedule.samples(malicious, round_)[0]
@@ -281,7 +282,8 @@ def _added(
 def _left_of_total(scenario: Scenario, malicious: ClientIds, fixed: NDArray[np.int64]) -> list[int]:
     """How many labels may still be written where one budget is for all rounds: one number, or one for each client.
 
-    It is of all samples that the clients hold, less those that are flipped already and not chosen anew, `fixed`.
+    The budget is a share of all samples that the clients hold. Of it are taken the samples `fixed`, which are flipped
+    already and not chosen anew.
     """
     threat, holder = scenario.settings.attack, scenario.partition.client
     pooled = threat.scope == "pooled"
@@ -298,7 +300,8 @@ def _left_of_total(scenario: Scenario, malicious: ClientIds, fixed: NDArray[np.i
 def _allowances(scenario: Scenario, before: Counts, writable: Counts) -> list[int]:
     """How many labels may be written in a round: one number for all clients together, or one for each.
 
-    `before` and `writable` (m,) are numbers of samples, as for `_chosen`.
+    `before` and `writable` (m,) are the numbers of samples that each client could write in attacked rounds gone by, and
+    can write now.
     """
     threat = scenario.settings.attack
     writables = [(before.sum(), writable.sum())]

@@ -1,4 +1,4 @@
-"""The settings that are one of a few words; imports nothing, so that a wrong one is told at once."""
+"""The settings that are one of a few words; imports nothing, so that a wrong one is reported at once."""
 
 from typing import Literal
 

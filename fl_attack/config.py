@@ -21,7 +21,7 @@ from fl_attack.settings import StrategySettings as StrategySettings
 
 
 def without_effect(settings: Settings, sweep: bool) -> list[str]:
-    """What is set but changes nothing.
+    """Which settings differ from their defaults without any effect on the run or the sweep.
 
     Parameters
     ----------
@@ -260,7 +260,7 @@ def typed(given: Any) -> Settings:
     try:
         return Settings.model_validate(given)
     except ValidationError as error:
-        raise InputError(_one_line(error)) from None
+        raise InputError(_first_mistake(error)) from None
 
 
 def check_names(settings: Settings) -> None:
@@ -311,7 +311,7 @@ def _check_own_data(settings: Settings) -> None:
             )
 
 
-def _one_line(error: ValidationError) -> str:
+def _first_mistake(error: ValidationError) -> str:
     """The message on the first mistake, with every alternative that would be allowed in its place."""
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["input"] is None)
     key = _key(mistakes[0]["loc"])

@@ -92,7 +92,7 @@ def run(
             if settings.attacked and settings.attack.steers:
                 with Progress(settings.rounds, "target", "round") as progress:
                     targets.load_target(attacked, progress)
-            if plans.is_whole(attacked):
+            if plans.plans_whole_run(attacked):
                 with Progress(attack.planned_options(settings.attack.args).sweeps, "plan", "sweep") as progress:
                     plans.load_plans([attacked], on_sweep=progress)
                 plans.plan(attacked)
@@ -146,7 +146,7 @@ def _run(
     last = summaries["attacked" if settings.attacked else "honest"]
     plots.curves_of(work, last)
     if (work / folder.PLAN).exists():
-        plots.plan(work)
+        plots.plan_curves(work)
     for name, facts in summaries.items():  # the twin first: the summary in the folder itself says that all is there
         results.write_summary(runs[name][1], facts)
         tracked.summary(facts, part_of(name, settings))

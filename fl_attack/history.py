@@ -58,6 +58,10 @@ class History:
         """The number of flipped labels that were used, in all rounds."""
         return sum(len(flips.samples) for _, flips in self.flips)
 
+    def table(self) -> NDArray[np.float64]:
+        """The rows as an array (evaluations, columns), with columns as in `COLUMNS`."""
+        return np.array([[row[name] for name in COLUMNS] for row in self.rows], float)
+
     def flip_table(self) -> dict[str, NDArray[np.int64]]:
         """The round, the sample and the written label of every flip, by these names, (flips,) each."""
         rounds = [np.full(len(flips.samples), round_) for round_, flips in self.flips]
@@ -162,6 +166,28 @@ def rounds_to_recover(
     away = np.flatnonzero((accuracy < honest - WITHIN) & after)
     back = np.flatnonzero(after) if not len(away) else np.arange(away[-1] + 1, len(rounds))
     return float(rounds[back[0]] - stop) if len(back) else math.nan
+
+
+def recovered(table: NDArray[np.float64], twin: NDArray[np.float64], stop: int | None) -> float | None:
+    """The rounds that a run took to recover, from its rows and those of its unattacked twin.
+
+    Parameters
+    ----------
+    table, twin : (evaluations, columns) arrays
+        The rows of both, with columns as in `COLUMNS`.
+    stop : int or None
+        As `rounds_to_recover` takes it.
+
+    Returns
+    -------
+    float or None
+        As `rounds_to_recover` gives it; None where that is NaN, or the twin has another number of rows.
+    """
+    if len(table) != len(twin):
+        return None
+    rounds, accuracy = (table[:, COLUMNS.index(name)] for name in ("round", "test_accuracy"))
+    found = rounds_to_recover(rounds, accuracy, twin[:, COLUMNS.index("test_accuracy")], stop)
+    return None if math.isnan(found) else found
 
 
 class Recorder:
@@ -274,7 +300,7 @@ class Recorder:
             "round": self.round,
             "seconds": history.seconds,
             "theta": history.theta,
-            "rows": np.array([[row[name] for name in COLUMNS] for row in history.rows], float),
+            "rows": history.table(),
             **packed_flips(history.flips),
             "plans": plans.sweeps_of(self.scenario) if self.scenario.settings.attack.horizon else [],
             "early_stop": self._early_stop

@@ -108,7 +108,7 @@ class SweepLauncher(Launcher):
         """
         try:
             cells = self.cells(job_overrides)
-            from fl_attack import multirun  # slow to import; bad input is told before
+            from fl_attack import multirun  # slow to import; bad input is reported before
 
             if not self._hands_over_all_jobs():
                 cells = [cell._replace(settings=_of_trials(cell.settings, initial_job_idx)) for cell in cells]

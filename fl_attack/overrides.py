@@ -1,4 +1,4 @@
-"""The command line and its errors; imports nothing slow, so that help and slips of the pen are told at once."""
+"""The command line and its errors; imports nothing slow, so that help and slips of the pen are reported at once."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fl_attack.errors import InputError, RunError
+from fl_attack.errors import InputError, RunError, one_line
 
 NOT_HERE = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
 
@@ -155,7 +155,7 @@ def explain(error: Exception, words: Iterable[str] | None = None) -> str:
     str
         What is wrong and, where that is known, what is allowed.
     """
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, InputError | RunError):
         return text
     key = re.search(r"Could not (?:override|append to config.*?) '([^']*)'", text)

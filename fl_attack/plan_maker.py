@@ -48,7 +48,7 @@ class Plan(NamedTuple):
         return Flips(self.samples[here], self.labels[here], int(self.allowed[round_ - self.first]))
 
 
-class Maker:
+class PlanMaker:
     """Makes the plans of cells that share minibatches, from several starts each: plan p is of cell p // starts."""
 
     def __init__(self, cells: Sequence[Scenario], first: int, thetas: Sequence[Tensor]) -> None:
@@ -247,8 +247,8 @@ class Maker:
             return None
         schedule = self._imagined if imagined else self.template_cell.schedule
         client = self.template_cell.partition.client[self._samples(round_, imagined)]
-        takes_part = np.isin(np.arange(len(schedule.shards)), schedule.participants(round_))
-        malicious = np.logical_and(self._is_malicious, takes_part)
+        participating = np.isin(np.arange(len(schedule.shards)), schedule.participants(round_))
+        malicious = np.logical_and(self._is_malicious, participating)
         of_any: NDArray[np.bool_] = np.asarray(malicious.any(0))
         columns = np.flatnonzero(of_any[client])
         if not len(columns):
@@ -412,9 +412,9 @@ def allowances(cell: Scenario, rounds: range, schedule: protocol.Schedule | None
     for round_ in range(1, rounds[-1] + 1):
         if attack.attacked_before(round_, threat.every, threat.start, threat.stop) is None:
             continue
-        takes_part = np.zeros(len(malicious), bool)
-        takes_part[schedule.participants(round_)] = True
-        writable = schedule.used * (malicious & takes_part)
+        participating = np.zeros(len(malicious), bool)
+        participating[schedule.participants(round_)] = True
+        writable = schedule.used * (malicious & participating)
         for group, size in enumerate([int(writable.sum())] if pooled else writable.tolist()):
             if size and round_ >= rounds[0]:
                 allowed = attack.flip_allowance(threat.exact_budget, before[group], size, threat.rounding)

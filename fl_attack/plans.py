@@ -20,7 +20,7 @@ from torch import Tensor
 from fl_attack import attack, numerics, plugins
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.data import cache
-from fl_attack.plan_maker import Maker, OnSweep, Plan
+from fl_attack.plan_maker import OnSweep, Plan, PlanMaker
 from fl_attack.scenario import Scenario
 
 # settings that a plan depends on, besides data, partition and schedule
@@ -32,7 +32,7 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def is_whole(scenario: Scenario) -> bool:
+def plans_whole_run(scenario: Scenario) -> bool:
     """Whether all rounds of an experiment are planned before the first."""
     threat = scenario.settings.attack
     return scenario.settings.attacked and threat.plans and threat.horizon is None
@@ -212,7 +212,7 @@ def _make_and_keep(cells: Sequence[Scenario], first: int, thetas: Sequence[Tenso
     work = files[0].parent / f"{name}.unfinished"
     with _held(work):
         if any(_read(file) is None for file in files):
-            maker = Maker(cells, first, thetas)
+            maker = PlanMaker(cells, first, thetas)
             with torch.inference_mode(), maker.threads():
                 plans = maker.make(Checkpoint(work, name), on_sweep)
             for file, one in zip(files, plans, strict=True):

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fl_attack.errors import InputError, RunError
+from fl_attack.errors import InputError, RunError, one_line
 
 
 def is_path(name: str) -> bool:
@@ -30,7 +30,7 @@ def load(path: str) -> Callable[..., Any]:
     try:
         found = getattr(_from_file(Path(module)) if module.endswith(".py") else _imported(module), function, None)
     except (Exception, SystemExit) as error:  # whatever a user's module raises as it is imported
-        raise InputError(f"{path} can't be imported: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path} can't be imported: {type(error).__name__}: {one_line(error)}") from None
     if not callable(found):
         raise InputError(f"{path}: there is no function {function} in {module}")
     return found  # type: ignore[no-any-return]

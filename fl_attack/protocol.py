@@ -239,7 +239,7 @@ class Schedule:
 
 
 def shuffled(seed: int, round_: int, clients: int) -> NDArray[np.int64]:
-    """The random order of the clients of a round, for rules that draw lots.
+    """The random order of the clients of a round, for rules that make random choices.
 
     Parameters
     ----------

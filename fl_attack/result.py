@@ -44,12 +44,12 @@ class Result:
     @classmethod
     def of_folder(cls, folder: Path) -> "Result":
         """The result in a folder, whose files are read as they are asked for; InputError where there is none."""
-        return cls(_kind_of(folder), folder, {})
+        return cls(_result_kind(folder), folder, {})
 
     @classmethod
     def of_files(cls, folder: Path) -> "Result":
         """The result in a folder, all of it read now, so that the folder may go; InputError where there is none."""
-        kind = _kind_of(folder)
+        kind = _result_kind(folder)
         found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
         return cls(kind, None, found)
 
@@ -255,7 +255,7 @@ def _png(figure: Any) -> bytes:
     return content.getvalue()
 
 
-def _kind_of(folder: Path) -> places.ResultKind:
+def _result_kind(folder: Path) -> places.ResultKind:
     """The kind of result that a folder holds; InputError where it is none, or has no table yet."""
     kind = places.holds(folder)
     if kind is None:

@@ -14,7 +14,7 @@ from fl_attack.config import Settings, from_yaml, to_yaml, versions
 from fl_attack.data.cache import write_whole
 from fl_attack.errors import InputError
 from fl_attack.folder import BASELINE, OF_RUN, PLAN, SUMMARY
-from fl_attack.history import COLUMNS, History, rounds_to_recover
+from fl_attack.history import COLUMNS, History, recovered
 from fl_attack.identity import NOT_NUMBERS
 from fl_attack.models.outputs import predictions
 from fl_attack.plan_maker import STARTS, Plan
@@ -226,23 +226,11 @@ def summary(scenario: Scenario, history: History, twin: History | None = None) -
         "rounds": settings.rounds,
         "stopped_round": last,
         "best_round": best["round"],
-        "rounds_to_recover": _recovered(settings, history, twin),
+        "rounds_to_recover": None if twin is None else recovered(history.table(), twin.table(), settings.attack.stop),
         "seconds": history.seconds,
         "seed": settings.seed,
         "versions": versions(),
     }
-
-
-def _recovered(settings: Settings, history: History, twin: History | None) -> float | None:
-    """See `history.rounds_to_recover`; None where that is NaN, or the twin is missing or ended at another round."""
-    if twin is None or len(twin.rows) != len(history.rows):
-        return None
-    rounds, accuracy, honest = (
-        np.array([row[name] for row in of.rows], float)
-        for of, name in ((history, "round"), (history, "test_accuracy"), (twin, "test_accuracy"))
-    )
-    found = rounds_to_recover(rounds, accuracy, honest, settings.attack.stop)
-    return None if np.isnan(found) else found
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:

@@ -251,7 +251,7 @@ class AttackSettings(Strict):
 
 
 class StrategySettings(Strict):
-    """How the server combines the clients' answers: a rule of ours, or any strategy of Flower's."""
+    """How the server combines the clients' answers: a built-in rule, or any strategy of Flower's."""
 
     name: str
     path: str | None = None
@@ -369,7 +369,7 @@ class Settings(Strict):
     @field_validator("tracker", mode="before")
     @classmethod
     def _as_list(cls, given: Any) -> Any:
-        """What is given, one name as a list of it."""
+        """The trackers as a list, where a single one may be given by its name alone."""
         return [given] if isinstance(given, str) else given
 
     @property
@@ -423,7 +423,7 @@ class Settings(Strict):
             )
         if self.attacked and self.attack.adapt == "rule" and self.strategy.name == "flower":
             raise ValueError(
-                "attack.adapt=rule needs a rule that is known, and strategy=flower is not; use a rule of ours"
+                "attack.adapt=rule needs a rule that is known, and strategy=flower is not; use a built-in rule"
             )
         if self.lr_every is not None and self.lr_schedule not in ("step", "inverse"):
             raise ValueError(

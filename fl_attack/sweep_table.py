@@ -46,7 +46,7 @@ RESULTS = (  # the columns of a sweep's table after the overrides
     "error",
 )
 K, B, KB, ACCURACY, GOAL = "write_access", "budget", "global_budget", "final_accuracy", "attack.goal"
-EFFECTIVE, NOTABLE_DIFFERENCE, SHOWN = "effective_budget", 0.1, 6  # relative difference worth telling; values told
+EFFECTIVE, NOTABLE_DIFFERENCE, SHOWN = "effective_budget", 0.1, 6  # relative difference worth a sentence; values in it
 WRITES, NAME, BUDGET, SHARE = "writes", "attack.name", "attack.budget", "partition.malicious_share"
 NUMBERS = {  # columns that every sweep has: the label of their axis, and the factor from the table to its unit
     K: ("write access k (share of all samples)", 1),
@@ -145,7 +145,12 @@ class Interval:
         return self.high - self.value
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-", "\N{MINUS SIGN}")
+        return interval_text(self.value, self.low, self.high)
+
+
+def interval_text(value: float, low: float, high: float) -> str:
+    """A value and its confidence interval, two decimals each and a true minus sign; arguments as of `Interval`."""
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]".replace("-", "\N{MINUS SIGN}")
 
 
 def mean_interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
@@ -332,9 +337,23 @@ class Sweep:
         return label
 
     def label_attacks(self, unattacked: bool = True) -> "Sweep":
-        """The sweep without attacks on updates, which have no budget of labels; NotDrawableError if that leaves none.
+        """The sweep without attacks on updates, which have no budget of labels.
 
-        `unattacked` says whether cells without an attack are kept where attacks vary: they are those of budget 0.
+        Parameters
+        ----------
+        unattacked : bool
+            Whether cells that nobody attacks are kept in a sweep of several attacks, as its cells of budget 0; in a
+            sweep of one attack they always are.
+
+        Returns
+        -------
+        Sweep
+            With the number of cells that are not kept as `left_out`.
+
+        Raises
+        ------
+        NotDrawableError
+            Where no cell is kept.
         """
         writes = self.column(WRITES)
         mask = writes != "updates"
@@ -427,7 +446,7 @@ def read_sweep(folder: Path) -> Sweep:
     if not rows:
         raise NotDrawableError(f"all {len(found)} cells of {file} broke off; nothing to draw")
     columns = {name: _column([row[name] for row in rows], name, file) for name in header if name != "error"}
-    if WRITES not in columns:  # a table of an earlier version, where attacks on updates can't be told
+    if WRITES not in columns:  # a table of an earlier version, which does not say which attacks are on updates
         attack = columns.get(NAME, columns.get("attack", np.full(len(rows), "", object)))
         columns[WRITES] = np.array(["none" if name == "none" else "labels" for name in attack], object)
     overrides = [name for name in columns if name not in (*LABELS, "cell", WRITES)]

@@ -213,7 +213,7 @@ def _taker(first: Scenario) -> Callable[[NDArray[np.int64]], Tensor]:
     few_uses = first.settings.rounds * size <= 2 * len(x) or size == len(x) or first.settings.local_steps > 1
     if few_uses or x.size * dtype.itemsize > FEATURES_IN_MEMORY:
         return first.features
-    return data.Stored(x, first.dataset.scaling, dtype).take
+    return data.Stored(x, first.dataset.scaling, dtype).features_of
 
 
 def _gradients(first: Scenario, thetas: Sequence[Tensor], X: Tensor, y: Tensor) -> list[Tensor]:

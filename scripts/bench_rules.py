@@ -70,7 +70,7 @@ THEIRS: dict[str, dict[str, Any]] = {
     "centered_clipping": {"L": 1, "tau": 10.0},
     "clipping": {"c": 2.0},
 }
-OTHERWISE = ("krum", "multi_krum", "bucketing")  # other neighbours, other lots: near, not the same
+OTHERWISE = ("krum", "multi_krum", "bucketing")  # other neighbours, other random choices: near, not the same
 TOUCHED = {"bucketing": 1.5, "clipping": 2.0, "nnm": 2.0}  # numbers read or written for each that there is; else 1
 MULTIPLIED = {"krum": 0.5, "multi_krum": 0.5, "bulyan": 0.5, "nnm": 1.5}  # products of m x d with d x m
 MOST_STEPS = 200

@@ -607,8 +607,8 @@ def test_a_geometric_median_that_takes_many_iterations_is_left_to_products_after
 ) -> None:
     u = torch.randn(2, 9, 1, 20, generator=torch.Generator().manual_seed(0))
     u[:, :4] += 3.0
-    along, calls = weiszfeld.along, []
-    monkeypatch.setattr(weiszfeld, "along", lambda *given: calls.append(1) or along(*given))
+    inner_products, calls = weiszfeld.inner_products, []
+    monkeypatch.setattr(weiszfeld, "inner_products", lambda *given: calls.append(1) or inner_products(*given))
     assert weiszfeld._few_iterations(u, norms(u), 1e-6, weiszfeld.FEW)[1].all() and len(calls) == 2
     calls.clear()
     few = u[:, 4:]

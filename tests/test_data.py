@@ -605,7 +605,7 @@ def test_features_of_samples_kept_as_stored_are_the_same_to_the_last_bit(scale, 
     stored = data.Stored(raw, data.Scaling(scale), dtype)
     for count in (7, 7, 20, 0, 3):
         samples = rng.integers(0, 20, count)
-        assert torch.equal(stored.take(samples), data.features(raw[samples], data.Scaling(scale), dtype))
+        assert torch.equal(stored.features_of(samples), data.features(raw[samples], data.Scaling(scale), dtype))
 
 
 # The cache.

@@ -306,7 +306,7 @@ def test_who_wants_a_traceback_has_the_error_itself(
 def test_signals_end_the_command_with_their_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signalled: BaseException, code: int, said: str
 ) -> None:
-    with pytest.raises(SystemExit) as ended, __main__._one_line(True):
+    with pytest.raises(SystemExit) as ended, __main__._ending_in_a_line(True):
         raise signalled
     assert ended.value.code == code and capsys.readouterr().err == f"fl-attack: {said}\n"
     with pytest.raises(Interrupted, match="terminated") as terminated:

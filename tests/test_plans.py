@@ -108,14 +108,14 @@ def test_plans_made_together_are_those_made_alone(make: Make, tmp_path: Path) ->
         ["clients.malicious=3", "lr=0.2"],
     )
     cells = [make(*PLANNED, *change) for change in changes]
-    together = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])
+    together = plan_maker.PlanMaker(cells, 1, [cell.start() for cell in cells])
     assert len({plans._group_key(cell) for cell in cells}) == 1
     found = plans.load_plans(cells)
     assert together.theta.shape[0] == 12
     for cell, one in zip(cells, found, strict=True):
         work = tmp_path / str(len(list(tmp_path.iterdir())))
         work.mkdir()
-        maker = plan_maker.Maker([cell], 1, [cell.start()])
+        maker = plan_maker.PlanMaker([cell], 1, [cell.start()])
         alone = maker.make(plans.Checkpoint(work, ""), lambda sweep: None)[0]
         np.testing.assert_array_equal(alone.samples, one.samples)
         np.testing.assert_allclose(alone.harm[-1], one.harm[-1], rtol=1e-9)
@@ -133,7 +133,7 @@ def test_a_process_that_only_noted_where_a_plan_begins_reads_it_from_the_file_of
 
 def test_the_average_is_of_all_evaluations_and_the_end_of_the_last_round(make: Make) -> None:
     cells = [make(*PLANNED, f"attack.objective={one}", "eval_every=3") for one in ("average", "final")]
-    weights = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])._weights()
+    weights = plan_maker.PlanMaker(cells, 1, [cell.start() for cell in cells])._weights()
     third = 1 / 3  # after the rounds 3, 6 and 8, the last
     assert weights[:, 0].tolist() == [0, 0, 0, third, 0, 0, third, 0, third]
     assert weights[:, 1].tolist() == [0] * 8 + [1]
@@ -141,7 +141,7 @@ def test_the_average_is_of_all_evaluations_and_the_end_of_the_last_round(make: M
 
 def test_imagined_minibatches_are_of_the_same_shards_but_not_those_that_come(make: Make) -> None:
     cell = make(*PLANNED, "attack.foresight=simulated")
-    maker = plan_maker.Maker([cell], 1, [cell.start()])
+    maker = plan_maker.PlanMaker([cell], 1, [cell.start()])
     for round_ in range(1, 5):
         assert len(maker._samples(round_, True)) == len(maker._samples(round_, False)) == 20
         assert maker._samples(round_, True).tolist() != maker._samples(round_, False).tolist()
@@ -152,7 +152,7 @@ def test_imagined_minibatches_are_of_the_same_shards_but_not_those_that_come(mak
 @pytest.mark.parametrize("scope", ["pooled", "per_client"])
 def test_who_takes_part_in_imagined_rounds_is_imagined_too(make: Make, scope: str) -> None:
     cell = make(*(*PLANNED, "attack.foresight=simulated", f"attack.scope={scope}", "clients.per_round=2", "rounds=40"))
-    maker = plan_maker.Maker([cell], 1, [cell.start()])
+    maker = plan_maker.PlanMaker([cell], 1, [cell.start()])
     malicious, differs = set(cell.partition.malicious.tolist()), 0
     for imagined, schedule in ((False, cell.schedule), (True, maker._imagined)):
         for round_ in range(1, 41):
@@ -621,8 +621,8 @@ def test_a_plan_begins_anew_every_horizon_from_the_first_attacked_round_on(share
     assert begins("attack.horizon=3", "attack.start=2") == [1, 2, 2, 2, 5, 5, 5, 8]
     assert [adversary.epoch_start(shared(*PLANNED, "attack.horizon=3"), round_) for round_ in (1, 4, 8)] == [1, 4, 7]
     kinds = ((), ("attack.horizon=3",), ("clients.malicious=0",))
-    assert [plans.is_whole(shared(*PLANNED, *how)) for how in kinds] == [True, False, False]
-    assert not plans.is_whole(shared("engine=batched"))
+    assert [plans.plans_whole_run(shared(*PLANNED, *how)) for how in kinds] == [True, False, False]
+    assert not plans.plans_whole_run(shared("engine=batched"))
 
 
 def test_the_time_that_plans_take_grows_with_cells_sweeps_starts_rounds_samples_and_parameters(shared: Make) -> None:
@@ -715,8 +715,10 @@ def test_a_damaged_plan_is_made_again_and_one_for_two_cells_alike_but_once(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    whole = plan_maker.Maker.make
-    monkeypatch.setattr(plan_maker.Maker, "make", lambda self, *how: made.append(len(self.cells)) or whole(self, *how))
+    whole = plan_maker.PlanMaker.make
+    monkeypatch.setattr(
+        plan_maker.PlanMaker, "make", lambda self, *how: made.append(len(self.cells)) or whole(self, *how)
+    )
     cells = [
         make(*PLANNED, "seed=5", "attack.args={sweeps: 1}", one) for one in ("lr=0.5", "strategy=median", "lr=0.3")
     ]
@@ -743,7 +745,7 @@ def test_flips_of_a_round_are_those_of_the_plan_within_its_budget() -> None:
 
 def test_starts_beyond_the_named_ones_are_at_random_the_same_in_all_rounds(shared: Make) -> None:
     cells = [shared(*PLANNED, "attack.args={sweeps: 1, starts: 6}", lr) for lr in ("lr=0.5", "lr=0.1")]
-    maker = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])
+    maker = plan_maker.PlanMaker(cells, 1, [cell.start() for cell in cells])
     theta = maker.theta + torch.randn(
         maker.theta.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
@@ -760,13 +762,13 @@ def test_starts_beyond_the_named_ones_are_at_random_the_same_in_all_rounds(share
     for i, cell in enumerate(cells):
         torch.testing.assert_close(v[i, 0], cell.model.gradient(at[i, 0], X, y))
         torch.testing.assert_close(v[i, 1], maker._targets[i] - at[i, 1])
-    other = plan_maker.Maker(cells, 4, [cell.start() for cell in cells])
+    other = plan_maker.PlanMaker(cells, 4, [cell.start() for cell in cells])
     assert not torch.allclose(other._at_random(4), maker._at_random(4))
 
 
 def test_random_numbers_of_a_sweep_are_each_starts_own_and_the_same_for_every_cell(shared: Make) -> None:
     cells = [shared(*PLANNED, lr) for lr in ("lr=0.5", "lr=0.1")]
-    maker = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])
+    maker = plan_maker.PlanMaker(cells, 1, [cell.start() for cell in cells])
     one, other = maker._uniform(1), maker._uniform(2)
     assert one.shape == (8, 8 + 3) and ((one >= 0) & (one < 1)).all()
     assert torch.equal(one[:4], one[4:]) and len({row[0].item() for row in one[:4]}) == 4
@@ -776,7 +778,7 @@ def test_random_numbers_of_a_sweep_are_each_starts_own_and_the_same_for_every_ce
 def test_minibatches_of_a_plan_are_those_that_come_whether_kept_or_fetched(shared: Make) -> None:
     for memory in ("engine.memory_gb=1", "engine.memory_gb=1e-9"):
         cell = shared(*PLANNED, memory)
-        maker = plan_maker.Maker([cell], 1, [cell.start()])
+        maker = plan_maker.PlanMaker([cell], 1, [cell.start()])
         assert (maker._resident is None) == (memory == "engine.memory_gb=1e-9")
         for round_ in (3, 4, 3):
             samples = cell.schedule.round_samples(round_)[0]
@@ -785,7 +787,7 @@ def test_minibatches_of_a_plan_are_those_that_come_whether_kept_or_fetched(share
             assert batch.y.tolist() == cell.dataset.y_train[samples].tolist()
             assert maker.batch(round_, False) is batch
     full = shared(*PLANNED, "batch_size=full")
-    maker = plan_maker.Maker([full], 1, [full.start()])
+    maker = plan_maker.PlanMaker([full], 1, [full.start()])
     assert maker.batch(1, False) is maker.batch(2, False)
     assert maker.access(1, False) is maker.access(2, False)
 
@@ -793,7 +795,7 @@ def test_minibatches_of_a_plan_are_those_that_come_whether_kept_or_fetched(share
 def test_what_a_plan_can_write_is_what_its_malicious_clients_use(shared: Make) -> None:
     how = ("attack.scope=per_client", "attack.every=3")
     cells = [shared(*PLANNED, *how, one) for one in ("clients.malicious=1", "clients.malicious=3")]
-    maker = plan_maker.Maker(cells, 1, [cell.start() for cell in cells])
+    maker = plan_maker.PlanMaker(cells, 1, [cell.start() for cell in cells])
     assert maker.access(2, False) is None  # is not attacked
     access = maker.access(1, False)
     assert access is not None and access.mask is not None
@@ -805,7 +807,7 @@ def test_what_a_plan_can_write_is_what_its_malicious_clients_use(shared: Make) -
         assert access.mask[plan].tolist() == np.isin(holder, cell.partition.malicious).tolist()
         budget = np.where(np.isin(np.arange(4), cell.partition.malicious), np.floor(0.4 * cell.schedule.used), 0)
         assert access.budgets[plan].tolist() == budget.tolist()
-    pooled = plan_maker.Maker([shared(*PLANNED)], 1, [cells[0].start()]).access(1, False)
+    pooled = plan_maker.PlanMaker([shared(*PLANNED)], 1, [cells[0].start()]).access(1, False)
     assert pooled is not None and pooled.mask is None and not pooled.group.any()
     assert pooled.budgets.tolist() == [[4]] * 4
     assert maker.problem(False).memory == maker.memory / 2 == 2**30 * cells[0].settings.engine.memory_gb / 2
@@ -824,7 +826,7 @@ def test_the_sample_of_harm_is_drawn_once_of_what_clients_hold(shared: Make) -> 
 
 def test_one_thread_works_while_products_are_small(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = shared(*PLANNED)
-    maker = plan_maker.Maker([cell], 1, [cell.start()])
+    maker = plan_maker.PlanMaker([cell], 1, [cell.start()])
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -842,7 +844,7 @@ def test_rows_of_features_are_kept_of_the_samples_that_clients_hold(shared: Make
     client = cell.partition.client.copy()
     client[[0, 1, 5]] = -1
     some = dataclasses.replace(cell, partition=dataclasses.replace(cell.partition, client=client))
-    maker = plan_maker.Maker([some], 1, [cell.start()])
+    maker = plan_maker.PlanMaker([some], 1, [cell.start()])
     assert maker._row[:8].tolist() == [-1, -1, 0, 1, 2, -1, 3, 4] and maker._row[-1] == 116
     resident = maker._resident
     assert resident is not None
@@ -853,7 +855,7 @@ def test_directions_that_do_not_look_at_theta_are_worked_out_once(
     shared: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = shared(*PLANNED)
-    maker = plan_maker.Maker([cell] * 2, 1, [cell.start()] * 2)
+    maker = plan_maker.PlanMaker([cell] * 2, 1, [cell.start()] * 2)
     theta = torch.arange(14.0).view(2, *cell.theta_shape)
     asked: list[str] = []
     monkeypatch.setattr(maker, "_direction", lambda one, name: asked.append(name) or one * 2)

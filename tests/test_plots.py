@@ -457,7 +457,7 @@ def test_more_settings_than_lines_are_panels_and_more_than_panels_are_refused(tm
     assert [line.get_label() for line in figures[0].axes[0].lines] == [f"learning rate = 0.{i}" for i in (1, 2, 3)]
     for kind in ("budget", "heatmap"):
         many = {"malicious": [1, 2], "budget": [0.5, 1.0], "strategy": [f"rule{i}" for i in range(13)]}
-        with pytest.raises(InputError, match="a figure bears at most 12, the sweep has 13"):
+        with pytest.raises(InputError, match="a figure shows at most 12, the sweep has 13"):
             plots.PLOTS[kind](sweep(tmp_path, **many))
 
 
@@ -859,7 +859,7 @@ def test_so_many_lines_as_there_are_colours_have_one_each_and_more_are_shaded(co
     (tmp_path / "one").mkdir()
     same = [("1", sweep, start, float(sweep), 1) for _, _, start, *_ in plan for sweep in (0, 1)]
     sweep_table.write_csv(tmp_path / "one/plan.csv", ("first_round", "sweep", "start", "objective", "part"), same)
-    plots.plan(tmp_path / "one")
+    plots.plan_curves(tmp_path / "one")
     colours = [line.get_color() for line in figures[1].axes[0].lines]
     assert len({*colours}) == count and (tuple(colours) == canvas.COLOURS[:count]) == (count <= 12)
     (legend,) = figures[1].legends
@@ -870,13 +870,13 @@ def test_the_plans_of_a_run_have_a_panel_for_each_round_that_one_was_made_in(tmp
     rows = [(f, s, start, f + s / 10 + (start == "b"), 1) for f in (1, 5) for start in "ab" for s in range(3)]
     header = ("first_round", "sweep", "start", "objective", "part")
     sweep_table.write_csv(tmp_path / "plan.csv", header, rows)
-    plots.plan(tmp_path)
+    plots.plan_curves(tmp_path)
     assert [axes.get_title("left") for axes in figures[0].axes] == ["from round 1", "from round 5"]
     for axes, first in zip(figures[0].axes, (1, 5), strict=True):
         found = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
         assert found == {name: [[s, first + s / 10 + more] for s in range(3)] for name, more in (("a", 0), ("b", 1))}
     sweep_table.write_csv(tmp_path / "plan.csv", header, [(first, 0, "a", 0.1, 1) for first in range(20)])
-    plots.plan(tmp_path)
+    plots.plan_curves(tmp_path)
     assert len(figures[1].axes) == canvas.PANELS
 
 

@@ -601,14 +601,14 @@ def test_an_archive_of_images_is_unpacked_once_and_a_damaged_one_told(tmp_path: 
     with tarfile.open(tmp_path / plan.ARCHIVE, "w") as tar:
         tar.add(tmp_path / "train", "train")
         tar.add(tmp_path / "test", "test")
-    place = plan._unpacked(tmp_path / plan.ARCHIVE)
-    assert plan._unpacked(tmp_path / plan.ARCHIVE) == place
+    place = plan._unpacked_archive(tmp_path / plan.ARCHIVE)
+    assert plan._unpacked_archive(tmp_path / plan.ARCHIVE) == place
     chosen = "dataset.classes=[airplane,automobile]"
     source = plan.PaperDataset("x", "x", True, ("dataset=image_folder", f"dataset.path={plan._quoted(place)}", chosen))
     assert plan.samples(source) == 24
     (tmp_path / plan.ARCHIVE).write_bytes(b"no archive")
     with pytest.raises(InputError, match="can't be unpacked"):
-        plan._unpacked(tmp_path / plan.ARCHIVE)
+        plan._unpacked_archive(tmp_path / plan.ARCHIVE)
 
 
 def test_an_interrupted_replication_goes_on(
@@ -1246,7 +1246,7 @@ def test_the_figure_of_gradients_is_of_a_run_of_each_budget(tmp_path: Path, monk
     ]
     assert [row.split(",")[0] for row in rows[1:]] == [f"b = {b}" for b in ("0.1", "0.25", "0.5", "1") for _ in "12"]
     ((file, title, note),) = shown
-    assert file == tmp_path / "fig1-digits_01.csv" and title == "Gradients within reach: digits 0/1"
+    assert file == tmp_path / "fig1-digits_01.csv" and title == "Gradients that the attackers can reach: digits 0/1"
     assert "First direction: the clean gradient" in str(note) and str(note).endswith("k = 0.5.")
 
 
@@ -1416,7 +1416,7 @@ def test_cifar_is_read_from_an_archive_of_images_where_the_original_is_not(
 ) -> None:
     asked: list[plan.PaperDataset] = []
     monkeypatch.setattr(plan, "samples", asked.append)
-    monkeypatch.setattr(plan, "_unpacked", lambda archive: archive.with_suffix(""))
+    monkeypatch.setattr(plan, "_unpacked_archive", lambda archive: archive.with_suffix(""))
     (tmp_path / plan.ARCHIVE).touch()
     for file in plan.CIFAR10_FILES[: None if originals else -1]:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -1465,9 +1465,9 @@ def test_of_equally_good_learning_rates_the_largest_is_taken() -> None:
 
 def test_a_point_of_a_single_seed_has_a_name_and_no_interval(tmp_path: Path) -> None:
     one = table([{"k": 0.5, "b": 0.2, "goal": "targeted", "lr": 0.3, "accuracy": 70.0}])
-    assert (figures.goal(one), figures.access(one), figures.rate(one)) == ("targeted", "k = 0.5", ", lr 0.3")
+    assert (figures.shared_goal(one), figures.access(one), figures.rate(one)) == ("targeted", "k = 0.5", ", lr 0.3")
     assert figures.rate(table([{"lr": ""}])) == ""
-    (row,) = figures.means(one, figures.goal, figures.access, "kb", "accuracy")
+    (row,) = figures.means(one, figures.shared_goal, figures.access, "kb", "accuracy")
     assert row[:4] == ("targeted", "k = 0.5", 0.1, 70.0) and math.isnan(row[4])
     figures.stopped(tmp_path / "a.csv", Cells(one.columns | {"patience": np.array(["10"])}), "a title")
     assert rows_of(tmp_path / "a.csv")[0][:4] == ("targeted", "stopped early, lr 0.3", 0.1, 70)

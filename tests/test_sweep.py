@@ -24,7 +24,7 @@ from fl_attack.history import COLUMNS
 from fl_attack.identity import key_of
 from fl_attack.launcher import grid
 from fl_attack.multirun import execute
-from fl_attack.multirun.table import final_accuracy, row_of, write_tables
+from fl_attack.multirun.table import final_accuracy, results_row, write_tables
 from fl_attack.multirun.units import (
     Numbers,
     Unit,
@@ -422,7 +422,7 @@ def test_a_row_has_the_results_of_the_last_evaluation_and_shares_of_all_labels_u
     samples = sum(map(len, scenario.partition.shards))
     held = sum(len(scenario.partition.shards[client]) for client in scenario.partition.malicious)
     one = numbers_of([0.01, 0.9, 0.4, 0.6], flips=30, missing=2)
-    row = row_of(scenario, one)
+    row = results_row(scenario, one)
     assert list(row) == list(RESULTS)
     assert float(row["write_access"]) == pytest.approx(held / samples)
     assert float(row["global_budget"]) == pytest.approx(0.5 * held / samples)
@@ -434,7 +434,7 @@ def test_a_row_has_the_results_of_the_last_evaluation_and_shares_of_all_labels_u
     assert {name: row[name] for name in last} == last
     empty = {"early_stop_accuracy", "validation_loss", "drop", "rounds_to_recover", "error", *MEASURES}
     assert {name for name, value in row.items() if value == ""} == empty
-    start = row_of(scenario, numbers_of([0.2]))
+    start = results_row(scenario, numbers_of([0.2]))
     assert (start["minimum_accuracy"], start["effective_budget"], start["rounds"]) == ("0.2", "0", 0)
 
 
@@ -444,7 +444,7 @@ def test_a_row_of_a_cell_that_stops_early_is_of_the_model_that_is_kept() -> None
     kept = {}
     for restore in ("best", "last"):
         scenario = scenario_of("early_stop.patience=2", f"early_stop.restore={restore}")
-        row = row_of(scenario, one)
+        row = results_row(scenario, one)
         kept[restore] = (row["final_accuracy"], row["early_stop_accuracy"], row["validation_loss"])
         assert final_accuracy(one, scenario) == float(row["final_accuracy"])
         assert row["final_f1"] == f"{one.table[1 if restore == 'best' else 3, COLUMNS.index('test_f1')]:.9g}"
@@ -454,15 +454,16 @@ def test_a_row_of_a_cell_that_stops_early_is_of_the_model_that_is_kept() -> None
 def test_a_row_compares_with_the_twin_and_one_that_broke_off_has_no_model() -> None:
     scenario = scenario_of("attack.stop=2")
     twin, one = numbers_of([0.1, 0.9, 0.9, 0.95]), numbers_of([0.1, 0.3, 0.5, 0.945])
-    row = row_of(scenario, one, twin)
+    row = results_row(scenario, one, twin)
     assert float(row["drop"]) == pytest.approx(0.005) and float(row["rounds_to_recover"]) == 4
-    never = row_of(scenario, numbers_of([0.1, 0.3, 0.5, 0.6]), twin)
+    never = results_row(scenario, numbers_of([0.1, 0.3, 0.5, 0.6]), twin)
     assert float(never["drop"]) == pytest.approx(0.35) and never["rounds_to_recover"] == ""
-    assert row_of(scenario, numbers_of([0.1, 0.9, 0.9]), twin)["rounds_to_recover"] == ""  # other rows than the twin's
-    honest = row_of(scenario_of("attack=none"), one, twin)
+    short = results_row(scenario, numbers_of([0.1, 0.9, 0.9]), twin)
+    assert short["rounds_to_recover"] == ""  # other rows than the twin's
+    honest = results_row(scenario_of("attack=none"), one, twin)
     assert (honest["writes"], honest["drop"], honest["rounds_to_recover"]) == ("none", "", "")
     assert (honest["budget"], honest["global_budget"]) in [("0", "0"), (0, 0), (0.0, 0.0)]
-    lost = row_of(scenario, numbers_of([0.1, 0.3], error="diverged", flips=4), twin)
+    lost = results_row(scenario, numbers_of([0.1, 0.3], error="diverged", flips=4), twin)
     assert lost["error"] == "diverged" and (lost["flips"], lost["rounds"]) == (4, 2)
     of_model = {"final_accuracy", "minimum_accuracy", "final_f1", "final_loss", "drop", "rounds_to_recover"}
     assert not any(lost[name] for name in of_model)
@@ -471,9 +472,9 @@ def test_a_row_compares_with_the_twin_and_one_that_broke_off_has_no_model() -> N
 def test_measures_of_detection_are_means_over_the_evaluations_that_have_them() -> None:
     values = {"norm_z": [np.nan, 1.0, np.inf, 3.0], "cosine_auc": [np.nan] * 4}
     one = numbers_of([0.1, 0.2, 0.3, 0.4], missing=1, **values)
-    row = row_of(scenario_of("detectability=true"), one)
+    row = results_row(scenario_of("detectability=true"), one)
     assert (row["norm_z"], row["cosine_auc"]) == ("2", "")
-    assert row_of(scenario_of(), one)["norm_z"] == ""
+    assert results_row(scenario_of(), one)["norm_z"] == ""
 
 
 def test_the_tables_of_a_sweep_have_a_row_and_a_curve_of_each_cell(tmp_path: Path) -> None:

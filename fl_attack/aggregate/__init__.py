@@ -15,7 +15,7 @@ from torch import Tensor
 from fl_attack import plugins
 from fl_attack.aggregate import byzfl, defences, pre, rules, weiszfeld
 from fl_attack.aggregate.defences import Seen, State
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, one_line
 
 __all__ = ["PRE", "RULES", "Combine", "Pre", "Rule", "Seen", "State", "is_builtin", "is_known", "make", "needs", "sees"]
 
@@ -129,7 +129,7 @@ class Combine:
         weights : (m,) tensor
             The samples that each client used.
         client_order : (m,) tensor
-            A random order of the clients, by which lots are drawn.
+            A random order of the clients, by which random choices are made.
         seen : Seen
             What the server knows of the round besides.
         state
@@ -324,7 +324,7 @@ def _check_call(call: Callable[[], Any], what: str) -> None:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{what}: {one_line(error)}") from None
 
 
 def _probe(m: int) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ def class_norms(updates: Tensor, weights: Tensor, f: int, *, seen: Seen) -> Tens
         Its `by_class` gives the rows of the last layer; without it they are the updates' own rows, C of them.
     """
     m = updates.shape[-3]
-    rows = _by_class(seen, updates)
+    rows = _last_layer_rows(seen, updates)
     norm = norms(rows.unsqueeze(-2))  # (..., m, classes)
     finite = norm.isfinite().all(-1) & finite_rows(updates)
     point = norm.where(finite.unsqueeze(-1), torch.inf)
@@ -180,11 +180,11 @@ def foolsgold(
     updates, weights, f
         As in all rules; f is not used.
     seen : Seen
-        Who the clients are; likeness is that of summed updates of the last layer.
+        Who the clients are; similarity is measured on summed updates of the last layer.
     state : dict or None
         `summed` (..., clients, n), the summed updates of each client.
     kappa : float
-        Confidence: how steeply weights rise with unlikeness.
+        Confidence: how steeply weights rise with dissimilarity.
 
     Returns
     -------
@@ -207,7 +207,7 @@ def foolsgold(
     m = updates.shape[-3]
     finite = finite_rows(updates)
     usable = updates.where(finite[..., None, None], 0.0)
-    features = _by_class(seen, usable).flatten(-2).double()
+    features = _last_layer_rows(seen, usable).flatten(-2).double()
     clients, total = _numbers(seen, m, updates.device)
     before = features.new_zeros(*features.shape[:-2], total, features.shape[-1]) if state is None else state["summed"]
     summed = before.index_add(-2, clients, features)
@@ -338,6 +338,6 @@ def _numbers(seen: Seen, m: int, device: torch.device) -> tuple[Tensor, int]:
     return clients, m if seen.total is None else seen.total
 
 
-def _by_class(seen: Seen, updates: Tensor) -> Tensor:
+def _last_layer_rows(seen: Seen, updates: Tensor) -> Tensor:
     """The rows (..., m, classes, width) of the last layer in updates (..., m, C, d)."""
     return updates if seen.by_class is None else seen.by_class(updates)

@@ -62,7 +62,7 @@ def weighted(updates: Tensor, shares: Tensor) -> Tensor:
     return (shares.expand(whole.shape[:-1]).unsqueeze(-2) @ whole).view(*whole.shape[:-2], *updates.shape[-2:])
 
 
-def along(updates: Tensor, v: Tensor) -> Tensor:
+def inner_products(updates: Tensor, v: Tensor) -> Tensor:
     """Inner products of updates with a vector.
 
     Parameters

@@ -1,8 +1,8 @@
 """Pre-aggregators: what can be done to updates before a rule sees them; several can be chained.
 
 Each maps updates (..., m, C, d) and weights (m,) to new ones, of which there may be fewer. f is how many clients may be
-malicious; `client_order` (m,) is a random order of the clients, for those that draw lots. An update that is not finite
-stays so or becomes zero, and gets into no other than the mean of its bucket.
+malicious; `client_order` (m,) is a random order of the clients, for those that make random choices. An update that is
+not finite stays so or becomes zero, and gets into no other than the mean of its bucket.
 """
 
 import torch

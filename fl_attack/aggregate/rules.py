@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fl_attack.aggregate.geometry import (
     LARGEST,
-    along,
     combined,
     distances,
     exponent_of,
+    inner_products,
     norms,
     power_of_two,
     upper_median,
@@ -191,7 +191,7 @@ def krum(updates: Tensor, weights: Tensor, f: int) -> Tensor:
         At most `max_f_of_krum(m)`.
     """
     score = _krum_scores(distances(updates).ordered, f)
-    return _clients(updates, score.argmin(-1, keepdim=True)).squeeze(-3)
+    return _updates_of(updates, score.argmin(-1, keepdim=True)).squeeze(-3)
 
 
 def multi_krum(updates: Tensor, weights: Tensor, f: int, *, keep: int | None = None) -> Tensor:
@@ -252,7 +252,7 @@ def bulyan(updates: Tensor, weights: Tensor, f: int) -> Tensor:
         best = score.where(remaining, torch.inf).argmin(-1, keepdim=True)
         remaining = remaining.scatter(-1, best, False)
         chosen.append(best)
-    selected = _clients(updates, torch.cat(chosen, -1).sort(-1).values)
+    selected = _updates_of(updates, torch.cat(chosen, -1).sort(-1).values)
     return meamed(selected, weights, 2 * f)
 
 
@@ -328,7 +328,7 @@ def _centered_clipping(updates: Tensor, norm: Tensor, tau: float | None, iterati
     norm, moved = first, None
     for _ in range(iterations):
         if moved is not None:  # |a - u|^2 = |a|^2 - 2 a u + |u|^2, without making a - u
-            square = first**2 - 2 * along(away, moved) + moved.double().square().sum((-2, -1)).unsqueeze(-1)
+            square = first**2 - 2 * inner_products(away, moved) + moved.double().square().sum((-2, -1)).unsqueeze(-1)
             norm = square.clamp(min=0).sqrt().where(first.isfinite(), torch.inf)
         radius = _median_of_row(norm) if tau is None else norm.new_tensor(tau)
         share = (radius / norm.where(norm > 0, 1.0)).clamp(max=1.0).to(away) / norm.shape[-1]
@@ -419,15 +419,16 @@ def clip_shares(updates: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
 
 
 def _krum_scores(ordered: Tensor, f: int, neighbours: int | None = None) -> Tensor:
-    """Sum (..., m) of each client's `neighbours` smallest squared distances, from rows (..., m, m) in order.
+    """Sum (..., m) of each client's `neighbours` smallest squared distances to others, from rows (..., m, m) in order.
 
-    By default these are m - f - 2, but at least one.
+    Each row is ascending, with the client's own entry infinite and so last. By default neighbours are m - f - 2, but at
+    least one.
     """
     count = max(1, ordered.shape[-1] - f - 2) if neighbours is None else neighbours
     return ordered[..., :count].sum(-1, dtype=torch.float64).clamp(max=LARGEST)
 
 
-def _clients(updates: Tensor, chosen: Tensor) -> Tensor:
+def _updates_of(updates: Tensor, chosen: Tensor) -> Tensor:
     """The updates (..., k, C, d) of the clients whose indices (..., k) are given."""
     shape = updates.shape
     index = chosen[..., None, None].expand(*chosen.shape, *shape[-2:])

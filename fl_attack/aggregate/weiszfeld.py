@@ -13,8 +13,8 @@ from torch import Tensor
 from fl_attack.aggregate.geometry import (
     CLOSE,
     SMALLEST,
-    along,
     careful_products,
+    inner_products,
     products,
     upper_median,
     weighted,
@@ -89,7 +89,7 @@ def _few_iterations(updates: Tensor, norm: Tensor, tolerance: float, most: int) 
         with np.errstate(all="ignore"):  # in federations that are not exact
             for step in range(most):
                 point = weighted(updates, torch.from_numpy(share).to(updates))
-                product = along(updates, point).double().cpu().numpy()
+                product = inner_products(updates, point).double().cpu().numpy()
                 squared = square - 2 * product + (share * product).sum(-1, keepdims=True)
                 exact &= (squared.min(-1) > smallest_exact) | ~moving  # else digits were lost in the difference
                 inverse = 1 / np.sqrt(np.maximum(squared, SMALLEST * square))

@@ -27,7 +27,7 @@ from fl_attack.choices import Refresh as Refresh
 from fl_attack.choices import Rounding as Rounding
 from fl_attack.choices import Scope as Scope
 from fl_attack.choices import Selection as Selection
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, one_line
 from fl_attack.overrides import did_you_mean
 
 __all__ = [
@@ -184,7 +184,7 @@ def try_args(name: str, args: Mapping[str, Any], classes: int) -> None:
             lazy = {"direction": lambda: updates[0], "noise": lambda: updates}
             ATTACKS[name].function(Updates(updates, malicious, **lazy), **args)
     except Exception as error:  # a value that the function refuses
-        raise InputError(f"attack.args of attack={name}: {' '.join(str(error).split())}") from None
+        raise InputError(f"attack.args of attack={name}: {one_line(error)}") from None
 
 
 def propose(name: str, view: View, args: Mapping[str, Any], shape: Sequence[int], classes: int) -> Proposal:

@@ -72,28 +72,28 @@ def target_far(aim: Aim) -> Tensor:
 
 
 def validation_loss(aim: Aim) -> Tensor:
-    """The gradient of the loss on the sample, which a lower inner product raises."""
+    """Direction that raises the loss: the gradient of the mean loss on the sample."""
     y = aim.sample[1]
     return aim.pull_back(lambda Z: aim.model.residuals(Z, y) / len(y))
 
 
-def smoothed_error(aim: Aim) -> Tensor:
-    """The gradient of the smoothed error on the sample, which a lower inner product raises."""
+def smoothed_error_direction(aim: Aim) -> Tensor:
+    """Direction that raises the smoothed error: the gradient of the smoothed error on the sample."""
     y = aim.sample[1]
     return aim.pull_back(lambda Z: smoothed_error_residuals(Z, y, TEMPERATURE))
 
 
 def mean_feature(aim: Aim) -> Tensor:
     """The derivative of the mean logit of the last class, to which labels go; of linear models the mean feature."""
-    return aim.pull_back(lambda Z: _of_class(Z, Z.shape[-1] - 1, 1.0))
+    return aim.pull_back(lambda Z: _mean_logit_derivative(Z, Z.shape[-1] - 1, 1.0))
 
 
 def minus_mean_feature(aim: Aim) -> Tensor:
     """Direction along which labels become the first class; of two classes the opposite of `mean_feature`."""
-    return aim.pull_back(lambda Z: _of_class(Z, 0, -1.0 if Z.shape[-1] == 1 else 1.0))
+    return aim.pull_back(lambda Z: _mean_logit_derivative(Z, 0, -1.0 if Z.shape[-1] == 1 else 1.0))
 
 
-def _of_class(Z: Tensor, number: int, sign: float) -> Tensor:
+def _mean_logit_derivative(Z: Tensor, number: int, sign: float) -> Tensor:
     """The derivative by logits Z (..., n, C) of `sign` times the mean logit of a class."""
     R = torch.zeros_like(Z)
     R[..., number] = sign / Z.shape[-2]
@@ -112,7 +112,7 @@ DIRECTIONS: dict[str, Direction] = {
     "target": Direction(target, ("target_path",)),
     "target_far": Direction(target_far, ("target_path",)),
     "validation_loss": Direction(validation_loss),
-    "smoothed_error": Direction(smoothed_error),
+    "smoothed_error": Direction(smoothed_error_direction),
     "mean_feature": Direction(mean_feature),
     "-mean_feature": Direction(minus_mean_feature),
 }

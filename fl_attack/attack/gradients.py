@@ -68,7 +68,7 @@ class Updates:
 
 
 def sign_flip(view: Updates, *, scale: float = 1.0) -> Tensor:
-    """Each client sends its own update, turned round and scaled: (..., m, C, d).
+    """What a malicious client sends is its own update times `-scale`: (..., m, C, d).
 
     Parameters
     ----------

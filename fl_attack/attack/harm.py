@@ -6,7 +6,7 @@ Shapes: logits Z (..., n, C) and labels y (n,), as in `models.outputs`; leading 
 import torch
 from torch import Tensor
 
-from fl_attack.models.outputs import class_logits
+from fl_attack.models.outputs import class_logits, entries_of
 
 
 def smoothed_error(Z: Tensor, y: Tensor, temperature: float) -> Tensor:
@@ -26,7 +26,7 @@ def smoothed_error(Z: Tensor, y: Tensor, temperature: float) -> Tensor:
     (...,) tensor
         The smoothed error, from 0 to 1.
     """
-    return 1 - _own_probability(class_logits(Z) / temperature, y).mean(-1)
+    return 1 - entries_of(torch.softmax(class_logits(Z) / temperature, -1), y).mean(-1)
 
 
 def smoothed_error_residuals(Z: Tensor, y: Tensor, temperature: float) -> Tensor:
@@ -47,8 +47,3 @@ def smoothed_error_residuals(Z: Tensor, y: Tensor, temperature: float) -> Tensor
     R.scatter_add_(-1, y.expand(p.shape[:-1]).unsqueeze(-1), -own)
     R = R / (temperature * len(y))
     return R[..., 1:] if Z.shape[-1] == 1 else R
-
-
-def _own_probability(Z: Tensor, y: Tensor) -> Tensor:
-    """The probability of each sample's true label, (..., n)."""
-    return torch.softmax(Z, -1).gather(-1, y.expand(Z.shape[:-1]).unsqueeze(-1)).squeeze(-1)

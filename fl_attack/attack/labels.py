@@ -36,7 +36,7 @@ class View:
         noise: MaybeLazy,
         selection: Selection = "gain",
     ) -> None:
-        """Scores, logits and noise are what the properties hold, or functions without arguments that give it."""
+        """`scores`, `logits` and `noise` are the tensors of the properties so named, or functions that return them."""
         self.y = y  # (n,) true labels
         self.w = w  # (n,) how often the sample is used in this round
         self.selection = selection

@@ -134,7 +134,7 @@ def lock(name: str) -> Iterator[None]:
 
 
 def _opened(place: Path, verify: bool) -> CacheEntry | None:
-    """The entry at `place`, or None where a part of it is missing, truncated or, looked for with `verify`, altered."""
+    """The entry at `place`; None where a part of it is missing or truncated, or altered, which only `verify` finds."""
     try:
         meta = json.loads((place / "meta.json").read_bytes())
         fingerprint = meta.pop("fingerprint")

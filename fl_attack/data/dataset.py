@@ -259,7 +259,7 @@ class Stored:
         self._taken = self._raw[:0]  # memory is used again: pages that are new each time take as long as the rest
         self._features = torch.empty(0, dtype=dtype)
 
-    def take(self, samples: NDArray[np.int64]) -> torch.Tensor:
+    def features_of(self, samples: NDArray[np.int64]) -> torch.Tensor:
         """`features` (k, p) or (k, p + 1) of the raw samples at positions (k,); the next call overwrites them."""
         at = torch.from_numpy(samples)
         if len(self._taken) != len(at):

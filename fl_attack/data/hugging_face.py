@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, message_or_type
 
 ON_THE_HUB = "hf:"  # hf://owner/name, of which a path makes /folder/hf:/owner/name
 NUMBERS = ("int", "uint", "float", "bool")  # types of columns
@@ -97,7 +97,7 @@ def partitioned(name: str, args: dict[str, Any], labels: np.ndarray, clients: in
             parts = [np.asarray(dealer.load_partition(client)["sample"][:], np.int64) for client in range(clients)]
         dealt = dealer.num_partitions
     except Exception as error:  # whatever a partitioner raises for its arguments
-        raise InputError(f"partition.partitioner={name} with partition.args={args}: {_one_line(error)}") from None
+        raise InputError(f"partition.partitioner={name} with partition.args={args}: {message_or_type(error)}") from None
     if dealt != clients:
         raise InputError(f"partition.partitioner={name} makes {dealt} partitions, but clients.total={clients}")
     samples = np.concatenate(parts)
@@ -168,8 +168,3 @@ def _imported(what: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise InputError(f"{what} needs flwr-datasets ({error}); install fl-attack[hf]") from None
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error in one line; its type where there is none."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -127,7 +127,10 @@ def _read(
 
 
 def _labels(raw: Raw, layout: DataLayout, where: str, picked: bool) -> np.ndarray:
-    """The labels (n,) in the layout; -1 where a sample is of no class there, an InputError unless some are `picked`."""
+    """The number (n,) of each sample's class among those of the layout, -1 where the class is none of them.
+
+    A class that is none of them is an InputError, unless `dataset.classes` has `picked` some of all classes.
+    """
     numbers = all(name.isdigit() for name in layout.classes)
     found = np.full(len(raw.y_train), -1)
     for label in np.unique(raw.y_train).tolist():

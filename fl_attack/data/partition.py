@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fl_attack.data import hugging_face
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, one_line
 
 # Streams of random numbers, one for each purpose, so that no setting shifts what another one draws.
 MALICIOUS, SPLIT, SHARDS, MALICIOUS_SHARDS, HELD_OUT = range(0x5EED_0000, 0x5EED_0005)
@@ -165,7 +165,7 @@ def _dealt_by_share(labels: np.ndarray, deal: Deal, chosen: np.ndarray, clients:
 
 
 def _chosen(seed: int, clients: int, malicious: int) -> np.ndarray:
-    """The malicious clients, ascending: the first so many of an order of all that the seed draws."""
+    """The malicious clients, ascending: the first `malicious` of a random order of all that the seed gives."""
     return np.sort(np.random.default_rng([seed, MALICIOUS]).permutation(clients)[:malicious])
 
 
@@ -324,7 +324,7 @@ def _given(path: str | Path | None, clients: int, samples: int) -> np.ndarray:
         else:
             client = np.array([int(line) for line in file.read_text().split()])
     except Exception as error:  # whatever a damaged file makes numpy raise
-        raise InputError(f"{file} can't be read as clients: {' '.join(str(error).split())}") from None
+        raise InputError(f"{file} can't be read as clients: {one_line(error)}") from None
     if client.shape != (samples,) or client.dtype.kind not in "iu":
         raise InputError(
             f"{file} holds {client.dtype} of shape {client.shape}; wanted: a whole number for each of {samples} samples"

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fl_attack.data import cache, formats, hugging_face
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, message_or_type
 
 NETWORK_PATIENCE = 5.0  # seconds without an answer
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")  # of images in folders
@@ -68,12 +68,7 @@ def reading(file: Path | str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{file} can't be read: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error in one line; its type where there is none."""
-    return " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{file} can't be read: {message_or_type(error)}") from error
 
 
 def _read_digits(place: Path) -> Raw:
@@ -349,7 +344,7 @@ def _fetched(name: str, files: list[str], root: Path, **how: str) -> list[Path]:
         try:
             _download(name, root, **how)
         except Exception as error:
-            reason = _one_line(error).rpartition("got: ")[2]  # of the mirror that was tried last
+            reason = message_or_type(error).rpartition("got: ")[2]  # of the mirror that was tried last
             raise InputError(
                 f"{missing} is not there and can't be downloaded: {reason}; "
                 f"copy it there, or set dataset.root to the folder that holds {missing.relative_to(root)}"

@@ -61,8 +61,9 @@ class Access:
         self._allowances = Allowances(threats, int(layout.ends[-1]), self._cell.settings.rounds)
         above_zero = float(np.nextafter(torch.zeros((), dtype=dtype).numpy()[()], 1))
         lowest = torch.finfo(dtype).min
+        kinds = map(kind_of, cells)
         self._floor = np.array(  # (M,) below which no priority is worth a flip
-            [above_zero if kind_of(cell)[:3:2] == ("greedy", "gain") else lowest for cell in cells]
+            [above_zero if (kind.name, kind.selection) == ("greedy", "gain") else lowest for kind in kinds]
         )
         self._of_layout, self._of_table, self._of_round = _Last(), _Last(), _Last()
 

@@ -73,7 +73,7 @@ class Allowances:
     def place(self, round_: int, writable: NDArray[np.int64]) -> tuple[int, int]:
         """Where in `table` (rounds, M, G) the flips allowed in a round are.
 
-        Rounds ahead are worked out with it, as if as many samples could be written again.
+        Rounds ahead are filled too where `writable` is that of the call before, as if it stayed so.
 
         Parameters
         ----------

@@ -22,7 +22,7 @@ def check(chosen: Scenario) -> None:
     if torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise InputError(f"engine.device={device} is not there: {torch.cuda.device_count()} CUDA devices; use cpu")
     if chosen.settings.strategy.name == "flower":
-        raise InputError("strategy=flower is not known to engine=batched; use engine=flower, or a rule of ours")
+        raise InputError("strategy=flower is not known to engine=batched; use engine=flower, or a built-in rule")
     chosen.rule()
     attack.try_args(chosen.settings.attack.name, chosen.settings.attack.args, chosen.classes)
 
@@ -47,7 +47,7 @@ def group_key(chosen: Scenario) -> Hashable:
     )
 
 
-def is_alone(cell: Scenario) -> bool:
+def needs_own_history(cell: Scenario) -> bool:
     """Whether an attack plans, leaves its flips in the data, or sets `attack.direction`: most such cells run alone.
 
     Those of a linear model who plan do not, see `run.is_linear`.

@@ -93,7 +93,9 @@ class SelectionPlan(NamedTuple):
 def selection_plans(
     allowed: NDArray[np.int64], n: int, floor: float | NDArray[np.float64], dtype: torch.dtype
 ) -> Iterator[SelectionPlan]:
-    """For each round, where to cut M sorted rows of n priorities so that at most `allowed` of each are taken.
+    """For each round, where to cut M rows of n priorities so that at most `allowed` of each are taken.
+
+    Rows are sorted ascending, and what is taken is their end, behind the cut.
 
     Parameters
     ----------
@@ -192,7 +194,7 @@ class ServerOptimizer:
         self.one_lr = lr[0].item() if (lr == lr[0]).all() else None
         self.first = torch.zeros_like(theta) if optimizer != "sgd" else None
         self.second = torch.zeros_like(theta) if optimizer == "adam" else None
-        self.step = 0
+        self.steps_done = 0
 
     def descend(self, R: Tensor, X: Tensor, workspace: Workspace, factor: float) -> None:
         """Step against the gradient of residuals, `R X / n`, and the weight decay.
@@ -210,20 +212,20 @@ class ServerOptimizer:
         """
         n = X.shape[0]
         if self.optimizer == "adam" or self.weight_decay is not None:
-            self.take(torch.mm(R, X, out=workspace.buffer("gradient", *self.theta.shape)).div_(n), factor)
+            self.step(torch.mm(R, X, out=workspace.buffer("gradient", *self.theta.shape)).div_(n), factor)
         elif self.optimizer == "sgd":
             if self.one_lr is None:
                 self.theta.addmm_(R.mul_(self.lr), X, alpha=-factor / n)
             else:
                 self.theta.addmm_(R, X, alpha=-self.one_lr * factor / n)
-            self.step += 1
+            self.steps_done += 1
         else:
             assert self.first is not None
             self.first.addmm_(R, X, beta=protocol.MOMENTUM, alpha=1 / n)
             self._follow(self.first, factor)
-            self.step += 1
+            self.steps_done += 1
 
-    def take(self, gradient: Tensor, factor: float, decayed: bool = False) -> None:
+    def step(self, gradient: Tensor, factor: float, decayed: bool = False) -> None:
         """Step against an aggregated gradient, and the weight decay.
 
         Parameters
@@ -235,7 +237,7 @@ class ServerOptimizer:
         decayed : bool
             Whether the gradient holds the weight decay already, as where it is made of clients' updates.
         """
-        self.step += 1
+        self.steps_done += 1
         if self.weight_decay is not None and not decayed:
             gradient.addcmul_(self.theta, self.weight_decay)
         if self.optimizer == "sgd":
@@ -249,16 +251,16 @@ class ServerOptimizer:
         beta1, beta2 = protocol.ADAM_BETAS
         self.first.mul_(beta1).add_(gradient, alpha=1 - beta1)
         self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = torch.div(self.second, 1 - beta2**self.step, out=gradient).sqrt_().add_(protocol.ADAM_EPS)
-        self._follow(torch.div(self.first, scale, out=gradient).div_(1 - beta1**self.step), factor)
+        scale = torch.div(self.second, 1 - beta2**self.steps_done, out=gradient).sqrt_().add_(protocol.ADAM_EPS)
+        self._follow(torch.div(self.first, scale, out=gradient).div_(1 - beta1**self.steps_done), factor)
 
     def state(self) -> State:
         """The state that `restore` needs to go on, without theta."""
-        return {"step": self.step, "first": self.first, "second": self.second}
+        return {"step": self.steps_done, "first": self.first, "second": self.second}
 
     def restore(self, state: State) -> None:
         """Go back to a state that `state` gave."""
-        self.step = state["step"]
+        self.steps_done = state["step"]
         for own, kept in ((self.first, state["first"]), (self.second, state["second"])):
             if own is not None:
                 own.copy_(kept)

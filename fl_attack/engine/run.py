@@ -85,7 +85,7 @@ def run_cells(
     def checkpoints_of(numbers: Sequence[int]) -> Sequence[Checkpoint]:
         return [checkpoints[i] for i in numbers] if checkpoints else ()
 
-    if planning := [cell for i, cell in enumerate(scenarios) if plans.is_whole(cell) and i not in lost]:
+    if planning := [cell for i, cell in enumerate(scenarios) if plans.plans_whole_run(cell) and i not in lost]:
         plans.load_plans(planning)  # together
     if of_linear:
         more = {"full_rows": full_rows, "checkpoints": checkpoints_of(of_linear)}
@@ -168,6 +168,6 @@ def is_linear(cell: Scenario) -> bool:
     settings = cell.settings
     own_rule = aggregate.sees(settings.strategy.name) and not aggregate.is_builtin(settings.strategy.name)
     tries_labels = adaptive.searches(cell) and settings.attack.writes == "labels"
-    alone = groups.is_alone(cell) and not settings.attack.plans
+    alone = groups.needs_own_history(cell) and not settings.attack.plans
     more = settings.sanitize.name != "none" or tries_labels or own_rule
     return cell.model.linear and not (settings.worker_momentum or alone or more)

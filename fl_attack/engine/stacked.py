@@ -25,6 +25,7 @@ from fl_attack.engine.attackers import Attackers
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.choices import Change, no_change
 from fl_attack.engine.kinds import kind_of
+from fl_attack.engine.linear import tiling
 from fl_attack.engine.log import Log, Report
 from fl_attack.engine.outcome import OnRounds, Outcome, Watch
 from fl_attack.engine.stopping import Stopping
@@ -39,8 +40,9 @@ COPIES = 6  # of the parameters, that a step holds at most: with the optimizer's
 
 def can_run(cell: Scenario) -> bool:
     """Whether a cell can be in a stack: dense layers, the plain mean, and flips that are chosen round by round."""
-    labels = not cell.settings.attacked or (cell.settings.attack.refresh == "step" and not groups.is_alone(cell))
-    return isinstance(cell.model, Mlp) and sequential.mean_is_enough(cell) and labels
+    by_round = cell.settings.attack.refresh == "step" and not groups.needs_own_history(cell)
+    stackable = isinstance(cell.model, Mlp) and sequential.mean_is_enough(cell)
+    return stackable and (by_round or not cell.settings.attacked)
 
 
 def run_cells(
@@ -79,8 +81,7 @@ def run_cells(
 
 def _tile_key(cell: Scenario) -> str:
     """The key of the cells whose attackers choose together: their attack and how the server steps."""
-    settings = cell.settings
-    return f"{kind_of(cell)} {settings.server_optimizer} {settings.lr_schedule} {settings.lr_every} {settings.lr_decay}"
+    return f"{kind_of(cell)} {tiling.training_key(cell)}"
 
 
 class Attacked:
@@ -118,6 +119,7 @@ class Stack:
         edges = [0, *(i for i in range(1, len(cells)) if keys[i] != keys[i - 1]), len(cells)]
         pairs = itertools.pairwise(edges)
         self.tiles = [Attacked(cells[start:end], slice(start, end), self.batches) for start, end in pairs]
+        self.attackers = [tile.attackers for tile in self.tiles]
         self.optimizers = [self._optimizer(tile) for tile in self.tiles]
         self.targets, self.target_of = self._targets(device)
 
@@ -174,20 +176,11 @@ class Stack:
     def _outcomes(self, seconds: float, ended: bool) -> list[Outcome]:
         """The outcomes of all cells, as `ending.outcomes` gives them; so far, where they have not `ended`."""
         whole = (lambda rows: rows.cpu()) if self.keep_theta else None
-        return ending.outcomes(self.cells, self.theta, whole, self.log, self._flips(), self.stopping, seconds, ended)
-
-    def _flips(self) -> NDArray[np.int64]:
-        """The number of flips of each cell in all rounds so far, (M,)."""
-        return np.concatenate([tile.attackers.flips for tile in self.tiles])
+        return ending.outcomes(self.cells, self.theta, whole, self.log, self.attackers, self.stopping, seconds, ended)
 
     def _measure(self, round_: int) -> bool:
-        """Note how good the cells are after a round; gives whether none need go on, see `Stopping.note`."""
-        losses = self.stopping.losses(self.theta) if self.stopping else np.nan
-        attackers = [tile.attackers for tile in self.tiles] if round_ else []
-        self.log.measure(round_, self.test_set.quality(self.theta), losses, attackers)
-        if self.stopping is None:
-            return False
-        return self.stopping.note(round_, np.asarray(losses), self.theta, self._flips())
+        """Note how good the cells are after a round; gives whether none need go on, see `ending.measure`."""
+        return ending.measure(round_, self.theta, self.test_set, self.log, self.attackers, self.stopping)
 
     def step(self, round_: int) -> None:
         """Run a round of all cells."""
@@ -215,7 +208,7 @@ class Stack:
         for tile, optimizer in zip(self.tiles, self.optimizers, strict=True):
             first_cell = tile.cells[0]
             factor = first_cell.lr(round_) / first_cell.settings.lr
-            optimizer.take(gradient[tile.rows], factor)
+            optimizer.step(gradient[tile.rows], factor)
 
     def _along_targets(self, X: Tensor, first: Tensor, accesses: Sequence[RoundAccess | None]) -> dict[int, Tensor]:
         """By a targeted tile's number, its first layer's outputs with parameters `target - theta`, (M, n, width)."""

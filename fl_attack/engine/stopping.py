@@ -13,7 +13,7 @@ from fl_attack.history import EarlyStop
 from fl_attack.scenario import Scenario
 
 
-class Split(Protocol):
+class Measurable(Protocol):
     """Samples that cells are measured on."""
 
     def quality(self, theta: Tensor) -> NDArray[np.float64]:
@@ -23,7 +23,7 @@ class Split(Protocol):
 class Stopping:
     """The model that each of M cells would give so far, and whether its run is over; see `history.EarlyStop`."""
 
-    def __init__(self, cells: Sequence[Scenario], split: Split, theta: Tensor) -> None:
+    def __init__(self, cells: Sequence[Scenario], split: Measurable, theta: Tensor) -> None:
         """`split` is the server's validation split, `theta` (M C, d) what the cells start from."""
         patience = [cell.settings.early_stop.patience for cell in cells]
         self.rule = EarlyStop(np.array(patience))

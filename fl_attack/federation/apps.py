@@ -56,7 +56,7 @@ def serve(main: "Callable[[dict[str, Any], Runner, Make], None]") -> ServerApp:
         def runner(drive: "Drive", settings: Settings) -> None:
             if not client_of:
                 wait_for(grid, settings.clients.total)
-                # nodes with a wrong partition-id are told before any round
+                # nodes with a wrong partition-id are reported before any round
                 client_of.update(introductions(grid, settings.clients.total))
             drive(partial(start, grid, client_of=client_of))
 

@@ -39,14 +39,14 @@ class OmniscientHook:
     def flips(self, request: wire.Request) -> Flips:
         """The labels that all malicious clients together write in a round; the last answer is remembered."""
         scenario, theta, round_, stored = self.scenario, request.theta, request.round_, request.stored
-        server = self._server(request)
+        server = self._known_server(request)
 
         def flips() -> Flips:
             return adaptive.best_flips(scenario, theta, round_, server, request.epoch_theta, stored)
 
         return self._once("flips", round_, theta, flips, stored)
 
-    def _server(self, request: wire.Request) -> adaptive.KnownServer | None:
+    def _known_server(self, request: wire.Request) -> adaptive.KnownServer | None:
         """What the attackers know of the server in a round; None where they do not search, whatever its strategy is."""
         if not adaptive.searches(self.scenario):
             return None
@@ -60,7 +60,7 @@ class OmniscientHook:
 
         def honest_and_sent() -> tuple[Tensor, Tensor]:
             honest = adversary.updates(scenario, theta, round_, momenta=request.momentum)
-            return honest, adaptive.best_crafted(scenario, theta, round_, honest, self._server(request))
+            return honest, adaptive.best_crafted(scenario, theta, round_, honest, self._known_server(request))
 
         return self._once("updates", round_, theta, honest_and_sent)
 
@@ -267,7 +267,7 @@ def client_of_node(settings_json: str, node: Node, own: wire.Own) -> HonestClien
     node : Node
         What the node was started with.
     own : wire.Own
-        What the server has told it of the others: how many samples they hold.
+        What the server has sent it about the others: how many samples they hold.
 
     Returns
     -------

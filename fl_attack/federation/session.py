@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_attack import attack
 from fl_attack.config import Settings
-from fl_attack.errors import InputError, RunError
+from fl_attack.errors import InputError, RunError, one_line
 from fl_attack.federation.apps import wait_for
 from fl_attack.federation.client import client_app
 from fl_attack.federation.grid import BlockGrid
@@ -154,7 +154,7 @@ def _init(address: str | None, verbose: bool) -> None:
             ray.init(**({"address": address} if address else local), logging_level=level, log_to_driver=verbose)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"engine.ray_address={address} can't be joined" if address else "Ray can't be started"
-        raise RunError(f"{where}: {' '.join(str(error).split())}") from None
+        raise RunError(f"{where}: {one_line(error)}") from None
 
 
 @contextmanager

@@ -265,7 +265,7 @@ class WatchedStrategy(Strategy):
         momenta = [answer.momentum for answer in answers if answer.momentum is not None]
         if momenta:
             self._momenta.note([answer.client for answer in answers], torch.stack(momenta))
-        flips = all_flips(ordered, apart=self.recorder.scenario.settings.partition.name == "own")
+        flips = all_flips(ordered, own_allowances=self.recorder.scenario.settings.partition.name == "own")
         self._stored = adversary.remembered(self.recorder.scenario, server_round, self._stored, flips)
         self.recorder.record(server_round, theta, aggregate, flips, updates)
         self._arrays = arrays
@@ -376,15 +376,15 @@ def complete(replies: list[Message], expected: int, round_: int) -> list[Message
     return ordered
 
 
-def all_flips(replies: Iterable[Message], apart: bool) -> Flips:
+def all_flips(replies: Iterable[Message], own_allowances: bool) -> Flips:
     """The flips of all clients in a round, by ascending sample.
 
     Parameters
     ----------
     replies : iterable of Message
         The replies of the clients.
-    apart : bool
-        Whether each client tells what it was allowed itself; else it tells what all of them were together.
+    own_allowances : bool
+        Whether each client reports what it was allowed itself; else each reports what all of them were together.
 
     Returns
     -------
@@ -398,7 +398,7 @@ def all_flips(replies: Iterable[Message], apart: bool) -> Flips:
     labels = concatenate([part.labels for part in parts])
     order = samples.argsort(kind="stable")
     new = [part.new for part in parts if part.new is not None]
-    if apart:
+    if own_allowances:
         return Flips(samples[order], labels[order], sum(part.allowed for part in parts), sum(new) if new else None)
     return Flips(samples[order], labels[order], max(part.allowed for part in parts), max(new, default=None))
 

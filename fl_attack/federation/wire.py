@@ -26,7 +26,7 @@ RAW = "fl_attack.raw"
 
 
 class Own(NamedTuple):
-    """What a node with data of its own is told of the federation's."""
+    """What the server sends to a node with data of its own: how the data of all clients are laid out."""
 
     layout: DataLayout
     client: int = -1  # its number, once it has one
@@ -133,7 +133,7 @@ def read_request(content: Any) -> Request:
 
 
 def own_record(own: Own) -> ConfigRecord:
-    """What a node with data of its own is told, as a record.
+    """What the server sends to a node with data of its own, as a record.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def own_record(own: Own) -> ConfigRecord:
 
 
 def read_own(content: Any) -> Own | None:
-    """What a message tells a node with data of its own.
+    """What the server has sent to a node with data of its own, from the content of its message.
 
     Parameters
     ----------

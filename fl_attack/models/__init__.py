@@ -63,7 +63,7 @@ def check_args(name: str, args: Mapping[str, Any]) -> None:
 
 
 def make(name: str, args: Mapping[str, Any], loss: str, inputs: tuple[int, ...], classes: int, seed: int) -> Model:
-    """The model of a name, for samples of shape `inputs` and so many labels.
+    """The model of a name, for samples of shape `inputs` and labels of `classes` classes.
 
     `logistic` has no use for args, loss and seed: it takes none, has the cross-entropy, and starts at zero.
 

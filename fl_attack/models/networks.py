@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional
 
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, one_line
 from fl_attack.models import outputs
 from fl_attack.models.base import Model
 
@@ -132,7 +132,7 @@ def _built(
         except InputError:
             raise
         except (Exception, SystemExit) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise InputError(
                 f"model.name={name} can't be built as {getattr(build, '__name__', name)}(shape={inputs}, "
                 f"classes={classes}{''.join(f', {key}={value}' for key, value in args.items())}): "
@@ -191,12 +191,12 @@ def _check_function(model: Network, inputs: tuple[int, ...], classes: int, name:
                 jvp(lambda at: model.logits(at, X), (theta,), (v,))
             model.gradient(theta, X, torch.zeros(PROBES, dtype=torch.int64))
         except (NotImplementedError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise InputError(f"{where} can't be differentiated as the attack needs it: {reason}") from None
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # whatever a user's module raises
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f"{where} can't answer inputs of shape {(PROBES, *inputs)}: {type(error).__name__}: {reason}"
         ) from None
@@ -206,7 +206,10 @@ def _check_function(model: Network, inputs: tuple[int, ...], classes: int, name:
 
 
 class DenseLayers(nn.Sequential):
-    """Dense layers of these widths with rectifiers between them: `hidden1`, ..., `output`."""
+    """Hidden dense layers of these widths, each followed by a rectifier, and the output: `hidden1`, ..., `output`.
+
+    InputError where `widths` is not a list of positive whole numbers.
+    """
 
     def __init__(self, shape: tuple[int, ...], classes: int, widths: Sequence[int] = (200,)) -> None:
         super().__init__()
@@ -455,7 +458,7 @@ def resnet18(shape: tuple[int, ...], classes: int, groups: int = GROUPS) -> nn.M
     except Exception as error:  # it is not there, or what a torch of another build than its own makes it raise
         raise InputError(
             "model=resnet18 needs torchvision, which does not import here "
-            f"({' '.join(str(error).split())}); install fl-attack[vision], or use model=cnn"
+            f"({one_line(error)}); install fl-attack[vision], or use model=cnn"
         ) from None
     channels, _, _ = _image(shape, "resnet18")
     if not isinstance(groups, int) or groups < 1 or 64 % groups:

@@ -106,7 +106,7 @@ def losses(Z: Tensor, y: Tensor) -> Tensor:
     if Z.shape[-1] == 1:
         z = Z[..., 0]
         return functional.softplus(z) - z * y  # -log of the sigmoid, without overflow
-    return torch.logsumexp(Z, -1) - _own(Z, y)
+    return torch.logsumexp(Z, -1) - entries_of(Z, y)
 
 
 def losses_under(loss: LossTable, Z: Tensor, y: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def losses_under(loss: LossTable, Z: Tensor, y: Tensor) -> Tensor:
     -------
     (..., n) tensor
     """
-    return losses(Z, y) if loss is cross_entropy else _own(loss(Z), y)
+    return losses(Z, y) if loss is cross_entropy else entries_of(loss(Z), y)
 
 
 def residuals(loss: LossTable, Z: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
@@ -146,15 +146,27 @@ def residuals(loss: LossTable, Z: Tensor, y: Tensor, w: Tensor | None = None) ->
 
     def total(logits: Tensor) -> Tensor:
         """The sum of `w_n loss_n`, a scalar."""
-        own = _own(loss(logits), y)
+        own = entries_of(loss(logits), y)
         return (own if w is None else own * w).sum()
 
     found: Tensor = torch.func.grad(total)(Z)
     return found
 
 
-def _own(table: Tensor, y: Tensor) -> Tensor:
-    """The entry of each sample's label in a table over the labels, (..., n)."""
+def entries_of(table: Tensor, y: Tensor) -> Tensor:
+    """The entry of each sample's label in a table over the labels.
+
+    Parameters
+    ----------
+    table : (..., n, classes) tensor
+        One row for each sample.
+    y : (n,) tensor of int64
+        Labels.
+
+    Returns
+    -------
+    (..., n) tensor
+    """
     return table.gather(-1, y.expand(table.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from fl_attack import trackers
 from fl_attack.history import History, OnRound, row_of
-from fl_attack.multirun.table import row_of as results_of
+from fl_attack.multirun.table import results_row
 from fl_attack.multirun.units import Numbers, Unit, by_cell
 from fl_attack.scenario import Scenario
 
@@ -37,7 +37,7 @@ class Children:
         for at, one in by_cell(unit, numbers).items():
             rows = [row_of(values) for values in one.table[~np.isnan(one.table[:, 0])].tolist()]
             for cell in self._cells[at]:
-                found = results_of(self.scenarios[cell], one)
+                found = results_row(self.scenarios[cell], one)
                 facts = {name: number(value) for name, value in found.items() if name not in OF_SEVERAL}
                 self.tracked.done(cell, rows, facts, str(one.error))
         self.tracked.save()

@@ -1,7 +1,7 @@
 """Units of a sweep as jobs of another of Hydra's launchers: a SLURM array, processes of joblib.
 
-A job is told the file of its unit, and leaves the unit's numbers beside it. So the folder of the sweep must be one that
-all machines see; in return a job that ends after the sweep was broken off is not lost.
+A job gets the path of its unit's file, and leaves the unit's numbers beside it. So the folder of the sweep must be one
+that all machines see; in return a job that ends after the sweep was broken off is not lost.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from fl_attack import engine
 from fl_attack.config import settings_from
 from fl_attack.data.cache import write_whole
-from fl_attack.errors import RunError
+from fl_attack.errors import RunError, message_or_type
 from fl_attack.multirun.execute import compute
 from fl_attack.multirun.units import Numbers, Unit, read, saver
 from fl_attack.progress import Progress
@@ -60,7 +60,7 @@ def launched(
     try:
         launch(files)
     except Exception as error:  # whatever a launcher raises for a job that failed, after its own log
-        reason = f", the first because {' '.join(str(error).split()) or type(error).__name__}"
+        reason = f", the first because {message_or_type(error)}"
     missing = 0
     for unit in todo:
         numbers = read(kept / f"{unit.key}.npz")

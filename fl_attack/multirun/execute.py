@@ -108,7 +108,10 @@ def launcher_of(settings: Settings) -> str:
 
 
 def _local(jobs: Sequence[UnitJob], settings: Settings, on_steps: OnSteps) -> Iterator[tuple[int, Numbers]]:
-    """The launcher of this machine: worker processes where they are worth their start, else this process."""
+    """Yield the position and numbers of each job as it is done on this machine, in whatever order.
+
+    Jobs run in worker processes where these are worth their start, else in this process.
+    """
     count = worker_count([job.cells for job in jobs], settings)
     if count > 1:
         threads = max(1, (settings.workers or workers.processors()) // count)
@@ -129,7 +132,7 @@ def _local(jobs: Sequence[UnitJob], settings: Settings, on_steps: OnSteps) -> It
 
 
 def _on_ray(jobs: Sequence[UnitJob], settings: Settings, on_steps: OnSteps) -> Iterator[tuple[int, Numbers]]:
-    """The launcher of a Ray cluster, on its workers."""
+    """Yield the position and numbers of each job as a worker of the Ray cluster is done with it, in whatever order."""
     from fl_attack import federation
 
     threads, address = torch.get_num_threads(), settings.engine.ray_address

@@ -1,6 +1,5 @@
 """The tables that a sweep leaves: `sweep.csv`, a row for each cell, and `curves.npz`."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from fl_attack.config import Settings
 from fl_attack.data.cache import write_whole
 from fl_attack.detect import MEASURES
 from fl_attack.folder import CURVES, TABLE
-from fl_attack.history import COLUMNS, given_row, rounds_to_recover
+from fl_attack.history import COLUMNS, given_row, recovered
 from fl_attack.identity import twin_key
 from fl_attack.multirun.units import PARTS, Numbers
 from fl_attack.scenario import Scenario
@@ -61,7 +60,7 @@ def write_tables(out: Path, cells: Sequence[Cell], scenarios: Sequence[Scenario]
     }
     rows = []
     for i, (cell, scenario, one) in enumerate(zip(cells, scenarios, numbers, strict=True)):
-        results = row_of(scenario, one, honest.get(twin_key(scenario.settings)))
+        results = results_row(scenario, one, honest.get(twin_key(scenario.settings)))
         row = {"cell": i} | {key: value for key, value in cell.overrides.items() if key not in RESULTS} | results
         rows.append([row.get(name, "") for name in columns])
     write_csv(out / TABLE, columns, rows)
@@ -73,7 +72,7 @@ def columns_of(cells: Sequence[Cell]) -> list[str]:
     return ["cell", *swept, *RESULTS]
 
 
-def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dict[str, Any]:
+def results_row(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) -> dict[str, Any]:
     """The results of a cell, by the names of `RESULTS`.
 
     Parameters
@@ -97,6 +96,9 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
     after_start = accuracy[1:] if len(accuracy) > 1 else accuracy
     best = given_row(values["validation_loss"][: len(rounds)], scenario.settings.early_stop.restore)
     budget = scenario.settings.label_budget
+    recovery = None
+    if twin is not None and not scenario.settings.is_unattacked:
+        recovery = recovered(numbers.table, twin.table, scenario.settings.attack.stop)
     found = {
         "writes": scenario.settings.attack.writes if scenario.settings.attacked else "none",
         "write_access": scenario.write_access,
@@ -116,7 +118,7 @@ def row_of(scenario: Scenario, numbers: Numbers, twin: Numbers | None = None) ->
         "drop": ""
         if twin is None or scenario.settings.is_unattacked
         else final_accuracy(twin, scenario) - accuracy[best],
-        "rounds_to_recover": "" if twin is None else _recovered(scenario, numbers, twin),
+        "rounds_to_recover": "" if recovery is None else recovery,
         "flips": int(numbers.flips),
         "rounds": int(rounds[-1]),
         "error": str(numbers.error),
@@ -151,15 +153,3 @@ def _detectability(values: dict[str, NDArray[np.float64]], rows: int) -> dict[st
     found = {name: values[name][:rows] for name in MEASURES}
     finite = {name: column[np.isfinite(column)] for name, column in found.items()}
     return {name: float(column.mean()) if len(column) else "" for name, column in finite.items()}
-
-
-def _recovered(scenario: Scenario, numbers: Numbers, twin: Numbers) -> float | str:
-    """`rounds_to_recover` of a cell; empty text where it never does, nobody attacks, or the rows are not the twin's."""
-    rounds, accuracy, honest = (
-        table[:, COLUMNS.index(name)]
-        for table, name in ((numbers.table, "round"), (numbers.table, "test_accuracy"), (twin.table, "test_accuracy"))
-    )
-    if scenario.settings.is_unattacked or len(accuracy) != len(honest):
-        return ""
-    found = rounds_to_recover(rounds, accuracy, honest, scenario.settings.attack.stop)
-    return "" if math.isnan(found) else found

@@ -193,7 +193,10 @@ def saver(numbers: Numbers, key: str) -> Callable[[Any], None]:
 
 
 def read(file: Path) -> Numbers | None:
-    """The numbers in a file named by their unit's key; None where it is missing, damaged, or of another unit."""
+    """The numbers in a file named by their unit's key.
+
+    None where the file is missing, damaged, of another unit, or of another version with other columns.
+    """
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             if str(stored["key"]) != file.stem:

@@ -20,7 +20,7 @@ from fl_attack.overrides import did_you_mean
 from fl_attack.plots.arms import arms
 from fl_attack.plots.by_budget import budget, spread
 from fl_attack.plots.by_column import columns
-from fl_attack.plots.by_round import curves, curves_of, plan, rounds
+from fl_attack.plots.by_round import curves, curves_of, plan_curves, rounds
 from fl_attack.plots.canvas import captured, untitled
 from fl_attack.plots.comparisons import harm, matrix
 from fl_attack.plots.equal_budgets import networks
@@ -47,7 +47,7 @@ __all__ = [
     "main",
     "matrix",
     "networks",
-    "plan",
+    "plan_curves",
     "planning",
     "rounds",
     "spread",
@@ -110,7 +110,7 @@ PLOTS: dict[str, Callable[..., list[Path]]] = {
     "networks": networks,
     "arms": arms,
     "rounds": rounds,
-    "plan": plan,
+    "plan": plan_curves,
     "planning": planning,
     "all": all_of_sweep,
 }

@@ -66,7 +66,7 @@ def arms(folder: Path) -> list[Path]:
             raise NotDrawableError(f"arms compares {kind}; the sweep has a single one")
     names = canvas.distinct_values(np.array([one.setting for one in met], object), canvas.PANELS, "panels of arms")
     figure, panels = canvas.panels(names, 2.2 + 0.95 * len(attacks), 1.5 + 0.3 * len(defences), "", "")
-    low, high, beyond = canvas.limits(np.array([float(one.accuracy.mean()) for one in met]))
+    low, high, extend = canvas.limits(np.array([float(one.accuracy.mean()) for one in met]))
     for name, axes in panels.items():
         found = {(one.defence, one.attack): one for one in met if one.setting == name}
         grid = np.full((len(defences), len(attacks)), np.nan)
@@ -89,7 +89,7 @@ def arms(folder: Path) -> list[Path]:
                 worst = attacks.index(min(own, key=lambda one: float(one.accuracy.mean())).attack)
                 frame = Rectangle((worst + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2)
                 axes.add_patch(frame)
-    colour_bar(figure, panels, image, NUMBERS[ACCURACY][0], beyond)
+    colour_bar(figure, panels, image, NUMBERS[ACCURACY][0], extend)
     note = "Framed: the worst attack for each defence. ± half the 95 % interval (Student t). °: the harm may be none."
     caption(figure, f"Defences against attacks, {sweep.averaging()}", sweep.note(note))
     header = ["setting", "defence", "attack", "seeds", "mean", "interval", "harm", "harm_interval", "verdict"]

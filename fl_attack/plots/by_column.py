@@ -35,7 +35,7 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
     Raises
     ------
     InputError
-        Where there is no such column, y is text, or there are more lines or panels than a figure bears.
+        Where there is no such column, y is text, or there are more lines or panels than a figure shows.
     """
     sweep = read_sweep(folder)
     across, values = sweep.column(x), sweep.numbers(y)
@@ -80,7 +80,10 @@ def columns(folder: Path, x: str, y: str, by: str = "") -> list[Path]:
 
 
 def _places(across: Array) -> tuple[Array, list[str]]:
-    """Positions of values (n,) along an axis, and the texts that stand at 0, 1, ...; numbers are at themselves."""
+    """The position of each value (n,) along an axis, and the texts of its ticks at 0, 1, ...
+
+    A number is its own position, and has no text; a text has the position of its tick, and ticks are sorted.
+    """
     if across.dtype.kind == "f":
         return across, []
     levels = sorted(set(across))

@@ -73,7 +73,7 @@ def curves_of(folder: Path, summary: Mapping[str, Any]) -> list[Path]:
     return canvas.save(figure, folder, "curves")
 
 
-def plan(folder: Path) -> list[Path]:
+def plan_curves(folder: Path) -> list[Path]:
     """Draw how the objective of planned flips rose from each start, with the planner's passes over the rounds (sweeps).
 
     Parameters
@@ -127,7 +127,7 @@ def rounds(folder: Path, by: str = "attack.name") -> list[Path]:
     Raises
     ------
     InputError
-        Where there is no such column, no readable `curves.npz`, or more lines or panels than a figure bears.
+        Where there is no such column, no readable `curves.npz`, or more lines or panels than a figure shows.
     """
     sweep = read_sweep(folder)
     accuracy, at = read_curves(folder)

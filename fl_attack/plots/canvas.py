@@ -73,7 +73,7 @@ def distinct_values(values: Array, limit: int, what: str) -> list[Any]:
     values : array
         The column.
     limit : int
-        The largest number of values that a figure bears.
+        The largest number of values that a figure shows.
     what : str
         The figure and the part of it that has one for each value, for the error.
 
@@ -90,7 +90,7 @@ def distinct_values(values: Array, limit: int, what: str) -> list[Any]:
     found = sorted(set(values.tolist()))
     if len(found) > limit:
         names = ", ".join(map(format_value, found[:2]))
-        raise NotDrawableError(f"{what}: a figure bears at most {limit}, the sweep has {len(found)} ({names}, ...)")
+        raise NotDrawableError(f"{what}: a figure shows at most {limit}, the sweep has {len(found)} ({names}, ...)")
     return found
 
 
@@ -130,7 +130,7 @@ def limits(values: Floats) -> tuple[float, float, str]:
     low, high : float
         The least and the largest value; but at an end where the last fiftieth of the cells (at least one) reaches
         farther beyond the others than these are spread, the last value of the others.
-    beyond : str
+    extend : str
         The ends that cells lie beyond, as matplotlib's `extend` of a colour bar: neither, min, max or both.
     """
     ordered = np.sort(values[np.isfinite(values)])
@@ -142,8 +142,8 @@ def limits(values: Floats) -> tuple[float, float, str]:
             inner if abs(end - inner) > inner_high - inner_low > 0 else end
             for end, inner in ((low, inner_low), (high, inner_high))
         )
-    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-    return float(low), float(high), beyond[bool(ordered[0] < low), bool(ordered[-1] > high)]
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    return float(low), float(high), extend[bool(ordered[0] < low), bool(ordered[-1] > high)]
 
 
 def style(number: int, shades: int | None = None) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def matrix(folder: Path, rows: str = NAME, columns: str = "strategy.name") -> li
     ys, xs = next(iter(grids.values())).rows, next(iter(grids.values())).columns
     labels = canvas.label(columns), canvas.label(rows)
     figure, panels = canvas.panels(names, 1.8 + 0.72 * len(xs), 1.4 + 0.3 * len(ys), *labels)
-    low, high, beyond = canvas.limits(np.array([grid.mean for grid in grids.values()]))
+    low, high, extend = canvas.limits(np.array([grid.mean for grid in grids.values()]))
     x_texts, y_texts = format_values(xs), format_values(ys)
     for name, axes in panels.items():
         grid = grids[name]
@@ -74,7 +74,7 @@ def matrix(folder: Path, rows: str = NAME, columns: str = "strategy.name") -> li
             corner = column + 0.04, grid.worst[column] + 0.04
             frame = Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2)
             axes.add_patch(frame)
-    colour_bar(figure, panels, image, NUMBERS[ACCURACY][0], beyond)
+    colour_bar(figure, panels, image, NUMBERS[ACCURACY][0], extend)
     several_seeds = sweep.seed_index.any()
     spread = "\N{PLUS-MINUS SIGN} half the 95 % interval over seeds (Student t)." if several_seeds else ""
     note = sweep.note("Framed: the worst for each column.", spread)

@@ -142,17 +142,17 @@ def _maps(x: Floats, y: Floats, values: Floats, panel: Array, colours: str, unit
         for cells in [cells_of[(name,)]]
     }
     every = np.array(list(grids.values()))
-    low, high, beyond = canvas.limits(every)
+    low, high, extend = canvas.limits(every)
     if signed := colours != "cividis":
         _, high, _ = canvas.limits(np.concatenate([every, -every]))
         high = max(high, 1e-9)
         low = -high
-        beyond = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[
+        extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[
             int(np.nanmin(every) < low), int(np.nanmax(every) > high)
         ]
     width = 0.9 + (0.44 if signed else 0.38) * min(max(len(xs), 8), 12)
     figure, panels = canvas.panels(list(grids), width, 3.9, NUMBERS[K][0], NUMBERS[B][0])
     for name, axes in panels.items():
         image = heat(axes, xs, ys, grids[name], signed, cmap=colours, vmin=low, vmax=high)
-    colour_bar(figure, panels, image, unit, beyond)
+    colour_bar(figure, panels, image, unit, extend)
     return figure

@@ -59,7 +59,7 @@ def heat(axes: Any, xs: Floats, ys: Floats, grid: Floats, signed: bool, **scale:
     return image
 
 
-def colour_bar(figure: Any, panels: dict[str, Any], image: Any, unit: str, beyond: str) -> None:
+def colour_bar(figure: Any, panels: dict[str, Any], image: Any, unit: str, extend: str) -> None:
     """Draw the colour scale beside all panels.
 
     Parameters
@@ -71,10 +71,10 @@ def colour_bar(figure: Any, panels: dict[str, Any], image: Any, unit: str, beyon
         The image of any of them.
     unit : str
         The label of the scale.
-    beyond : str
+    extend : str
         The ends of the scale that have an arrow, because cells lie beyond: neither, min, max or both.
     """
-    bar = figure.colorbar(image, ax=list(panels.values()), pad=0.02, extend=beyond)
+    bar = figure.colorbar(image, ax=list(panels.values()), pad=0.02, extend=extend)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize="small")
     bar.set_label(unit, fontsize="small")

@@ -45,7 +45,8 @@ def grid(sweep: Sweep, rows: str, columns: str, mask: Mask) -> Grid:
     Returns
     -------
     Grid
-        Means over seeds in percent, NaN where there is no cell; half widths, NaN where there are fewer than two seeds.
+        The values of both columns; means over seeds in percent, NaN where there is no cell; half widths, NaN where
+        there are fewer than two seeds; and for each column the row of the attack that does most harm, -1 without one.
 
     Raises
     ------

@@ -46,7 +46,7 @@ def read(folder: Path, lr: float | None = None) -> Cells:
     """
     table = read_sweep(folder).cells
     curves, _ = read_curves(folder)
-    late = np.array([_late(curves[int(cell)]) for cell in table["cell"]])
+    late = np.array([late_mean(curves[int(cell)]) for cell in table["cell"]])
     k = np.round(table["write_access"], 2)  # ten clients can't share 289 samples quite equally
     columns: dict[str, Array] = {
         "k": k,
@@ -119,7 +119,7 @@ def joined(*several: Cells) -> Cells:
     return Cells({name: np.concatenate([cells[name] for cells in several]) for name in several[0].columns})
 
 
-def _late(curve: NDArray[np.float64]) -> float:
+def late_mean(curve: NDArray[np.float64]) -> float:
     """Mean of the last `LATE` evaluations that a cell reached; NaN where it reached none."""
     reached = curve[np.isfinite(curve)][-LATE:]
     return float(reached.mean()) if len(reached) else float("nan")

@@ -46,7 +46,7 @@ def means(cells: Cells, panel: Callable[[Cells], str], line: Callable[[Cells], s
     return sorted(rows, key=lambda row: order.get(row[0], 0))
 
 
-def goal(cells: Cells) -> str:
+def shared_goal(cells: Cells) -> str:
     """The goal that all cells of a point share."""
     return str(cells["goal"][0])
 
@@ -74,7 +74,7 @@ def by_budget(file: Path, cells: Cells, title: str) -> None:
     title : str
         The title of the figure.
     """
-    rows = means(cells, goal, access, "kb", "accuracy")
+    rows = means(cells, shared_goal, access, "kb", "accuracy")
     write_csv(file, ("goal", "k", "global_budget", "final_accuracy", "interval"), rows, DIGITS)
     lines(file, title, BANDS, log=True)
 
@@ -119,7 +119,7 @@ def stopped(file: Path, cells: Cells, title: str) -> None:
     """Draw figure 12: accuracy with and without early stopping; arguments as of `by_budget`."""
     rows = means(
         cells,
-        goal,
+        shared_goal,
         lambda point: ("last model" if point["patience"][0] == "null" else "stopped early") + rate(point),
         "kb",
         "accuracy",
@@ -133,7 +133,7 @@ def optimizers(file: Path, cells: Cells, title: str) -> None:
     rows = []
     for name in ("sgd", "adam"):
         best = at_best(cells.where(optimizer=name))
-        rows += means(best, goal, lambda point: f"{point['optimizer'][0]}{rate(point)}", "kb", "accuracy")
+        rows += means(best, shared_goal, lambda point: f"{point['optimizer'][0]}{rate(point)}", "kb", "accuracy")
     write_csv(file, ("goal", "optimizer", "global_budget", "final_accuracy", "interval"), rows, DIGITS)
     lines(file, title, f"Each at the learning rate that serves the unattacked model best; k = 1. {BANDS}", log=True)
 
@@ -145,7 +145,7 @@ def compared(factor: str) -> Callable[[Path, Cells, str], None]:
     """
 
     def draw(file: Path, cells: Cells, title: str) -> None:
-        rows = means(cells, goal, lambda point: str(point[factor][0]), "kb", "drop")
+        rows = means(cells, shared_goal, lambda point: str(point[factor][0]), "kb", "drop")
         write_csv(file, ("goal", factor, "global_budget", LOST, "interval"), rows, DIGITS)
         lines(file, title, f"Full write access, k = 1. {BANDS}", log=True)
 
@@ -156,7 +156,11 @@ def frequencies(file: Path, cells: Cells, title: str) -> None:
     """Draw the drop against the rounds between attacks, a line for each share flipped; arguments as of `by_budget`."""
     attacked = cells.only(cells["b"] > 0)
     rows = means(
-        attacked, goal, lambda point: f"{100 * point['kb'][0] / point['every'][0]:g} % a round", "every", "late_drop"
+        attacked,
+        shared_goal,
+        lambda point: f"{100 * point['kb'][0] / point['every'][0]:g} % a round",
+        "every",
+        "late_drop",
     )
     write_csv(file, ("goal", "labels flipped, on average", "rounds between attacks", LOST, "interval"), rows, DIGITS)
     note = f"Mean of the last 20 epochs: it does not matter how long ago the last attack was. k = 1. {BANDS}"
@@ -181,7 +185,8 @@ def map_of(kind: str, *columns: str) -> Callable[[Path, Cells, str], None]:
 
     def draw(file: Path, cells: Cells, title: str) -> None:
         y = "f1" if columns else "accuracy"
-        rows = [(*row[:2], float(row[1].removeprefix("k = ")), *row[2:]) for row in means(cells, goal, access, "b", y)]
+        of_points = means(cells, shared_goal, access, "b", y)
+        rows = [(*row[:2], float(row[1].removeprefix("k = ")), *row[2:]) for row in of_points]
         write_csv(file, ("goal", "write_access", "budget", y, "interval"), [(row[0], *row[2:]) for row in rows], DIGITS)
         for drawn in plots.draw(file.parent, kind, *columns):
             drawn.rename(file.with_suffix(drawn.suffix))

@@ -23,7 +23,7 @@ class ReplicationRecord:
 
     results: list[RunCells] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)  # the learning rate chosen for each data set
-    tied: dict[str, list[float]] = field(default_factory=dict)  # those that are no worse for all that can be told
+    tied: dict[str, list[float]] = field(default_factory=dict)  # those not distinguishable from the best
     figures: list[str] = field(default_factory=list)  # file names without suffix
     missing: list[Run] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)  # of each call that computed, by data set

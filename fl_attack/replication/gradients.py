@@ -53,7 +53,7 @@ def draw(folder: Path, source: PaperDataset, rate: float) -> str:
         "lengths of the clean one. First direction: the clean gradient; second: that in which the others differ most. "
         "k = 0.5."
     )
-    gradients(file, f"Gradients within reach: {source.title}", note)
+    gradients(file, f"Gradients that the attackers can reach: {source.title}", note)
     return file.stem
 
 

@@ -109,7 +109,7 @@ def sources(quick: bool, root: Path | None) -> tuple[PaperDataset, ...]:
     title, both = "CIFAR-10", ("dataset=cifar10_plane_auto", "dataset=cifar10")
     if not all((root / file).exists() for file in CIFAR10_FILES) and (root / ARCHIVE).exists():
         title, both = "CIFAR-10 (JPEG copies)", ("dataset=image_folder", "dataset=image_folder")
-        pictures = (f"dataset.path={_quoted(_unpacked(root / ARCHIVE))}",)
+        pictures = (f"dataset.path={_quoted(_unpacked_archive(root / ARCHIVE))}",)
     two = ("dataset.classes=[airplane,automobile]",) if "JPEG" in title else ()
     found = (
         PaperDataset("mnist_01", "MNIST 0/1", True, ("dataset=mnist_01", here)),
@@ -412,7 +412,7 @@ def extension(honest: Cells) -> float | None:
     return wider if wider is not None and LEAST_RATE <= wider <= MOST_RATE else None
 
 
-def _unpacked(archive: Path) -> Path:
+def _unpacked_archive(archive: Path) -> Path:
     """The folder of an archive's images, unpacked once; InputError where that can't be done."""
     stamp = f"{archive.stat().st_size}-{int(archive.stat().st_mtime)}"
     place = cache_folder() / "unpacked" / f"{archive.stem}-{stamp}"

@@ -258,8 +258,8 @@ def _choice_of_rate(plan: ReplicationPlan, found: ReplicationRecord) -> list[str
     return [
         "The learning rate is not in the source at hand. Ours is that of the lowest loss of the unattacked model on a "
         f"validation split of a tenth of the training samples, with minibatches of {plan.batch}; where the choice is "
-        "at an edge of the grid, the grid is extended. Test accuracy at each; **chosen**, *no worse for all that can "
-        "be told*:",
+        "at an edge of the grid, the grid is extended. Test accuracy at each; **chosen**, *not distinguishable from "
+        "the best*:",
         "",
         *_rates(found.results, found),
         "",

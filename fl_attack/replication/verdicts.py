@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fl_attack.sweep_table import interval_text
+
 REPLICATED, PARTLY, NOT, NOISY = "replicated", "partly", "not replicated", "too noisy to tell"
 DECIDED = (REPLICATED, PARTLY, NOT)  # the stronger first
 FALSE = 0.05  # the share of each kind of verdict that may be false, on average
@@ -56,7 +58,7 @@ class Evidence:
         return Evidence(-self.value, self.error, self.freedom, self.seeds).above(-bound)
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-", "\N{MINUS SIGN}")
+        return interval_text(self.value, self.low, self.high)
 
 
 def evidence(values: NDArray[np.float64], without: NDArray[np.float64] | None = None) -> Evidence:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, one_line
 from fl_attack.folder import REPORT
 from fl_attack.report.page import render
 from fl_attack.report.runs import of_run
@@ -57,7 +57,7 @@ def offer(folders: Sequence[Path]) -> None:
     try:
         write(folders)
     except Exception as error:
-        print(f"no report was written: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"no report was written: {one_line(error)}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""What a tracker is told of a run, and what it does with it."""
+"""The description of a run that a tracker gets, and what a tracker does with it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ PROJECT = "fl-attack"  # where the user's own settings name no other
 
 @dataclass(frozen=True)
 class About:
-    """What a tracker is told of a run as it begins."""
+    """The description of a run that a tracker gets as the run begins."""
 
     kind: Literal["run", "sweep", "cell"]
     name: str

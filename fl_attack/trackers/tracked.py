@@ -17,7 +17,7 @@ from typing import Any
 from fl_attack import folder as places
 from fl_attack.config import OUTPUT_KEYS, Settings, leaves_of, overrides_of
 from fl_attack.data.cache import write_whole
-from fl_attack.errors import InputError
+from fl_attack.errors import InputError, message_or_type
 from fl_attack.history import History, OnRound, Row
 from fl_attack.identity import NOT_NUMBERS
 from fl_attack.trackers.about import About, How, Store, Value
@@ -420,7 +420,7 @@ def _as_values(leaves: Mapping[str, Any]) -> dict[str, Value]:
 
 def _line(error: Exception) -> str:
     """The message of an error in one line, cut to 300 characters; its type where there is none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return message_or_type(error)[:300]
 
 
 def _warn(text: str) -> None:

@@ -66,7 +66,7 @@ class Block:
         if aggregate is None:
             self.optimizer.descend(Z, X, workspace, factor)
         else:
-            self.optimizer.take(aggregate, factor, decayed=True)
+            self.optimizer.step(aggregate, factor, decayed=True)
         return reports
 
 

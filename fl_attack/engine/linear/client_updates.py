@@ -18,7 +18,7 @@ from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.kinds import NOBODY
-from fl_attack.engine.linear.labels import direction
+from fl_attack.engine.linear.labels import stacked_direction
 from fl_attack.engine.linear.shared import Shared
 from fl_attack.engine.linear.targets import TargetsOf
 from fl_attack.engine.threads import side_by_side
@@ -127,7 +127,7 @@ class Aggregator:
             total.add_(update, alpha=float(sizes[place] / sizes.sum()))
         return total
 
-    def take(
+    def combine(
         self, residuals: Residuals, shared: Shared, access: RoundAccess | None, measured: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The aggregate of the updates that the clients of a round send; what the rule remembers is noted.
@@ -226,7 +226,7 @@ class Aggregator:
 
         @cache
         def v() -> Tensor:
-            found = direction(residuals.theta, residuals.R, batch, access.known, self.C, cells, self.targets)
+            found = stacked_direction(residuals.theta, residuals.R, batch, access.known, self.C, cells, self.targets)
             return found.view(-1, self.C, residuals.theta.shape[1])
 
         variants = [self.cell, *(adaptive.variants(self.cell) if self.adapts else ())]

@@ -15,7 +15,7 @@ from fl_attack.engine.access import RoundAccess
 from fl_attack.engine.attackers import Attackers
 from fl_attack.engine.batches import Batch, Batches
 from fl_attack.engine.choices import Change
-from fl_attack.engine.linear.labels import Written, by_class
+from fl_attack.engine.linear.labels import Written, class_scores
 from fl_attack.engine.linear.shared import Shared
 from fl_attack.engine.linear.targets import TargetsOf
 from fl_attack.scenario import Scenario
@@ -49,7 +49,7 @@ class EpochFlips:
     def write(
         self, Z: Tensor, shared: Shared, access: RoundAccess | None, workspace: kernels.Workspace
     ) -> Written | None:
-        """Those of the minibatch's labels that were chosen for the epoch, see `labels.Way.write`."""
+        """The labels that were chosen for the epoch, of the minibatch's samples; see `labels.Way.write`."""
         kernels.residuals_(Z, self.attackers.C, shared.batch.encoded)
         if access is None:
             return None
@@ -151,8 +151,8 @@ class EpochFlips:
             None,
             samples[part],
             lambda: samples,
-            scores=lambda: by_class(v @ batch.X.mT, batch, C),
-            logits=lambda: by_class(self.theta @ batch.X.mT, batch, C),
+            scores=lambda: class_scores(v @ batch.X.mT, batch, C),
+            logits=lambda: class_scores(self.theta @ batch.X.mT, batch, C),
         )
         shape = M, part.stop - part.start
         return adversary.propose(self.planners.cell, round_, seen, shape, self.theta.dtype)

@@ -165,7 +165,7 @@ class Planned:
         """`theta` (M C, d) are the parameters, which the server moves in place; `whole` gives all (A, B) of a cell."""
         self.C, self.cells = cells[0].theta_shape[0], cells
         self.theta, self.whole = theta, whole
-        self.plans = [plans.plan(cell) if plans.is_whole(cell) else None for cell in cells]
+        self.plans = [plans.plan(cell) if plans.plans_whole_run(cell) else None for cell in cells]
         self.epoch_theta: list[Tensor | None] = [None] * len(cells)  # (A, B) that a plan of now and then begins with
 
     def write(
@@ -186,7 +186,7 @@ class Planned:
     def _plan_anew(self, round_: int) -> None:
         """Make the plans that attackers need in a round and do not have; those of one length together."""
         for i, (cell, rows) in enumerate(zip(self.cells, self.theta.split(self.C), strict=True)):
-            if not plans.is_whole(cell) and plans.first_round(cell, round_) == round_:
+            if not plans.plans_whole_run(cell) and plans.first_round(cell, round_) == round_:
                 self.plans[i], self.epoch_theta[i] = None, self.whole(rows).double()
         lacking: dict[int, list[int]] = {}
         for i, cell in enumerate(self.cells):
@@ -205,14 +205,14 @@ class Planned:
 
     def state(self, round_: int) -> State:
         """The state that `restore` needs to go on after a round."""
-        sweeps = [[] if plans.is_whole(cell) else plans.sweeps_of(cell) for cell in self.cells]
+        sweeps = [[] if plans.plans_whole_run(cell) else plans.sweeps_of(cell) for cell in self.cells]
         return {"epoch_theta": self.epoch_theta, "sweeps": sweeps}
 
     def restore(self, state: State, round_: int) -> None:
         """Go back to the state after a round, see `EpochFlips.restore`; plans are found where they are kept."""
         self.epoch_theta = state["epoch_theta"]
         for cell, sweeps in zip(self.cells, state["sweeps"], strict=True):
-            if not plans.is_whole(cell):
+            if not plans.plans_whole_run(cell):
                 plans.restore_sweeps(cell, sweeps)
 
 
@@ -240,13 +240,13 @@ class Proposed:
             None if batch.counts is None else batch.counts[:n],
             batch.samples[:n],
             lambda: batch.samples,
-            scores=lambda: by_class(
-                direction(self.theta, R, batch, access.known, C, everyone, self.targets if targeted else None)
+            scores=lambda: class_scores(
+                stacked_direction(self.theta, R, batch, access.known, C, everyone, self.targets if targeted else None)
                 @ batch.X[:n].mT,
                 batch,
                 C,
             ),
-            logits=lambda: by_class(logits, batch, C),
+            logits=lambda: class_scores(logits, batch, C),
         )
         proposal = adversary.propose(self.attackers.cell, shared.round_, seen, (M, n), R.dtype)
         change = choices.of_proposal(proposal, batch, access, workspace.buffer("sorted", M, n))
@@ -274,7 +274,7 @@ def known_residuals(R: Tensor, batch: Batch, known: Tensor | None, C: int, cells
     return R if batch.counts is None else R * batch.counts
 
 
-def direction(
+def stacked_direction(
     theta: Tensor, R: Tensor, batch: Batch, known: Tensor | None, C: int, cells: slice, targets: TargetsOf | None
 ) -> Tensor:
     """The direction (cells C, d) of some cells, up to a positive factor, see `knowledge.direction`.
@@ -296,7 +296,7 @@ def direction(
     return known_residuals(R[rows], batch, known, C, cells) @ batch.X
 
 
-def by_class(signed: Tensor, batch: Batch, C: int) -> Tensor:
+def class_scores(signed: Tensor, batch: Batch, C: int) -> Tensor:
     """Logits or scores by class.
 
     Parameters

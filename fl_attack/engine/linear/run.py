@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fl_attack import aggregate
 from fl_attack.checkpoint import Checkpoint, State
@@ -119,9 +118,9 @@ class Work:
         total = cells[0].settings.clients.total
         counts = sum(np.bincount(cell.partition.malicious, minlength=total) for cell in cells)
         clients = np.argsort(-np.asarray(counts), kind="stable")
-        crafted = any(cell.settings.attacked and cell.settings.attack.writes == "updates" for cell in cells)
+        sends_updates = any(cell.settings.attacked and cell.settings.attack.writes == "updates" for cell in cells)
         noisy = any("noise" in aggregate.needs(cell.settings.strategy.name) for cell in cells)
-        self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=crafted or noisy)
+        self.batches = Batches(cells[0], clients, device, memory / 2, every_feature=sends_updates or noisy)
         dataset, split = cells[0].dataset, cells[0].partition.validation
         self.test_set = MeasuredSamples(self.batches, dataset.x_test, dataset.y_test)
         self.validation = (
@@ -130,7 +129,7 @@ class Work:
         self.targets = Targets(cells, self.batches)
 
     @property
-    def row(self) -> int:
+    def theta_bytes(self) -> int:
         """Bytes of the parameters of a cell."""
         return self.cells[0].theta_shape[0] * self.batches.features.d * self.batches.dtype.itemsize
 
@@ -140,7 +139,7 @@ class Work:
         held = self.batches.bytes + self.test_set.X.nbytes + (self.validation.X.nbytes if self.validation else 0)
         held += len(self.cells) * C * d * self.batches.dtype.itemsize * self.keep_theta
         order = tiling.order(self.cells, self.targets.number)
-        return tiling.chunks(self.cells, order, self.memory, held, self.row, self.validation is not None)
+        return tiling.chunks(self.cells, order, self.memory, held, self.theta_bytes, self.validation is not None)
 
 
 class Chunk:
@@ -152,12 +151,13 @@ class Chunk:
         self.settings = self.cells[0].settings
         batches, C, M = work.batches, self.cells[0].theta_shape[0], len(numbers)
         self.theta = torch.zeros(M * C, batches.features.d, dtype=batches.dtype, device=work.device)
-        fits = tiling.fitting(M, work.row, work.device.type)
+        fits = tiling.fitting(M, work.theta_bytes, work.device.type)
         self.cuts = tiling.tiles(self.cells, fits)
         self.tiles = [
             Tile(self.cells[at], batches, self.theta[at.start * C : at.stop * C], work.targets.of(numbers[at]))
             for at in self.cuts
         ]
+        self.attackers = [tile.attackers for tile in self.tiles]
         self.blocks = blocks_of(self.tiles, self.theta, fits)
         self.log = Log(M, len(batches.y), work.keep_flips, work.full_rows)
         early = work.validation
@@ -252,20 +252,11 @@ class Chunk:
             place = of_block.stop
 
     def measure(self, round_: int) -> bool:
-        """Note how good the cells are after a round; gives whether none need go on, see `Stopping.note`."""
-        losses = self.stopping.losses(self.theta) if self.stopping else np.nan
-        attackers = [tile.attackers for tile in self.tiles] if round_ else []
-        self.log.measure(round_, self.work.test_set.quality(self.theta), losses, attackers)
-        if self.stopping is None:
-            return False
-        return self.stopping.note(round_, np.asarray(losses), self.theta, self._flips())
+        """Note how good the cells are after a round; gives whether none need go on, see `ending.measure`."""
+        return ending.measure(round_, self.theta, self.work.test_set, self.log, self.attackers, self.stopping)
 
     def outcomes(self, ended: bool) -> list[Outcome]:
         """The outcomes of all cells, as `ending.outcomes` gives them; so far, where they have not `ended`."""
         whole = self.work.batches.features.restore if self.work.keep_theta else None
         seconds = time.perf_counter() - self.began
-        return ending.outcomes(self.cells, self.theta, whole, self.log, self._flips(), self.stopping, seconds, ended)
-
-    def _flips(self) -> NDArray[np.int64]:
-        """The number of flips of each cell in all rounds so far, (M,)."""
-        return np.concatenate([tile.attackers.flips for tile in self.tiles])
+        return ending.outcomes(self.cells, self.theta, whole, self.log, self.attackers, self.stopping, seconds, ended)

@@ -104,7 +104,7 @@ class Tile:
             self.attackers.note(written.flips, written.allowed)
         aggregate = detection = None
         if self.needs_client_updates or (measured and access is not None):
-            aggregate, detection = self.aggregator.take(self._residuals(Z, shared), shared, access, measured)
+            aggregate, detection = self.aggregator.combine(self._residuals(Z, shared), shared, access, measured)
         if not watched:
             return None, aggregate if self.needs_client_updates else None
         cosine = None
