@@ -63,13 +63,15 @@ class AllAtOnce(BasicSweeper):
     def jobs(self, arguments: list[str]) -> Sequence[Sequence[str]]:
         """The overrides of each job: the command line, or `hydra.sweeper.params`, expanded.
 
-        A key of the file such as `clients.malicious+attack.budget: 3+1.0,10+0.1` sets several together.
+        A key such as `clients.malicious+attack.budget: 3+1.0,10+0.1` sets several together, in place of what the file has
+        for each of them.
         """
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         params = self._parse_config()
         joint = [_joint_cases(param) for param in params if "+" in _key(param)]
-        alone = [param for param in params if "+" not in _key(param)]
+        together = {name for param in params if "+" in _key(param) for name in _key(param).split("+")}
+        alone = [param for param in params if "+" not in _key(param) and _key(param) not in together]
         (jobs,) = self.split_arguments(parser.parse_overrides([*alone, *arguments]), None)
         chosen = {_key(argument) for argument in arguments}
         return [

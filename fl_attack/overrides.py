@@ -73,7 +73,7 @@ def _joint(override: str) -> str:
     if "+" not in keys or not equals or override.startswith("-"):
         return override
     plain = cases.strip("'\"")
-    return f"{PARAMS}={{{keys}:'{plain}'}}"
+    return f"++{PARAMS}={{{keys}:'{plain}'}}"  # beside those of an experiment
 
 
 def as_multirun(arguments: list[str]) -> list[str]:

@@ -69,6 +69,17 @@ def test_keys_joined_by_a_plus_are_set_together(command: Command, tmp_path: Path
     assert sorted(found) == [("10", "0.1", "0"), ("10", "0.1", "1"), ("5", "0.2", "0"), ("5", "0.2", "1")]
 
 
+def test_joined_keys_take_the_place_of_each_in_the_grid_of_an_experiment(command: Command, tmp_path: Path) -> None:
+    joined = "strategy.name+sanitize.name=mean+none,mean+knn,median+none"
+    small = ["rounds=2", "seed=0", "attack.name=none,greedy", "figures=[]", "report=false", f"out={tmp_path}/out"]
+    code, _, stderr = command("experiment=defences", joined, *small)
+    assert code == 0, stderr
+    with (tmp_path / "out" / "sweep.csv").open() as lines:
+        found = [(row["strategy.name"], row["sanitize.name"], row["attack.name"]) for row in csv.DictReader(lines)]
+    pairs = [("mean", "none"), ("mean", "knn"), ("median", "none")]
+    assert sorted(found) == sorted((*pair, attack) for pair in pairs for attack in ("none", "greedy"))
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
