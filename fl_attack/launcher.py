@@ -63,8 +63,8 @@ class AllAtOnce(BasicSweeper):
     def jobs(self, arguments: list[str]) -> Sequence[Sequence[str]]:
         """The overrides of each job: the command line, or `hydra.sweeper.params`, expanded.
 
-        A key such as `clients.malicious+attack.budget: 3+1.0,10+0.1` sets several together, in place of what the file has
-        for each of them.
+        A key such as `clients.malicious+attack.budget: 3+1.0,10+0.1` sets several together, in place of what the file
+        has for each of them.
         """
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
