@@ -5,10 +5,8 @@ minibatches to come; with `simulated` they draw such of their own, and use the c
 greedy in the minibatches that come. What is made here is looked up and kept by `plans`.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,14 +17,13 @@ from torch import Tensor
 
 from fl_attack import attack, planning, protocol, streams, targets
 from fl_attack.checkpoint import Checkpoint
-from fl_attack.planning import Minibatch, Problem, Sweeps, TrainingState, Trajectory, WriteAccess
+from fl_attack.plan_rounds import HeldFeatures, PlannedRounds, imagined
+from fl_attack.planning import Minibatch, Problem, Sweeps, TrainingState, Trajectory
 from fl_attack.scenario import NO_FLIPS, Flips, Scenario
 
 OnSweep = Callable[[int], None]  # gets the number of the sweep that is done
 STARTS = ("gradient", "target", "mean_feature", "-mean_feature")  # what plans begin with; others begin at random
-ROWS_AT_ONCE = 4096  # samples turned into features in one piece
 WORTH_THREADS = 2**23  # multiplications of a product
-RESIDENT = 4  # features may take one part in so many of the memory
 
 
 class Plan(NamedTuple):
@@ -63,10 +60,11 @@ class PlanMaker:
         self.rounds = range(first, min(settings.rounds, first + horizon - 1) + 1)
         self.theta = torch.stack([theta for theta in thetas for _ in range(self.starts)])
         self.memory = settings.engine.memory_gb * 2**30
-        self._last: dict[bool, tuple[int, Minibatch]] = {}  # the minibatch that was asked for last, and its round
-        self._samples_of: dict[tuple[int, bool], NDArray[np.int64]] = {}
-        self._access: dict[tuple[int, bool], WriteAccess | None] = {}
-        self._by_content: dict[bytes, WriteAccess] = {}
+        features = HeldFeatures(template, self.memory)
+        schedules = template.schedule, imagined(template.schedule, first)
+        self.coming, self.imagined = (
+            PlannedRounds(cells, self.starts, self.rounds, schedule, features) for schedule in schedules
+        )
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -94,7 +92,7 @@ class PlanMaker:
             In the order of the cells.
         """
         simulated = self.threat.foresight == "simulated"
-        problem = self.problem(simulated)
+        problem = self.problem(self.imagined if simulated else self.coming)
         sweeps = Sweeps(problem, self._uniform, self.options.tolerance)
         kept = checkpoint.load()
         if kept:
@@ -113,8 +111,8 @@ class PlanMaker:
         labels = self._in_real_minibatches(sweeps.trajectory, found.labels) if simulated else found.labels
         return [self._plan(cell, found, labels) for cell in range(len(self.cells))]
 
-    def problem(self, imagined: bool) -> Problem:
-        """The training of all plans, on the minibatches that come or on imagined ones."""
+    def problem(self, on: PlannedRounds) -> Problem:
+        """The training of all plans, on rounds that come or on imagined ones."""
         settings, P = self.template_cell.settings, len(self.theta)
         lr, decay = (
             torch.tensor([getattr(cell.settings, key) for cell in self.cells], dtype=torch.float64)
@@ -127,8 +125,8 @@ class PlanMaker:
             settings.server_optimizer,
             TrainingState(self.theta, protocol.initial_state(self.theta)),
             self.rounds,
-            batch=lambda round_: self.batch(round_, imagined),
-            access=lambda round_: self.access(round_, imagined),
+            batch=on.batch,
+            access=on.access,
             lr=lambda round_: lr * (self.template_cell.lr(round_) / settings.lr),
             weight_decay=decay,
             classes=self.template_cell.classes,
@@ -155,134 +153,6 @@ class PlanMaker:
             measured = [t for t, round_ in enumerate(self.rounds, 1) if round_ % every == 0 or round_ == last]
             weights[measured, i] = 1 / len(measured)
         return weights
-
-    @cached_property
-    def _imagined(self) -> protocol.Schedule:
-        """A schedule as the attackers imagine it: the same shards, in an order of their own."""
-        schedule = self.template_cell.schedule
-        seed = int(np.random.default_rng([schedule.seed, streams.IMAGINED, self.first]).integers(2**62))
-        return replace(schedule, seed=seed)
-
-    def batch(self, round_: int, imagined: bool) -> Minibatch:
-        """The minibatch of a round, in double precision.
-
-        Parameters
-        ----------
-        round_ : int
-            The round, from 1.
-        imagined : bool
-            Whether it is drawn as attackers who don't know the true ones imagine it.
-
-        Returns
-        -------
-        Minibatch
-            Its inputs may be overwritten when another round is asked for.
-        """
-        last = self._last.get(imagined)
-        if last is not None and last[0] == round_:
-            return last[1]
-        samples = self._samples(round_, imagined)
-        if last is not None and np.array_equal(samples, self._samples(last[0], imagined)):
-            return last[1]  # full batches are all the same
-        if self._resident is None:
-            X = self.template_cell.features(samples).double()
-        else:  # into the same memory: between ever new pieces what is kept of each round would lie
-            row = torch.from_numpy(self._row[samples])
-            buffer = last[1].X if last is not None and len(last[1].X) == len(row) else None
-            X = torch.index_select(self._resident, 0, row, out=buffer)
-        batch = Minibatch(X, torch.from_numpy(self.template_cell.dataset.y_train[samples]))
-        self._last[imagined] = round_, batch
-        return batch
-
-    @cached_property
-    def _resident(self) -> Tensor | None:
-        """The features of all samples that clients hold; None where they take over 1 / `RESIDENT` of the memory."""
-        held = np.flatnonzero(self._row >= 0)
-        one = self.template_cell.features(held[:1]).double()
-        if len(held) * one.nbytes > self.memory / RESIDENT:
-            return None
-        whole = one.new_empty(len(held), *one.shape[1:])
-        for part in torch.arange(len(held)).split(ROWS_AT_ONCE):
-            whole[part] = self.template_cell.features(held[part.numpy()]).double()
-        return whole
-
-    @cached_property
-    def _row(self) -> NDArray[np.int64]:
-        """The row of each training sample among those that the clients hold; -1 of the others."""
-        held = self.template_cell.partition.client >= 0
-        return np.where(held, np.cumsum(held) - 1, -1)
-
-    def _samples(self, round_: int, imagined: bool) -> NDArray[np.int64]:
-        """The samples of the minibatch of a round, ascending."""
-        key = round_, imagined
-        if key not in self._samples_of:
-            schedule = self._imagined if imagined else self.template_cell.schedule
-            samples, last = schedule.round_samples(round_)[0], self._last.get(imagined)
-            before = samples if last is None else self._samples_of[last[0], imagined]
-            self._samples_of[key] = before if np.array_equal(samples, before) else samples.copy()
-        return self._samples_of[key]
-
-    def access(self, round_: int, imagined: bool) -> WriteAccess | None:
-        """What the attackers of all plans can write in a round.
-
-        Parameters
-        ----------
-        round_, imagined
-            As `batch` takes them.
-
-        Returns
-        -------
-        WriteAccess or None
-            None where none of them can write anything.
-        """
-        key = round_, imagined
-        if key not in self._access:
-            self._access[key] = self._round_access(round_, imagined)
-        return self._access[key]
-
-    def _round_access(self, round_: int, imagined: bool) -> WriteAccess | None:
-        """What `access` gives of a round that it has not seen; equal ones of several rounds are one object."""
-        budgets = (self._imagined_budgets if imagined else self.budgets)[round_ - self.first]  # (M, G)
-        if not budgets.any():
-            return None
-        schedule = self._imagined if imagined else self.template_cell.schedule
-        client = self.template_cell.partition.client[self._samples(round_, imagined)]
-        participating = np.isin(np.arange(len(schedule.shards)), schedule.participants(round_))
-        malicious = np.logical_and(self._is_malicious, participating)
-        of_any: NDArray[np.bool_] = np.asarray(malicious.any(0))
-        columns = np.flatnonzero(of_any[client])
-        if not len(columns):
-            return None
-        mask = torch.from_numpy(malicious[:, client[columns]]).repeat_interleave(self.starts, 0)
-        pooled = self.threat.scope == "pooled"
-        group = torch.zeros(len(columns), dtype=torch.int64) if pooled else torch.from_numpy(client[columns])
-        key = b"|".join(part.tobytes() for part in (columns, group.numpy(), mask.numpy(), budgets))
-        if key not in self._by_content:  # as most rounds are
-            budget = torch.from_numpy(budgets).repeat_interleave(self.starts, 0)
-            self._by_content[key] = WriteAccess(
-                torch.from_numpy(columns), group, None if bool(mask.all()) else mask, budget
-            )
-        return self._by_content[key]
-
-    @cached_property
-    def _is_malicious(self) -> NDArray[np.bool_]:
-        """Which clients are malicious in each cell, (M, clients) of bool."""
-        clients = np.arange(len(self.template_cell.schedule.shards))
-        return np.array([np.isin(clients, cell.partition.malicious) for cell in self.cells])
-
-    @cached_property
-    def budgets(self) -> NDArray[np.int64]:
-        """Flips allowed (T, M, G) in each round, G = 1 budget or one for each client."""
-        return self._allowances(self.template_cell.schedule)
-
-    @cached_property
-    def _imagined_budgets(self) -> NDArray[np.int64]:
-        """`budgets` where the clients of each round are those that the attackers imagine."""
-        return self._allowances(self._imagined)
-
-    def _allowances(self, schedule: protocol.Schedule) -> NDArray[np.int64]:
-        """Flips allowed (T, M, G) in each round of a schedule."""
-        return np.stack([allowances(cell, self.rounds, schedule) for cell in self.cells], 1)
 
     def _uniform(self, sweep: int) -> Tensor:
         """Random numbers (P, T + 3) for a sweep: the same for every cell, another row for each start."""
@@ -349,7 +219,7 @@ class PlanMaker:
         def choose(t: int, theta: Tensor, v: Tensor, scores: Tensor) -> None:
             """Put the labels of a round that comes into `found`; scores in the imagined one are of no use."""
             round_ = self.rounds[t]
-            access, batch = self.access(round_, False), self.batch(round_, False)
+            access, batch = self.coming.access(round_), self.coming.batch(round_)
             if access is not None:
                 X, y = batch.X[access.columns], batch.y[access.columns]
                 real_scores = trajectory.problem.derivatives.scores(theta, v, X)
@@ -366,10 +236,10 @@ class PlanMaker:
         )
         rounds, samples, written = [], [], []
         for t, round_ in enumerate(self.rounds):
-            access, of_round = self.access(round_, False), labels[t]
+            access, of_round = self.coming.access(round_), labels[t]
             if access is None or of_round is None:
                 continue
-            at, own = self._samples(round_, False)[access.columns.numpy()], of_round[best].numpy()
+            at, own = self.coming.samples(round_)[access.columns.numpy()], of_round[best].numpy()
             changed = own != self.template_cell.dataset.y_train[at]
             rounds.append(np.full(changed.sum(), round_))
             samples.append(at[changed])
@@ -380,47 +250,10 @@ class PlanMaker:
             np.concatenate([none, *rounds]),
             np.concatenate([none, *samples]),
             np.concatenate([none, *written]),
-            self.budgets[:, cell].sum(1),
+            self.coming.budgets[:, cell].sum(1),
             found.harm[:, starts],
             found.part[:, starts],
         )
-
-
-def allowances(cell: Scenario, rounds: range, schedule: protocol.Schedule | None = None) -> NDArray[np.int64]:
-    """The flips that the malicious clients of an experiment may make.
-
-    Parameters
-    ----------
-    cell : Scenario
-        The experiment.
-    rounds : range
-        The T rounds that are asked for, from 1.
-    schedule : protocol.Schedule, optional
-        Which clients take part in each round, by default those of the experiment.
-
-    Returns
-    -------
-    array of int, (T, G)
-        The flips allowed in each round: of all malicious clients together, G = 1; with `attack.scope=per_client` of
-        each client by its number, 0 of honest ones. Rounds that are not attacked have 0.
-    """
-    threat, schedule = cell.settings.attack, schedule or cell.schedule
-    pooled = threat.scope == "pooled"
-    malicious = np.isin(np.arange(len(schedule.shards)), cell.partition.malicious)
-    before: Counter[int] = Counter()
-    found = np.zeros((len(rounds), 1 if pooled else len(malicious)), np.int64)
-    for round_ in range(1, rounds[-1] + 1):
-        if attack.attacked_before(round_, threat.every, threat.start, threat.stop) is None:
-            continue
-        participating = np.zeros(len(malicious), bool)
-        participating[schedule.participants(round_)] = True
-        writable = schedule.used * (malicious & participating)
-        for group, size in enumerate([int(writable.sum())] if pooled else writable.tolist()):
-            if size and round_ >= rounds[0]:
-                allowed = attack.flip_allowance(threat.exact_budget, before[group], size, threat.rounding)
-                found[round_ - rounds[0], group] = allowed
-            before[group] += size
-    return found
 
 
 def sample_of(cell: Scenario, size: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from fl_attack import detect
 from fl_attack.detect import MEASURES
-from fl_attack.history import rounds_to_recover
+from fl_attack.history import COLUMNS, recovered, rounds_to_recover
 
 
 def measured(updates: torch.Tensor, malicious: list[bool]) -> dict[str, float]:
@@ -83,3 +83,12 @@ def test_recovered_is_from_where_accuracy_stays_near_that_of_the_twin(accuracy: 
     found = rounds_to_recover(rounds, np.array(accuracy), np.full(6, 0.9), 20)
     assert found == pytest.approx(expected, nan_ok=True)
     assert math.isnan(rounds_to_recover(rounds, np.array(accuracy), np.full(6, 0.9), None))
+
+
+def test_recovery_of_rows_is_none_without_an_end_or_with_other_rows_than_the_twins() -> None:
+    table, twin = np.full((2, 3, len(COLUMNS)), np.nan)
+    table[:, COLUMNS.index("round")] = 0, 10, 20
+    table[:, COLUMNS.index("test_accuracy")], twin[:, COLUMNS.index("test_accuracy")] = (0.1, 0.5, 0.9), 0.9
+    assert recovered(table, twin, 10) == 10 and recovered(table, twin, 20) == 0
+    assert recovered(table, twin, None) is None and recovered(table[:2], twin, 10) is None
+    assert recovered(twin * 0, twin, 10) is None

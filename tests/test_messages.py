@@ -17,7 +17,7 @@ import pytest
 from fl_attack import __main__, __version__, experiment, multirun, progress, results, waiting
 from fl_attack.config import compose, without_effect
 from fl_attack.data import cache
-from fl_attack.errors import InputError, Interrupted, RunError
+from fl_attack.errors import InputError, Interrupted, RunError, message_or_type, one_line
 
 Small = Callable[..., list[str]]
 Command = Callable[..., tuple[int, str, str]]
@@ -312,6 +312,17 @@ def test_signals_end_the_command_with_their_code(
     with pytest.raises(Interrupted, match="terminated") as terminated:
         __main__._terminated(15, None)
     assert terminated.value.code == 143
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "or_type"),
+    [
+        (ValueError("two\n  lines\tof  text "), "two lines of text", "two lines of text"),
+        (ValueError(" \n"), "", "ValueError"),
+    ],
+)
+def test_the_message_of_an_error_is_one_line(error: Exception, line: str, or_type: str) -> None:
+    assert (one_line(error), message_or_type(error)) == (line, or_type)
 
 
 def test_the_table_of_a_run_shows_its_numbers_under_their_names() -> None:

@@ -143,9 +143,9 @@ def test_imagined_minibatches_are_of_the_same_shards_but_not_those_that_come(mak
     cell = make(*PLANNED, "attack.foresight=simulated")
     maker = plan_maker.PlanMaker([cell], 1, [cell.start()])
     for round_ in range(1, 5):
-        assert len(maker._samples(round_, True)) == len(maker._samples(round_, False)) == 20
-        assert maker._samples(round_, True).tolist() != maker._samples(round_, False).tolist()
-    owners = [np.bincount(cell.partition.client[maker._samples(1, one)]).tolist() for one in (False, True)]
+        assert len(maker.imagined.samples(round_)) == len(maker.coming.samples(round_)) == 20
+        assert maker.imagined.samples(round_).tolist() != maker.coming.samples(round_).tolist()
+    owners = [np.bincount(cell.partition.client[one.samples(1)]).tolist() for one in (maker.coming, maker.imagined)]
     assert owners[0] == owners[1]
 
 
@@ -154,15 +154,15 @@ def test_who_takes_part_in_imagined_rounds_is_imagined_too(make: Make, scope: st
     cell = make(*(*PLANNED, "attack.foresight=simulated", f"attack.scope={scope}", "clients.per_round=2", "rounds=40"))
     maker = plan_maker.PlanMaker([cell], 1, [cell.start()])
     malicious, differs = set(cell.partition.malicious.tolist()), 0
-    for imagined, schedule in ((False, cell.schedule), (True, maker._imagined)):
+    for rounds, schedule in ((maker.coming, cell.schedule), (maker.imagined, maker.imagined.schedule)):
         for round_ in range(1, 41):
             there = sorted(malicious & set(schedule.participants(round_).tolist()))
-            differs += imagined and there != sorted(malicious & set(cell.schedule.participants(round_).tolist()))
-            access = maker.access(round_, imagined)
+            differs += there != sorted(malicious & set(cell.schedule.participants(round_).tolist()))
+            access = rounds.access(round_)
             allowed = [int(0.4 * schedule.used[client]) for client in there]
             assert (access is None) == (not there)
             if access is not None:
-                samples = maker._samples(round_, imagined)[access.columns.numpy()]
+                samples = rounds.samples(round_)[access.columns.numpy()]
                 assert sorted({*cell.partition.client[samples].tolist()}) == there
                 total = int(0.4 * sum(schedule.used[client] for client in there)) if scope == "pooled" else sum(allowed)
                 assert (access.budgets.sum(1) == total).all() and total > 0
@@ -749,16 +749,16 @@ def test_starts_beyond_the_named_ones_are_at_random_the_same_in_all_rounds(share
     theta = maker.theta + torch.randn(
         maker.theta.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    batch = maker.batch(1, False)
+    batch = maker.coming.batch(1)
     v = maker._start(theta, batch).view(2, 6, *cells[0].theta_shape)
-    again = maker._start(theta + 1, maker.batch(2, False)).view_as(v)
+    again = maker._start(theta + 1, maker.coming.batch(2)).view_as(v)
     assert torch.equal(v[:, 4:], again[:, 4:]) and torch.equal(v[0, 4:], v[1, 4:])
     assert not torch.allclose(v[0, 4], v[0, 5]) and v.isfinite().all()
     assert not torch.allclose(v[:, 0], again[:, 0]) and not torch.allclose(v[0, 0], v[1, 0])
     torch.testing.assert_close(again[:, 1], v[:, 1] - 1)  # the way to the target
     torch.testing.assert_close(v[:, 2], -v[:, 3])
     torch.testing.assert_close(v[0, 2, 0], maker.sample.X.mean(0))
-    at, (X, y) = theta.view_as(v), maker.batch(1, False)
+    at, (X, y) = theta.view_as(v), maker.coming.batch(1)
     for i, cell in enumerate(cells):
         torch.testing.assert_close(v[i, 0], cell.model.gradient(at[i, 0], X, y))
         torch.testing.assert_close(v[i, 1], maker._targets[i] - at[i, 1])
@@ -779,25 +779,25 @@ def test_minibatches_of_a_plan_are_those_that_come_whether_kept_or_fetched(share
     for memory in ("engine.memory_gb=1", "engine.memory_gb=1e-9"):
         cell = shared(*PLANNED, memory)
         maker = plan_maker.PlanMaker([cell], 1, [cell.start()])
-        assert (maker._resident is None) == (memory == "engine.memory_gb=1e-9")
+        assert (maker.coming._features._resident is None) == (memory == "engine.memory_gb=1e-9")
         for round_ in (3, 4, 3):
             samples = cell.schedule.round_samples(round_)[0]
-            batch = maker.batch(round_, False)
+            batch = maker.coming.batch(round_)
             torch.testing.assert_close(batch.X, cell.features(samples).double(), rtol=0, atol=0)
             assert batch.y.tolist() == cell.dataset.y_train[samples].tolist()
-            assert maker.batch(round_, False) is batch
+            assert maker.coming.batch(round_) is batch
     full = shared(*PLANNED, "batch_size=full")
     maker = plan_maker.PlanMaker([full], 1, [full.start()])
-    assert maker.batch(1, False) is maker.batch(2, False)
-    assert maker.access(1, False) is maker.access(2, False)
+    assert maker.coming.batch(1) is maker.coming.batch(2)
+    assert maker.coming.access(1) is maker.coming.access(2)
 
 
 def test_what_a_plan_can_write_is_what_its_malicious_clients_use(shared: Make) -> None:
     how = ("attack.scope=per_client", "attack.every=3")
     cells = [shared(*PLANNED, *how, one) for one in ("clients.malicious=1", "clients.malicious=3")]
     maker = plan_maker.PlanMaker(cells, 1, [cell.start() for cell in cells])
-    assert maker.access(2, False) is None  # is not attacked
-    access = maker.access(1, False)
+    assert maker.coming.access(2) is None  # is not attacked
+    access = maker.coming.access(1)
     assert access is not None and access.mask is not None
     samples = cells[0].schedule.round_samples(1)[0]
     holder = cells[0].partition.client[samples[access.columns.numpy()]]
@@ -807,10 +807,10 @@ def test_what_a_plan_can_write_is_what_its_malicious_clients_use(shared: Make) -
         assert access.mask[plan].tolist() == np.isin(holder, cell.partition.malicious).tolist()
         budget = np.where(np.isin(np.arange(4), cell.partition.malicious), np.floor(0.4 * cell.schedule.used), 0)
         assert access.budgets[plan].tolist() == budget.tolist()
-    pooled = plan_maker.PlanMaker([shared(*PLANNED)], 1, [cells[0].start()]).access(1, False)
+    pooled = plan_maker.PlanMaker([shared(*PLANNED)], 1, [cells[0].start()]).coming.access(1)
     assert pooled is not None and pooled.mask is None and not pooled.group.any()
     assert pooled.budgets.tolist() == [[4]] * 4
-    assert maker.problem(False).memory == maker.memory / 2 == 2**30 * cells[0].settings.engine.memory_gb / 2
+    assert maker.problem(maker.coming).memory == maker.memory / 2 == 2**30 * cells[0].settings.engine.memory_gb / 2
 
 
 def test_the_sample_of_harm_is_drawn_once_of_what_clients_hold(shared: Make) -> None:
@@ -845,8 +845,11 @@ def test_rows_of_features_are_kept_of_the_samples_that_clients_hold(shared: Make
     client[[0, 1, 5]] = -1
     some = dataclasses.replace(cell, partition=dataclasses.replace(cell.partition, client=client))
     maker = plan_maker.PlanMaker([some], 1, [cell.start()])
-    assert maker._row[:8].tolist() == [-1, -1, 0, 1, 2, -1, 3, 4] and maker._row[-1] == 116
-    resident = maker._resident
+    assert (
+        maker.coming._features._row[:8].tolist() == [-1, -1, 0, 1, 2, -1, 3, 4]
+        and maker.coming._features._row[-1] == 116
+    )
+    resident = maker.coming._features._resident
     assert resident is not None
     torch.testing.assert_close(resident, cell.features(np.flatnonzero(client >= 0)).double(), rtol=0, atol=0)
 
