@@ -43,8 +43,8 @@ def main(run_config: dict[str, Any], runner: "Runner", make: "Make | None" = Non
         print(results.table(experiment.run(settings, runner, make or scenario.make)), flush=True)
         print(f"results in {settings.out}", flush=True)
     except (InputError, RunError) as error:
-        print(f"fl-attack: {explain(error)}", flush=True)  # Flower adds a traceback and exits with 0 all the same
-        raise SystemExit(1) from None
+        print(f"fl-attack: {explain(error)}", flush=True)
+        raise SystemExit(1) from error
 
 
 server_app = federation.serve(main)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from fl_attack import experiment, federation, flower_app, results, scenario
 from fl_attack.config import Settings, compose
 from fl_attack.data import load, own
 from fl_attack.errors import RunError
-from fl_attack.federation import wire
+from fl_attack.federation import apps, wire
 from fl_attack.federation.apps import wait_for
 from fl_attack.federation.client import node_of
 from fl_attack.federation.nodes import introductions
@@ -59,6 +61,42 @@ def test_a_wrong_run_configuration_is_told(
     with pytest.raises(SystemExit):
         flower_app.main(config, lambda drive, settings: None)
     assert f"fl-attack: {message}" in capsys.readouterr().out
+
+
+def test_an_app_that_can_not_go_on_ends_as_flower_expects() -> None:
+    """On the main thread with an error that Flower reports at once, in the thread of a simulation without a word."""
+
+    def main(*_: object) -> NoReturn:
+        raise SystemExit(1) from RunError("no way on")
+
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    app = apps.serve(main)
+    with pytest.raises(RunError, match="no way on") as raised:
+        app(Nodes(1), context)  # type: ignore[arg-type]
+    ends: list[BaseException] = []
+
+    def simulation() -> None:
+        try:
+            app(Nodes(1), context)  # type: ignore[arg-type]
+        except BaseException as end:
+            ends.append(end)
+
+    thread = threading.Thread(target=simulation)
+    thread.start()
+    thread.join()
+    assert [type(end) for end in ends] == [SystemExit]
+    flower_log = logging.getLogger("flwr")
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(logging.Formatter().format(record))  # type: ignore[method-assign]
+    flower_log.addHandler(handler)
+    try:
+        for error in (raised.value, ZeroDivisionError("a bug")):
+            flower_log.critical("ServerApp raised an exception", exc_info=error)
+    finally:
+        flower_log.removeHandler(handler)
+        flower_log.removeFilter(apps._without_traceback)
+    assert shown[0] == "ServerApp raised an exception" and "ZeroDivisionError: a bug" in shown[1]
 
 
 class Nodes:

@@ -195,7 +195,7 @@ def test_a_node_that_can_not_take_part_is_told_before_any_round(
     nodes = Nodes(*({key: value for key, value in one.items() if value is not None} for one in configs))
     if overrides:
         nodes.configs = {node: one | {"partition-id": i} for i, (node, one) in enumerate(nodes.configs.items())}
-    with pytest.raises(SystemExit):
+    with pytest.raises((InputError, RunError), match=message):
         serve(nodes, *COMMON, *of_server(shards), *OWN, *overrides, f"out={tmp_path}/out")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fl-attack: ")]
     assert len(lines) == 1 and re.search(message, lines[0])
@@ -265,6 +265,6 @@ def test_a_node_whose_client_app_crashes_is_asked_again(
     assert capsys.readouterr().err.count("the client apps of 1 nodes crashed; asking them again") == 2
     for name in ("model.npz", "flips.npz"):
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    with pytest.raises(SystemExit):
+    with pytest.raises(RunError, match="round 1 failed"):
         serve(Nodes(*configs, crashes=3), *both, f"out={tmp_path}/3")
     assert "fl-attack: round 1 failed: ClientApp has crashed" in capsys.readouterr().out

@@ -1,7 +1,10 @@
 """The server app for `flwr run`, on the grid that Flower gives it: of a simulation, or of nodes that are deployed."""
 
+import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fl_attack.config import Settings
-from fl_attack.errors import RunError
+from fl_attack.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from fl_attack.federation.session import Drive, Runner
@@ -60,9 +63,34 @@ def serve(main: "Callable[[dict[str, Any], Runner, Make], None]") -> ServerApp:
                 client_of.update(introductions(grid, settings.clients.total))
             drive(partial(start, grid, client_of=client_of))
 
-        main(dict(context.run_config), runner, make)
+        with _ended_as_flower_expects():
+            main(dict(context.run_config), runner, make)
 
     return server_app
+
+
+@contextmanager
+def _ended_as_flower_expects() -> Iterator[None]:
+    """A block whose SystemExit ends an app at once, and without a traceback, in a simulation and on deployed nodes.
+
+    A simulation runs the app in a thread, which SystemExit ends quietly; of any other error Flower shows more than the
+    line that was printed. On the main thread of a deployed app SystemExit would pass by what tells the SuperLink that
+    the run has failed, and whoever waits for the run would wait another minute for a heartbeat.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if threading.current_thread() is not threading.main_thread() or end.__cause__ is None:
+            raise
+        logging.getLogger("flwr").addFilter(_without_traceback)
+        raise end.__cause__ from None
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """True, for every record; one on an error with a message for users loses its traceback."""
+    if record.exc_info and isinstance(record.exc_info[1], InputError | RunError):
+        record.exc_info = None
+    return True
 
 
 def wait_for(grid: Grid, clients: int) -> None:
