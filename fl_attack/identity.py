@@ -14,11 +14,12 @@ OTHERS_RULES = {"flower": "flwr", "byzfl": "byzfl"}  # the package whose rules a
 # what changes no number
 NOT_NUMBERS = {"out", "overwrite", "resume", "verbose", "baseline", "report", "tracker"}
 NOT_NUMBERS |= {"launcher", "workers", "figures", "objective"}
-# nor, where the fingerprint of the data is known, does the place of these
+# nor, where the fingerprint of the data is known, does the place of these, nor the cluster
 ON_DATA: Mapping[str, bool | set[str]] = {
     **dict.fromkeys(NOT_NUMBERS, True),
     "dataset": {"root", "path"},
     "partition": {"path"},
+    "engine": {"ray_address"},
 }
 
 

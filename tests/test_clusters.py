@@ -166,10 +166,10 @@ machine() {
         mount --bind $SCRATCH/$1 /tmp/ray
         ray symmetric-run --address 10.99.0.1:6379 --min-nodes 2 --num-cpus 1 --object-store-memory 100000000 -- $RUN"
 }
-(machine $B) & worker=$!  # it notices the end of the head after a minute
+(machine $B) & worker=$!  # it notices the end of the head after a minute; unshare passes no other signal on
 (machine $A)
 code=$?
-kill $worker
+kill -KILL $worker
 exit $code
 """
 
