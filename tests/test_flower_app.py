@@ -85,17 +85,13 @@ def test_an_app_that_can_not_go_on_ends_as_flower_expects() -> None:
     thread.start()
     thread.join()
     assert [type(end) for end in ends] == [SystemExit]
-    flower_log = logging.getLogger("flwr")
-    shown: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: shown.append(logging.Formatter().format(record))  # type: ignore[method-assign]
-    flower_log.addHandler(handler)
-    try:
-        for error in (raised.value, ZeroDivisionError("a bug")):
-            flower_log.critical("ServerApp raised an exception", exc_info=error)
-    finally:
-        flower_log.removeHandler(handler)
-        flower_log.removeFilter(apps._without_traceback)
+    flower_log, shown = logging.getLogger("flwr"), []
+    for error in (raised.value, ZeroDivisionError("a bug")):
+        told = (type(error), error, error.__traceback__)
+        record = flower_log.makeRecord("flwr", logging.ERROR, "run.py", 1, "ServerApp raised an exception", (), told)
+        assert flower_log.filter(record)
+        shown.append(logging.Formatter().format(record))
+    flower_log.removeFilter(apps._without_traceback)
     assert shown[0] == "ServerApp raised an exception" and "ZeroDivisionError: a bug" in shown[1]
 
 
