@@ -220,7 +220,7 @@ def test_cells_of_a_batch_that_plan_now_and_then_are_those_run_alone(
         ("attack.horizon=3", "attack.start=9"),  # after the last round: there is no plan
         ("attack.foresight=simulated",),
     )
-    args = "attack.args={sweeps: 2}"
+    args = "attack.args={sweeps: 1, starts: 2}"
     cells, alone = ([make(*PLANNED, *how, args, classes=classes) for how in hows] for _ in range(2))
     others = [make("engine=batched", "dtype=float64", classes=classes)]
     assert all(engine.is_linear(cell) for cell in cells)
