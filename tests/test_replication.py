@@ -611,6 +611,7 @@ def test_an_archive_of_images_is_unpacked_once_and_a_damaged_one_told(tmp_path: 
         plan._unpacked_archive(tmp_path / plan.ARCHIVE)
 
 
+@pytest.mark.slow
 def test_an_interrupted_replication_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
