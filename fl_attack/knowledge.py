@@ -111,10 +111,8 @@ def view_of_updates(
 
     Parameters
     ----------
-    scenario : Scenario
-        The experiment, or one of several with this attack.
-    round_ : int
-        The round, counted from 1.
+    scenario, round_
+        As `view` takes them.
     updates : (..., m, A, B) tensor
         What each client of the round would send, were all honest.
     malicious : (..., m) tensor of bool

@@ -100,17 +100,7 @@ def plan(scenario: Scenario, first: int = 1, theta: Tensor | None = None) -> Pla
 
 
 def make_together(scenarios: Sequence[Scenario], first: int, thetas: Sequence[Tensor]) -> None:
-    """Make the plans of experiments that begin with a round, those that can be together, for `plan` to find them.
-
-    Parameters
-    ----------
-    scenarios : sequence of Scenario
-        The experiments, with `attack=planned`.
-    first : int
-        The round, counted from 1.
-    thetas : sequence of (A, B) tensors of float64
-        The parameters broadcast in that round.
-    """
+    """Make the plans of experiments that begin with a round, for `plan` to find them; arguments as of `load_plans`."""
     found = load_plans(scenarios, first, thetas)
     for scenario, theta, one in zip(scenarios, thetas, found, strict=True):
         scenario.memo.setdefault("plans", {})[first] = theta.cpu().numpy().tobytes(), one

@@ -399,7 +399,11 @@ def test_under_the_mean_adapting_changes_nothing(settings: Compose, small_data: 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["attack=mimic", "attack.adapt=rule"], "adapt=rule has no meaning with name=mimic, which has nothing to try"),
+        (
+            ["attack=mimic", "attack.adapt=rule"],
+            "name=mimic, which has nothing to try; use greedy, random_flip, .*, alie$",
+        ),
+        (["attack.direction=target_far", "attack.knowledge=own"], "with direction=target_far; use knowledge=full$"),
         (["attack.adapt=rule", "attack.refresh=epoch"], "adapt=rule has no meaning with refresh=epoch"),
         (
             ["attack.adapt=rule", "strategy=flower", "strategy.path=flwr.serverapp.strategy.FedMedian"],

@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 import torch
 
-from fl_attack import adversary, attack, checkpoint, engine, knowledge, plan_maker, plans, scenario
+from fl_attack import (
+    adversary,
+    attack,
+    checkpoint,
+    engine,
+    knowledge,
+    plan_maker,
+    plan_rounds,
+    plans,
+    results,
+    scenario,
+)
 from fl_attack.attack import DIRECTIONS
 from fl_attack.checkpoint import Checkpoint
 from fl_attack.config import Settings, compose
@@ -286,6 +297,33 @@ def test_a_cell_that_has_diverged_makes_no_more_plans_and_disturbs_no_other(make
     assert broken.error is not None and "finite" in broken.error and outcome.error is None
     alone = sequential.run(make(*PLANNED, *how, classes=3))
     torch.testing.assert_close(outcome.theta, alone.theta, rtol=0, atol=1e-9)
+
+
+def test_plans_beyond_the_last_round_of_a_run_are_not_listed(make: Make, tmp_path: Path) -> None:
+    """As of a cell that stops early beside others, which go on."""
+    cell = make(*PLANNED, "attack.horizon=3", "attack.args={sweeps: 1}")
+    history = sequential.run(cell).history()
+    for last, firsts in ((8, {"1", "4", "7"}), (6, {"1", "4"}), (0, {"1"})):
+        history.rows = [row for row in history.rows if row["round"] <= last]
+        results.write(tmp_path, cell, history)
+        with (tmp_path / "plan.csv").open() as lines:
+            assert {row["first_round"] for row in csv.DictReader(lines)} == firsts
+
+
+def test_each_plan_imagines_minibatches_of_its_own(make: Make) -> None:
+    schedule = make(*PLANNED).schedule
+    orders = [plan_rounds.imagined(schedule, first).round_samples(5)[0].tolist() for first in (1, 4, 1)]
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_direction_of_the_users_names_its_file_in_any_folder(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("def v(view):\n    return view.theta\n")
+    monkeypatch.chdir(tmp_path)
+    cell = make("engine=batched", "attack.direction=mine.py:v")
+    assert cell.settings.attack.direction == f"{tmp_path.resolve()}/mine.py:v"
+    assert make("engine=batched", "attack.direction=target_far").settings.attack.direction == "target_far"
 
 
 def test_a_run_that_plans_now_and_then_knows_its_plans_after_an_interruption(
