@@ -7,6 +7,7 @@ are all found again by a key; one that leaves out a setting gives an old or anot
 import importlib.metadata
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -260,6 +261,13 @@ def test_a_function_of_the_users_that_has_changed_is_new_work(
         (tmp_path / "mine.py").write_text(text.format(factor=factor))
         keys.append(work_key(scenario_of(places, f"{name}={tmp_path}/mine.py:mine")))
     assert keys[0] == keys[2] != keys[1]
+
+
+def test_a_deal_of_flower_datasets_that_has_changed_is_new_work(places: dict[str, str]) -> None:
+    cell = scenario_of(places)
+    dealt = cell.settings.model_copy(update={"partition": cell.settings.partition.model_copy(update={"name": "hf"})})
+    deals = [cell.partition, replace(cell.partition, client=cell.partition.client[::-1].copy())]
+    assert len({identity.key_of([replace(cell, settings=dealt, partition=deal)]) for deal in deals}) == 2
 
 
 def test_a_flower_strategy_whose_file_has_changed_is_new_work(

@@ -28,6 +28,7 @@ from fl_attack import (
     plans,
     results,
     scenario,
+    targets,
 )
 from fl_attack.attack import DIRECTIONS
 from fl_attack.checkpoint import Checkpoint
@@ -290,11 +291,15 @@ def test_a_batch_that_plans_now_and_then_goes_on_after_an_interruption(make: Mak
         assert all(np.array_equal(plan.harm, its.harm) for plan, its in pairs)
 
 
-def test_a_cell_that_has_diverged_makes_no_more_plans_and_disturbs_no_other(make: Make) -> None:
+def test_a_cell_that_has_diverged_makes_no_more_plans_and_disturbs_no_other(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "diverging", lambda cells: [])  # as where the attack alone is too much
     how = ("attack.horizon=3", "attack.args={sweeps: 2, starts: 1}")  # a start that needs no target
     cells = [make(*PLANNED, *how, *more, classes=3) for more in (("lr=1e308",), ())]
     broken, outcome = engine.run_cells(cells)
     assert broken.error is not None and "finite" in broken.error and outcome.error is None
+    assert [[one.first for one in plans.plans_made(cell)] for cell in cells] == [[1], [1, 4, 7]]
     alone = sequential.run(make(*PLANNED, *how, classes=3))
     torch.testing.assert_close(outcome.theta, alone.theta, rtol=0, atol=1e-9)
 
